@@ -1,0 +1,9 @@
+"""Adaptation on unlabelled data: one engine, two switches (λ, masks)."""
+
+from __future__ import annotations
+
+from adarank.adapt.live import Learn, LiveWeights
+from adarank.adapt.loop import AdaptSettings, History, adapt
+from adarank.adapt.methods import ADAPTIVE, PRESETS, AdaptiveMethod
+
+__all__ = ["ADAPTIVE", "PRESETS", "AdaptSettings", "AdaptiveMethod", "History", "Learn", "LiveWeights", "adapt"]

@@ -1,0 +1,119 @@
+"""The live merged weights: λ and masks on one side, a network's parameters on the other.
+
+Merged weights are ordinary leaf parameters of the network. `write` composes them from λ and the masks, in place;
+after any number of backward passes `pull_back` turns the parameters' accumulated gradients into the gradients of λ
+and of the mask logits, in closed form. Only one task's graph need be alive at a time, and no U or V ever enters one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adarank.blocks import Blocks
+from adarank.masks import hard, straight_through, top_mask
+
+
+@dataclass(frozen=True)
+class Learn:
+    """What is learned, and how its gradient is taken.
+
+    Attributes:
+        masks, lam: learn the masks, learn the coefficients.
+        temperature: τ of the mask's sigmoid.
+        clamp: λ is used clamped to this range; its gradient is zero outside.
+    """
+
+    masks: bool = True
+    lam: bool = True
+    temperature: float = 10.0
+    clamp: tuple[float, float] | None = None
+
+
+class LiveWeights:
+    """Merged weights of a network as a function of λ and mask logits.
+
+    Arguments:
+        parameters: tensor name -> the network's parameter (or buffer), written in place.
+        blocks: the same names -> origin, task vectors and spectra, on the parameter's device.
+        scale: λ at the start, for every task and tensor.
+        rank: share of components kept at the start; their logits are +`logit`, all others -`logit`.
+
+    Attributes:
+        lam: (tensors, tasks) coefficients, on the CPU.
+        logits: (all components,) mask logits, on the CPU, matrix after matrix in the order of `blocks`.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        blocks: Mapping[str, Blocks],
+        learn: Learn,
+        scale: float,
+        rank: float = 1.0,
+        logit: float = 0.1,
+    ) -> None:
+        self.parameters, self.blocks, self.learn = dict(parameters), dict(blocks), learn
+        first = next(iter(self.blocks.values()))
+        dtype = first.origin.dtype
+        self.lam = torch.full((len(self.blocks), first.dense.shape[0]), scale, dtype=dtype)
+        masks = [top_mask(block.sizes, rank) for block in self.blocks.values()]
+        self.logits = torch.where(torch.cat(masks), logit, -logit).to(dtype)
+        self._parts = [mask.numel() for mask in masks]
+        for (
+            parameter
+        ) in self.parameters.values():  # buffers such as running statistics are written, but have no gradient
+            parameter.requires_grad_(isinstance(parameter, nn.Parameter))
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Compose every merged tensor from the current λ and masks, into the network's parameters."""
+        lam = self.used_lam()
+        for row, (name, mask) in enumerate(self.masks().items()):
+            self.parameters[name].copy_(self.blocks[name].compose(lam[row], mask))
+
+    @torch.no_grad()
+    def pull_back(self) -> None:
+        """Set `lam.grad` and `logits.grad` from the parameters' accumulated gradients."""
+        lam = self.used_lam()
+        device = next(iter(self.blocks.values())).s.device
+        grad_lam = torch.zeros_like(self.lam, device=device)
+        grad_mask = torch.zeros_like(self.logits, device=device)
+        slots = grad_mask.split(self._parts)
+        for row, (name, mask) in enumerate(self.masks().items()):
+            grad = self.parameters[name].grad
+            if grad is None:  # the tensor takes no part in any task's output
+                continue
+            found = self.blocks[name].gradient(grad, lam[row], mask, self.learn.masks)
+            grad_lam[row] = found.lam
+            slots[row].copy_(found.mask)
+        self._set_gradients(grad_lam.cpu(), grad_mask.cpu())
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the network's parameters."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def used_lam(self) -> Tensor:
+        """λ as the merged weights use it: clamped if a range is set."""
+        return self.lam.clamp(*self.learn.clamp) if self.learn.clamp else self.lam
+
+    def masks(self) -> dict[str, Tensor]:
+        """Tensor name -> (components,) bool."""
+        return dict(zip(self.blocks, hard(self.logits).split(self._parts), strict=True))
+
+    def kept_share(self) -> float:
+        """Share of all components that are kept now; 1 if there are none."""
+        return float(hard(self.logits).double().mean()) if self.logits.numel() else 1.0
+
+    def _set_gradients(self, grad_lam: Tensor, grad_mask: Tensor) -> None:
+        if self.learn.clamp:
+            low, high = self.learn.clamp
+            grad_lam = grad_lam * ((self.lam >= low) & (self.lam <= high))
+        if self.learn.lam:
+            self.lam.grad = grad_lam
+        if self.learn.masks:
+            self.logits.grad = straight_through(grad_mask, self.logits, self.learn.temperature)

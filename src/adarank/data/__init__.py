@@ -1,0 +1,1 @@
+"""Tasks: what they are, their rows, splits and batches."""

@@ -1,0 +1,130 @@
+"""Rows from files: TSV, CSV, JSONL, Parquet, npz, image folders, or a `datasets` dataset, as columns of Python values."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adarank.data.spec import HubData
+from adarank.errors import DataError
+
+Table = dict[str, Sequence[Any]]
+"""Column name -> values, all of one length."""
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+
+def read_table(source: str | HubData, folder: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Table:
+    """Read the columns of a file or dataset.
+
+    Arguments:
+        source: a path (relative ones count from `folder`) or a dataset on the hub.
+        columns: names that must be there.
+        optional: names that are read if they are there (labels of an adapt file).
+
+    Raises:
+        DataError: no such file, an unknown format, a damaged file or a missing column.
+    """
+    label, table = _read_hub(source) if isinstance(source, HubData) else _read_file(source, folder)
+    lost = [name for name in columns if name not in table]
+    if lost:
+        raise DataError(
+            f"{label}: no column {', '.join(map(repr, lost))}; it has {', '.join(map(repr, table))}. Name the columns under task: columns."
+        )
+    chosen = {name: table[name] for name in [*columns, *optional] if name in table}
+    if len(next(iter(chosen.values()))) == 0:
+        raise DataError(f"{label}: no rows.")
+    return chosen
+
+
+def _read_file(source: str, folder: Path) -> tuple[str, Table]:
+    path = Path(source).expanduser()
+    path = path if path.is_absolute() else folder / path
+    if not path.exists():
+        raise DataError(f"{path}: no such data file. Relative paths count from the recipe's folder.")
+    if path.is_dir():
+        return str(path), _image_folder(path)
+    readers = {
+        ".tsv": _read_tsv,
+        ".csv": _read_csv,
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+        ".npz": _read_npz,
+    }
+    if path.suffix not in readers:
+        raise DataError(
+            f"{path}: format '{path.suffix}' is not known. Give {', '.join(readers)} or a folder of images, one sub-folder a class."
+        )
+    try:
+        return str(path), readers[path.suffix](path)
+    except (ValueError, OSError, KeyError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error}). Check the file.") from None
+
+
+def _read_tsv(path: Path) -> Table:
+    """Tab-separated, without quoting: a quotation mark is text, as in the GLUE files."""
+    with path.open(encoding="utf-8", newline="") as handle:
+        return _columns(list(csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)))
+
+
+def _read_csv(path: Path) -> Table:
+    with path.open(encoding="utf-8", newline="") as handle:
+        return _columns(list(csv.reader(handle)))
+
+
+def _columns(rows: list[list[str]]) -> Table:
+    if not rows:
+        raise ValueError("the file is empty")
+    header, *body = rows
+    for number, row in enumerate(body, start=2):
+        if len(row) != len(header):
+            raise ValueError(f"line {number} has {len(row)} fields, the header {len(header)}")
+    return {name: [row[i] for row in body] for i, name in enumerate(header)}
+
+
+def _read_jsonl(path: Path) -> Table:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for number, row in enumerate(rows, start=1):
+        if set(row) != set(names):
+            raise ValueError(f"row {number} lacks {sorted(set(names) - set(row))}")
+    return {name: [row[name] for row in rows] for name in names}
+
+
+def _read_parquet(path: Path) -> Table:
+    import pyarrow.parquet  # imported on use: only Parquet files need it
+
+    table = pyarrow.parquet.read_table(path)
+    return {name: table.column(name).to_pylist() for name in table.column_names}
+
+
+def _read_npz(path: Path) -> Table:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _image_folder(path: Path) -> Table:
+    """One sub-folder a class, sorted by name; images are given as paths."""
+    files = [(f, f.parent.name) for f in sorted(path.glob("*/*")) if f.suffix.lower() in _IMAGES]
+    return {"image": [str(f) for f, _ in files], "label": [c for _, c in files]}
+
+
+def _read_hub(source: HubData) -> tuple[str, Table]:
+    try:
+        import datasets  # an extra: only datasets of the hub need it
+    except ImportError:
+        raise DataError(
+            f"dataset '{source.dataset}' needs the package `datasets`: pip install 'adarank[data]'."
+        ) from None
+    try:
+        rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
+    except Exception as error:  # datasets raises many unrelated classes
+        raise DataError(
+            f"dataset '{source.dataset}': could not be loaded ({type(error).__name__}: {error}). Check name, config, split and network."
+        ) from error
+    return f"dataset '{source.dataset}'", {name: rows[name] for name in rows.column_names}

@@ -1,0 +1,85 @@
+"""What a recipe says of a task: its data, its columns, its metric, and how rows are split."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from adarank.settings import Settings
+
+Split = Literal["adapt", "select", "test"]
+SPLITS: tuple[Split, ...] = ("adapt", "select", "test")
+
+
+class HubData(Settings):
+    """A `datasets` dataset: its id, configuration, split and revision."""
+
+    dataset: str
+    config: str | None = None
+    split: str = "test"
+    revision: str | None = None
+
+
+class SplitData(Settings):
+    """A file per split. A split that is left out is empty."""
+
+    adapt: str | HubData | None = None
+    select: str | HubData | None = None
+    test: str | HubData | None = None
+
+
+class Columns(Settings):
+    """Column names. `text_pair` makes two-sentence inputs; `image` is for image tasks."""
+
+    text: str = "text"
+    text_pair: str | None = None
+    image: str = "image"
+    label: str = "label"
+
+
+class TaskSpec(Settings):
+    """One task of a recipe.
+
+    Arguments:
+        name: what tables call it.
+        kind: the family of models and data.
+        data: one file or dataset, split by fractions, or one per split.
+        columns: where inputs and labels are.
+        metric: `accuracy` or `matthews` (Matthews correlation), both ×100 in tables.
+        max_length: tokens per input at most; longer inputs are cut, and their number is reported.
+        limit: use at most this many rows (a seeded choice).
+    """
+
+    name: str | None = None
+    kind: Literal["text-classification", "image-classification"] = "text-classification"
+    data: str | HubData | SplitData | None = None
+    columns: Columns = Columns()
+    metric: Literal["accuracy", "matthews"] = "accuracy"
+    max_length: int = Field(128, ge=2)
+    limit: int | None = Field(None, ge=1)
+
+
+class DataSettings(Settings):
+    """How rows become splits.
+
+    Arguments:
+        protocol: `disjoint` keeps adapt, select and test apart; `transductive` adapts on the test inputs
+            themselves, as the papers do, and every table and record then says so.
+        adapt, select, test: fractions of a single file; at most 1 in sum.
+        split_seed: seeds the split, apart from the seed of adaptation.
+    """
+
+    protocol: Literal["disjoint", "transductive"] = "disjoint"
+    adapt: float = Field(0.4, ge=0, le=1)
+    select: float = Field(0.2, ge=0, le=1)
+    test: float = Field(0.4, ge=0, le=1)
+    split_seed: int = 0
+
+    @model_validator(mode="after")
+    def _sum(self) -> DataSettings:
+        if self.adapt + self.select + self.test > 1 + 1e-9:
+            raise ValueError(
+                f"the fractions adapt + select + test are {self.adapt + self.select + self.test:g}, more than 1"
+            )
+        return self

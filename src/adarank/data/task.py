@@ -1,0 +1,126 @@
+"""One task's encoded examples: endless seeded batches without labels to adapt on, ordered batches to score."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adarank.data.spec import Split
+from adarank.data.splits import Splits
+from adarank.errors import DataError
+
+Batch = Mapping[str, Tensor]
+"""Keyword arguments of a network's forward; never labels."""
+
+_POOL = 16  # adaptation batches that are formed together, so that inputs of like length meet
+
+
+class Examples(Protocol):
+    """Encoded inputs of a task, by row number."""
+
+    lengths: Sequence[int]
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The inputs of some rows, padded to the longest of them."""
+        ...
+
+    def content(self) -> bytes:
+        """All encoded inputs as bytes, to tell two sets apart by."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's inputs, labels and splits.
+
+    Attributes:
+        labels: class number of each row, or None where the file gives none; read for scoring only.
+        notes: sentences about what was cut, dropped or odd, for the plan and the record.
+    """
+
+    name: str
+    metric: str
+    examples: Examples
+    labels: tuple[int | None, ...]
+    splits: Splits
+    seed: int
+    notes: tuple[str, ...] = ()
+
+    def adapt_batch(self, step: int, size: int) -> Batch:
+        """The inputs of an adaptation step: a pure function of (seed, step), so a resumed run sees the same ones.
+
+        Every pass goes through all rows of the adapt split in a new seeded order; near the pass's end batches do
+        not run over into the next one but are filled up from its beginning.
+        """
+        return self.examples.batch(self.adapt_rows(step, size))
+
+    def adapt_rows(self, step: int, size: int) -> tuple[int, ...]:
+        """Row numbers of an adaptation step."""
+        rows = self.splits.rows["adapt"]
+        if not rows:
+            raise DataError(
+                f"task '{self.name}': no rows to adapt on. Give its data an adapt split, or a larger adapt fraction."
+            )
+        per_pass = -(-len(rows) // size)
+        return self._pass(step // per_pass, size)[step % per_pass]
+
+    def _pass(self, number: int, size: int) -> tuple[tuple[int, ...], ...]:
+        return _one_pass(self.splits.rows["adapt"], tuple(self.examples.lengths), size, number, self.seed, self.name)
+
+    def scored_batches(self, split: Split, budget: int) -> Iterator[tuple[list[int], Batch]]:
+        """(row numbers, inputs) over a split, longest first, each batch at most `budget` padded tokens (or pixels' worth)."""
+        lengths = self.examples.lengths
+        order = sorted(self.splits.rows[split], key=lambda row: (-lengths[row], row))
+        while order:
+            count = max(1, budget // max(1, lengths[order[0]]))
+            yield order[:count], self.examples.batch(order[:count])
+            order = order[count:]
+
+    def first(self, split: Split, count: int) -> TaskData:
+        """The same task with at most `count` rows in one split: enough to watch predictions by."""
+        rows = {**self.splits.rows, split: self.splits.rows[split][:count]}
+        return replace(self, splits=Splits(rows, self.splits.dropped))
+
+    def fingerprint(self) -> str:
+        """Identifies the task's splits and encoded inputs."""
+        digest = hashlib.sha256(
+            repr((self.name, sorted(self.splits.rows.items()), list(self.examples.lengths))).encode()
+        )
+        digest.update(self.examples.content())
+        return digest.hexdigest()
+
+    def targets(self, rows: Sequence[int]) -> list[int]:
+        """Labels of some rows.
+
+        Raises:
+            DataError: the data has no labels to score with.
+        """
+        found = [self.labels[row] for row in rows]
+        if any(label is None for label in found):
+            raise DataError(
+                f"task '{self.name}': these rows carry no labels, so they cannot be scored. Name the label column under task: columns."
+            )
+        return [label for label in found if label is not None]
+
+
+@lru_cache(maxsize=64)
+def _one_pass(
+    rows: tuple[int, ...], lengths: tuple[int, ...], size: int, number: int, seed: int, name: str
+) -> tuple[tuple[int, ...], ...]:
+    """The batches of one pass: shuffled, sorted by length within pools of batches, the batches shuffled again."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{number}".encode()))
+    order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    missing = -len(order) % size
+    order += (order * (missing // len(order) + 1))[:missing]
+    batches: list[tuple[int, ...]] = []
+    for start in range(0, len(order), _POOL * size):
+        pool = sorted(order[start : start + _POOL * size], key=lambda row: lengths[row])
+        batches += [tuple(pool[i : i + size]) for i in range(0, len(pool), size)]
+    return tuple(batches[i] for i in torch.randperm(len(batches), generator=generator).tolist())

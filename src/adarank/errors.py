@@ -1,0 +1,55 @@
+"""The exceptions of adarank; `AdaRankError` catches them all.
+
+    AdaRankError
+    ├── RecipeError       the recipe, or a setting given from Python, is wrong
+    ├── CheckpointError   a checkpoint is missing, damaged or unsafe to read
+    ├── MismatchError     base and experts are not the same network
+    ├── DataError         a data file, column, label or split is unusable
+    ├── AdaptationError   adaptation cannot go on (a loss is not finite, ...)
+    ├── Interrupted       stopped by a signal; the state was saved
+    └── OutputError       the output cannot be written where it was asked for
+
+Every message is a sentence that says what, where, what was got and needed, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class AdaRankError(Exception):
+    """Base of every error that adarank raises on purpose."""
+
+
+class RecipeError(AdaRankError):
+    """The recipe, or a setting given from Python, is wrong."""
+
+
+class CheckpointError(AdaRankError):
+    """A checkpoint is missing, damaged or unsafe to read."""
+
+
+class MismatchError(AdaRankError):
+    """Base and experts are not the same network."""
+
+
+class DataError(AdaRankError):
+    """A data file, a column, a label or a split is unusable."""
+
+
+class AdaptationError(AdaRankError):
+    """Adaptation cannot go on."""
+
+
+class Interrupted(AdaRankError):
+    """Adaptation was stopped by a signal after its state was saved."""
+
+
+class OutputError(AdaRankError):
+    """The output cannot be written where it was asked for."""
+
+
+def itemise(heading: str, problems: Sequence[str], remedy: str = "") -> str:
+    """One message for all `problems`: a heading, a line each, and what to do."""
+    lines = [heading, *(f"  {problem}" for problem in problems)]
+    return "\n".join([*lines, remedy] if remedy else lines)

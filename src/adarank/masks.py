@@ -1,0 +1,118 @@
+"""Binary masks over singular components: how they are made, learned and kept.
+
+A mask is learned through one logit per component: kept when σ(logit/τ) ≥ 0.5, that is when the logit is
+not negative. The forward pass sees exactly 0 or 1; the backward pass the slope of the sigmoid (a straight-through
+estimator). AdaRank, Section 5 and Appendix A.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adarank.errors import CheckpointError
+from adarank.spectrum import top_count
+
+FILE = "masks.safetensors"
+_FORMAT = "adarank-masks-1"
+
+
+def top_mask(sizes: tuple[int, ...], share: float) -> Tensor:
+    """(K,) bool: the first `top_count(share, r)` of each task's r components."""
+    parts = [torch.arange(size) < top_count(share, size) for size in sizes if size]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
+
+
+def random_mask(mask: Tensor, sizes: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(K,) bool with each task's number of kept components in random places: the control of an ablation."""
+    parts = [own[torch.randperm(own.numel(), generator=generator)] for own in mask.split(sizes)]
+    return torch.cat(parts)
+
+
+def hard(logits: Tensor) -> Tensor:
+    """True where a component is kept: σ(logit/τ) ≥ 0.5 for every τ > 0."""
+    return logits >= 0
+
+
+def straight_through(grad_mask: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """dL/dlogit from dL/db: the slope of σ(logit/τ)."""
+    soft = torch.sigmoid(logits / temperature)
+    return grad_mask * soft * (1 - soft) / temperature
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """What adaptation found: enough to merge again without data or network.
+
+    Attributes:
+        origin: "pretrained" or "average".
+        tasks: the order of λ and of each mask's parts.
+        lam: tensor name -> (tasks,) float32 coefficients.
+        masks: matrix name -> (K,) bool over all tasks' components.
+        sizes: matrix name -> components per task.
+        about: how it was made: settings, input hashes.
+    """
+
+    origin: str
+    tasks: tuple[str, ...]
+    lam: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    sizes: Mapping[str, tuple[int, ...]]
+    about: Mapping[str, Any]
+
+    def kept_share(self) -> float:
+        """Share of all components that are kept."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        return sum(int(mask.sum()) for mask in self.masks.values()) / max(1, total)
+
+    def kept(self, name: str) -> list[int]:
+        """Components kept per task in one matrix."""
+        return [int(own.sum()) for own in self.masks[name].split(self.sizes[name])]
+
+    def save(self, path: Path) -> None:
+        """Write λ as float32 and the masks as bits."""
+        names = list(self.lam)
+        tensors = {"lambda": torch.stack([self.lam[name].float().cpu() for name in names])}
+        for name, mask in self.masks.items():
+            tensors[f"mask.{name}"] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
+        header = {"origin": self.origin, "tasks": list(self.tasks), "tensors": names, "about": dict(self.about),
+                  "sizes": {name: list(sizes) for name, sizes in self.sizes.items()}}  # fmt: skip
+        save_file(tensors, path, metadata={"format": _FORMAT, "header": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: Path) -> MaskFile:
+        """Read a masks file.
+
+        Raises:
+            CheckpointError: it is missing, damaged or not a masks file.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: not a whole masks file ({error}). Give the {FILE} of an adapted output."
+            ) from None
+        if metadata.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{path}: not a masks file of this version (needed format {_FORMAT}, got {metadata.get('format')})."
+            )
+        header = json.loads(metadata["header"])
+        lam = dict(zip(header["tensors"], tensors["lambda"], strict=True))
+        sizes = {name: tuple(parts) for name, parts in header["sizes"].items()}
+        masks = {n: _unpack(tensors[f"mask.{n}"], sum(parts)) for n, parts in sizes.items()}
+        return cls(header["origin"], tuple(header["tasks"]), lam, masks, sizes, header["about"])
+
+
+def _unpack(bits: Tensor, count: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()

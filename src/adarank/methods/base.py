@@ -1,0 +1,85 @@
+"""What a data-free method is, and the one loop over tensors.
+
+A method is a function of one tensor at a time, (origin, {task: task vector}) -> merged tensor, so a merge streams:
+in memory are a few copies of the largest tensor, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adarank.checkpoint import check_finite
+from adarank.settings import Settings
+from adarank.task_vectors import Network, OriginKind
+
+Deltas = Mapping[str, Tensor]
+"""task -> task vector of one tensor, float32, in the recipe's order. May compute each value when asked."""
+
+
+class Method(Settings):
+    """Base of the data-free methods: a frozen object of settings with two functions of one tensor.
+
+    Class attributes:
+        name: what recipes call it.
+        origin: what task vectors are counted from.
+        formula, source: one line each for the catalogue.
+        per_model: settings that each model of a recipe may carry.
+    """
+
+    name: ClassVar[str]
+    origin: ClassVar[OriginKind]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+    per_model: ClassVar[tuple[str, ...]] = ()
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """Merge one matrix (`decompose`). `origin` is float32 and may be mapped: never write to it."""
+        raise NotImplementedError
+
+    def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """Merge one tensor that is not decomposed (`scale`): by default as a matrix is."""
+        return self.merge_matrix(name, origin, deltas)
+
+    def origin_kind(self) -> OriginKind:
+        """What task vectors are counted from."""
+        return self.origin
+
+    def check(self, network: Network) -> None:
+        """Raise a `RecipeError` if the method cannot merge this network. Called before any work."""
+
+
+def weighted_sum(origin: Tensor, deltas: Deltas, coefficient: Callable[[str], float]) -> Tensor:
+    """origin + Σ_t coefficient(t)·δ_t, holding one task vector at a time."""
+    total = origin.clone()
+    for task, delta in deltas.items():
+        total.add_(delta, alpha=coefficient(task))
+    return total
+
+
+def merge_tensors(method: Method, network: Network, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the merged model that is not a head, in the network's order, one in memory at a time."""
+    with torch.no_grad():
+        for name in network.tensors:
+            yield name, merge_tensor(method, network, name, device)
+
+
+def merge_tensor(method: Method, network: Network, name: str, device: torch.device | str = "cpu") -> Tensor:
+    """One tensor of the merged model."""
+    action = network.choices[name].action
+    if action not in ("decompose", "scale"):
+        return network.kept(name)
+    origin = network.origin(name, method.origin_kind(), device)
+    deltas = network.deltas(name, origin)
+    merged = (
+        method.merge_matrix(name, origin, deltas) if action == "decompose" else method.merge_other(name, origin, deltas)
+    )
+    return check_finite(merged, name, f"the result of '{method.name}'")
+
+
+def settings_of(method: type[Settings]) -> dict[str, Any]:
+    """Setting -> default (None where it must be given)."""
+    return {field.alias or key: field.default for key, field in method.model_fields.items()}

@@ -1,0 +1,52 @@
+"""Linear: a weighted mean of models, as mergekit's `linear`.
+
+    merged = Σ_t w_t W_t / Σ_t w_t        (without the division when normalize is false)
+
+Needs no base: the models themselves are summed. Weights may differ per tensor (see `weights.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from adarank.errors import RecipeError
+from adarank.methods.base import Deltas, Method, weighted_sum
+from adarank.methods.weights import TensorWeights
+from adarank.task_vectors import Network, OriginKind
+
+
+class Linear(Method):
+    """Weighted mean of the models.
+
+    Arguments:
+        normalize: divide by the sum of the weights.
+        weights: given by the recipe's models (`parameters: {weight: …}`); 1 for models that give none.
+    """
+
+    name: ClassVar[str] = "linear"
+    origin: ClassVar[OriginKind] = "zero"
+    formula: ClassVar[str] = "W = Σ_t w_t W_t / Σ_t w_t"
+    source: ClassVar[str] = "mergekit's linear; Wortsman et al. 2022, arXiv:2203.05482"
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
+
+    normalize: bool = Field(True, description="divide by the sum of the weights")
+    weights: TensorWeights = Field(TensorWeights({}, ()), exclude=True)
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        total = weighted_sum(torch.zeros_like(origin), deltas, lambda task: self.weights.of(task, name))
+        return total / self._total(name, deltas) if self.normalize else total
+
+    def check(self, network: Network) -> None:
+        for name in network.merged():
+            if self.normalize and abs(self._total(name, network.experts)) < 1e-8:
+                raise RecipeError(
+                    f"linear: the weights of tensor '{name}' sum to 0. Change them, or set normalize: false."
+                )
+
+    def _total(self, name: str, tasks: Iterable[str]) -> float:
+        return sum(self.weights.of(task, name) for task in tasks)

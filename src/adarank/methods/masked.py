@@ -1,0 +1,77 @@
+"""Masked: merge again from a masks file, without data or network.
+
+    merged = origin + Σ_t λ_t · U_t diag(b_t ∘ s_t) V_tᵀ        matrices
+    merged = origin + Σ_t λ_t · δ_t                             all other tensors
+
+The masks b and coefficients λ are those that adaptation saved; the result is what adaptation evaluated.
+AdaRank (arXiv:2503.22178), Equation 5.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from adarank.blocks import scaled_block, task_vector_blocks
+from adarank.errors import MismatchError, itemise
+from adarank.masks import MaskFile
+from adarank.methods.base import Deltas, Method
+from adarank.task_vectors import Network, OriginKind
+
+
+class Masked(Method):
+    """A saved masks file applied to base and experts. Needs no data.
+
+    Arguments:
+        masks: the masks file of an adapted output (a path in a recipe).
+    """
+
+    name: ClassVar[str] = "masked"
+    formula: ClassVar[str] = "W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ"
+    source: ClassVar[str] = "Lee et al. 2025, arXiv:2503.22178, Eq. 5"
+
+    masks: MaskFile = Field(description="masks file of an adapted output")
+
+    def origin_kind(self) -> OriginKind:
+        return "average" if self.masks.origin == "average" else "pretrained"
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        blocks = task_vector_blocks(origin, deltas, name)
+        return blocks.compose(self.masks.lam[name], self.masks.masks[name])
+
+    def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        blocks = scaled_block(origin, deltas)
+        return blocks.compose(self.masks.lam[name], self.masks.lam[name].new_zeros(0).bool())
+
+    def check(self, network: Network) -> None:
+        problems = []
+        if set(self.masks.tasks) != set(network.tasks):
+            problems.append(
+                f"tasks {sorted(self.masks.tasks)} in the masks file, {sorted(network.tasks)} in the recipe"
+            )
+        elif self.masks.tasks != network.tasks:
+            problems.append(
+                f"tasks in the order {list(self.masks.tasks)} in the masks file, {list(network.tasks)} in the recipe"
+            )
+        for name in network.merged():
+            problems += self._fit(network, name)
+        if problems:
+            raise MismatchError(
+                itemise("The masks file is of another merge.", problems[:20], "Use the recipe that it was made with.")
+            )
+
+    def _fit(self, network: Network, name: str) -> list[str]:
+        if name not in self.masks.lam:
+            return [f"{name}: no λ in the masks file"]
+        if network.choices[name].action != "decompose":
+            return []
+        shape = network.tensors[name].shape
+        rank = min(shape[0], network.tensors[name].numel // shape[0])
+        sizes = self.masks.sizes.get(name, ())
+        return (
+            []
+            if sizes == (rank,) * len(network.experts)
+            else [f"{name}: {sizes} components per task in the masks file, {rank} here"]
+        )

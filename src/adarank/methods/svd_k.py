@@ -1,0 +1,49 @@
+"""Rank-reduced Task Arithmetic (SVD_k): each task vector cut to its top directions, then summed.
+
+    merged = base + λ · Σ_t top_k(τ_t)        k = max(1, ⌊rank · r⌋)
+
+AdaRank (arXiv:2503.22178), Equation 2; at full rank it is Task Arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from adarank.methods.base import Deltas, Method, weighted_sum
+from adarank.spectrum import decompose, top_count
+from adarank.task_vectors import OriginKind
+
+
+class SVDk(Method):
+    """Task Arithmetic with low-rank task vectors. Needs no data.
+
+    Arguments:
+        rank: share of each matrix's singular components to keep, in (0, 1].
+        scale: λ, multiplies the summed task vectors, of matrices and of all other tensors alike.
+    """
+
+    name: ClassVar[str] = "svd_k"
+    origin: ClassVar[OriginKind] = "pretrained"
+    formula: ClassVar[str] = "W = W₀ + λ Σ_t SVD_k(τ_t)"
+    source: ClassVar[str] = "Lee et al. 2025, arXiv:2503.22178, Eq. 2"
+
+    rank: float = Field(0.16, gt=0, le=1, description="share of singular components kept")
+    scale: float = Field(0.3, alias="lambda", description="λ")
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        return low_rank_sum(name, origin, deltas, self.rank, self.scale)
+
+    def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        return weighted_sum(origin, deltas, lambda task: self.scale)
+
+
+def low_rank_sum(name: str, origin: Tensor, deltas: Deltas, rank: float, scale: float) -> Tensor:
+    """origin + scale · Σ_t top_k(δ_t), with one SVD in memory at a time."""
+    total = origin.clone()
+    for delta in deltas.values():
+        spectrum = decompose(delta, name)
+        total.add_(spectrum.reconstruct(top_count(rank, spectrum.s.numel())).reshape(origin.shape), alpha=scale)
+    return total

@@ -1,0 +1,46 @@
+"""Task Arithmetic: add the scaled task vectors to the base.
+
+    merged = base + λ · Σ_t w_t τ_t        τ_t = W_t - base
+
+Ilharco et al., "Editing Models with Task Arithmetic", arXiv:2212.04089. With per-model weights it is mergekit's
+`task_arithmetic`, whose λ is 1 unless said; without them λ = 0.3, the paper's value for eight tasks.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from adarank.methods.base import Deltas, Method, weighted_sum
+from adarank.methods.weights import TensorWeights
+from adarank.task_vectors import OriginKind
+
+
+class TaskArithmetic(Method):
+    """Scaled sum of task vectors. Needs no data.
+
+    Arguments:
+        scale: λ. If not given: 1 when models carry weights (as in mergekit), else 0.3.
+        normalize: divide by the sum of the weights.
+        weights: given by the recipe's models (`parameters: {weight: …}`); 1 for models that give none.
+    """
+
+    name: ClassVar[str] = "task_arithmetic"
+    origin: ClassVar[OriginKind] = "pretrained"
+    formula: ClassVar[str] = "W = W₀ + λ Σ_t w_t τ_t"
+    source: ClassVar[str] = "Ilharco et al. 2023, arXiv:2212.04089"
+    per_model: ClassVar[tuple[str, ...]] = ("weight",)
+
+    scale: float | None = Field(None, alias="lambda", description="λ: 0.3, or 1 when models carry weights")
+    normalize: bool = Field(False, description="divide by the sum of the weights")
+    weights: TensorWeights | None = Field(None, exclude=True)
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        weights = {task: self.weights.of(task, name) if self.weights else 1.0 for task in deltas}
+        default = 1.0 if self.weights else 0.3
+        scale = default if self.scale is None else self.scale
+        total = sum(weights.values())
+        divisor = total if self.normalize and abs(total) > 1e-8 else 1.0
+        return weighted_sum(origin, deltas, lambda task: scale * weights[task] / divisor)

@@ -1,0 +1,78 @@
+"""Per-model weights as mergekit's recipes write them, resolved to one number per tensor.
+
+weight: 0.5                                     the same for every tensor
+weight: [0, 0.5, 1]                             a gradient over the layers, interpolated linearly
+weight: [{filter: mlp, value: 0.5}, 1.0]        the first entry whose filter is part of the tensor's name
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adarank.errors import RecipeError
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+class TensorWeights:
+    """Model -> weight, for each tensor of a network.
+
+    Arguments:
+        settings: model -> weight as a recipe writes it; models left out have weight 1.
+        names: every tensor's name; gradients run from the first layer (0) to the last (1), and tensors
+            outside the layers take a gradient's first value.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], names: Sequence[str]) -> None:
+        self._settings = settings
+        layers = [int(match.group(1)) for name in names if (match := _LAYER.search(name))]
+        self._last = max(layers, default=0)
+        for task, setting in settings.items():
+            for name in names:
+                self.of(task, name) if setting is not None else None
+
+    def of(self, task: str, name: str) -> float:
+        """The weight of a model in one tensor.
+
+        Raises:
+            RecipeError: the setting is not a number, a gradient or a list of filters that covers the tensor.
+        """
+        return self._value(task, self._settings.get(task, 1.0), name)
+
+    def _value(self, task: str, setting: Any, name: str) -> float:
+        if isinstance(setting, (int, float)) and not isinstance(setting, bool):
+            return float(setting)
+        if isinstance(setting, Mapping):
+            setting = [setting]
+        if isinstance(setting, list) and setting and all(isinstance(v, (int, float)) for v in setting):
+            return self._gradient([float(v) for v in setting], name)
+        if isinstance(setting, list):
+            return self._filtered(task, setting, name)
+        raise RecipeError(
+            f"models: weight of '{task}' must be a number, a list of numbers or a list of filters, got {setting!r}."
+        )
+
+    def _filtered(self, task: str, entries: list[Any], name: str) -> float:
+        for entry in entries:
+            if not isinstance(entry, Mapping):
+                return self._value(task, entry, name)
+            if set(entry) - {"filter", "value"} or "value" not in entry:
+                raise RecipeError(
+                    f"models: weight of '{task}': a filter entry has 'value' and perhaps 'filter', got {dict(entry)!r}."
+                )
+            wanted = entry.get("filter")
+            if wanted is None or wanted == "*" or wanted in name:
+                return self._value(task, entry["value"], name)
+        raise RecipeError(
+            f"models: no filter in the weight of '{task}' covers tensor '{name}'. End the list with a plain value."
+        )
+
+    def _gradient(self, values: list[float], name: str) -> float:
+        match = _LAYER.search(name)
+        position = int(match.group(1)) / self._last if match and self._last else 0.0
+        scaled = position * (len(values) - 1)
+        low = int(scaled)
+        high = min(low + 1, len(values) - 1)
+        return (1 - (scaled - low)) * values[low] + (scaled - low) * values[high]

@@ -1,0 +1,108 @@
+"""Text classifiers: any architecture of `AutoModelForSequenceClassification`, one or two sentences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adarank.data.read import Table
+from adarank.data.spec import TaskSpec
+from adarank.data.task import Batch
+from adarank.errors import CheckpointError, DataError
+
+
+class TextExamples:
+    """Tokenised inputs, padded when a batch is formed."""
+
+    def __init__(self, tokenizer: Any, encoded: dict[str, list[list[int]]]) -> None:
+        self._tokenizer, self._encoded = tokenizer, encoded
+        self.lengths: Sequence[int] = [len(ids) for ids in encoded["input_ids"]]
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        features = {key: [values[row] for row in rows] for key, values in self._encoded.items()}
+        padded: Batch = self._tokenizer.pad(features, return_tensors="pt")
+        return dict(padded)
+
+    def content(self) -> bytes:
+        return repr(sorted(self._encoded.items())).encode()
+
+
+class TextClassifiers:
+    """The family of `AutoModelForSequenceClassification`."""
+
+    kind = "text-classification"
+    keep_embeddings = True
+    token_budget = 8192
+
+    def load(self, folder: Path) -> nn.Module:
+        from transformers import AutoModelForSequenceClassification
+
+        module = load_quietly(AutoModelForSequenceClassification, folder)
+        config: Any = module.config
+        if config.pad_token_id is None:  # models without padding, such as GPT-2, find an input's end by this id
+            config.pad_token_id = _tokenizer(folder).pad_token_id
+        return module
+
+    def columns(self, spec: TaskSpec) -> list[str]:
+        return [spec.columns.text, *([spec.columns.text_pair] if spec.columns.text_pair else [])]
+
+    def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[TextExamples, list[str]]:
+        texts = [[str(value) for value in table[column]] for column in self.columns(spec)]
+        tokenizer = _tokenizer(folder)
+        encoded = tokenizer(*texts, truncation=True, max_length=spec.max_length)
+        cut = sum(len(ids) >= spec.max_length for ids in encoded["input_ids"])
+        if not encoded["input_ids"]:
+            raise DataError(f"task '{spec.name}': no inputs.")
+        notes = (
+            [f"{cut} of {len(texts[0])} inputs reach the limit of {spec.max_length} tokens and are cut there"]
+            if cut
+            else []
+        )
+        return TextExamples(tokenizer, dict(encoded)), notes
+
+    def logits(self, module: nn.Module, batch: Batch) -> Tensor:
+        out: Tensor = module(**batch).logits
+        return out.float()
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: no usable tokenizer ({str(error).splitlines()[0]}). Copy the tokenizer's files beside the weights."
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_quietly(auto_class: Any, folder: Path) -> nn.Module:
+    """A model of `folder` in float32 and evaluation mode, without the loader's own progress bars and notes.
+
+    Raises:
+        CheckpointError: the folder's config and weights make no model of this class.
+    """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        module: nn.Module = auto_class.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be loaded as {auto_class.__name__} ({str(error).splitlines()[0][:200]}). Check config.json and the weights."
+        ) from None
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+    return module.to(torch.float32).eval()

@@ -1,0 +1,131 @@
+"""What a merge will do, from headers alone: every tensor's action, the output's layout, the peak memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adarank.checkpoint import Checkpoint
+from adarank.errors import AdaRankError, CheckpointError, itemise
+from adarank.hub import resolve
+from adarank.models import FAMILIES, Family
+from adarank.recipe import Recipe
+from adarank.task_vectors import Network, align
+
+_RUNTIME_BYTES = 300 * 2**20  # PyTorch and Python themselves
+
+
+@dataclass(frozen=True)
+class Job:
+    """A validated recipe with its opened, aligned checkpoints.
+
+    Attributes:
+        folders: task -> folder of its expert.
+        family: the kind of model, if the recipe's models have tasks.
+    """
+
+    recipe: Recipe
+    base: Checkpoint | None
+    experts: dict[str, Checkpoint]
+    network: Network
+    family: Family | None
+
+    @property
+    def root(self) -> Checkpoint:
+        """The base, or the first expert when there is none."""
+        return self.base or next(iter(self.experts.values()))
+
+    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The output's tensors: name -> (shape, dtype). Floats take the asked dtype, by default the base's own."""
+        asked = self.recipe.output_dtype()
+        return {
+            name: (info.shape, asked if asked is not None and info.dtype.is_floating_point else info.dtype)
+            for name, info in self.network.tensors.items()
+        }
+
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of every input file, by checkpoint."""
+        checkpoints = {**({"base": self.base} if self.base else {}), **self.experts}
+        return {name: checkpoint.sha256() for name, checkpoint in checkpoints.items()}
+
+
+def open_job(recipe: Recipe) -> Job:
+    """Open and align everything that a recipe names. Reads headers only.
+
+    Raises:
+        AdaRankError: what cannot be opened or does not fit, all at once.
+    """
+    opened: dict[str, Checkpoint] = {}
+    problems: list[str] = []
+    wanted = {
+        **({"base": recipe.base_model} if recipe.base_model else {}),
+        **{t: e.model for t, e in recipe.experts.items()},
+    }
+    for name, reference in wanted.items():
+        try:
+            opened[name] = Checkpoint(resolve(reference, recipe.folder), reference)
+        except AdaRankError as error:
+            problems.append(str(error))
+    if len(problems) == 1:
+        raise CheckpointError(problems[0])
+    if problems:
+        raise CheckpointError(itemise(f"{len(problems)} checkpoints cannot be read:", problems))
+    base = opened.pop("base", None) if recipe.base_model else None
+    family = FAMILIES[next(iter(recipe.kinds))] if recipe.kinds else None
+    network = align(base, opened, recipe.select, bool(family and family.keep_embeddings), family is not None)
+    job = Job(recipe, base, opened, network, family)
+    if not recipe.adaptive:
+        recipe.method(network.merged()).check(network)
+    return job
+
+
+def peak_bytes(job: Job) -> int:
+    """Predicted peak of anonymous memory in bytes, without the activations of adaptation's batches."""
+    merged = [job.network.tensors[name] for name in job.network.merged()]
+    tasks = len(job.experts)
+    if not job.recipe.adaptive:
+        # origin, running sum, one task vector and its cast source, one SVD (U, V, workspace)
+        factor = 4 + (5 if job.recipe.merge_method in ("svd_k", "cart") else 0)
+        factor += 3 * tasks if job.recipe.merge_method == "masked" else 0
+        return _RUNTIME_BYTES + factor * 4 * max((info.numel for info in merged), default=0)
+    total = 0
+    for info in merged:
+        total += (tasks + 3) * info.numel  # task vectors, origin, live weight, gradient
+        if job.network.choices[info.name].action == "decompose":
+            rows = info.shape[0]
+            columns = info.numel // rows
+            total += tasks * min(rows, columns) * (rows + columns)
+    kept = sum(i.numel for n, i in job.network.tensors.items() if job.network.choices[n].action == "keep")
+    heads = sum(job.network.experts[t].info(n).numel for t in job.experts for n in job.network.heads[t])
+    return _RUNTIME_BYTES + 4 * (total + kept + heads)
+
+
+def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
+    """The plan as plain data: what `adarank plan` shows and what a record keeps."""
+    network = job.network
+    layout = job.layout()
+    actions = Counter(choice.action for choice in network.choices.values())
+    members = {**({"base": network.base} if network.base else {}), **network.experts}
+    return {
+        "merge_method": job.recipe.merge_method,
+        "tasks": list(network.tasks),
+        "actions": dict(actions),
+        "tensors": {
+            name: {
+                "action": choice.action,
+                "reason": choice.reason,
+                "shape": list(layout[name][0]),
+                "dtype": str(layout[name][1]).removeprefix("torch."),
+            }
+            for name, choice in network.choices.items()
+        },
+        "heads": {task: list(names) for task, names in network.heads.items()},
+        "dropped": {name: dict(member.dropped) for name, member in members.items() if member.dropped},
+        "output_bytes": sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values()),
+        "peak_bytes": peak_bytes(job),
+        "out": str(out) if out else None,
+    }

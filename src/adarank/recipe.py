@@ -1,0 +1,181 @@
+"""Recipes: mergekit's YAML dialect, extended by what adaptation and evaluation need."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import Field
+
+from adarank.adapt.loop import AdaptSettings
+from adarank.adapt.methods import ADAPTIVE, AdaptiveMethod, with_preset
+from adarank.data.spec import DataSettings, TaskSpec
+from adarank.errors import RecipeError, itemise
+from adarank.masks import MaskFile
+from adarank.methods import METHODS, Method
+from adarank.methods.weights import TensorWeights
+from adarank.select import Select
+from adarank.settings import Settings, nearest, parse
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+# What mergekit's dialect has and this tool does not do: named, so that the error says more than "unknown key".
+_NOT_DONE = {
+    "slices": "Layer slices (frankenmerging) are not merged here; list whole models under models.",
+    "modules": "Module-wise recipes are not merged here; list whole models under models.",
+    "tokenizer": "Vocabularies are never resized here; all models must share the base's.",
+    "chat_template": "Edit tokenizer_config.json of the output instead.",
+}
+
+
+class ModelEntry(Settings):
+    """One expert: where it is, its own parameters, and its task."""
+
+    model: str
+    parameters: dict[str, Any] = Field({}, description="settings")
+    task: TaskSpec | None = None
+
+
+class AdaptBlock(AdaptSettings):
+    """The `adapt` block: the loop's settings and perhaps a preset that gives their defaults."""
+
+    preset: str | None = Field(None, description="released settings to start from")
+
+
+class Recipe(Settings):
+    """A whole recipe. `folder` is where its relative paths count from."""
+
+    merge_method: str
+    models: tuple[ModelEntry, ...]
+    base_model: str | None = None
+    parameters: dict[str, Any] = Field({}, description="settings")
+    select: Select = Select()
+    dtype: _Dtype | None = None
+    out_dtype: _Dtype | None = None
+    tokenizer_source: Literal["base"] | None = None
+    adapt: AdaptBlock | None = None
+    data: DataSettings = DataSettings()
+    seed: int = 0
+    device: str = "cpu"
+    folder: Path = Field(Path("."), exclude=True)
+
+    @property
+    def adaptive(self) -> bool:
+        return self.merge_method in ADAPTIVE
+
+    @property
+    def experts(self) -> dict[str, ModelEntry]:
+        """Task name -> model. The base, if it is listed among the models as mergekit allows, is no expert."""
+        uses_base = self.merge_method != "linear"
+        entries = [m for m in self.models if not (uses_base and m.model == self.base_model and m.task is None)]
+        return dict(zip(_task_names(entries), entries, strict=True))
+
+    @property
+    def kinds(self) -> set[str]:
+        return {entry.task.kind for entry in self.experts.values() if entry.task}
+
+    def output_dtype(self) -> torch.dtype | None:
+        """The dtype of the output, or None for each tensor's own in the base."""
+        name = self.out_dtype or self.dtype
+        return DTYPES[name] if name else None
+
+    def adaptation(self) -> tuple[AdaptiveMethod, AdaptSettings]:
+        """The adaptive method and its loop's settings."""
+        given = self.adapt.model_dump(exclude_unset=True, exclude={"preset"}) if self.adapt else {}
+        return with_preset(self.merge_method, self.parameters, given, self.adapt.preset if self.adapt else None)
+
+    def method(self, names: list[str]) -> Method:
+        """The data-free method with its settings; `names` are the tensors that per-model weights apply to."""
+        kind = METHODS[self.merge_method]
+        values = dict(self.parameters)
+        experts = self.experts
+        if "weight" in kind.per_model:
+            weights = {t: e.parameters["weight"] for t, e in experts.items() if "weight" in e.parameters}
+            if "weight" in values:  # a global default for models that give none, as mergekit has it
+                weights = {t: weights.get(t, values["weight"]) for t in experts}
+                del values["weight"]
+            if weights:
+                values["weights"] = TensorWeights(weights, names)
+        if self.merge_method == "masked" and isinstance(values.get("masks"), str):
+            values["masks"] = MaskFile.load(self.folder / values["masks"])
+        return parse(kind, values, f"parameters of '{self.merge_method}'")
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and validate a recipe.
+
+    Raises:
+        RecipeError: it is missing, no YAML, or has problems; all of them are listed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe. Give a YAML file.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a mapping of settings was needed, got {type(values).__name__}.")
+    return parse_recipe(values, path.resolve().parent, str(path))
+
+
+def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
+    """Validate a recipe given as a mapping."""
+    for key, reason in _NOT_DONE.items():
+        if key in values:
+            raise RecipeError(f"{where}: '{key}' is not supported. {reason}")
+    recipe = parse(Recipe, {**values, "folder": folder}, where)
+    known = [*METHODS, *ADAPTIVE]
+    if recipe.merge_method not in known:
+        raise RecipeError(
+            f"{where}: unknown merge_method '{recipe.merge_method}'.{nearest(recipe.merge_method, known)}"
+        )
+    _check(recipe, where)
+    return recipe
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """What single fields cannot know of each other. All problems at once."""
+    problems = []
+    if not recipe.experts:
+        problems.append("models: no expert is given. A merge needs at least one.")
+    if recipe.adapt is not None and not recipe.adaptive:
+        problems.append(
+            f"adapt: '{recipe.merge_method}' needs no data and does not adapt. Remove the block, or use one of {', '.join(ADAPTIVE)}."
+        )
+    allowed = () if recipe.adaptive else METHODS[recipe.merge_method].per_model
+    for task, entry in recipe.experts.items():
+        for key in entry.parameters:
+            if key not in allowed:
+                problems.append(
+                    f"models: '{task}' has parameter '{key}', which '{recipe.merge_method}' does not take.{nearest(key, allowed) if allowed else ''}"
+                )
+    if len(recipe.kinds) > 1:
+        problems.append(
+            f"models: tasks of different kinds ({', '.join(sorted(recipe.kinds))}) cannot share one network."
+        )
+    needs_base = recipe.adaptive or METHODS[recipe.merge_method].__dict__.get("origin") not in ("zero", "average")
+    if needs_base and recipe.base_model is None and recipe.merge_method != "masked":
+        problems.append(f"base_model: '{recipe.merge_method}' needs the model that the experts were fine-tuned from.")
+    if recipe.adaptive:
+        problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' adapts on its inputs." for t, e in recipe.experts.items()
+                     if e.task is None or e.task.data is None]  # fmt: skip
+        recipe.adaptation()
+    if problems:
+        raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems))
+
+
+def _task_names(entries: list[ModelEntry]) -> list[str]:
+    """Each expert's task name: as given, else the last part of its path; made unique by a number."""
+    names = [e.task.name if e.task and e.task.name else Path(e.model.split("@")[0]).name for e in entries]
+    counts = Counter(names)
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if counts[name] == 1 else f"{name}-{seen[name]}")
+    return unique

@@ -1,0 +1,72 @@
+"""Settings: flat, frozen, validated objects that sit beside the code they steer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from adarank.errors import RecipeError, itemise
+
+
+class Settings(BaseModel):
+    """A frozen pydantic model that refuses unknown keys. Fields may be given by name or alias."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, arbitrary_types_allowed=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the closest of `known`, or the whole list when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(names)}."
+
+
+def parse(kind: type[S], values: Mapping[str, Any], where: str) -> S:
+    """`kind(**values)`, with every problem of `values` in one `RecipeError` that names `where`."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [_sentence(kind, problem) for problem in error.errors()]
+        raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems)) from None
+
+
+def _sentence(kind: type[BaseModel], problem: Any) -> str:
+    location = problem["loc"]
+    path = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: unknown key.{nearest(str(location[-1]), _keys_at(kind, location[:-1]))}"
+    got = "" if problem["type"] == "missing" else f" (got {_short(problem['input'])})"
+    return f"{path or 'value'}: {problem['msg']}{got}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_at(kind: type[BaseModel], location: Iterable[Any]) -> list[str]:
+    """The keys allowed at a path inside nested settings."""
+    current: type[BaseModel] = kind
+    for part in location:
+        field = current.model_fields.get(str(part)) or _by_alias(current, str(part))
+        inner = _settings_in(field.annotation) if field is not None else None
+        current = inner or current
+    return [field.alias or name for name, field in current.model_fields.items()]
+
+
+def _by_alias(kind: type[BaseModel], alias: str) -> Any:
+    return next((field for field in kind.model_fields.values() if field.alias == alias), None)
+
+
+def _settings_in(annotation: Any) -> type[BaseModel] | None:
+    """The first settings class inside a type such as `list[ModelEntry]` or `Adapt | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (_settings_in(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((found for found in inner if found is not None), None)

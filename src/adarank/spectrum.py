@@ -1,0 +1,80 @@
+"""The singular value decomposition of task vectors.
+
+τ = U diag(s) Vᵀ        s ≥ 0, descending; r = min(rows, columns) singular components
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adarank.errors import AdaptationError
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A decomposed matrix.
+
+    Attributes:
+        u: (rows, r) left singular vectors as columns.
+        s: (r,) singular values, descending.
+        v: (columns, r) right singular vectors as columns.
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+
+    def reconstruct(self, keep: int | None = None) -> Tensor:
+        """The matrix from its first `keep` components (all if not given), shape (rows, columns)."""
+        k = self.s.numel() if keep is None else keep
+        return (self.u[:, :k] * self.s[:k]) @ self.v[:, :k].T
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A tensor as (out, everything else): kernels (out, in, k, k) become (out, in·k·k)."""
+    return tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
+
+
+def decompose(matrix: Tensor, name: str = "matrix") -> Spectrum:
+    """The SVD of `matrix` (of any shape, taken as (out, rest)), in its own precision.
+
+    Where the fast driver does not converge the SVD is done again in float64 and cast back.
+
+    Raises:
+        AdaptationError: neither converges; names the tensor.
+    """
+    flat = as_matrix(matrix)
+    for dtype in (flat.dtype, torch.float64):
+        try:
+            u, s, vh = torch.linalg.svd(flat.to(dtype), full_matrices=False)
+        except RuntimeError as error:  # torch.linalg.LinAlgError, which PyTorch's stubs do not name
+            if "converge" not in str(error):
+                raise
+            continue
+        if torch.isfinite(s).all():
+            return Spectrum(u.to(flat.dtype).contiguous(), s.to(flat.dtype), vh.T.to(flat.dtype).contiguous())
+    raise AdaptationError(
+        f"{name}: the SVD of its task vector does not converge, in float64 either. Check the tensor for extreme values."
+    )
+
+
+def top_count(share: float, rank: int) -> int:
+    """How many of `rank` components a share keeps: ⌊share·rank⌋, at least 1 (CART's k)."""
+    return min(rank, max(1, math.floor(share * rank + 1e-9)))
+
+
+def energy(s: Tensor) -> float:
+    """Σσ²: the squared Frobenius norm of the matrix."""
+    return float(s.double().square().sum())
+
+
+def effective_rank(s: Tensor, share: float = 0.95) -> int:
+    """The number of top components that hold `share` of the energy (AdaRank, Figure 3). 0 for a zero matrix."""
+    cumulative = s.double().square().cumsum(0)
+    if cumulative.numel() == 0 or cumulative[-1] == 0:
+        return 0
+    return int((cumulative < share * cumulative[-1]).sum()) + 1

