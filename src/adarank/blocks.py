@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adarank.spectrum import Spectrum, as_matrix, decompose
+from adarank.task_vectors import Network, OriginKind
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,17 @@ class Blocks:
             shares.append((from_dense, torch.nonzero(own != from_dense).squeeze(1) + start))
             start += own.numel()
         return shares
+
+
+def build_blocks(network: Network, origin_kind: OriginKind, device: torch.device | str = "cpu") -> dict[str, Blocks]:
+    """Origin, task vectors and spectra of every merged tensor of a network."""
+    blocks = {}
+    for name in network.merged():
+        origin = network.origin(name, origin_kind, device)
+        deltas = network.deltas(name, origin)
+        decomposed = network.choices[name].action == "decompose"
+        blocks[name] = task_vector_blocks(origin, deltas, name) if decomposed else scaled_block(origin, deltas)
+    return blocks
 
 
 def scaled_block(origin: Tensor, deltas: Mapping[str, Tensor]) -> Blocks:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from sklearn.metrics import accuracy_score, matthews_corrcoef
 from torch import Tensor, nn
 
 from adarank.data.spec import Split
@@ -49,6 +48,8 @@ class Table:
 
 def score(labels: Sequence[int], predictions: Sequence[int], metric: str) -> float:
     """Accuracy or Matthews correlation, ×100."""
+    from sklearn.metrics import accuracy_score, matthews_corrcoef  # imported on use: it is slow, and merging needs none
+
     if metric == "matthews":
         return 100 * float(matthews_corrcoef(labels, predictions))
     return 100 * float(accuracy_score(labels, predictions))

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from adarank.adapt.live import Learn, LiveWeights
 from adarank.adapt.loop import History, Loss, Progress, adapt
-from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.objective import entropy
-from adarank.blocks import Blocks, scaled_block, task_vector_blocks
+from adarank.blocks import build_blocks
 from adarank.checkpoint import Checkpoint, check_finite
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
@@ -117,18 +116,6 @@ def build_models(job: Job) -> TaskModels:
     return models
 
 
-def build_blocks(job: Job, origin_kind: str) -> dict[str, Blocks]:
-    """Origin, task vectors and spectra of every merged tensor, on the recipe's device."""
-    blocks = {}
-    network = job.network
-    for name in network.merged():
-        origin = network.origin(name, "average" if origin_kind == "average" else "pretrained", job.recipe.device)
-        deltas = network.deltas(name, origin)
-        decomposed = network.choices[name].action == "decompose"
-        blocks[name] = task_vector_blocks(origin, deltas, name) if decomposed else scaled_block(origin, deltas)
-    return blocks
-
-
 def entropy_losses(job: Job, models: TaskModels, data: Mapping[str, TaskData], batch_size: int) -> dict[str, Loss]:
     """task -> entropy of the task's predictions on the batch of a step."""
     family = _family(job)
@@ -154,7 +141,7 @@ def _adapt(
     note("Decomposing the task vectors")
     live = LiveWeights(
         {name: models.shared[name] for name in job.network.merged()},
-        build_blocks(job, method.origin),
+        build_blocks(job.network, method.origin, job.recipe.device),
         Learn(method.learn_masks, method.learn_lambda, settings.temperature, settings.clamp),
         method.scale,
         method.rank,
@@ -175,22 +162,10 @@ def _adapt(
         progress,
     )
     watched = {task: {"before": before[task], "after": after} for task, after in _watch(job, models, data).items()}
-    masks = mask_file(
-        live,
-        job.network.tasks,
-        method,
-        {"settings": record["settings"], "inputs": record["inputs"], "seed": job.recipe.seed},
-    )
+    about = {"settings": record["settings"], "inputs": record["inputs"], "seed": job.recipe.seed}
+    masks = live.mask_file(job.network.tasks, method.origin, about)
     found = _found(history, live, job, watched, data)
     return masks, _live_tensors(job, live), found
-
-
-def mask_file(live: LiveWeights, tasks: tuple[str, ...], method: AdaptiveMethod, about: Mapping[str, Any]) -> MaskFile:
-    """The masks and λ that the live weights hold now."""
-    lam = dict(zip(live.blocks, live.used_lam().detach().float().clone(), strict=True))
-    sizes = {name: block.sizes for name, block in live.blocks.items() if block.components}
-    masks = {name: mask.clone() for name, mask in live.masks().items() if name in sizes}
-    return MaskFile(method.origin, tasks, lam, masks, sizes, about)
 
 
 def _live_tensors(job: Job, live: LiveWeights) -> Iterator[tuple[str, Tensor]]:

@@ -60,7 +60,7 @@ class Recipe(Settings):
     adapt: AdaptBlock | None = None
     data: DataSettings = DataSettings()
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     folder: Path = Field(Path("."), exclude=True)
 
     @property
@@ -112,15 +112,28 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: it is missing, no YAML, or has problems; all of them are listed.
     """
     path = Path(path)
+    values = _read_yaml(path, ())
+    return parse_recipe(values, path.resolve().parent, str(path))
+
+
+def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping in a recipe file. `extends: other.yaml` gives the keys that the file itself does not."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe. Give a YAML file.")
+    if path.resolve() in inside:
+        raise RecipeError(f"{path}: extends itself, by way of {inside[-1]}. Remove one of the extends lines.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a mapping of settings was needed, got {type(values).__name__}.")
-    return parse_recipe(values, path.resolve().parent, str(path))
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str) or (path.parent / parent).resolve().parent != path.resolve().parent:
+        raise RecipeError(f"{path}: extends must name a recipe in the same folder, got {parent!r}.")
+    return {**_read_yaml(path.parent / parent, (*inside, path.resolve())), **values}
 
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
@@ -129,6 +142,8 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
         if key in values:
             raise RecipeError(f"{where}: '{key}' is not supported. {reason}")
     recipe = parse(Recipe, {**values, "folder": folder}, where)
+    if recipe.device == "auto":
+        recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     known = [*METHODS, *ADAPTIVE]
     if recipe.merge_method not in known:
         raise RecipeError(

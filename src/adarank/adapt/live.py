@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adarank.blocks import Blocks
-from adarank.masks import hard, straight_through, top_mask
+from adarank.masks import MaskFile, hard, straight_through, top_mask
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,13 @@ class LiveWeights:
     def masks(self) -> dict[str, Tensor]:
         """Tensor name -> (components,) bool."""
         return dict(zip(self.blocks, hard(self.logits).split(self._parts), strict=True))
+
+    def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile:
+        """The masks and λ of this moment, as the file that the method `masked` applies."""
+        lam = dict(zip(self.blocks, self.used_lam().detach().float().clone(), strict=True))
+        sizes = {name: block.sizes for name, block in self.blocks.items() if block.components}
+        masks = {name: mask.clone() for name, mask in self.masks().items() if name in sizes}
+        return MaskFile(origin, tasks, lam, masks, sizes, about)
 
     def kept_share(self) -> float:
         """Share of all components that are kept now; 1 if there are none."""

@@ -89,7 +89,9 @@ def share(modules: Mapping[str, nn.Module], network: Network) -> TaskModels:
                 continue
             key = module_key(network, task, name, held)
             if key is not None:
-                _set(module, key, shared.setdefault(name, held[key]))
+                tensor = shared.setdefault(name, held[key])
+                for twin in [k for k, t in held.items() if t is held[key]]:  # tied weights stay tied
+                    _set(module, twin, tensor)
             elif network.choices[name].action != "keep":
                 problems.append(f"{name}: no such tensor in the model of task '{task}' ({type(module).__name__})")
     if problems:

@@ -1,0 +1,37 @@
+"""Turn many fine-tuned models into one: AdaRank, CART and their kin.
+
+    merged = adarank.merge(base, {"a": expert_a, "b": expert_b}, "cart", {"rank": 0.08})
+    adapted = adarank.adapt(base, {"a": module_a, "b": module_b}, {"a": batches_a, "b": batches_b})
+
+From files: `load_recipe` and `merge_recipe`, or the command line (`adarank --help`).
+"""
+
+from __future__ import annotations
+
+from adarank.adapt.loop import AdaptSettings
+from adarank.api import Adapted, adapt, evaluate, merge
+from adarank.errors import AdaRankError
+from adarank.masks import MaskFile
+from adarank.models.merged import load_task
+from adarank.pipeline import evaluate as evaluate_recipe
+from adarank.pipeline import merge as merge_recipe
+from adarank.plan import open_job
+from adarank.recipe import load_recipe
+from adarank.select import Select
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdaRankError",
+    "AdaptSettings",
+    "Adapted",
+    "MaskFile",
+    "Select",
+    "adapt",
+    "evaluate",
+    "evaluate_recipe",
+    "load_recipe",
+    "load_task",
+    "merge",
+    "merge_recipe",
+    "open_job",
+]

@@ -1,0 +1,109 @@
+"""The catalogue of methods, read off the methods themselves."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import annotated_types  # pydantic's own vocabulary of bounds
+
+from adarank.adapt.loop import AdaptSettings
+from adarank.adapt.methods import ADAPTIVE, PRESETS, AdaptiveMethod
+from adarank.errors import RecipeError
+from adarank.methods import METHODS, Method
+from adarank.settings import Settings, nearest
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its name in recipes, default, allowed range and meaning."""
+
+    name: str
+    default: str
+    allowed: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method: its formula, needs, settings and source."""
+
+    name: str
+    summary: str
+    formula: str
+    needs: str
+    settings: tuple[Setting, ...]
+    source: str
+
+
+def catalogue() -> dict[str, Entry]:
+    """Method name -> entry, data-free methods first."""
+    found = {
+        name: _entry(kind, "base and experts" if kind.__dict__.get("origin") == "pretrained" else "experts", ())
+        for name, kind in METHODS.items()
+    }
+    found["masked"] = _entry(METHODS["masked"], "base, experts and a masks file", ())
+    for name, kind in ADAPTIVE.items():
+        fixed = {"learn_masks"} if name != "adarank" else set()
+        found[name] = _entry(kind, "base, experts and unlabelled inputs of each task", (AdaptSettings,), fixed)
+    return found
+
+
+def entry(name: str) -> Entry:
+    """One method.
+
+    Raises:
+        RecipeError: no such method.
+    """
+    found = catalogue()
+    if name not in found:
+        raise RecipeError(f"methods: unknown method '{name}'.{nearest(name, found)}")
+    return found[name]
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Preset name -> the parameters and adapt settings it stands for."""
+    return {name: {key: dict(values) for key, values in preset.items()} for name, preset in PRESETS.items()}
+
+
+def _entry(
+    kind: type[Method] | type[AdaptiveMethod],
+    needs: str,
+    more: tuple[type[Settings], ...],
+    fixed: set[str] | None = None,
+) -> Entry:
+    settings = [*_settings(kind, fixed or set()), *(s for extra in more for s in _settings(extra, set(), "adapt."))]
+    summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+    return Entry(kind.name, summary, kind.formula, needs, tuple(settings), kind.source)
+
+
+def _settings(kind: type[Settings], fixed: set[str], prefix: str = "") -> list[Setting]:
+    found = []
+    for key, field in kind.model_fields.items():
+        if key in fixed or field.exclude:
+            continue
+        default = "required" if field.is_required() else str(field.default)
+        allowed = ", ".join(_bound(rule) for rule in field.metadata if _bound(rule)) or _choices(field.annotation)
+        found.append(Setting(prefix + (field.alias or key), default, allowed, field.description or ""))
+    return found
+
+
+def _bound(rule: Any) -> str:
+    match rule:
+        case annotated_types.Gt(gt=value):
+            return f"> {value}"
+        case annotated_types.Ge(ge=value):
+            return f"≥ {value}"
+        case annotated_types.Lt(lt=value):
+            return f"< {value}"
+        case annotated_types.Le(le=value):
+            return f"≤ {value}"
+    return ""
+
+
+def _choices(annotation: Any) -> str:
+    values = get_args(annotation)
+    return (
+        ", ".join(str(value) for value in values) if values and all(isinstance(value, str) for value in values) else ""
+    )

@@ -1,0 +1,186 @@
+"""The command line: it parses, calls one library function, and shows what came back."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from adarank.errors import AdaRankError, Interrupted
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 our own error, 2 wrong usage, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)  # so that a termination cleans up as Ctrl-C does
+    try:
+        _threads(options.threads)
+        options.run(options)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 130
+    except AdaRankError as error:
+        print(f"adarank: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("adarank: interrupted; no output was left behind.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="adarank", description="Turn many fine-tuned models into one.")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON")
+    common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    plan = commands.add_parser("plan", parents=[common], help="what a recipe will do, from headers alone")
+    plan.add_argument("recipe", help="YAML recipe")
+    plan.add_argument("-v", "--verbose", action="store_true", help="list every tensor with its action")
+    plan.set_defaults(run=_plan)
+
+    merge = commands.add_parser("merge", parents=[common], help="merge by a recipe, adapting if its method does")
+    merge.add_argument("recipe", help="YAML recipe")
+    merge.add_argument("out", type=Path, help="folder to write; the same command continues an interrupted adaptation")
+    merge.add_argument("--force", action="store_true", help="replace an existing output of adarank")
+    merge.set_defaults(run=_merge)
+
+    evaluate = commands.add_parser("evaluate", parents=[common], help="base, experts and merged models in one table")
+    evaluate.add_argument("recipe", help="YAML recipe")
+    evaluate.add_argument("outputs", nargs="*", type=Path, metavar="out", help="folders written by merge")
+    evaluate.add_argument(
+        "--split", choices=("test", "select"), default="test", help="which split to score (default: test)"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    inspect = commands.add_parser(
+        "inspect", parents=[common], help="tensors, task-vector norms and ranks; λ and masks of an output"
+    )
+    inspect.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder written by merge")
+    inspect.add_argument("--base", type=Path, help="the base to take the task vector from")
+    inspect.set_defaults(run=_inspect)
+
+    methods = commands.add_parser("methods", parents=[common], help="the catalogue of methods")
+    methods.add_argument("name", nargs="?", help="one method, with its settings")
+    methods.set_defaults(run=_methods)
+    return parser
+
+
+def _threads(count: int | None) -> None:
+    if count:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from adarank.cli import show
+    from adarank.plan import describe, open_job
+    from adarank.recipe import load_recipe
+
+    described = describe(open_job(load_recipe(options.recipe)))
+    if options.json:
+        _print_json(described)
+    else:
+        show.plan(described, options.verbose)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from adarank import pipeline
+    from adarank.cli import show
+    from adarank.recipe import load_recipe
+
+    progress = show.Adapting()
+    try:
+        record = pipeline.merge(
+            load_recipe(options.recipe),
+            options.out,
+            options.force,
+            lambda text: show.err.print(text, style="dim"),
+            progress,
+        )
+    finally:
+        progress.close()
+    if options.json:
+        _print_json(record)
+        return
+    found = record.get("adaptation", {})
+    if found:
+        show.out.print(f"{found['steps']} steps, {100 * found['components_kept']:.2f}% of the components kept")
+    for task in found.get("collapsed", ()):
+        seen = found["largest_class_share"][task]
+        show.out.print(
+            f"[bold red]collapsed:[/] {task} now gives one class to {100 * seen['after']:.0f}% of its inputs "
+            f"({100 * seen['before']:.0f}% at the start). Use fewer steps or smaller step sizes, or the method that adaptation started from."
+        )
+    for line in found.get("notes", ()):
+        show.out.print(line, style="dim")
+    show.out.print(
+        f"[bold]{options.out}[/] written in {show.clock(record['seconds'])}, {show.size(record['plan']['output_bytes'])}"
+    )
+    show.out.print(f"next: adarank evaluate {options.recipe} {options.out}", style="dim")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from adarank import pipeline
+    from adarank.cli import show
+    from adarank.recipe import load_recipe
+
+    table = pipeline.evaluate(
+        load_recipe(options.recipe), options.outputs, options.split, lambda text: show.err.print(text, style="dim")
+    )
+    if options.json:
+        means = {row: {"mean": table.mean(row), "normalised": table.normalised(row)} for row in table.rows}
+        _print_json({**dataclasses.asdict(table), "summary": means})
+    else:
+        show.scores(table)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from adarank import inspection
+    from adarank.cli import show
+
+    if inspection.is_adapted(options.checkpoint) and options.base is None:
+        tasks, layers = inspection.inspect_output(options.checkpoint)
+        if options.json:
+            _print_json({"tasks": tasks, "layers": [dataclasses.asdict(row) for row in layers]})
+        else:
+            show.layers(tasks, layers)
+        return
+    rows = inspection.inspect_checkpoint(options.checkpoint, options.base)
+    if options.json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        show.tensors(rows)
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from adarank import catalogue
+    from adarank.cli import show
+
+    entries = {options.name: catalogue.entry(options.name)} if options.name else catalogue.catalogue()
+    if options.json:
+        _print_json({name: dataclasses.asdict(entry) for name, entry in entries.items()})
+    elif options.name:
+        show.method(entries[options.name])
+    else:
+        show.methods(entries)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Tables and progress for the terminal. Results go to stdout, progress to stderr; only this package prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table as Grid
+from rich.text import Text
+
+from adarank.adapt.loop import History
+from adarank.catalogue import Entry
+from adarank.evaluate import Table
+from adarank.inspection import LayerRow, TensorRow
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def clock(seconds: float) -> str:
+    """Seconds for people."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+def plan(described: Mapping[str, Any], verbose: bool) -> None:
+    """What a merge will do."""
+    actions = described["actions"]
+    words = {"decompose": "decomposed", "scale": "merged by λ·delta", "keep": "kept from the base"}
+    out.print(
+        f"[bold]{described['merge_method']}[/] of {len(described['tasks'])} experts: {', '.join(described['tasks'])}"
+    )
+    for action, word in words.items():
+        if actions.get(action):
+            out.print(f"  {actions[action]:5d} tensors {word}")
+    for names, tasks in _same_heads(described["heads"]).items():
+        out.print(f"        head of {tasks}: {', '.join(names)}")
+    for member, dropped in described["dropped"].items():
+        for name, reason in dropped.items():
+            out.print(f"        not used from {member}: {name} ({reason})")
+    if verbose:
+        grid = Grid("tensor", "shape", "dtype", "action", "why", box=None)
+        for name, row in described["tensors"].items():
+            grid.add_row(name, "×".join(map(str, row["shape"])), row["dtype"], row["action"], row["reason"])
+        out.print(grid)
+    out.print(f"  output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}")
+
+
+def _same_heads(heads: Mapping[str, list[str]]) -> dict[tuple[str, ...], str]:
+    """Tensor names -> the tasks whose head they are: "each task" when all agree."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for task, names in heads.items():
+        if names:
+            groups.setdefault(tuple(names), []).append(task)
+    return {names: "each task" if len(tasks) == len(heads) else ", ".join(tasks) for names, tasks in groups.items()}
+
+
+def scores(table: Table) -> None:
+    """Models by tasks, with mean and normalised score."""
+    tasks = list(table.counts)
+    title = f"{table.split} split, scores ×100, {table.protocol} protocol"
+    if table.protocol == "transductive":
+        title += " (adapted on the very inputs that are scored)"
+    grid = Grid(title=title, title_justify="left", title_style="", box=None, header_style="bold", pad_edge=False)
+    grid.add_column("model")
+    for name in ("mean", "norm.", *tasks):
+        grid.add_column(name, justify="right")
+    for row, values in table.rows.items():
+        normal = table.normalised(row)
+        grid.add_row(
+            row,
+            f"{table.mean(row):.1f}",
+            f"{normal:.1f}" if normal is not None else "",
+            *(f"{values[t]:.1f}" for t in tasks),
+        )
+    grid.add_row("inputs", "", "", *(str(table.counts[t]) for t in tasks), style="dim")
+    out.print(grid)
+
+
+def tensors(rows: list[TensorRow]) -> None:
+    """A checkpoint's tensors."""
+    grid = Grid("tensor", "shape", "dtype", box=None, header_style="bold", pad_edge=False)
+    for name in ("norm", "‖τ‖/‖W₀‖", "rank for 95%"):
+        grid.add_column(name, justify="right")
+    for row in rows:
+        share = "" if row.delta is None else f"{row.delta:.4f}"
+        rank = "" if row.rank95 is None else f"{row.rank95} of {row.rank}"
+        grid.add_row(row.name, "×".join(map(str, row.shape)), row.dtype, f"{row.norm:.4g}", share, rank)
+    out.print(grid)
+
+
+def layers(tasks: tuple[str, ...], rows: list[LayerRow]) -> None:
+    """λ and kept components per tensor and task."""
+    grid = Grid("tensor", "", *tasks, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        grid.add_row(row.name, "λ", *(f"{value:.3f}" for value in row.lam))
+        if row.kept:
+            grid.add_row("", "kept", *(f"{k}/{n}" for k, n in zip(row.kept, row.sizes, strict=True)), style="cyan")
+    out.print(grid)
+
+
+def methods(entries: Mapping[str, Entry]) -> None:
+    """The catalogue, a line each."""
+    grid = Grid("method", "formula", "needs", box=None, header_style="bold", pad_edge=False)
+    for entry in entries.values():
+        grid.add_row(entry.name, entry.formula, entry.needs)
+    out.print(grid)
+
+
+def method(entry: Entry) -> None:
+    """One method's page."""
+    out.print(
+        f"[bold]{entry.name}[/]  {entry.summary}\n\n  {entry.formula}\n\nneeds   {entry.needs}\nsource  {entry.source}\n"
+    )
+    grid = Grid("setting", "default", "allowed", "meaning", box=None, header_style="bold", pad_edge=False)
+    for setting in entry.settings:
+        grid.add_row(setting.name, setting.default, setting.allowed, setting.meaning)
+    out.print(grid)
+
+
+class Adapting:
+    """Live progress of adaptation on stderr: loss per task, components kept, speed, time left."""
+
+    def __init__(self) -> None:
+        self._live: Live | None = None
+        self._first = 0
+        self._spent = 0.0
+
+    def __call__(self, history: History, steps: int) -> None:
+        if self._first == 0:
+            self._first, self._spent = history.step, history.seconds
+        done = history.step - self._first
+        speed = done / (history.seconds - self._spent) if done and history.seconds > self._spent else 0.0
+        if err.is_terminal:
+            self._draw(history, steps, speed)
+        elif history.step in (1, steps) or history.step % max(1, steps // 10) == 0:
+            losses = ", ".join(f"{task} {values[-1]:.3f}" for task, values in history.losses.items())
+            print(
+                f"step {history.step}/{steps}, kept {100 * history.kept[-1]:.2f}%, {speed:.2f} steps/s; loss: {losses}",
+                file=sys.stderr,
+            )
+
+    def close(self) -> None:
+        """Leave the last state on the terminal."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def _draw(self, history: History, steps: int, speed: float) -> None:
+        left = clock((steps - history.step) / speed) if speed else "…"
+        line = Text(
+            f"step {history.step}/{steps}  kept {100 * history.kept[-1]:.2f}%  {speed:.2f} steps/s  {left} left"
+        )
+        grid = Grid(box=None, show_header=False, pad_edge=False)
+        for task, values in history.losses.items():
+            grid.add_row(f"  {task}", f"{_recent(values):.3f}", _spark(values))
+        view = Group(ProgressBar(total=steps, completed=history.step, width=60), line, grid)
+        if self._live is None:
+            self._live = Live(view, console=err, refresh_per_second=4)
+            self._live.start()
+        self._live.update(view)
+
+
+def _recent(values: list[float]) -> float:
+    return sum(values[-10:]) / len(values[-10:])
+
+
+def _spark(values: list[float], width: int = 24) -> str:
+    """A line of blocks: the loss over time, each block the mean of its stretch, scaled to the highest."""
+    if not values:
+        return ""
+    count = min(width, len(values))
+    means = [
+        sum(part) / len(part)
+        for i in range(count)
+        if (part := values[i * len(values) // count : (i + 1) * len(values) // count])
+    ]
+    top = max(means) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean / top))] for mean in means)

@@ -1,0 +1,78 @@
+"""A merged output, loaded for one of its tasks: body, the task's head and its configuration in one module."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from adarank.checkpoint import Checkpoint
+from adarank.errors import CheckpointError
+from adarank.settings import nearest
+from adarank.writer import RECORD
+
+
+def load_task(out: str | Path, task: str) -> nn.Module:
+    """The merged model of an output folder with one task's head, in evaluation mode.
+
+    Save it with `save_pretrained` to deploy it alone.
+
+    Arguments:
+        out: a folder written by `adarank merge`.
+        task: one of its tasks.
+
+    Raises:
+        CheckpointError: no such output or task, or its tensors do not fit the task's architecture.
+
+    Example:
+        model = adarank.load_task("merged", "cola")
+    """
+    folder = Path(out)
+    heads = folder / "heads"
+    known = sorted(p.name for p in heads.iterdir()) if heads.is_dir() else []
+    if task not in known:
+        raise CheckpointError(
+            f"{folder}: no head of task '{task}'.{nearest(task, known) if known else ' It has no heads.'}"
+        )
+    config = json.loads((heads / task / "config.json").read_text(encoding="utf-8"))
+    module = _empty(config, folder)
+    with safe_open(str(heads / task / "head.safetensors"), framework="pt") as handle:
+        head = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no iterator)
+        backbone = (handle.metadata() or {}).get("backbone", "")
+    wanted = set(module.state_dict())
+    body = Checkpoint(folder)
+    state = {name if name in wanted else backbone + name: body.read(name) for name in body.tensors}
+    state.update(head)
+    missing, _ = module.load_state_dict(state, strict=False)
+    if missing:
+        raise CheckpointError(
+            f"{folder}: task '{task}' needs {len(missing)} tensor(s) that are not there, such as '{missing[0]}'."
+        )
+    return module.eval()
+
+
+def _empty(config: dict[str, Any], folder: Path) -> nn.Module:
+    """A module of the task's architecture, its weights yet to be filled."""
+    import transformers
+
+    name = (config.get("architectures") or [""])[0]
+    kinds = (
+        json.loads((folder / RECORD).read_text(encoding="utf-8"))["recipe"]["models"][0]
+        .get("task", {})
+        .get("kind", "text-classification")
+    )
+    auto: Any = (
+        transformers.AutoModelForImageClassification
+        if kinds == "image-classification"
+        else transformers.AutoModelForSequenceClassification
+    )
+    if "model_type" not in config:
+        raise CheckpointError(f"{folder}: config.json of the expert ({name or 'no architecture'}) names no model_type.")
+    with torch.random.fork_rng():
+        settings = transformers.AutoConfig.for_model(**config)
+        module: nn.Module = auto.from_config(settings)
+    return module
