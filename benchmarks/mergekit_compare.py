@@ -138,7 +138,6 @@ def make_models(folder: Path, dtype: torch.dtype, seed: int, layers: int) -> Non
         model.to(torch.float32)
 
 
-
 def mergekit(binary: Path, file: Path, out: Path) -> str | None:
     """Run mergekit's command in the recipe's folder, as its relative paths need. The error's last line, if any."""
     command = [str(binary.absolute()), str(file.absolute()), str(out.absolute()), "--quiet"]

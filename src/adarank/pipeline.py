@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adarank.adapt.live import Learn, LiveWeights
-from adarank.adapt.loop import History, Loss, Progress, adapt
-from adarank.adapt.objective import entropy
+from adarank.adapt.loop import AdaptSettings, History, Loss, Progress, adapt
+from adarank.adapt.objective import entropy, self_label
 from adarank.blocks import build_blocks
 from adarank.checkpoint import Checkpoint, check_finite
 from adarank.data.spec import Split
@@ -116,18 +116,36 @@ def build_models(job: Job) -> TaskModels:
     return models
 
 
-def entropy_losses(job: Job, models: TaskModels, data: Mapping[str, TaskData], batch_size: int) -> dict[str, Loss]:
-    """task -> entropy of the task's predictions on the batch of a step."""
+def task_losses(job: Job, models: TaskModels, data: Mapping[str, TaskData], settings: AdaptSettings) -> dict[str, Loss]:
+    """task -> objective on the task's batch of a step.
+
+    For `self-label` every expert is run once over its adapt inputs; the models hold the base's tensors afterwards.
+    """
     family = _family(job)
+    targets = expert_logits(job, models, data) if settings.objective == "self-label" else {}
 
     def loss_of(task: str) -> Loss:
         def loss(step: int) -> Tensor:
-            batch = {k: v.to(job.recipe.device) for k, v in data[task].adapt_batch(step, batch_size).items()}
-            return entropy(family.logits(models.modules[task], batch))
+            rows = data[task].adapt_rows(step, settings.batch_size)
+            batch = {k: v.to(job.recipe.device) for k, v in data[task].examples.batch(rows).items()}
+            logits = family.logits(models.modules[task], batch)
+            return self_label(logits, targets[task][list(rows)].to(logits)) if targets else entropy(logits)
 
         return loss
 
     return {task: loss_of(task) for task in job.network.tasks}
+
+
+def expert_logits(job: Job, models: TaskModels, data: Mapping[str, TaskData]) -> dict[str, Tensor]:
+    """task -> the expert's logits on the task's adapt inputs, by row number (zeros for all other rows)."""
+    found = {}
+    for task in job.network.tasks:
+        models.fill(network_tensors(job, task))
+        rows, logits = predict(_family(job), models.modules[task], data[task], "adapt")
+        found[task] = torch.zeros(len(data[task].examples.lengths), logits.shape[-1])
+        found[task][rows] = logits
+    models.fill(network_tensors(job, "base"))
+    return found
 
 
 def _adapt(
@@ -147,6 +165,7 @@ def _adapt(
         method.rank,
         settings.logit,
     )
+    losses = task_losses(job, models, data, settings)
     live.write()
     before = _watch(job, models, data)
     state = _state_folder(out)
@@ -155,7 +174,7 @@ def _adapt(
     note("Adapting")
     history = adapt(
         live,
-        entropy_losses(job, models, data, settings.batch_size),
+        losses,
         settings,
         state / "state.pt",
         fingerprint,

@@ -36,7 +36,7 @@ class Spectrum:
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """A tensor as (out, everything else): kernels (out, in, k, k) become (out, in·k·k)."""
-    return tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
+    return tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
 
 
 def decompose(matrix: Tensor, name: str = "matrix") -> Spectrum:

@@ -35,6 +35,8 @@ class AdaptSettings(Settings):
         steps: Adam steps; each sees one batch of every task.
         batch_size: inputs per task and step.
         lr_masks, lr_lambda: Adam step sizes of mask logits and of λ.
+        objective: `entropy` of the predictions (the papers'), or `self-label`: divergence from each expert's own
+            predictions on the same inputs.
         schedule: `constant` (the papers') or `cosine` down to zero.
         betas: Adam's decay rates.
         temperature: τ of the mask's sigmoid.
@@ -47,6 +49,7 @@ class AdaptSettings(Settings):
     batch_size: int = Field(16, ge=1, description="inputs per task and step")
     lr_masks: float = Field(1e-3, ge=0, description="Adam step size of the mask logits")
     lr_lambda: float = Field(1e-3, ge=0, description="Adam step size of λ")
+    objective: Literal["entropy", "self-label"] = Field("entropy", description="what is minimised")
     schedule: Literal["constant", "cosine"] = Field("constant", description="of both step sizes")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
     temperature: float = Field(10.0, gt=0, description="τ of the mask's sigmoid")

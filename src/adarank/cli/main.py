@@ -17,7 +17,7 @@ from adarank.errors import AdaRankError, Interrupted
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 our own error, 2 wrong usage, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)  # so that a termination cleans up as Ctrl-C does
     try:
         _threads(options.threads)
@@ -38,12 +38,13 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="adarank", description="Turn many fine-tuned models into one.")
+def parser() -> argparse.ArgumentParser:
+    """The argument parser of all commands."""
+    top = argparse.ArgumentParser(prog="adarank", description="Turn many fine-tuned models into one.")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     plan = commands.add_parser("plan", parents=[common], help="what a recipe will do, from headers alone")
     plan.add_argument("recipe", help="YAML recipe")
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", parents=[common], help="the catalogue of methods")
     methods.add_argument("name", nargs="?", help="one method, with its settings")
     methods.set_defaults(run=_methods)
-    return parser
+    return top
 
 
 def _threads(count: int | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -91,7 +91,10 @@ def scores(table: Table) -> None:
 
 def tensors(rows: list[TensorRow]) -> None:
     """A checkpoint's tensors."""
-    grid = Grid("tensor", "shape", "dtype", box=None, header_style="bold", pad_edge=False)
+    grid = Grid(box=None, header_style="bold", pad_edge=False)
+    grid.add_column("tensor", overflow="fold", min_width=_widest(rows))
+    grid.add_column("shape")
+    grid.add_column("dtype")
     for name in ("norm", "‖τ‖/‖W₀‖", "rank for 95%"):
         grid.add_column(name, justify="right")
     for row in rows:
@@ -103,12 +106,20 @@ def tensors(rows: list[TensorRow]) -> None:
 
 def layers(tasks: tuple[str, ...], rows: list[LayerRow]) -> None:
     """λ and kept components per tensor and task."""
-    grid = Grid("tensor", "", *tasks, box=None, header_style="bold", pad_edge=False)
+    grid = Grid(box=None, header_style="bold", pad_edge=False)
+    grid.add_column("tensor", overflow="fold", min_width=_widest(rows))
+    for name in ("", *tasks):
+        grid.add_column(name, overflow="fold")
     for row in rows:
         grid.add_row(row.name, "λ", *(f"{value:.3f}" for value in row.lam))
         if row.kept:
             grid.add_row("", "kept", *(f"{k}/{n}" for k, n in zip(row.kept, row.sizes, strict=True)), style="cyan")
     out.print(grid)
+
+
+def _widest(rows: Sequence[TensorRow | LayerRow]) -> int:
+    """Room for the longest name, up to half of the terminal: names are folded then, never cut off."""
+    return min(out.width // 2, max((len(row.name) for row in rows), default=1))
 
 
 def methods(entries: Mapping[str, Entry]) -> None:

@@ -1,0 +1,227 @@
+"""Peak anonymous memory of data-free merges of a base and three experts of about 1.1 GB each.
+
+    python benchmarks/merge_memory.py --folder FOLDER [--dtype float32] [--methods average task_arithmetic cart …]
+
+FOLDER gets the inputs (seeded random weights, sharded safetensors) and the merged models; both are deleted after.
+Every merge is `adarank.pipeline.merge` in a process of its own, whose RssAnon (from /proc/PID/status: what it holds
+beside mapped files) is sampled every 20 ms. PyTorch and transformers are in it; `imported` is their share.
+
+Methods with spectra take minutes of SVD over all layers. They are measured on fewer layers of the same shapes, as
+the peak depends on the largest tensors and not on how many there are; --all-layers measures them in full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adarank import pipeline
+from adarank.masks import MaskFile, top_mask
+from adarank.plan import open_job
+from adarank.recipe import DTYPES, parse_recipe
+from adarank.record import machine, versions
+from adarank.writer import Layout, write_checkpoint, write_json
+
+EXPERTS = ("one", "two", "three")
+HIDDEN, FFN, VOCABULARY = 1024, 4096, 32_000
+NOISE = 0.01
+SHARD_BYTES = 400 * 10**6
+SAMPLE_SECONDS = 0.02
+LIMIT = 10**9
+SPECTRAL = ("svd_k", "cart", "masked")
+METHODS = ("average", "linear", "task_arithmetic", *SPECTRAL)
+MASK_RANK, MASK_LAMBDA = 0.6, 0.3
+
+
+def layout(layers: int, dtype: torch.dtype) -> Layout:
+    """Names, shapes and dtype of a decoder of GPT-2 medium's widths with a vocabulary of 32,000."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(layers):
+        start = f"model.layers.{layer}"
+        shapes |= {f"{start}.self_attn.{part}_proj.weight": (HIDDEN, HIDDEN) for part in "qkvo"}
+        shapes[f"{start}.mlp.up_proj.weight"] = (FFN, HIDDEN)
+        shapes[f"{start}.mlp.down_proj.weight"] = (HIDDEN, FFN)
+        shapes[f"{start}.input_layernorm.weight"] = (HIDDEN,)
+        shapes[f"{start}.post_attention_layernorm.weight"] = (HIDDEN,)
+    return {name: (shape, dtype) for name, shape in {**shapes, "model.norm.weight": (HIDDEN,)}.items()}
+
+
+def size(of: Layout) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in of.values())
+
+
+def layers_for(target: float, dtype: torch.dtype) -> int:
+    """How many layers make a model of about `target` bytes."""
+    none, one = size(layout(0, dtype)), size(layout(1, dtype))
+    return round((target - none) / (one - none))
+
+
+def make_models(folder: Path, layers: int, dtype: torch.dtype, seed: int) -> None:
+    """A base of seeded noise, and experts that add noise of their own to it."""
+    of = layout(layers, dtype)
+    for number, name in enumerate(("base", *EXPERTS)):
+        (folder / name).mkdir(parents=True)
+        write_checkpoint(folder / name, of, _tensors(of, seed, number), SHARD_BYTES)
+
+
+def _tensors(of: Layout, seed: int, number: int) -> Iterator[tuple[str, Tensor]]:
+    base, own = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + number)
+    for name, (shape, _) in of.items():
+        tensor = torch.randn(shape, generator=base) * 0.02
+        if number:
+            tensor += torch.randn(shape, generator=own) * NOISE * 0.02
+        yield name, tensor
+
+
+def recipe(folder: Path, method: str) -> dict[str, Any]:
+    """A recipe of the method with its defaults; `masked` gets a masks file that keeps the top components."""
+    values = {"merge_method": method, "models": [{"model": name} for name in EXPERTS]}
+    if method != "linear":
+        values["base_model"] = "base"
+    if method == "masked":
+        values["parameters"] = {"masks": str(write_masks(folder))}
+    return values
+
+
+def write_masks(folder: Path) -> Path:
+    job = open_job(parse_recipe(recipe(folder, "cart"), folder))
+    names = job.network.merged()
+    matrices = [name for name in names if job.network.choices[name].action == "decompose"]
+    sizes = {name: (min(job.network.tensors[name].shape),) * len(EXPERTS) for name in matrices}
+    masks = {name: top_mask(sizes[name], MASK_RANK) for name in matrices}
+    lam = {name: torch.full((len(EXPERTS),), MASK_LAMBDA) for name in names}
+    path = folder / "masks.safetensors"
+    MaskFile("pretrained", EXPERTS, lam, masks, sizes, {}).save(path)
+    return path
+
+
+def anonymous(pid: int | str, field: str = "RssAnon") -> int | None:
+    """A size of a process in bytes; None once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def watch(command: list[str]) -> tuple[dict[str, Any], int]:
+    """Run a command that prints JSON in its last line; that, and its peak anonymous memory."""
+    peak = 0
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        peak = max(peak, anonymous(process.pid) or 0)
+        time.sleep(SAMPLE_SECONDS)
+    output = process.stdout.read() if process.stdout else ""
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}")
+    return json.loads(output.splitlines()[-1]), peak
+
+
+def worker(folder: Path, method: str) -> dict[str, Any]:
+    """Merge in this process; what only it can tell."""
+    parsed = parse_recipe(recipe(folder, method), folder)
+    gc.collect()
+    imported = anonymous("self")
+    started = time.perf_counter()
+    record = pipeline.merge(parsed, folder / "out")
+    return {
+        "imported": imported,
+        "merge_seconds": time.perf_counter() - started,
+        "peak_predicted": record["plan"]["peak_bytes"],
+        "peak_resident_with_mapped_files": record["peak_resident_bytes"],
+    }
+
+
+def measure(arguments: argparse.Namespace, folder: Path, method: str, layers: int) -> dict[str, Any]:
+    """One method, `repeats` times."""
+    command = [sys.executable, __file__, "--folder", str(folder), "--threads", str(arguments.threads)]
+    runs = []
+    for _ in range(arguments.repeats):
+        found, peak = watch([*command, "--worker", method])
+        shutil.rmtree(folder / "out")
+        runs.append({**found, "peak_anonymous": peak})
+    peaks, seconds = (sorted(run[key] for run in runs) for key in ("peak_anonymous", "merge_seconds"))
+    result = {
+        "layers": layers,
+        "peak_anonymous": {"min": peaks[0], "median": peaks[len(peaks) // 2], "max": peaks[-1]},
+        "seconds": {"min": seconds[0], "median": seconds[len(seconds) // 2], "max": seconds[-1]},
+        "peak_predicted": runs[0]["peak_predicted"],
+        "imported": runs[0]["imported"],
+        "under_limit": peaks[-1] < LIMIT,
+        "runs": runs,
+    }
+    print(f"{method:16s} peak {peaks[-1] / 1e6:6.0f} MB, predicted {result['peak_predicted'] / 1e6:6.0f} MB, "
+          f"{seconds[0]:.1f} s, {layers} layers", flush=True)  # fmt: skip
+    return result
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Every method asked for; the record is written anew after each."""
+    path = arguments.record or Path(f"records/costs/merge-memory-{arguments.dtype}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dtype = DTYPES[arguments.dtype]
+    full = layers_for(arguments.gigabytes * 1e9, dtype)
+    few = full if arguments.all_layers else min(full, arguments.layers)
+    record: dict[str, Any] = {
+        "what": "peak anonymous memory of merging a base and three experts, PyTorch included",
+        "command": f"python benchmarks/merge_memory.py --folder FOLDER --dtype {arguments.dtype} --gigabytes "
+        f"{arguments.gigabytes} --layers {arguments.layers} --repeats {arguments.repeats} --threads "
+        f"{arguments.threads} --methods {' '.join(arguments.methods)}" + " --all-layers" * arguments.all_layers,
+        "settings": {"experts": len(EXPERTS), "hidden": HIDDEN, "ffn": FFN, "vocabulary": VOCABULARY,
+                     "dtype": arguments.dtype, "layers": full, "layers_for_methods_with_spectra": few,
+                     "bytes_per_model": size(layout(full, dtype)), "largest_tensor_in_float32": 4 * VOCABULARY * HIDDEN,
+                     "sample_seconds": SAMPLE_SECONDS, "limit": LIMIT},
+        "note": arguments.note,
+        "seed": arguments.seed,
+        "versions": versions(),
+        "machine": machine(),
+        "methods": {},
+    }  # fmt: skip
+    for layers in dict.fromkeys((full, few)):
+        wanted = [m for m in arguments.methods if (few if m in SPECTRAL else full) == layers]
+        folder = arguments.folder.resolve() / f"layers-{layers}"
+        try:
+            if wanted:
+                make_models(folder, layers, dtype, arguments.seed)
+            for method in wanted:
+                record["methods"][method] = measure(arguments, folder, method, layers)
+                write_json(path, record)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for inputs and outputs; about 6 GB")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="as stored")
+    parser.add_argument("--gigabytes", type=float, default=1.1, help="size of each model")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["average", "task_arithmetic", "cart"])
+    parser.add_argument("--layers", type=int, default=2, help="for methods with spectra")
+    parser.add_argument("--all-layers", action="store_true", help="methods with spectra on all layers, too")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--note", default="", help="kept in the record, such as what else the machine did")
+    parser.add_argument("--record", type=Path, help="default: records/costs/merge-memory-DTYPE.json")
+    parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.worker:
+        print(json.dumps(worker(arguments.folder, arguments.worker)))
+        return
+    run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

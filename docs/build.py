@@ -1,0 +1,251 @@
+"""Write the generated pages: methods.md from the methods, cli.md from --help, results.md and the README's table from records.
+
+python docs/build.py            # write
+python docs/build.py --check    # say what is out of date, exit 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from adarank.catalogue import catalogue, presets
+from adarank.cli.main import parser
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "records" / "minilm-8"
+TASKS = ["cola", "sst2", "mrpc", "mnli", "qnli", "agnews", "trec", "tweet_emotion"]
+ROWS = [
+    "base",
+    "weight average",
+    "TA",
+    "SVD_k",
+    "CART",
+    "AdaMerging",
+    "TA+AdaRank",
+    "CART++",
+    "CART+AdaRank",
+    "CART+AdaRank, self-label",
+    "experts",
+]
+HEAD = ["base", "weight average", "TA", "CART", "CART++", "CART+AdaRank", "CART+AdaRank, self-label", "experts"]
+
+
+def methods_page() -> str:
+    """Formula, needs, settings and source of every method, and the presets."""
+    lines = [
+        "# Methods",
+        "",
+        "Generated from the methods themselves. τ_t = W_t - W₀ is a task vector, W̄ the experts' mean.",
+        "",
+    ]
+    for entry in catalogue().values():
+        lines += [
+            f"## {entry.name}",
+            "",
+            entry.summary,
+            "",
+            f"    {entry.formula}",
+            "",
+            f"Needs {entry.needs}. Source: {entry.source}.",
+            "",
+        ]
+        own = [s for s in entry.settings if not s.name.startswith("adapt.")]
+        if own:
+            lines += ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
+            lines += [f"| `{s.name}` | {s.default} | {s.allowed} | {s.meaning} |" for s in own] + [""]
+    loop = [s for s in catalogue()["adarank"].settings if s.name.startswith("adapt.")]
+    lines += [
+        "## The adapt block",
+        "",
+        "Settings of every method that adapts.",
+        "",
+        "| setting | default | allowed | meaning |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| `{s.name.removeprefix('adapt.')}` | {s.default} | {s.allowed} | {s.meaning} |" for s in loop]
+    lines += [
+        "",
+        "## Presets",
+        "",
+        "`adapt: {preset: NAME}`: the settings released with the papers.",
+        "",
+        "| preset | parameters | adapt |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| `{name}` | {_flat(preset['parameters'])} | {_flat(preset['adapt'])} |" for name, preset in presets().items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def cli_page() -> str:
+    """Every command's --help."""
+    os.environ["COLUMNS"] = "100"
+    top = parser()
+    commands = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
+    parts = ["# The command line\n\nGenerated from `--help`. Results go to stdout, progress to stderr. Exit codes: 0 done, 1 an error that the message"
+             " explains, 2 wrong usage, 130 interrupted.\n"]  # fmt: skip
+    for name, command in {"": top, **commands}.items():
+        parts.append(f"## adarank {name}".rstrip() + f"\n\n```text\n{command.format_help()}```\n")
+    return "\n".join(parts)
+
+
+def load(row: str) -> list[dict[str, Any]]:
+    """The records of one row, by seed."""
+    found = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*-seed*.json"))]
+    return sorted((r for r in found if r["row"] == row), key=lambda r: r["seed"])
+
+
+def table(rows: list[str]) -> list[str]:
+    """Mean over seeds, and ± the sample standard deviation of the mean score where there are several."""
+    experts = load("experts")[0]["scores"]
+    lines = ["| | mean | norm. | " + " | ".join(TASKS) + " | seeds |", "|---" * (len(TASKS) + 4) + "|"]
+    for row in rows:
+        records = load(row)
+        if not records:
+            continue
+        means = [r["mean"] for r in records]
+        spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
+        scores = {task: statistics.mean(r["scores"][task] for r in records) for task in TASKS}
+        normal = 100 * statistics.mean(scores[task] / experts[task] for task in TASKS)
+        cells = [
+            f"{statistics.mean(means):.1f}{spread}",
+            f"{normal:.1f}",
+            *(f"{scores[task]:.1f}" for task in TASKS),
+            str(len(records)),
+        ]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def results_page() -> str:
+    """The minilm-8 tables with what each number rests on. Its words are in results.in.md."""
+    text = (ROOT / "docs" / "results.in.md").read_text(encoding="utf-8")
+    fill: dict[str, Callable[[], list[str]]] = {
+        "main": lambda: table(ROWS),
+        "ablation": ablation,
+        "settings": settings,
+        "collapse": collapse,
+        "costs": costs,
+    }
+    return re.sub(r"<!-- (\w+) -->", lambda m: "\n".join(fill[m.group(1)]()), text)
+
+
+def ablation() -> list[str]:
+    """The paper's Table 4, and random masks of the learned density."""
+    lines = ["| learned | about the base (TA) | about the average (CART) |", "|---|---|---|"]
+    variants = {
+        "nothing": ("TA", "CART"),
+        "λ": ("AdaMerging", "CART++"),
+        "masks": ("TA+AdaRank, masks only", "CART+AdaRank, masks only"),
+        "λ and masks": ("TA+AdaRank", "CART+AdaRank"),
+        "λ; masks of the learned density in random places": ("TA+AdaRank, random masks", "CART+AdaRank, random masks"),
+    }
+    for label, rows in variants.items():
+        lines.append(f"| {label} | " + " | ".join(_mean(row) for row in rows) + " |")
+    return lines
+
+
+def _mean(row: str) -> str:
+    means = [r["mean"] for r in load(row)]
+    if not means:
+        return "not run"
+    return f"{statistics.mean(means):.1f}" + (
+        f" ± {statistics.stdev(means):.1f} ({len(means)} seeds)" if len(means) > 1 else ""
+    )
+
+
+def settings() -> list[str]:
+    """What each row ran with."""
+    lines = ["| row | settings | merge, s |", "|---|---|---|"]
+    for row in [*ROWS, "TA+AdaRank, masks only", "CART+AdaRank, masks only"]:
+        for record in load(row)[:1]:
+            given = record["settings"]
+            parts = [_flat({k: v for k, v in given.get("parameters", {}).items() if v is not None})]
+            if "adapt" in given:
+                keys = ("objective", "steps", "batch_size", "lr_masks", "lr_lambda")
+                parts.append(_flat({k: given["adapt"][k] for k in keys if k in given["adapt"]}))
+            lines.append(
+                f"| {row} | {'; '.join(p for p in parts if p) or given.get('what', 'none')} | {record.get('merge_seconds', '')} |"
+            )
+    return lines
+
+
+def collapse() -> list[str]:
+    """Share of the most frequent prediction on unlabelled inputs, before and after adaptation."""
+    lines = [
+        "| row | " + " | ".join(TASKS) + " | components kept | called collapsed |",
+        "|---" * (len(TASKS) + 3) + "|",
+    ]
+    for row in [
+        "AdaMerging",
+        "TA+AdaRank",
+        "CART++",
+        "CART+AdaRank",
+        "CART+AdaRank, self-label",
+        "TA+AdaRank, masks only",
+        "CART+AdaRank, masks only",
+    ]:
+        for record in load(row)[:1]:
+            found = record["adaptation"]
+            seen = found["largest_class_share"]
+            cells = [f"{100 * seen[t]['before']:.0f} → {100 * seen[t]['after']:.0f}" for t in TASKS]
+            lines.append(
+                f"| {row} | "
+                + " | ".join(cells)
+                + f" | {100 * found['components_kept']:.1f}% | {', '.join(found['collapsed']) or 'none'} |"
+            )
+    return lines
+
+
+def costs() -> list[str]:
+    """Figures of the cost benchmarks, one line per record."""
+    found = [json.loads(path.read_text()) for path in sorted((ROOT / "records" / "costs").glob("*.json"))]
+    return [f"- {line}" for record in found for line in record.get("summary", [])]
+
+
+def readme() -> str:
+    """The README with the head of the results table."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- minilm table -->", "<!-- end of minilm table -->"
+    rows = "\n".join([begin, "", *table(HEAD), "", end])
+    return re.sub(f"{begin}.*?{end}", lambda m: rows, text, flags=re.DOTALL)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/methods.md": methods_page,
+    "docs/cli.md": cli_page,
+    "docs/results.md": results_page,
+    "README.md": readme,
+}
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--check", action="store_true")
+    check = arguments.parse_args().check
+    stale = []
+    for name, page in PAGES.items():
+        path, text = ROOT / name, page()
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    print("\n".join(f"{'out of date' if check else 'written'}: {name}" for name in stale) or "all pages are up to date")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,472 @@
+"""Rows: read whole or refused, split without leaks, batched without a state."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adarank.data.read import Table, read_table
+from adarank.data.spec import Columns, DataSettings, SplitData, TaskSpec
+from adarank.data.splits import Splits, by_file, by_fraction, limited
+from adarank.data.task import Batch, TaskData
+from adarank.errors import DataError
+from adarank.tasks import load_task
+
+# Splits
+
+KEYS = st.lists(st.integers(0, 30), min_size=1, max_size=80)
+
+
+@st.composite
+def fractions(draw: st.DrawFn) -> DataSettings:
+    adapt = draw(st.floats(0, 1))
+    select = draw(st.floats(0, 1)) * (1 - adapt)
+    test = draw(st.floats(0, 1)) * max(0.0, 1 - adapt - select)
+    return DataSettings(adapt=adapt, select=select, test=test, split_seed=draw(st.integers(0, 99)))
+
+
+@given(KEYS, fractions())
+def test_fractions_split_into_disjoint_rows_without_shared_inputs(keys: list[int], settings: DataSettings) -> None:
+    rows = by_fraction(keys, settings).rows
+    placed = [row for own in rows.values() for row in own]
+    assert len(placed) == len(set(placed))
+    assert set(placed) <= set(range(len(keys)))
+    inputs = [key for own in rows.values() for key in {keys[row] for row in own}]
+    assert len(inputs) == len(set(inputs))
+
+
+@given(KEYS)
+def test_rows_with_equal_inputs_stay_together(keys: list[int]) -> None:
+    rows = by_fraction(keys, DataSettings(adapt=0.5, select=0.2, test=0.3)).rows
+    assert sorted(row for own in rows.values() for row in own) == list(range(len(keys)))
+
+
+@given(st.integers(20, 300), fractions())
+def test_fractions_of_distinct_inputs_are_kept_to_one_row(count: int, settings: DataSettings) -> None:
+    rows = by_fraction(range(count), settings).rows
+    for split, share in (("adapt", settings.adapt), ("select", settings.select), ("test", settings.test)):
+        assert abs(len(rows[split]) - share * count) <= 1
+
+
+def test_splits_are_a_function_of_the_seed() -> None:
+    first, again, other = (by_fraction(range(90), DataSettings(split_seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("values", [{"adapt": 0.9}, {"test": 1.2}, {"select": -0.1}])
+def test_fractions_beyond_one_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"more than 1|less than or equal to 1|greater than or equal to 0"):
+        DataSettings(**values)
+
+
+@given(KEYS, st.data())
+def test_files_lose_the_rows_that_later_splits_have_too(keys: list[int], data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, len(keys)))
+    second = data.draw(st.integers(first, len(keys)))
+    counts = {"adapt": first, "select": second - first, "test": len(keys) - second}
+    splits = by_file(keys, counts, DataSettings())
+    adapt, select, test = keys[:first], keys[first:second], keys[second:]
+    assert splits.rows["test"] == tuple(range(second, len(keys)))
+    assert [keys[r] for r in splits.rows["select"]] == [k for k in select if k not in test]
+    assert [keys[r] for r in splits.rows["adapt"]] == [k for k in adapt if k not in test and k not in select]
+    lost = {split: counts[split] - len(splits.rows[split]) for split in counts}
+    assert dict(splits.dropped) == {split: count for split, count in lost.items() if count}
+
+
+def test_a_split_without_file_is_empty() -> None:
+    splits = by_file([1, 2, 3], {"test": 3}, DataSettings())
+    assert dict(splits.rows) == {"adapt": (), "select": (), "test": (0, 1, 2)}
+
+
+TRANSDUCTIVE = DataSettings(protocol="transductive")
+
+
+def test_transductive_adapts_on_the_test_rows() -> None:
+    for splits in (by_fraction(range(50), TRANSDUCTIVE), by_file(range(9), {"adapt": 4, "test": 5}, TRANSDUCTIVE)):
+        assert splits.rows["adapt"] == splits.rows["test"]
+        assert splits.rows["test"]
+
+
+def test_transductive_adapts_on_the_test_rows_under_a_limit_too() -> None:
+    splits = limited(by_fraction(range(100), TRANSDUCTIVE), 10, 0)
+    assert splits.rows["adapt"] == splits.rows["test"]
+
+
+@given(st.integers(1, 60), st.integers(1, 40))
+def test_a_limit_chooses_a_seeded_subset_of_each_split(count: int, limit: int) -> None:
+    whole = by_fraction(range(count), DataSettings())
+    few = limited(whole, limit, 3)
+    assert few == limited(whole, limit, 3)
+    for split, rows in whole.rows.items():
+        assert set(few.rows[split]) <= set(rows)
+        assert len(few.rows[split]) == min(limit, len(rows))
+
+
+# Batches
+
+
+class Numbers:
+    """Inputs that are their row numbers, of given lengths."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        return {"row": torch.tensor(list(rows))}
+
+    def content(self) -> bytes:
+        return repr(self.lengths).encode()
+
+
+def task(adapt: Sequence[int], test: Sequence[int] = (), seed: int = 0, top: int = 7, name: str = "t") -> TaskData:
+    count = max([*adapt, *test], default=0) + 1
+    lengths = [1 + row * 13 % top for row in range(count)]
+    splits = Splits({"adapt": tuple(adapt), "select": (), "test": tuple(test)}, {})
+    return TaskData(name, "accuracy", Numbers(lengths), tuple(r % 3 for r in range(count)), splits, seed)
+
+
+@given(st.integers(1, 90), st.integers(1, 20), st.integers(0, 99))
+def test_a_pass_covers_every_row_in_full_batches(count: int, size: int, seed: int) -> None:
+    data, steps = task(range(5, 5 + count), seed=seed), -(-count // size)
+    for number in range(2):
+        batches = [data.adapt_rows(number * steps + step, size) for step in range(steps)]
+        seen = Counter(row for batch in batches for row in batch)
+        assert all(len(batch) == size for batch in batches)
+        assert set(seen) == set(range(5, 5 + count))
+        assert max(seen.values()) - min(seen.values()) <= 1
+
+
+def test_a_batch_is_a_function_of_seed_name_and_step_alone() -> None:
+    first, again = task(range(40), seed=3), task(range(40), seed=3)
+    forwards = [first.adapt_rows(step, 4) for step in range(30)]
+    backwards = [again.adapt_rows(step, 4) for step in reversed(range(30))]
+    assert forwards == backwards[::-1]
+    assert forwards[0] != task(range(40), seed=4).adapt_rows(0, 4)
+    assert forwards[0] != task(range(40), seed=3, name="u").adapt_rows(0, 4)
+    assert forwards[:10] != forwards[10:20]
+    torch.manual_seed(77)
+    assert task(range(40), seed=3).adapt_batch(7, 4)["row"].tolist() == list(forwards[7])
+
+
+def test_nothing_to_adapt_on_is_refused() -> None:
+    with pytest.raises(DataError, match="'t'"):
+        task([]).adapt_batch(0, 4)
+
+
+@given(st.integers(1, 60), st.integers(1, 64), st.integers(1, 30))
+def test_scored_batches_cover_the_split_once_within_the_budget(count: int, budget: int, top: int) -> None:
+    data = task([], range(3, 3 + count), top=top)
+    batches = list(data.scored_batches("test", budget))
+    assert sorted(row for rows, _ in batches for row in rows) == list(range(3, 3 + count))
+    for rows, batch in batches:
+        assert batch["row"].tolist() == rows
+        assert len(rows) == 1 or len(rows) * max(data.examples.lengths[row] for row in rows) <= budget
+
+
+def test_batches_never_hold_labels() -> None:
+    data = task(range(9), range(9))
+    assert set(data.adapt_batch(0, 2)) == {"row"}
+    assert all(set(batch) == {"row"} for _, batch in data.scored_batches("test", 9))
+
+
+def test_rows_without_labels_cannot_be_scored() -> None:
+    data = TaskData("t", "accuracy", Numbers([1, 1]), (1, None), Splits({}, {}), 0)
+    assert data.targets([0]) == [1]
+    with pytest.raises(DataError, match="'t'"):
+        data.targets([0, 1])
+
+
+def test_fingerprints_tell_inputs_and_splits_apart() -> None:
+    prints = [task(range(9)), task(range(8)), task(range(9), range(2)), task(range(9), top=3), task(range(9), name="u")]
+    assert len({data.fingerprint() for data in prints}) == 5
+    assert task(range(9)).fingerprint() == task(range(9)).fingerprint()
+
+
+# Readers
+
+ROWS = {"text": ["plain", 'say "hi"', "tab, comma", "ünï"], "label": ["0", "1", "0", "1"]}
+
+
+def write_rows(folder: Path, suffix: str, table: dict[str, list[Any]]) -> str:
+    path = folder / f"rows.{suffix}"
+    rows = list(zip(*table.values(), strict=True))
+    if suffix == "tsv":
+        path.write_text("\n".join("\t".join(map(str, row)) for row in [tuple(table), *rows]) + "\n", encoding="utf-8")
+    elif suffix == "csv":
+        with path.open("w", encoding="utf-8", newline="") as handle:
+            csv.writer(handle).writerows([tuple(table), *rows])
+    elif suffix == "jsonl":
+        lines = [json.dumps(dict(zip(table, row, strict=True)), ensure_ascii=False) for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table(table), path)
+    else:
+        np.savez(path, **{name: np.array(values) for name, values in table.items()})
+    return path.name
+
+
+SUFFIXES = ["tsv", "csv", "jsonl", "parquet", "npz"]
+
+
+def plain(table: Table) -> dict[str, list[Any]]:
+    return {name: [str(value) for value in values] for name, values in table.items()}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    source = write_rows(tmp_path, suffix, ROWS)
+    assert plain(read_table(source, tmp_path, ["text", "label"])) == ROWS
+    assert plain(read_table(str(tmp_path / source), Path("/nowhere"), ["text"], ["label"])) == ROWS
+    assert set(read_table(source, tmp_path, ["text"], ["other"])) == {"text"}
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20).filter(lambda t: t.strip() == t)
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "parquet"])
+@given(texts=st.lists(TEXT, min_size=1, max_size=6))
+def test_any_text_survives_every_format(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, texts: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("text")
+    source = write_rows(folder, suffix, {"text": texts, "label": ["0"] * len(texts)})
+    assert list(read_table(source, folder, ["text"])["text"]) == texts
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_only_line_feeds_end_a_row(tmp_path: Path, suffix: str, separator: str) -> None:
+    texts = [f"one{separator}two", "three"]
+    source = write_rows(tmp_path, suffix, {"text": texts, "label": ["0", "1"]})
+    assert read_table(source, tmp_path, ["text"])["text"] == texts
+
+
+def test_line_feeds_inside_quotes_are_text_in_csv(tmp_path: Path) -> None:
+    source = write_rows(tmp_path, "csv", {"text": ["a\nb", "c\r\nd"], "label": ["0", "1"]})
+    assert read_table(source, tmp_path, ["text"])["text"] == ["a\nb", "c\r\nd"]
+
+
+def test_long_fields_are_read_or_refused(tmp_path: Path) -> None:
+    """Python's csv module stops at 131,072 characters unless told otherwise."""
+    for suffix in ("tsv", "csv"):
+        source = write_rows(tmp_path, suffix, {"text": ["x" * 140_000], "label": ["0"]})
+        with suppress(DataError):
+            assert len(read_table(source, tmp_path, ["text"])["text"][0]) == 140_000
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path, suffix: str) -> None:
+    source = write_rows(tmp_path, suffix, ROWS)
+    (tmp_path / source).write_bytes(b"\xef\xbb\xbf" + (tmp_path / source).read_bytes())
+    assert plain(read_table(source, tmp_path, ["text", "label"])) == ROWS
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, suffix: str) -> None:
+    source = write_rows(tmp_path, suffix, ROWS)
+    with pytest.raises(DataError) as caught:
+        read_table(source, tmp_path, ["sentence", "text", "pair"])
+    assert all(part in str(caught.value) for part in ("'sentence', 'pair'", "'text', 'label'", source))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00\xff\xfe", b"PK\x03\x04broken", b"\xff" * 50, b"PAR1PAR1", b"3\n", b"[1]\n"]
+)
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    (tmp_path / f"rows.{suffix}").write_bytes(content)
+    with pytest.raises(DataError, match="rows"):
+        read_table(f"rows.{suffix}", tmp_path, ["text", "label"])
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl", "parquet", "npz"])
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
+def test_a_truncated_file_is_refused_or_whole_rows(tmp_path: Path, suffix: str, share: float) -> None:
+    source = write_rows(tmp_path, suffix, {"text": [f"row {i}" for i in range(9)], "label": ["0"] * 9})
+    content = (tmp_path / source).read_bytes()
+    (tmp_path / source).write_bytes(content[: int(share * len(content))])
+    try:
+        table = read_table(source, tmp_path, ["text", "label"])
+    except DataError:
+        return
+    assert len(table["text"]) == len(table["label"]) < 9
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_a_header_without_rows_is_refused(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        read_table(write_rows(tmp_path, suffix, {"text": [], "label": []}), tmp_path, ["text"])
+
+
+@pytest.mark.parametrize(("suffix", "content", "where"), [
+    ("tsv", "text\tlabel\na\t0\nb\n", "line 3"), ("tsv", "text\tlabel\na\tb\t0\n", "line 2"),
+    ("csv", "text,label\na,0\nb,1,2\n", "line 3"), ("jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', "row 2"),
+    ("jsonl", '{"text": "a"}\n{"text": \n', "rows"), ("jsonl", '"text"\n', "rows"),
+])  # fmt: skip
+def test_ragged_rows_are_refused_with_their_place(tmp_path: Path, suffix: str, content: str, where: str) -> None:
+    (tmp_path / f"rows.{suffix}").write_text(content)
+    with pytest.raises(DataError, match=where):
+        read_table(f"rows.{suffix}", tmp_path, ["text", "label"])
+
+
+def test_arrays_of_different_lengths_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", image=np.zeros((3, 2)), label=np.zeros(2))
+    with pytest.raises(DataError, match=r"rows\.npz"):
+        read_table("rows.npz", tmp_path, ["image", "label"])
+
+
+def test_arrays_without_rows_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", image=np.array(3.0), label=np.array(1))
+    with pytest.raises(DataError, match=r"rows\.npz"):
+        read_table("rows.npz", tmp_path, ["image", "label"])
+
+
+def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", text=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(DataError, match=r"rows\.npz"):
+        read_table("rows.npz", tmp_path, ["text"])
+
+
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.json"])
+def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=r"\.tsv, \.csv, \.jsonl, \.parquet, \.npz"):
+        read_table(name, tmp_path, ["text"])
+
+
+def test_a_missing_file_is_refused_with_its_whole_path(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=str(tmp_path / "none.tsv")):
+        read_table("none.tsv", tmp_path, ["text"])
+
+
+def test_an_image_folder_has_a_class_per_sub_folder(tmp_path: Path) -> None:
+    for name in ("dog/2.PNG", "cat/1.jpg", "cat/0.jpeg", "cat/notes.txt", "top.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    table = read_table(str(tmp_path), tmp_path, ["image", "label"])
+    assert [Path(p).relative_to(tmp_path).as_posix() for p in table["image"]] == [
+        "cat/0.jpeg",
+        "cat/1.jpg",
+        "dog/2.PNG",
+    ]
+    assert table["label"] == ["cat", "cat", "dog"]
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        read_table(str(tmp_path), tmp_path, ["image"])
+
+
+# Tasks
+
+
+class Words:
+    """A family whose inputs are their words."""
+
+    kind, keep_embeddings, token_budget = "text-classification", True, 64
+
+    def columns(self, spec: TaskSpec) -> list[str]:
+        return [spec.columns.text, *([spec.columns.text_pair] if spec.columns.text_pair else [])]
+
+    def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[Numbers, list[str]]:
+        return Numbers([len(str(text).split()) for text in table[spec.columns.text]]), ["a note"]
+
+    def load(self, folder: Path) -> Any:
+        raise NotImplementedError
+
+    def logits(self, module: Any, batch: Batch) -> Any:
+        raise NotImplementedError
+
+
+CONFIG = {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
+
+
+def load(
+    folder: Path, spec: TaskSpec, config: dict[str, Any] | None = None, settings: DataSettings | None = None
+) -> TaskData:
+    own = CONFIG if config is None else config
+    return load_task("sst", spec, Words(), folder, own, folder, settings or DataSettings(), seed=1)
+
+
+def labelled(folder: Path, labels: list[Any], suffix: str = "jsonl") -> TaskSpec:
+    return TaskSpec(
+        data=write_rows(folder, suffix, {"text": [f"text {i}" for i in range(len(labels))], "label": labels})
+    )
+
+
+@pytest.mark.parametrize(("labels", "config"), [
+    ([0, 1, 1], CONFIG), (["0", "1", "1"], CONFIG), (["bad", "good", "good"], CONFIG), ([0.0, 1.0, 1.0], CONFIG),
+    (["bad", 1, "1"], CONFIG), ([0, 1, 1], {}), ([0, 1, 1], {"id2label": {"0": "x", "1": "y"}}),
+])  # fmt: skip
+def test_labels_are_numbers_or_the_experts_names(tmp_path: Path, labels: list[Any], config: dict[str, Any]) -> None:
+    assert load(tmp_path, labelled(tmp_path, labels), config).labels == (0, 1, 1)
+
+
+@pytest.mark.parametrize("label", [2, -1, "2", "great", 0.5, None, "", "Good", float("inf"), [1]])
+def test_a_label_that_the_expert_lacks_is_named_with_its_row(tmp_path: Path, label: Any) -> None:
+    with pytest.raises(DataError, match=r"'sst': row 2 has label .*bad, good"):
+        load(tmp_path, labelled(tmp_path, [0, label, 1]))
+
+
+def test_the_classes_are_told_by_number_when_they_have_no_names(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="0 to 2"):
+        load(tmp_path, labelled(tmp_path, [0, 3]), {"id2label": {"0": "x", "1": "y", "2": "z"}})
+
+
+def test_a_label_without_any_known_class_is_refused_in_plain_words(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, labelled(tmp_path, ["good"]), {})
+    assert "None" not in str(caught.value)
+
+
+def test_data_without_labels_can_be_adapted_on(tmp_path: Path) -> None:
+    spec = TaskSpec(data=write_rows(tmp_path, "jsonl", {"text": ["a", "b", "c"]}))
+    data = load(tmp_path, spec, settings=DataSettings(adapt=1, select=0, test=0))
+    assert data.labels == (None, None, None)
+    assert sorted(data.splits.rows["adapt"]) == [0, 1, 2]
+
+
+def test_files_per_split_are_stacked_and_overlaps_noted(tmp_path: Path) -> None:
+    for split, texts in (("adapt", ["a", "b", "c"]), ("test", ["c", "d"])):
+        (tmp_path / split).mkdir()
+        write_rows(tmp_path / split, "tsv", {"text": texts, "label": ["0"] * len(texts)})
+    spec = TaskSpec(data=SplitData(adapt="adapt/rows.tsv", test="test/rows.tsv"))
+    data = load(tmp_path, spec)
+    assert dict(data.splits.rows) == {"adapt": (0, 1), "select": (), "test": (3, 4)}
+    assert any(note.startswith("1 adapt input") for note in data.notes)
+    assert "a note" in data.notes
+    assert len(data.labels) == 5
+
+
+def test_pairs_are_the_same_input_only_when_both_parts_are(tmp_path: Path) -> None:
+    table = {"text": ["a", "a", "a"] * 20, "pair": ["x", "y", "x"] * 20, "label": [0, 0, 0] * 20}
+    spec = TaskSpec(data=write_rows(tmp_path, "jsonl", table), columns=Columns(text_pair="pair"))
+    rows = load(tmp_path, spec, settings=DataSettings(adapt=0.5, select=0.1, test=0.4)).splits.rows
+    kinds = {split: {table["pair"][row] for row in own} for split, own in rows.items() if own}
+    assert sorted(pair for own in kinds.values() for pair in own) == ["x", "y"]
+
+
+def test_a_task_without_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="'sst': no data"):
+        load(tmp_path, TaskSpec())
+    with pytest.raises(DataError, match="'sst': none of adapt"):
+        load(tmp_path, TaskSpec(data=SplitData()))
+
+
+def test_a_limit_caps_every_split(tmp_path: Path) -> None:
+    spec = labelled(tmp_path, [0, 1] * 30).model_copy(update={"limit": 5})
+    assert {len(rows) for rows in load(tmp_path, spec).splits.rows.values()} == {5}
