@@ -1,9 +1,10 @@
 """adarank beside mergekit: the same recipe file, unchanged, merged by both, compared tensor by tensor.
 
-    python benchmarks/mergekit_compare.py --mergekit-bin VENV/bin/mergekit-yaml [--record records/peers/mergekit.json]
-    python benchmarks/mergekit_compare.py --mergekit-bin VENV/bin/mergekit-yaml --values tests/test_mergekit_values.py
+    python benchmarks/mergekit_compare.py --mergekit-python VENV/bin/python [--record records/peers/mergekit.json]
+    python benchmarks/mergekit_compare.py --mergekit-python VENV/bin/python --values tests/test_mergekit_values.py
 
-VENV is an environment of its own with torch and mergekit in it. The models are small Llamas made here: a base and
+VENV is an environment of its own with torch and mergekit in it. Its command `mergekit-yaml` is called there once for
+every recipe, all calls in one process, because loading it takes longer than the merges. The models are small Llamas made here: a base and
 three experts, which are the base plus seeded noise. The second form prints mergekit's merges of the tiny models that
 a test holds expected values of.
 
@@ -15,10 +16,13 @@ cast at the end, where mergekit's task arithmetic works in the inputs' own dtype
 from __future__ import annotations
 
 import argparse
+import json
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,19 @@ EXPERTS = ("code", "chat", "maths")
 NOISE = 0.02
 GRADIENT = [0.0, 0.25, 1.0]
 FILTERED = [{"filter": "mlp", "value": 0.9}, {"filter": "self_attn", "value": [0.1, 0.7]}, {"value": 0.4}]
+DRIVER = """
+import json, sys, torch
+from mergekit.scripts.run_yaml import main
+torch.set_num_threads(1)
+errors = []
+for call in json.loads(sys.argv[1]):
+    try:
+        main(call, standalone_mode=False)
+        errors.append(None)
+    except Exception as error:
+        errors.append(type(error).__name__ + ": " + " ".join(str(error).split()))
+print(json.dumps(errors))
+"""
 SHAPE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}  # fmt: skip
 
@@ -111,7 +128,6 @@ def dialect() -> dict[str, dict[str, Any]]:
         "task_arithmetic, base listed with a weight": _with_base(recipe(ta, plain), 0.3),
         "the same expert twice": recipe(ta, plain) | {"models": [{"model": "./code", "parameters": {"weight": 0.5}}] * 2},
         "dtype bf16": recipe(ta, plain, dtype="bf16"),
-        "tokenizer_source base": recipe(ta, plain, tokenizer_source="base"),
         "a model as a mapping": recipe(ta, plain)
         | {"models": [{"model": {"model": {"path": "./code"}}, "parameters": {"weight": 0.5}}]},
         "one layer, gradient": recipe(ta, [GRADIENT, [1.0, 0.0], 0.5])
@@ -138,12 +154,24 @@ def make_models(folder: Path, dtype: torch.dtype, seed: int, layers: int) -> Non
         model.to(torch.float32)
 
 
-def mergekit(binary: Path, file: Path, out: Path) -> str | None:
-    """Run mergekit's command in the recipe's folder, as its relative paths need. The error's last line, if any."""
-    command = [str(binary.absolute()), str(file.absolute()), str(out.absolute()), "--quiet"]
-    done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True, check=False)
-    lines = [line.strip() for line in done.stderr.splitlines() if "Error" in line]
-    return None if done.returncode == 0 else (lines or [f"exit status {done.returncode}"])[-1]
+def write_recipes(folder: Path, recipes: Mapping[str, dict[str, Any]]) -> dict[str, Path]:
+    """A recipe file each, beside the models that it names."""
+    files = {name: folder / f"recipe-{number}.yaml" for number, name in enumerate(recipes)}
+    for name, file in files.items():
+        file.write_text(yaml.safe_dump(recipes[name], sort_keys=False))
+    return files
+
+
+def mergekit(python: Path, files: Mapping[str, Path], out: str) -> dict[str, str | None]:
+    """Call mergekit's command on every recipe, in the recipes' folder, as their relative paths need.
+
+    Each result lies beside its recipe, in a folder of the recipe's name and the suffix `out`; returned are the errors.
+    """
+    folder = next(iter(files.values())).parent
+    calls = [[file.name, file.with_suffix(out).name, "--quiet", "--no-copy-tokenizer"] for file in files.values()]
+    command = [str(python.absolute()), "-c", DRIVER, json.dumps(calls)]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(zip(files, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def adarank(file: Path, out: Path) -> str | None:
@@ -174,31 +202,35 @@ def _worst(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-30)
 
 
-def compare(folder: Path, name: str, values: dict[str, Any], binary: Path) -> dict[str, Any]:
-    """Both merges of one recipe file and what came of it."""
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        ours, theirs = Path(temporary) / "adarank", Path(temporary) / "mergekit"
-        errors = {"adarank": adarank(file, ours), "mergekit": mergekit(binary, file, theirs)}
-        refused = {side: error for side, error in errors.items() if error}
-        found = {"refused": refused} if refused else difference(Checkpoint(ours), Checkpoint(theirs))
+def compare(folder: Path, recipes: Mapping[str, dict[str, Any]], python: Path) -> list[dict[str, Any]]:
+    """Both merges of every recipe file and what came of them."""
+    files = write_recipes(folder, recipes)
+    errors = mergekit(python, files, ".mergekit")
+    return [_compare(name, values, files[name], errors[name]) for name, values in recipes.items()]
+
+
+def _compare(name: str, values: dict[str, Any], file: Path, error: str | None) -> dict[str, Any]:
+    ours, theirs = file.with_suffix(".adarank"), file.with_suffix(".mergekit")
+    refused = {side: e for side, e in {"adarank": adarank(file, ours), "mergekit": error}.items() if e}
+    found = {"refused": refused} if refused else difference(Checkpoint(ours), Checkpoint(theirs))
+    for folder in (ours, theirs):
+        shutil.rmtree(folder, ignore_errors=True)
     print(f"  {name:52s} {found.get('max_relative_difference', found.get('refused'))}", flush=True)
     return {"name": name, "recipe": values, **found}
 
 
-def rounding(folder: Path, values: dict[str, Any], binary: Path) -> dict[str, Any]:
+def rounding(folder: Path, recipes: Mapping[str, dict[str, Any]], python: Path) -> dict[str, Any]:
     """How far each side's bfloat16 merge is from mergekit's float32 merge of the same bfloat16 models."""
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        exact, theirs, ours = (Path(temporary) / name for name in ("exact", "mergekit", "adarank"))
-        file = folder / "recipe.yaml"
-        file.write_text(yaml.safe_dump({**values, "dtype": "float32"}, sort_keys=False))
-        mergekit(binary, file, exact)
-        file.write_text(yaml.safe_dump(values, sort_keys=False))
-        mergekit(binary, file, theirs)
-        adarank(file, ours)
-        sides = {"adarank": Checkpoint(ours), "mergekit": Checkpoint(theirs)}
-        return {side: _rounding(merged, Checkpoint(exact)) for side, merged in sides.items()}
+    exact = {f"{name}, exact": {**values, "dtype": "float32"} for name, values in recipes.items()}
+    files = write_recipes(folder, {**recipes, **exact})
+    mergekit(python, files, ".mergekit")
+    found = {}
+    for name in recipes:
+        adarank(files[name], files[name].with_suffix(".adarank"))
+        wanted = Checkpoint(files[f"{name}, exact"].with_suffix(".mergekit"))
+        sides = {side: Checkpoint(files[name].with_suffix(f".{side}")) for side in ("adarank", "mergekit")}
+        found[name] = {side: _rounding(merged, wanted) for side, merged in sides.items()}
+    return found
 
 
 def _rounding(merged: Checkpoint, exact: Checkpoint) -> dict[str, float]:
@@ -209,24 +241,23 @@ def _rounding(merged: Checkpoint, exact: Checkpoint) -> dict[str, float]:
     return {"max_relative_error": worst, "share_not_the_nearest_bfloat16": missed / total}
 
 
-def package_versions(binary: Path) -> dict[str, str]:
+def package_versions(python: Path) -> dict[str, str]:
     """Versions in mergekit's environment."""
-    code = "import importlib.metadata as m; print(*[p + ' ' + m.version(p) for p in ('mergekit','torch','transformers')], sep='\\n')"
-    listed = subprocess.run(
-        [str(binary.absolute().parent / "python"), "-c", code], capture_output=True, text=True, check=True
-    )
-    return dict(line.split() for line in listed.stdout.splitlines())
+    code = "import importlib.metadata as m, json; print(json.dumps({p: m.version(p) for p in ('mergekit', 'torch')}))"
+    listed = subprocess.run([str(python.absolute()), "-c", code], capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(listed.stdout)
+    return found
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    binary, seed = arguments.mergekit_bin, arguments.seed
+    python, seed = arguments.mergekit_python, arguments.seed
     record: dict[str, Any] = {
         "what": "the same recipe file merged by adarank and by mergekit's command line",
-        "command": "python benchmarks/mergekit_compare.py --mergekit-bin VENV/bin/mergekit-yaml",
+        "command": "python benchmarks/mergekit_compare.py --mergekit-python VENV/bin/python",
         "settings": {"model": SHAPE, "experts": len(EXPERTS), "noise": NOISE},
         "seed": seed,
         "versions": versions(),
-        "mergekit_environment": package_versions(binary),
+        "mergekit_environment": package_versions(python),
         "machine": machine(),
     }
     with tempfile.TemporaryDirectory() as temporary:
@@ -236,11 +267,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             make_models(folder, dtype, seed, SHAPE["num_hidden_layers"])
             make_models(folder / "one-layer", dtype, seed, 1)
             print(label, flush=True)
-            record[label] = _summary([compare(folder, n, r, binary) for n, r in agreeing().items()])
+            record[label] = _summary(compare(folder, agreeing(), python))
         names = ("linear", "task_arithmetic", "task_arithmetic, normalised, lambda")
-        record["bfloat16_rounding"] = {n: rounding(folder, agreeing()[n], binary) for n in names}
+        record["bfloat16_rounding"] = rounding(folder, {name: agreeing()[name] for name in names}, python)
         print("dialect", flush=True)
-        record["dialect"] = [compare(Path(temporary) / "float32", n, r, binary) for n, r in dialect().items()]
+        record["dialect"] = compare(Path(temporary) / "float32", dialect(), python)
     return record
 
 
@@ -250,21 +281,20 @@ def _summary(recipes: list[dict[str, Any]]) -> dict[str, Any]:
     return {"max_relative_difference": spread, "refused": sum("refused" in r for r in recipes), "recipes": recipes}
 
 
-def print_values(test: Path, binary: Path) -> None:
+def print_values(test: Path, python: Path) -> None:
     """mergekit's numbers for the models and recipes of a test, in the form that the test holds them."""
     module = runpy.run_path(str(test))
     with tempfile.TemporaryDirectory() as temporary:
         module["write_models"](Path(temporary))
-        for name, values in module["RECIPES"].items():
-            file = Path(temporary) / "recipe.yaml"
-            file.write_text(yaml.safe_dump(values, sort_keys=False))
-            error = mergekit(binary, file, Path(temporary) / name)
-            print(f'    "{name}": {error or module["picked"](Checkpoint(Path(temporary) / name))},')
+        files = write_recipes(Path(temporary), module["RECIPES"])
+        errors = mergekit(python, files, ".mergekit")
+        for name, file in files.items():
+            print(f'    "{name}": {errors[name] or module["picked"](Checkpoint(file.with_suffix(".mergekit")))},')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit-bin", type=Path, required=True, help="mergekit-yaml of mergekit's environment")
+    parser.add_argument("--mergekit-python", type=Path, required=True, help="python of mergekit's environment")
     parser.add_argument("--record", type=Path, default=Path("records/peers/mergekit.json"))
     parser.add_argument("--values", type=Path, help="print expected values for this test file instead")
     parser.add_argument("--seed", type=int, default=0)
@@ -272,7 +302,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.values:
-        print_values(arguments.values, arguments.mergekit_bin)
+        print_values(arguments.values, arguments.mergekit_python)
         return
     record = run(arguments)
     arguments.record.parent.mkdir(parents=True, exist_ok=True)

@@ -61,7 +61,8 @@ class Setup:
             mode="json", by_alias=True, exclude_unset=True
         )
         self.job: Job = open_job(parse_recipe(given, folder.resolve()))
-        self.method, self.settings = self.job.recipe.adaptation()
+        self.method, settings = self.job.recipe.adaptation()
+        self.settings: AdaptSettings = settings.model_copy(update={"objective": "entropy"})
         torch.manual_seed(self.job.recipe.seed)
         self.data = load_tasks(self.job)
         self.models: TaskModels = pipeline.build_models(self.job)
@@ -83,7 +84,7 @@ class Setup:
     def run_engine(self, steps: int, progress: Any = None) -> LiveWeights:
         live = self.live()
         settings = self.settings.model_copy(update={"steps": steps})
-        losses = pipeline.entropy_losses(self.job, self.models, self.data, settings.batch_size)
+        losses = pipeline.task_losses(self.job, self.models, self.data, settings)
         adapt(live, losses, settings, progress=progress and (lambda history, _: progress(live, history)))
         return live
 
@@ -156,7 +157,7 @@ class Autograd:
         setup = self.setup
         own = {key: weights[name] for name, key in self.keys[task].items()}
         batch = setup.data[task].adapt_batch(number, setup.settings.batch_size)
-        return entropy(functional_call(setup.models.modules[task], own, (), dict(batch)).logits.float())
+        return entropy(functional_call(setup.models.modules[task], own, (), dict(batch)).logits)
 
     def _keys(self, task: str) -> dict[str, str]:
         """Merged tensor -> its name in the task's network."""
@@ -232,8 +233,7 @@ def side_by_side(start: str, cache: Path, arguments: argparse.Namespace) -> dict
 
 
 def settings_of(setup: Setup) -> dict[str, Any]:
-    adapting: AdaptSettings = setup.settings
-    return {"parameters": setup.method.model_dump(by_alias=True), "adapt": adapting.model_dump(mode="json")}
+    return {"parameters": setup.method.model_dump(by_alias=True), "adapt": setup.settings.model_dump(mode="json")}
 
 
 def _assert_equal(check: Mapping[str, float]) -> None:

@@ -1,6 +1,6 @@
 """Numbers that mergekit 0.1.5 (torch 2.13.0) computed, from the same recipes and models.
 
-`python benchmarks/mergekit_compare.py --mergekit-bin … --values tests/test_mergekit_values.py` prints them anew.
+`python benchmarks/mergekit_compare.py --mergekit-python … --values tests/test_mergekit_values.py` prints them anew.
 """
 
 from __future__ import annotations

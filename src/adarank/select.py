@@ -39,6 +39,7 @@ class Select(Settings):
     head: tuple[str, ...] = ()
 
     def patterns(self) -> list[tuple[Action, str]]:
+        """All (action, pattern) pairs."""
         groups: list[tuple[Action, Sequence[str]]] = [
             ("decompose", self.decompose), ("scale", self.scale), ("keep", self.keep), ("head", self.head),
         ]  # fmt: skip

@@ -1,0 +1,140 @@
+"""The Python interface: state dicts and modules, no files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adarank
+
+
+class Net(nn.Module):
+    """A body of two layers, one of them a kernel, and a head per task."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 4, 3)
+        self.body = nn.Linear(24, 12)
+        self.head = nn.Linear(12, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.body(torch.relu(self.conv(x[:, None])).flatten(1))))
+
+
+def nets(classes: dict[str, int]) -> tuple[Net, dict[str, Net]]:
+    torch.manual_seed(0)
+    base = Net(2)
+    experts = {}
+    for task, count in classes.items():
+        experts[task] = Net(count)
+        state = {n: t + 0.1 * torch.randn_like(t) for n, t in base.state_dict().items() if not n.startswith("head")}
+        experts[task].load_state_dict(state, strict=False)
+    return base, experts
+
+
+@pytest.fixture
+def problem() -> tuple[Net, dict[str, Net], dict[str, list[Tensor]]]:
+    base, experts = nets({"a": 3, "b": 5})
+    return base, experts, {task: [torch.randn(8, 8) for _ in range(4)] for task in experts}
+
+
+def test_merge_takes_modules_and_state_dicts_alike(problem) -> None:
+    base, experts, _ = problem
+    from_modules = adarank.merge(base, experts, "cart", {"rank": 0.5})
+    from_states = adarank.merge(
+        base.state_dict(), {t: e.state_dict() for t, e in experts.items()}, "cart", {"rank": 0.5}
+    )
+    assert from_modules.keys() == from_states.keys()
+    assert all(torch.equal(from_modules[name], from_states[name]) for name in from_modules)
+
+
+def test_adapt_leaves_the_given_modules_alone(problem) -> None:
+    base, experts, batches = problem
+    before = {task: {n: t.clone() for n, t in e.state_dict().items()} for task, e in experts.items()}
+    adarank.adapt(base, experts, batches, settings=adarank.AdaptSettings(steps=3))
+    for task, expert in experts.items():
+        assert all(torch.equal(t, before[task][n]) for n, t in expert.state_dict().items())
+        assert all(p.requires_grad for p in expert.parameters())
+
+
+def test_adapted_modules_share_the_body_and_keep_their_heads(problem) -> None:
+    base, experts, batches = problem
+    found = adarank.adapt(base, experts, batches, settings=adarank.AdaptSettings(steps=3))
+    assert found.modules["a"].body.weight is found.modules["b"].body.weight
+    assert torch.equal(found.modules["b"].head.weight, experts["b"].head.weight)
+    assert torch.equal(found.state["body.weight"], found.modules["a"].body.weight)
+
+
+def test_adapted_state_equals_merging_by_its_masks(problem) -> None:
+    base, experts, batches = problem
+    settings = adarank.AdaptSettings(steps=30, lr_masks=0.02, lr_lambda=0.02)
+    found = adarank.adapt(base, experts, batches, parameters={"rank": 0.25, "lambda": 1.0}, settings=settings)
+    again = adarank.merge(base, experts, "masked", {"masks": found.masks})
+    assert all(torch.equal(found.state[name], again[name]) for name in found.state)
+
+
+def test_adapt_lowers_its_objective(problem) -> None:
+    base, experts, batches = problem
+    settings = adarank.AdaptSettings(steps=40, lr_masks=0.02, lr_lambda=0.02)
+    history = adarank.adapt(base, experts, batches, settings=settings).history
+    total = [sum(values) for values in zip(*history.losses.values(), strict=True)]
+    assert sum(total[-4:]) < sum(total[:4])
+
+
+def test_zero_steps_of_adamerging_is_task_arithmetic(problem) -> None:
+    base, experts, batches = problem
+    start = adarank.adapt(base, experts, batches, "adamerging", {"lambda": 0.4}, adarank.AdaptSettings(steps=0)).state
+    static = adarank.merge(base, experts, "task_arithmetic", {"lambda": 0.4})
+    for name in start:
+        torch.testing.assert_close(start[name], static[name])
+
+
+def test_zero_steps_of_cart_plus_plus_is_cart(problem) -> None:
+    base, experts, batches = problem
+    start = adarank.adapt(
+        base, experts, batches, "cart++", {"rank": 0.3, "lambda": 1.5}, adarank.AdaptSettings(steps=0)
+    ).state
+    static = adarank.merge(base, experts, "cart", {"rank": 0.3, "lambda": 1.5})
+    for name in start:
+        torch.testing.assert_close(start[name], static[name])
+
+
+def test_evaluate_counts_right_answers(problem) -> None:
+    _, experts, batches = problem
+    answers = {task: [(x, experts[task](x).argmax(1).tolist()) for x in batches[task]] for task in experts}
+    assert adarank.evaluate(experts, answers) == {"a": 100.0, "b": 100.0}
+    wrong = {"a": [(x, [(y + 1) % 3 for y in labels]) for x, labels in answers["a"]]}
+    assert adarank.evaluate(experts, wrong) == {"a": 0.0}
+
+
+def test_an_adaptive_name_given_to_merge_points_to_adapt(problem) -> None:
+    base, experts, _ = problem
+    with pytest.raises(adarank.AdaRankError, match=r"adarank\.adapt"):
+        adarank.merge(base, experts, "adarank")
+
+
+def test_tasks_without_batches_are_all_named(problem) -> None:
+    base, experts, _ = problem
+    with pytest.raises(adarank.AdaRankError, match="'a', 'b'"):
+        adarank.adapt(base, experts, {})
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(6, 6, bias=False)
+            self.again = nn.Linear(6, 6, bias=False)
+            self.again.weight = self.up.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.again(torch.relu(self.up(x)))
+
+    torch.manual_seed(0)
+    base = Tied()
+    experts = {"a": Tied(), "b": Tied()}
+    found = adarank.adapt(
+        base, experts, {t: [torch.randn(4, 6)] for t in experts}, settings=adarank.AdaptSettings(steps=2)
+    )
+    assert found.modules["a"].again.weight is found.modules["a"].up.weight

@@ -1,0 +1,116 @@
+"""The shape of the code: layers, public names, generated pages, the README's example."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import adarank
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "adarank"
+# CONTRIBUTING.md has the same table. Files of one layer may import each other.
+LAYERS = [
+    {"errors", "settings"},
+    {"hub", "checkpoint", "writer", "select"},
+    {"task_vectors", "data", "models"},
+    {"spectrum", "blocks", "masks"},
+    {"methods", "adapt"},
+    {"evaluate", "record"},
+    {"recipe", "plan", "tasks", "catalogue", "inspection"},
+    {"pipeline", "api"},
+    {"cli"},
+]
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    """Parts of adarank that a file imports, by their name under the package."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("adarank"):
+            parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
+            found |= {parts[0]} if node.module != "adarank" else set(parts)
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("adarank.")}
+    return found
+
+
+FILES = [p for p in sorted(SOURCE.rglob("*.py")) if p != SOURCE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_one_way(path: Path) -> None:
+    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    above = {name for name in imports(path) if LAYER[name] > LAYER[own]}
+    assert not above
+
+
+def test_methods_and_adaptation_never_import_each_other() -> None:
+    for own, other in (("methods", "adapt"), ("adapt", "methods")):
+        for path in (SOURCE / own).glob("*.py"):
+            assert other not in imports(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_only_the_command_line_prints(path: Path) -> None:
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert "print" not in calls or path.is_relative_to(SOURCE / "cli")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("name", adarank.__all__)
+def test_every_public_name_is_documented(name: str) -> None:
+    thing = getattr(adarank, name)
+    assert inspect.getdoc(thing)
+    for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+        if inspect.isfunction(value) and not member.startswith("_"):
+            assert inspect.getdoc(value), f"{name}.{member}"
+
+
+def test_the_readmes_example_runs() -> None:
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block
+    exec(compile(block.group(1), "README.md", "exec"), {})
+
+
+def _pages() -> dict:
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.PAGES
+
+
+@pytest.mark.parametrize("name", ["docs/methods.md", "docs/cli.md", "docs/results.md", "README.md"])
+def test_generated_pages_are_up_to_date(name: str) -> None:
+    if name == "docs/cli.md" and sys.version_info[:2] != (3, 11):
+        pytest.skip("argparse words its help differently in other versions of Python")
+    assert (ROOT / name).read_text(encoding="utf-8") == _pages()[name](), f"run: python docs/build.py ({name})"
+
+
+def test_nothing_of_a_machine_or_workplace_is_named() -> None:
+    pattern = re.compile(r"/(?:work|home|root)/\w")
+    for path in [
+        *SOURCE.rglob("*.py"),
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "benchmarks").glob("*.py"),
+    ]:
+        assert not pattern.search(path.read_text(encoding="utf-8")), path

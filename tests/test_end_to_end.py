@@ -1,0 +1,293 @@
+"""From files to files: what a recipe promises, on tiny real architectures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import adarank
+from adarank import pipeline
+from adarank.cli.main import main
+from adarank.masks import FILE
+from adarank.recipe import load_recipe
+from text_zoo import ADAPT, TASKS, make_zoo, recipe
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_zoo(tmp_path_factory.mktemp("zoo"))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "gpt2"])
+@pytest.mark.parametrize("bare_base", [True, False])
+def test_every_architecture_merges_adapts_and_loads(tmp_path: Path, architecture: str, bare_base: bool) -> None:
+    folder = make_zoo(tmp_path, architecture, bare_base)
+    out = folder / "out"
+    record = adarank.merge_recipe(load_recipe(recipe(folder, **{**ADAPT, "adapt": {"steps": 2, "batch_size": 4}})), out)
+    assert record["adaptation"]["steps"] == 2
+    merged = transformers.AutoModel.from_pretrained(out)
+    stored = weights(out)
+    names = {name: name if name in stored else f"{merged.base_model_prefix}.{name}" for name in merged.state_dict()}
+    held = {name: tensor for name, tensor in merged.state_dict().items() if names[name] in stored}
+    assert len(held) > 10
+    assert all(torch.equal(tensor, stored[names[name]]) for name, tensor in held.items())
+    for task, classes in TASKS.items():
+        model = adarank.load_task(out, task)
+        assert model(input_ids=torch.tensor([[2, 6, 7, 3]])).logits.shape == (1, classes)
+
+
+def test_a_loaded_task_gives_the_scored_logits(zoo: Path, tmp_path: Path) -> None:
+    """`load_task` and evaluation are two ways to the same network."""
+    loaded = load_recipe(recipe(zoo, **ADAPT))
+    out = tmp_path / "out"
+    adarank.merge_recipe(loaded, out)
+    job = adarank.open_job(loaded)
+    models = pipeline.build_models(job)
+    models.fill(weights(out).items())
+    batch = {"input_ids": torch.tensor([[2, 6, 7, 8, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    for task in TASKS:
+        torch.testing.assert_close(adarank.load_task(out, task)(**batch).logits, models.modules[task](**batch).logits)
+
+
+def test_masked_reproduces_the_adapted_weights_bit_for_bit(zoo: Path, tmp_path: Path) -> None:
+    adapted, again = tmp_path / "adapted", tmp_path / "again"
+    adarank.merge_recipe(load_recipe(recipe(zoo, **ADAPT)), adapted)
+    changes = {"merge_method": "masked", "parameters": {"masks": str(adapted / FILE)}}
+    adarank.merge_recipe(load_recipe(recipe(zoo, "masked.yaml", **changes)), again)
+    assert same(weights(adapted), weights(again))
+
+
+def test_adaptation_moves_masks_and_lambda_and_lowers_the_loss(zoo: Path, tmp_path: Path) -> None:
+    settings = {**ADAPT, "adapt": {**ADAPT["adapt"], "steps": 40}}
+    record = adarank.merge_recipe(load_recipe(recipe(zoo, **settings)), tmp_path / "out")
+    losses = record["adaptation"]["losses"]
+    total = [sum(values) for values in zip(*losses.values(), strict=True)]
+    assert sum(total[-5:]) < sum(total[:5])
+    masks = adarank.MaskFile.load(tmp_path / "out" / FILE)
+    assert masks.kept_share() != record["adaptation"]["kept"][0]
+    assert len({round(float(v), 6) for lam in masks.lam.values() for v in lam}) > 10
+
+
+def test_self_label_of_one_expert_starts_at_zero(zoo: Path, tmp_path: Path) -> None:
+    """One expert with λ = 1 and all components is the expert, so its divergence from itself is 0."""
+    only = {"models": [{"model": "models/mood", "task": {"name": "mood", "data": "data/mood.tsv"}}]}
+    changes = {**only, "merge_method": "adarank", "parameters": {"origin": "pretrained", "rank": 1.0, "lambda": 1.0},
+               "adapt": {"steps": 1, "batch_size": 8, "objective": "self-label"}}  # fmt: skip
+    record = adarank.merge_recipe(load_recipe(recipe(zoo, **changes)), tmp_path / "out")
+    assert record["adaptation"]["losses"]["mood"][0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_merge_done_twice_gives_the_same_bytes(zoo: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        adarank.merge_recipe(load_recipe(recipe(zoo)), tmp_path / name)
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from adarank import pipeline, writer
+from adarank.recipe import load_recipe
+stop = int(sys.argv[3])
+if sys.argv[4] == "adapt":
+    def progress(history, steps):
+        if history.step == stop: os.kill(os.getpid(), 9)
+else:
+    progress, write, count = None, writer._write_tensor, [0]
+    def dying(handle, tensor):
+        count[0] += 1
+        if count[0] == stop: os.kill(os.getpid(), 9)
+        write(handle, tensor)
+    writer._write_tensor = dying
+pipeline.merge(load_recipe(sys.argv[1]), Path(sys.argv[2]), progress=progress)
+"""
+
+
+@pytest.mark.parametrize(("kind", "changes", "stop"), [("adapt", ADAPT, 7), ("free", {}, 9)])
+def test_killed_then_run_again_is_uninterrupted(zoo: Path, tmp_path: Path, kind: str, changes: dict, stop: int) -> None:
+    path = recipe(zoo, f"killed-{kind}.yaml", **changes)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), str(out), str(stop), kind], capture_output=True, check=False
+    )
+    assert done.returncode == -9
+    assert not out.exists()
+    record = adarank.merge_recipe(load_recipe(path), out)
+    adarank.merge_recipe(load_recipe(path), whole)
+    assert same(weights(out), weights(whole))
+    if kind == "adapt":
+        assert record["adaptation"]["resumed_from"] == [6]
+        assert (out / FILE).read_bytes() == (whole / FILE).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_resuming_with_other_settings_is_refused(zoo: Path, tmp_path: Path) -> None:
+    path = recipe(zoo, "first.yaml", **ADAPT)
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", KILLED, str(path), str(out), "7", "adapt"], capture_output=True, check=False)
+    other = recipe(zoo, "other.yaml", **{**ADAPT, "parameters": {"rank": 0.5, "lambda": 1.0}})
+    with pytest.raises(adarank.AdaRankError, match="belongs to another run"):
+        adarank.merge_recipe(load_recipe(other), out)
+
+
+def test_evaluate_puts_base_merged_and_experts_in_one_table(zoo: Path, tmp_path: Path) -> None:
+    loaded = load_recipe(recipe(zoo))
+    adarank.merge_recipe(loaded, tmp_path / "out")
+    table = adarank.evaluate_recipe(loaded, [tmp_path / "out"])
+    assert list(table.rows) == ["base", str(tmp_path / "out"), "experts"]
+    assert table.normalised("experts") == pytest.approx(100)
+    assert table.protocol == "disjoint"
+    assert all(0 <= score <= 100 for row in table.rows.values() for score in row.values())
+
+
+def test_one_expert_with_lambda_one_scores_as_the_expert(zoo: Path, tmp_path: Path) -> None:
+    only = [{"model": "models/mood", "task": {"name": "mood", "data": "data/mood.tsv"}}]
+    loaded = load_recipe(recipe(zoo, merge_method="task_arithmetic", models=only, parameters={"lambda": 1.0}))
+    adarank.merge_recipe(loaded, tmp_path / "out")
+    table = adarank.evaluate_recipe(loaded, [tmp_path / "out"])
+    assert table.rows[str(tmp_path / "out")] == table.rows["experts"]
+
+
+def test_transductive_is_named_by_record_and_table(zoo: Path, tmp_path: Path) -> None:
+    loaded = load_recipe(recipe(zoo, **ADAPT, data={"protocol": "transductive"}))
+    record = adarank.merge_recipe(loaded, tmp_path / "out")
+    assert record["adaptation"]["protocol"] == "transductive"
+    assert adarank.evaluate_recipe(loaded).protocol == "transductive"
+
+
+def test_the_record_accounts_for_inputs_settings_and_tensors(zoo: Path, tmp_path: Path) -> None:
+    adarank.merge_recipe(load_recipe(recipe(zoo, **ADAPT)), tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "adarank.json").read_text())
+    assert set(record["inputs"]) == {"base", *TASKS}
+    assert all(len(digest) == 64 for files in record["inputs"].values() for digest in files.values())
+    assert record["settings"]["adapt"]["temperature"] == 10.0
+    assert set(record["plan"]["tensors"]) == set(weights(tmp_path / "out"))
+    assert record["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_output_dtype_is_the_bases_unless_asked(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = make_zoo(tmp_path, dtype=dtype)
+    adarank.merge_recipe(load_recipe(recipe(folder)), tmp_path / "own")
+    adarank.merge_recipe(load_recipe(recipe(folder, dtype="float32")), tmp_path / "asked")
+    floats = {t.dtype for t in weights(tmp_path / "own").values() if t.is_floating_point()}
+    assert floats == {dtype}
+    assert {t.dtype for t in weights(tmp_path / "asked").values() if t.is_floating_point()} == {torch.float32}
+
+
+def damage_shape(folder: Path) -> None:
+    path = folder / "models" / "mood" / "model.safetensors"
+    state = load_file(path)
+    name = next(n for n in state if "query.weight" in n)
+    save_file({**state, name: state[name][:, :8].contiguous()}, path)
+
+
+def damage_nan(folder: Path) -> None:
+    path = folder / "models" / "colour" / "model.safetensors"
+    state = load_file(path)
+    name = next(n for n in state if "query.weight" in n)
+    state[name][0, 0] = float("nan")
+    save_file(state, path)
+
+
+def damage_truncate(folder: Path) -> None:
+    path = folder / "models" / "mood" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+class Runs:
+    """Pickles to a call: loading it would run code."""
+
+    def __reduce__(self) -> tuple:
+        return (print, ("code ran",))
+
+
+def damage_pickle(folder: Path) -> None:
+    path = folder / "models" / "mood" / "model.safetensors"
+    path.unlink()
+    torch.save({"weight": Runs()}, path.with_name("pytorch_model.bin"))
+
+
+def damage_column(folder: Path) -> None:
+    path = folder / "data" / "mood.tsv"
+    path.write_text(path.read_text().replace("label\ttext", "label\tsentence", 1))
+
+
+def damage_key(folder: Path) -> None:
+    with (folder / "recipe.yaml").open("a") as handle:
+        handle.write("merge_metod: cart\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_shape, ["query.weight", "(16, 16)", "(16, 8)", "cannot be merged"]),
+        (damage_nan, ["query.weight", "1 NaN", "models/colour"]),
+        (damage_truncate, ["model.safetensors", "not a whole safetensors file"]),
+        (damage_pickle, ["pytorch_model.bin", "run code", "convert"]),
+        (damage_column, ["mood.tsv", "'text'", "'sentence'"]),
+        (damage_key, ["merge_metod", "merge_method"]),
+    ],
+)
+def test_each_mistake_is_one_sentence_exit_code_one_and_nothing_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: object, words: list[str]
+) -> None:
+    folder = make_zoo(tmp_path / "zoo")
+    path = recipe(folder, **{**ADAPT, "adapt": {"steps": 1}})
+    damage(folder)  # type: ignore[operator]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main(["merge", str(path), str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr()
+    assert all(word in shown.err for word in words), shown.err
+    assert "Traceback" not in shown.err
+    assert "code ran" not in shown.out
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_an_existing_output_is_refused_without_force(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = str(recipe(zoo)), tmp_path / "out"
+    assert main(["merge", path, str(out)]) == 0
+    kept = (out / "model.safetensors").read_bytes()
+    assert main(["merge", path, str(out)]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main(["merge", path, str(out), "--force"]) == 0
+    assert (out / "model.safetensors").read_bytes() == kept
+
+
+def test_a_deleted_tail_of_the_disk_leaves_nothing(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that fills up while tensors are written."""
+
+    def full(handle: object, tensor: torch.Tensor) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("adarank.writer._write_tensor", full)
+    assert main(["merge", str(recipe(zoo)), str(tmp_path / "out")]) == 1
+    assert "disk is full" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_collapse_is_called_when_one_class_takes_over() -> None:
+    assert pipeline.collapsed(0.6, 0.99)
+    assert not pipeline.collapsed(0.96, 0.97)
+    assert not pipeline.collapsed(0.5, 0.9)
