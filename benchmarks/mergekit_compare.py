@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -194,7 +195,8 @@ def difference(ours: Checkpoint, theirs: Checkpoint) -> dict[str, Any]:
         total += a.numel()
     same = set(ours.tensors) == set(theirs.tensors)
     dtypes = all(ours.tensors[n].dtype == theirs.tensors[n].dtype for n in theirs.tensors)
-    return {"max_relative_difference": worst, "in": where, "values_unequal": unequal, "values": total,
+    written = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in ours.tensors.values()}))
+    return {"max_relative_difference": worst, "in": where, "output_dtype": written, "values_unequal": unequal, "values": total,
             "same_names": same, "same_dtypes": dtypes}  # fmt: skip
 
 
@@ -212,7 +214,8 @@ def compare(folder: Path, recipes: Mapping[str, dict[str, Any]], python: Path) -
 def _compare(name: str, values: dict[str, Any], file: Path, error: str | None) -> dict[str, Any]:
     ours, theirs = file.with_suffix(".adarank"), file.with_suffix(".mergekit")
     refused = {side: e for side, e in {"adarank": adarank(file, ours), "mergekit": error}.items() if e}
-    found = {"refused": refused} if refused else difference(Checkpoint(ours), Checkpoint(theirs))
+    shown = {side: error.replace(f"{file.parent}/", "")[:240] for side, error in refused.items()}
+    found = {"refused": shown} if refused else difference(Checkpoint(ours), Checkpoint(theirs))
     for folder in (ours, theirs):
         shutil.rmtree(folder, ignore_errors=True)
     print(f"  {name:52s} {found.get('max_relative_difference', found.get('refused'))}", flush=True)
@@ -276,9 +279,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _summary(recipes: list[dict[str, Any]]) -> dict[str, Any]:
-    found = torch.tensor([r.get("max_relative_difference", float("inf")) for r in recipes], dtype=torch.float64)
-    spread = {"min": float(found.min()), "median": float(found.median()), "max": float(found.max())}
-    return {"max_relative_difference": spread, "refused": sum("refused" in r for r in recipes), "recipes": recipes}
+    """The recipes' results, with the spread of their differences for each dtype that was written."""
+    found: dict[str, list[float]] = {}
+    for result in recipes:
+        if "refused" not in result:
+            found.setdefault(result["output_dtype"], []).append(result["max_relative_difference"])
+    spread = {name: {"min": min(v), "median": median(v), "max": max(v), "count": len(v)} for name, v in found.items()}
+    refused = sum("refused" in result for result in recipes)
+    return {"max_relative_difference_by_output_dtype": spread, "refused": refused, "recipes": recipes}
 
 
 def print_values(test: Path, python: Path) -> None:

@@ -48,6 +48,7 @@ ADAPTED: dict[str, tuple[str, str, bool, bool, int]] = {
     "TA+AdaRank": ("adarank", "pretrained", True, True, 3),
     "CART++": ("cart++", "average", False, True, 1),
     "AdaMerging": ("adamerging", "pretrained", False, True, 1),
+    "CART+AdaRank, self-label": ("adarank", "average", True, True, 1),
     "CART+AdaRank, masks only": ("adarank", "average", True, False, 1),
     "TA+AdaRank, masks only": ("adarank", "pretrained", True, False, 1),
 }
@@ -149,7 +150,13 @@ class Bench:
         changes = {
             "merge_method": method,
             "parameters": given,
-            "adapt": {"steps": STEPS, "batch_size": BATCH, "lr_masks": rate, "lr_lambda": rate},
+            "adapt": {
+                "steps": STEPS,
+                "batch_size": BATCH,
+                "lr_masks": rate,
+                "lr_lambda": rate,
+                "objective": "self-label" if "self-label" in row else "entropy",
+            },
             "seed": seed,
         }
         assert method in ADAPTIVE

@@ -23,7 +23,7 @@ from adarank.data.spec import Columns, DataSettings, SplitData, TaskSpec
 from adarank.data.splits import Splits, by_file, by_fraction, limited
 from adarank.data.task import Batch, TaskData
 from adarank.errors import DataError
-from adarank.tasks import load_task
+from adarank.tasks import TaskReader
 
 # Splits
 
@@ -399,7 +399,7 @@ def load(
     folder: Path, spec: TaskSpec, config: dict[str, Any] | None = None, settings: DataSettings | None = None
 ) -> TaskData:
     own = CONFIG if config is None else config
-    return load_task("sst", spec, Words(), folder, own, folder, settings or DataSettings(), seed=1)
+    return TaskReader(Words(), settings or DataSettings(), folder, seed=1).load("sst", spec, folder, own)
 
 
 def labelled(folder: Path, labels: list[Any], suffix: str = "jsonl") -> TaskSpec:
@@ -416,7 +416,7 @@ def test_labels_are_numbers_or_the_experts_names(tmp_path: Path, labels: list[An
     assert load(tmp_path, labelled(tmp_path, labels), config).labels == (0, 1, 1)
 
 
-@pytest.mark.parametrize("label", [2, -1, "2", "great", 0.5, None, "", "Good", float("inf"), [1]])
+@pytest.mark.parametrize("label", [2, -2, "2", "great", 0.5, None, "", "Good", float("inf"), [1]])
 def test_a_label_that_the_expert_lacks_is_named_with_its_row(tmp_path: Path, label: Any) -> None:
     with pytest.raises(DataError, match=r"'sst': row 2 has label .*bad, good"):
         load(tmp_path, labelled(tmp_path, [0, label, 1]))
@@ -470,3 +470,16 @@ def test_a_task_without_data_is_refused(tmp_path: Path) -> None:
 def test_a_limit_caps_every_split(tmp_path: Path) -> None:
     spec = labelled(tmp_path, [0, 1] * 30).model_copy(update={"limit": 5})
     assert {len(rows) for rows in load(tmp_path, spec).splits.rows.values()} == {5}
+
+
+def test_minus_one_is_a_withheld_label_and_scoring_it_is_refused(tmp_path: Path) -> None:
+    data = load(tmp_path, labelled(tmp_path, [-1, 1, "-1"]))
+    assert data.labels == (None, 1, None)
+    with pytest.raises(DataError, match="no labels"):
+        data.targets([0])
+
+
+def test_names_that_look_like_numbers_are_names_when_given_as_text(tmp_path: Path) -> None:
+    stars = {"id2label": {"0": "1", "1": "2"}, "label2id": {"1": 0, "2": 1}}
+    assert load(tmp_path, labelled(tmp_path, ["1", "2"]), stars).labels == (0, 1)
+    assert load(tmp_path, labelled(tmp_path, [0, 1]), stars).labels == (0, 1)

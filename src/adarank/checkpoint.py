@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,18 @@ from torch import Tensor
 from adarank.errors import CheckpointError, itemise
 
 LEGACY = (".bin", ".pt", ".pth")
+# What PyTorch's weights-only reader raises on bytes that are no pickle of its own.
+DAMAGED = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -212,7 +225,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{index}: no 'weight_map' in the shard index. Download it again.")
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
     lost = [str(shard) for shard in shards if not shard.exists()]
@@ -234,7 +247,7 @@ def _load_legacy(file: Path) -> dict[str, Tensor]:
             f"convert it once in an isolated environment: torch.load('{file.name}', weights_only=False), then "
             "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except DAMAGED as error:
         raise CheckpointError(
             f"{file}: damaged weights file ({str(error)[:160]}). Copy or download it again."
         ) from None

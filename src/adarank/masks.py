@@ -107,12 +107,25 @@ class MaskFile:
             raise CheckpointError(
                 f"{path}: not a masks file of this version (needed format {_FORMAT}, got {metadata.get('format')})."
             )
-        header = json.loads(metadata["header"])
+        try:
+            return cls._parse(json.loads(metadata["header"]), tensors)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: a damaged masks file ({type(error).__name__}: {error}). Copy it again."
+            ) from None
+
+    @classmethod
+    def _parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> MaskFile:
+        tasks = tuple(header["tasks"])
+        if tensors["lambda"].shape[1:] != (len(tasks),):
+            raise ValueError(f"λ of shape {tuple(tensors['lambda'].shape)} for {len(tasks)} tasks")
         lam = dict(zip(header["tensors"], tensors["lambda"], strict=True))
         sizes = {name: tuple(parts) for name, parts in header["sizes"].items()}
         masks = {n: _unpack(tensors[f"mask.{n}"], sum(parts)) for n, parts in sizes.items()}
-        return cls(header["origin"], tuple(header["tasks"]), lam, masks, sizes, header["about"])
+        return cls(header["origin"], tasks, lam, masks, sizes, header["about"])
 
 
 def _unpack(bits: Tensor, count: int) -> Tensor:
+    if bits.numel() != -(-count // 8):  # numpy would fill up with zeros
+        raise ValueError(f"{bits.numel()} bytes for {count} components")
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()

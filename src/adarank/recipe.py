@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,9 +139,9 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
-    for key, reason in _NOT_DONE.items():
-        if key in values:
-            raise RecipeError(f"{where}: '{key}' is not supported. {reason}")
+    refused = [f"'{key}' is not supported. {reason}" for key, reason in _NOT_DONE.items() if key in values]
+    if refused:
+        raise RecipeError(f"{where}: {refused[0]}" if len(refused) == 1 else itemise(f"{where}:", refused))
     recipe = parse(Recipe, {**values, "folder": folder}, where)
     if recipe.device == "auto":
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
@@ -156,6 +157,8 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
 def _check(recipe: Recipe, where: str) -> None:
     """What single fields cannot know of each other. All problems at once."""
     problems = []
+    problems += [f"models: '{task}' cannot name a task here (a folder heads/{task} is made, and 'base' is the base). Give task: name." for task in recipe.experts
+                 if task in ("", ".", "..") or (task == "base" and recipe.base_model) or "/" in task or "\\" in task]  # fmt: skip
     if not recipe.experts:
         problems.append("models: no expert is given. A merge needs at least one.")
     if recipe.adapt is not None and not recipe.adaptive:
@@ -179,7 +182,10 @@ def _check(recipe: Recipe, where: str) -> None:
     if recipe.adaptive:
         problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' adapts on its inputs." for t, e in recipe.experts.items()
                      if e.task is None or e.task.data is None]  # fmt: skip
-        recipe.adaptation()
+        try:
+            recipe.adaptation()
+        except RecipeError as error:
+            problems += str(error).split("\n")
     if problems:
         raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems))
 
@@ -188,9 +194,11 @@ def _task_names(entries: list[ModelEntry]) -> list[str]:
     """Each expert's task name: as given, else the last part of its path; made unique by a number."""
     names = [e.task.name if e.task and e.task.name else Path(e.model.split("@")[0]).name for e in entries]
     counts = Counter(names)
-    seen: Counter[str] = Counter()
+    taken = {name for name in names if counts[name] == 1}
     unique = []
     for name in names:
-        seen[name] += 1
-        unique.append(name if counts[name] == 1 else f"{name}-{seen[name]}")
+        if counts[name] > 1:
+            name = next(n for n in (f"{name}-{i}" for i in count(1)) if n not in taken)
+            taken.add(name)
+        unique.append(name)
     return unique

@@ -66,16 +66,22 @@ def choose(info: TensorInfo, select: Select, keep_embeddings: bool) -> Choice:
     Raises:
         RecipeError: patterns of different actions match the tensor, or it cannot take the action asked for.
     """
-    matched = [(action, pattern) for action, pattern in select.patterns() if fnmatchcase(info.name, pattern)]
+    matched = check_patterns(info.name, select)
+    if matched:
+        return _asked(info, *matched[0])
+    return _default(info, keep_embeddings)
+
+
+def check_patterns(name: str, select: Select) -> list[tuple[Action, str]]:
+    """The (action, pattern) pairs that match a tensor; a `RecipeError` if they ask for different actions."""
+    matched = [(action, pattern) for action, pattern in select.patterns() if fnmatchcase(name, pattern)]
     actions = {action for action, _ in matched}
     if len(actions) > 1:
         listed = [f"{action}: {pattern}" for action, pattern in matched]
         raise RecipeError(
-            itemise(f"select: '{info.name}' is asked for {len(actions)} actions.", listed, "Leave one of them.")
+            itemise(f"select: '{name}' is asked for {len(actions)} actions.", listed, "Leave one of them.")
         )
-    if matched:
-        return _asked(info, *matched[0])
-    return _default(info, keep_embeddings)
+    return matched
 
 
 def _asked(info: TensorInfo, action: Action, pattern: str) -> Choice:

@@ -14,7 +14,9 @@ from adarank.errors import RecipeError, itemise
 class Settings(BaseModel):
     """A frozen pydantic model that refuses unknown keys. Fields may be given by name or alias."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
 
 S = TypeVar("S", bound=Settings)
@@ -51,17 +53,31 @@ def _short(value: Any) -> str:
 
 
 def _keys_at(kind: type[BaseModel], location: Iterable[Any]) -> list[str]:
-    """The keys allowed at a path inside nested settings."""
+    """The keys allowed at a path inside nested settings. A union's path names the class that was tried."""
     current: type[BaseModel] = kind
+    inside: Any = None
     for part in location:
+        named = _settings_named(inside, str(part))
+        if named is not None:
+            current = named
+            continue
         field = current.model_fields.get(str(part)) or _by_alias(current, str(part))
-        inner = _settings_in(field.annotation) if field is not None else None
-        current = inner or current
+        if field is not None:
+            inside = field.annotation
+            current = _settings_in(inside) or current
     return [field.alias or name for name, field in current.model_fields.items()]
 
 
 def _by_alias(kind: type[BaseModel], alias: str) -> Any:
     return next((field for field in kind.model_fields.values() if field.alias == alias), None)
+
+
+def _settings_named(annotation: Any, name: str) -> type[BaseModel] | None:
+    """The settings class called `name` inside a type."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation if annotation.__name__ == name else None
+    inner = (_settings_named(argument, name) for argument in getattr(annotation, "__args__", ()))
+    return next((found for found in inner if found is not None), None)
 
 
 def _settings_in(annotation: Any) -> type[BaseModel] | None:

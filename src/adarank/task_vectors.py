@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adarank.checkpoint import Source, TensorInfo, check_finite
 from adarank.errors import MismatchError, RecipeError, itemise
-from adarank.select import Choice, Select, choose, is_head_name, unmatched
+from adarank.select import Choice, Select, check_patterns, choose, is_head_name, unmatched
 
 OriginKind = Literal["pretrained", "average", "zero"]
 
@@ -86,7 +86,8 @@ class Network:
                 raise RecipeError("This method counts task vectors from the base. Give base_model.")
             return self.base.read(name, device)
         experts = list(self.experts.values())
-        total = torch.zeros(experts[0].info(name).shape, device=device, dtype=torch.float32)
+        widest = torch.float64 if any(e.info(name).dtype == torch.float64 for e in experts) else torch.float32
+        total = torch.zeros(experts[0].info(name).shape, device=device, dtype=widest)
         if kind == "zero":
             return total
         for expert in experts:
@@ -159,6 +160,8 @@ def align(
     missed = unmatched(select, [*aligner.seen])
     if missed:
         raise RecipeError(itemise("The recipe's patterns do not fit the models.", missed, "Correct or remove them."))
+    for name in aligner.seen:
+        check_patterns(name, select)
     choices = {n: aligner.forced.get(n) or choose(i, select, text_tasks) for n, i in aligner.tensors.items()}
     return Network(base_member, members, aligner.tensors, choices, {t: tuple(h) for t, h in aligner.heads.items()})
 
@@ -173,7 +176,8 @@ def _member(source: Source, root: set[str]) -> Member:
     A base saved as a bare encoder has `encoder.…` where its experts have `bert.encoder.…`; the prefix that
     pairs the most names is taken, none if that is as good.
     """
-    stored = [n for n in source.tensors if n not in source.aliases]
+    aliases = _named_as(source.aliases, root)
+    stored = [n for n in source.tensors if n not in aliases]
     firsts = sorted({n.split(".", 1)[0] + "." for n in stored})
     root_firsts = sorted({n.split(".", 1)[0] + "." for n in root})
 
@@ -185,9 +189,21 @@ def _member(source: Source, root: set[str]) -> Member:
     names = renamed(add, strip)
     if add:  # names the base lacks were never inside its backbone: leave a head's name alone
         names = {(n if n in root else n[len(add):]): s for n, s in names.items()}  # fmt: skip
-    return Member(
-        source, names, _aliases(source), strip or _backbone(source, [s for n, s in names.items() if n in root])
-    )
+    dropped = {name: f"tied to {first}" for name, first in aliases.items()}
+    dropped |= {n: "another tensor has its name in the base" for n in stored if n not in set(names.values())}
+    return Member(source, names, dropped, strip or _backbone(source, [s for n, s in names.items() if n in root]))
+
+
+def _named_as(aliases: Mapping[str, str], root: set[str]) -> dict[str, str]:
+    """`aliases`, turned so that of the names of one tensor the one that the root uses is the real one."""
+    turned = dict(aliases)
+    for alias, first in aliases.items():
+        if alias in root and first not in root:
+            turned = {n: alias for n, f in aliases.items() if f == first and n != alias} | {
+                n: f for n, f in turned.items() if f != first
+            }
+            turned[first] = alias
+    return turned
 
 
 def _backbone(source: Source, shared: list[str]) -> str:
@@ -217,8 +233,7 @@ class _Aligner:
         self.seen: dict[str, None] = {}
 
     def run(self) -> None:
-        members = [*([self.base] if self.base else []), *self.experts.values()]
-        self.seen = dict.fromkeys(name for member in members for name in member.names)
+        self.seen = dict.fromkeys(name for member in self._members() for name in member.names)
         for name in self.seen:
             self._place(name)
         if self.problems:
@@ -240,6 +255,9 @@ class _Aligner:
         else:
             self._shared(name)
 
+    def _members(self) -> list[Member]:
+        return [*([self.base] if self.base else []), *self.experts.values()]
+
     def _asked(self, name: str, action: str) -> bool:
         patterns = [p for a, p in self.select.patterns() if a == action]
         return any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -258,9 +276,11 @@ class _Aligner:
 
     def _shapes(self, name: str) -> dict[tuple[int, ...], str]:
         """Shape -> the first file that has it."""
-        members = [*([self.base] if self.base else []), *self.experts.values()]
-        infos = [m.info(name) for m in members if name in m.names]
-        return {info.shape: info.file for info in reversed(infos)}
+        members = self._members()
+        shapes: dict[tuple[int, ...], str] = {}
+        for info in (m.info(name) for m in members if name in m.names):
+            shapes.setdefault(info.shape, info.file)
+        return shapes
 
     def _keep(self, name: str, reason: str) -> None:
         holder = self.base or next(m for m in self.experts.values() if name in m.names)
@@ -289,8 +309,10 @@ class _Aligner:
             self._keep(name, f"{str(info.dtype).removeprefix('torch.')} buffer")
         elif self.base and not holders and self.task_heads and self._base_only(name):
             self._keep(name, "in the base only: no expert has it")
-        elif self.base and (tied := tied_to(self.base.source, info.name)):
-            self.base.dropped[info.name] = f"tied to {tied}"
+        elif all(tied_to(m.source, m.names[name]) for m in self._members() if name in m.names):
+            for member in (m for m in self._members() if name in m.names):
+                stored = member.names[name]
+                member.dropped[stored] = f"tied to {tied_to(member.source, stored)}"
         else:
             lost = [f"expert '{t}' ({m.source.label})" for t, m in self.experts.items() if t not in holders]
             self.problems.append(f"{name}: {info.shape} in {info.file}, missing from {', '.join(lost)}")
@@ -302,7 +324,7 @@ class _Aligner:
         return (
             "pooler" in name
             or is_head_name(name)
-            or (outside and any(n.startswith(b) for b in backbones for n in self.tensors))
+            or (outside and any(n.startswith(b) for b in backbones for n in self.seen))
         )
 
     def _shared(self, name: str) -> None:

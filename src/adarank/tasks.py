@@ -2,97 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from adarank.checkpoint import Checkpoint
 from adarank.data.read import Table, read_table
-from adarank.data.spec import SPLITS, DataSettings, Split, SplitData, TaskSpec
-from adarank.data.splits import by_file, by_fraction, limited
+from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
+from adarank.data.splits import Splits, by_file, by_fraction, limited
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, DataError, itemise
 from adarank.models.base import Family
 from adarank.plan import Job
 
+R = TypeVar("R")
 
-def load_task(
-    name: str,
-    spec: TaskSpec,
-    family: Family,
-    expert: Path,
-    config: Mapping[str, Any],
-    folder: Path,
-    settings: DataSettings,
-    seed: int,
-) -> TaskData:
-    """Read one task's files, split them and encode their inputs.
 
-    Arguments:
-        expert: folder of the task's expert: its tokenizer or processor and its label names.
-        config: the expert's `config.json`.
-        folder: where relative paths count from.
+@dataclass(frozen=True)
+class Rows:
+    """A task's table, checked but not yet encoded."""
+
+    table: Table
+    labels: tuple[int | None, ...]
+    splits: Splits
+
+
+@dataclass(frozen=True)
+class TaskReader:
+    """Reads tasks of one family.
+
+    Attributes:
+        folder: where relative paths of data count from.
         seed: of the adaptation batches.
-
-    Raises:
-        DataError: a file, column or label is unusable.
     """
-    if spec.data is None:
-        raise DataError(f"task '{name}': no data. Give a file or dataset under task: data.")
-    columns = family.columns(spec)
-    tables: dict[Split, Table] = {}
-    if isinstance(spec.data, SplitData):
-        for split in SPLITS:
-            source = getattr(spec.data, split)
-            if source is not None:
-                tables[split] = read_table(source, folder, columns, [spec.columns.label])
-        if not tables:
+
+    family: Family
+    settings: DataSettings
+    folder: Path
+    seed: int = 0
+
+    def read(self, name: str, spec: TaskSpec, config: Mapping[str, Any]) -> Rows:
+        """Read a task's files, check columns and labels, and split.
+
+        Arguments:
+            config: the expert's `config.json`, which names the classes.
+
+        Raises:
+            DataError: a file, column or label is unusable.
+        """
+        columns = self.family.columns(spec)
+        tables = self._tables(name, spec, columns)
+        table: Table = {c: [value for part in tables.values() for value in part[c]] for c in columns}
+        labels = tuple(label for part in tables.values() for label in _labels(part, spec, config, name))
+        keys = _keys(table, columns)
+        counts = {split: len(part[columns[0]]) for split, part in tables.items()}
+        whole = not isinstance(spec.data, SplitData)
+        splits = by_fraction(keys, self.settings) if whole else by_file(keys, counts, self.settings)
+        return Rows(table, labels, limited(splits, spec.limit, self.settings.split_seed))
+
+    def load(self, name: str, spec: TaskSpec, expert: Path, config: Mapping[str, Any]) -> TaskData:
+        """Read a task and encode its inputs with the tokenizer or processor in the expert's folder."""
+        rows = self.read(name, spec, config)
+        examples, notes = self.family.encode(rows.table, spec, expert)
+        dropped = [
+            f"{n} {split} input(s) left out: they are in a later split too" for split, n in rows.splits.dropped.items()
+        ]
+        return TaskData(name, spec.metric, examples, rows.labels, rows.splits, self.seed, (*notes, *dropped))
+
+    def _tables(self, name: str, spec: TaskSpec, columns: list[str]) -> dict[Split, Table]:
+        """The task's tables by split; a single file counts as `adapt` until it is split."""
+        if spec.data is None:
+            raise DataError(f"task '{name}': no data. Give a file or dataset under task: data.")
+        sources: dict[Split, str | HubData | None] = {"adapt": None}
+        if isinstance(spec.data, SplitData):
+            sources = {"adapt": spec.data.adapt, "select": spec.data.select, "test": spec.data.test}
+        else:
+            sources["adapt"] = spec.data
+        given = {split: source for split, source in sources.items() if source is not None}
+        if not given:
             raise DataError(f"task '{name}': none of adapt, select and test is given. Give at least one file.")
-    else:
-        tables["adapt"] = read_table(spec.data, folder, columns, [spec.columns.label])
-    table = _stack(list(tables.values()), columns)
-    labels = tuple(label for part in tables.values() for label in _labels(part, spec, config, name))
-    keys = _keys(table, columns)
-    counts = {split: len(part[columns[0]]) for split, part in tables.items()}
-    splits = by_file(keys, counts, settings) if isinstance(spec.data, SplitData) else by_fraction(keys, settings)
-    examples, notes = family.encode(table, spec, expert)
-    notes += [
-        f"{count} {split} input(s) left out: they are in a later split too" for split, count in splits.dropped.items()
-    ]
-    return TaskData(
-        name, spec.metric, examples, labels, limited(splits, spec.limit, settings.split_seed), seed, tuple(notes)
-    )
+        return {
+            split: read_table(source, self.folder, columns, [spec.columns.label]) for split, source in given.items()
+        }
 
 
 def load_tasks(job: Job) -> dict[str, TaskData]:
-    """Every task of a job. All tasks' problems come in one error."""
-    data: dict[str, TaskData] = {}
+    """Every task of a job, encoded. All tasks' problems come in one error."""
+    return _each(job, lambda reader, name, spec, expert: reader.load(name, spec, expert.folder, expert.config))
+
+
+def check_tasks(job: Job) -> dict[str, Rows]:
+    """Every task of a job, read and checked but not encoded: enough to plan. All problems come in one error."""
+    return _each(job, lambda reader, name, spec, expert: reader.read(name, spec, expert.config))
+
+
+def _each(job: Job, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) -> dict[str, R]:
+    found: dict[str, R] = {}
     problems: list[str] = []
     for task, entry in job.recipe.experts.items():
-        checkpoint = job.experts[task]
         try:
             if entry.task is None or job.family is None:
                 raise DataError(f"task '{task}': the model has no task. Give its kind and data in the recipe.")
-            data[task] = load_task(
-                task,
-                entry.task,
-                job.family,
-                checkpoint.folder,
-                checkpoint.config,
-                job.recipe.folder,
-                job.recipe.data,
-                job.recipe.seed,
-            )
+            reader = TaskReader(job.family, job.recipe.data, job.recipe.folder, job.recipe.seed)
+            found[task] = do(reader, task, entry.task, job.experts[task])
         except AdaRankError as error:
             problems.append(str(error))
-    if len(problems) == 1:
-        raise DataError(problems[0])
     if problems:
-        raise DataError(itemise(f"{len(problems)} tasks have unusable data:", problems))
-    return data
-
-
-def _stack(tables: list[Table], columns: list[str]) -> Table:
-    return {column: [value for table in tables for value in table[column]] for column in columns}
+        heading = f"{len(problems)} tasks have unusable data:"
+        raise DataError(problems[0] if len(problems) == 1 else itemise(heading, problems))
+    return found
 
 
 def _keys(table: Table, columns: list[str]) -> list[Any]:
@@ -110,9 +129,13 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
     classes = len(config.get("id2label") or {}) or None
     found: list[int | None] = []
     for row, value in enumerate(table[spec.columns.label], start=1):
-        number = by_name.get(str(value)) if not _is_integer(value) else int(value)
+        if str(value) == "-1":  # how public test sets say that a label is withheld
+            found.append(None)
+            continue
+        named = by_name.get(value) if isinstance(value, str) else None
+        number = int(value) if named is None and _is_integer(value) else named
         if number is None or number < 0 or (classes is not None and number >= classes):
-            known = ", ".join(by_name) or f"0 to {classes}"
+            known = ", ".join(by_name) or (f"0 to {classes - 1}" if classes else "class numbers only")
             raise DataError(
                 f"task '{name}': row {row} has label {value!r}; the expert knows {known}. Use its class numbers or names."
             )
@@ -123,5 +146,5 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
 def _is_integer(value: Any) -> bool:
     try:
         return float(value) == int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False

@@ -79,7 +79,12 @@ def _replace(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
-    partial.rename(out)
+    try:
+        partial.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -92,7 +97,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
             raise OutputError(
                 f"{out}: the disk is full. Nothing was left behind; free space or give another path."
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise OutputError(f"{out}: cannot be written ({error.strerror}). Give another output folder.") from None
         raise
 
@@ -127,12 +132,15 @@ def write_checkpoint(
         with (folder / file).open("wb") as handle:
             _write_header(handle, {name: layout[name] for name in names})
             for name in names:
-                written, tensor = next(tensors)
+                written, tensor = next(tensors, ("nothing", torch.zeros(0)))
                 if written != name or tuple(tensor.shape) != layout[name][0]:
                     raise OutputError(
                         f"{file}: expected tensor '{name}' {layout[name][0]}, got '{written}' {tuple(tensor.shape)}."
                     )
-                _write_tensor(handle, tensor.to(dtype=layout[name][1], device="cpu"))
+                cast = tensor.to(dtype=layout[name][1], device="cpu")
+                if cast.dtype != tensor.dtype:
+                    _check_cast(cast, name)
+                _write_tensor(handle, cast)
                 weight_map[name] = file
     if len(shards) > 1:
         total = sum(_nbytes(spec) for spec in layout.values())
@@ -140,6 +148,14 @@ def write_checkpoint(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     return [folder / file for file in shards]
+
+
+def _check_cast(tensor: Tensor, name: str) -> None:
+    """A float16 ends at 65,504: what is beyond it would become infinite without a word."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise OutputError(
+            f"'{name}' has values that {_NAMES[tensor.dtype]} cannot hold. Give another out_dtype, such as bfloat16."
+        )
 
 
 def _shard_names(layout: Layout, limit: int) -> dict[str, list[str]]:

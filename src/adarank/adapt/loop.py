@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.live import LiveWeights
-from adarank.errors import AdaptationError, Interrupted, RecipeError
+from adarank.checkpoint import DAMAGED
+from adarank.errors import AdaptationError, Interrupted, OutputError, RecipeError
 from adarank.settings import Settings
 
+_STATE = {"fingerprint", "lam", "logits", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from"}
 Loss = Callable[[int], Tensor]
 """step -> scalar loss of one task, with its graph."""
 
@@ -56,6 +58,14 @@ class AdaptSettings(Settings):
     logit: float = Field(0.1, gt=0, description="mask logits start at ±this")
     clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
     save_every: int = Field(25, ge=1, description="steps between two saves of the state")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> AdaptSettings:
+        if self.clamp is not None and self.clamp[0] > self.clamp[1]:
+            raise ValueError(f"clamp: {self.clamp[0]} is above {self.clamp[1]}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: both must be in [0, 1), got {self.betas}")
+        return self
 
     def factor(self, step: int) -> float:
         """What step sizes are multiplied by at a step, counted from 0."""
@@ -120,9 +130,8 @@ def adapt(
                 progress(run.history, settings.steps)
             if stopped and run.history.step < settings.steps:
                 run.save()
-                raise Interrupted(
-                    f"Stopped at step {run.history.step} of {settings.steps}. Run the same command to continue."
-                )
+                again = "Run the same command to continue." if state else "No state was kept."
+                raise Interrupted(f"Stopped at step {run.history.step} of {settings.steps}. {again}")
             if run.history.step % settings.save_every == 0:
                 run.save()
     return run.history
@@ -156,8 +165,12 @@ class _Run:
             value = loss(step)
             value.backward()
             values.append(value.detach())
-        self._check(dict(zip(losses, torch.stack(values).tolist(), strict=True)))
+        found = dict(zip(losses, torch.stack(values).tolist(), strict=True))
+        self._check(found)
         self.live.pull_back()
+        self._check_gradients()
+        for task, value in found.items():
+            self.history.losses[task].append(value)
         for group in self.optimiser.param_groups:
             group["lr"] = group["start"] * self.settings.factor(step)
         self.optimiser.step()
@@ -172,8 +185,15 @@ class _Run:
                 f"Adaptation stopped: the loss of task '{bad[0]}' is {values[bad[0]]} at step {self.history.step + 1}{where}. "
                 "Lower the step sizes, or check that task's inputs."
             )
-        for task, value in values.items():
-            self.history.losses[task].append(value)
+
+    def _check_gradients(self) -> None:
+        """A finite loss may have an infinite slope: one Adam step would spoil the state for good."""
+        gradients = [p.grad for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise AdaptationError(
+                f"Adaptation stopped: the losses of step {self.history.step + 1} are finite, but their gradient is not. "
+                "Lower the step sizes, or check the tasks' inputs."
+            )
 
     def save(self) -> None:
         if self.state is None:
@@ -190,8 +210,13 @@ class _Run:
             "seconds": self.history.seconds,
             "resumed_from": self.history.resumed_from,
         }
-        torch.save(content, partial)
-        partial.replace(self.state)
+        try:
+            torch.save(content, partial)
+            partial.replace(self.state)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
+            raise OutputError(
+                f"{self.state}: the state of adaptation cannot be saved ({error}). Free space or give another output path."
+            ) from None
 
     def restore(self) -> None:
         if self.state is None or not self.state.exists():
@@ -213,8 +238,10 @@ class _Run:
     def _read(path: Path) -> dict[str, Any]:
         try:
             content: dict[str, Any] = torch.load(path, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        except (pickle.UnpicklingError, *DAMAGED) as error:
             raise RecipeError(f"{path}: the saved state is damaged ({error}). Delete it to start anew.") from None
+        if not isinstance(content, dict) or not content.keys() >= _STATE:
+            raise RecipeError(f"{path}: not a saved state of adaptation. Delete it to start anew.")
         return content
 
 

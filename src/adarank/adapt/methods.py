@@ -123,5 +123,8 @@ def with_preset(
     if preset is not None and preset not in PRESETS:
         raise RecipeError(f"adapt: unknown preset '{preset}'.{nearest(preset, PRESETS)}")
     values = PRESETS[preset] if preset else {"parameters": {}, "adapt": {}}
-    method = parse(ADAPTIVE[name], {**values["parameters"], **parameters}, f"parameters of '{name}'")
+    kind = ADAPTIVE[name]
+    preferred = {key: field.alias for key, field in kind.model_fields.items() if field.alias}
+    given = {preferred.get(key, key): value for key, value in parameters.items()}
+    method = parse(kind, {**values["parameters"], **given}, f"parameters of '{name}'")
     return method, parse(AdaptSettings, {**values["adapt"], **adapt}, "adapt")

@@ -93,8 +93,15 @@ def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import show
     from adarank.plan import describe, open_job
     from adarank.recipe import load_recipe
+    from adarank.tasks import check_tasks
 
-    described = describe(open_job(load_recipe(options.recipe)))
+    job = open_job(load_recipe(options.recipe))
+    described = describe(job)
+    if job.recipe.adaptive:
+        described["splits"] = {
+            task: {split: len(own) for split, own in rows.splits.rows.items()}
+            for task, rows in check_tasks(job).items()
+        }
     if options.json:
         _print_json(described)
     else:

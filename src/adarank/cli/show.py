@@ -50,6 +50,8 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     for member, dropped in described["dropped"].items():
         for name, reason in dropped.items():
             out.print(f"        not used from {member}: {name} ({reason})")
+    for task, splits in described.get("splits", {}).items():
+        out.print(f"        inputs of {task}: " + ", ".join(f"{count} to {split}" for split, count in splits.items()))
     if verbose:
         grid = Grid("tensor", "shape", "dtype", "action", "why", box=None)
         for name, row in described["tensors"].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,25 +63,25 @@ def _read_file(source: str, folder: Path) -> tuple[str, Table]:
         )
     try:
         return str(path), readers[path.suffix](path)
-    except (ValueError, OSError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, OSError, KeyError, EOFError, csv.Error, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error}). Check the file.") from None
 
 
 def _read_tsv(path: Path) -> Table:
     """Tab-separated, without quoting: a quotation mark is text, as in the GLUE files."""
-    with path.open(encoding="utf-8", newline="") as handle:
+    with path.open(encoding="utf-8-sig", newline="") as handle:
         return _columns(list(csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)))
 
 
 def _read_csv(path: Path) -> Table:
-    with path.open(encoding="utf-8", newline="") as handle:
+    with path.open(encoding="utf-8-sig", newline="") as handle:
         return _columns(list(csv.reader(handle)))
 
 
 def _columns(rows: list[list[str]]) -> Table:
     if not rows:
         raise ValueError("the file is empty")
-    header, *body = rows
+    header, *body = [row for row in rows if row]  # a blank line is no row
     for number, row in enumerate(body, start=2):
         if len(row) != len(header):
             raise ValueError(f"line {number} has {len(row)} fields, the header {len(header)}")
@@ -88,7 +89,12 @@ def _columns(rows: list[list[str]]) -> Table:
 
 
 def _read_jsonl(path: Path) -> Table:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # not splitlines: U+2028 and its like are ordinary characters of a JSON string
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    rows = [json.loads(line) for line in lines if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is no object")
     names = list(dict.fromkeys(name for row in rows for name in row))
     for number, row in enumerate(rows, start=1):
         if set(row) != set(names):
@@ -105,7 +111,13 @@ def _read_parquet(path: Path) -> Table:
 
 def _read_npz(path: Path) -> Table:
     with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+        table = {name: arrays[name] for name in arrays.files}
+    if any(array.ndim == 0 for array in table.values()):
+        raise ValueError("an array without rows")
+    lengths = {name: len(array) for name, array in table.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"arrays of different lengths: {lengths}")
+    return table
 
 
 def _image_folder(path: Path) -> Table:

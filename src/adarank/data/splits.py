@@ -87,4 +87,6 @@ def limited(splits: Splits, limit: int | None, seed: int) -> Splits:
     for split, rows in splits.rows.items():
         order = torch.randperm(len(rows), generator=generator)[:limit].tolist()
         chosen[split] = tuple(sorted(rows[i] for i in order))
+    if splits.rows["adapt"] == splits.rows["test"]:  # transductive: the rows adapted on are those scored
+        chosen["adapt"] = chosen["test"]
     return Splits(chosen, splits.dropped)

@@ -47,6 +47,10 @@ class Masked(Method):
 
     def check(self, network: Network) -> None:
         problems = []
+        if self.origin_kind() == "pretrained" and network.base is None:
+            problems.append("the masks are about the base, and the recipe gives no base_model")
+        merged = set(network.merged())
+        problems += [f"{name}: merged in the masks file, kept here" for name in self.masks.lam if name not in merged]
         if set(self.masks.tasks) != set(network.tasks):
             problems.append(
                 f"tasks {sorted(self.masks.tasks)} in the masks file, {sorted(network.tasks)} in the recipe"
@@ -66,7 +70,7 @@ class Masked(Method):
         if name not in self.masks.lam:
             return [f"{name}: no λ in the masks file"]
         if network.choices[name].action != "decompose":
-            return []
+            return [f"{name}: decomposed in the masks file, scaled here"] if name in self.masks.sizes else []
         shape = network.tensors[name].shape
         rank = min(shape[0], network.tensors[name].numel // shape[0])
         sizes = self.masks.sizes.get(name, ())

@@ -29,9 +29,9 @@ class TensorWeights:
         self._settings = settings
         layers = [int(match.group(1)) for name in names if (match := _LAYER.search(name))]
         self._last = max(layers, default=0)
-        for task, setting in settings.items():
+        for task in settings:
             for name in names:
-                self.of(task, name) if setting is not None else None
+                self.of(task, name)
 
     def of(self, task: str, name: str) -> float:
         """The weight of a model in one tensor.
