@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adarank.errors import CheckpointError
 from adarank.spectrum import top_count
+from adarank.writer import write_tensors
 
 FILE = "masks.safetensors"
 _FORMAT = "adarank-masks-1"
@@ -86,7 +86,7 @@ class MaskFile:
             tensors[f"mask.{name}"] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
         header = {"origin": self.origin, "tasks": list(self.tasks), "tensors": names, "about": dict(self.about),
                   "sizes": {name: list(sizes) for name, sizes in self.sizes.items()}}  # fmt: skip
-        save_file(tensors, path, metadata={"format": _FORMAT, "header": json.dumps(header)})
+        write_tensors(path, tensors, {"format": _FORMAT, "header": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path) -> MaskFile:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adarank.adapt.live import Learn, LiveWeights
@@ -34,7 +33,7 @@ from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
 from adarank.task_vectors import Network
 from adarank.tasks import load_tasks
-from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json
+from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json, write_tensors
 
 Note = Callable[[str], None]
 """Told, in a sentence, what stage begins."""
@@ -294,12 +293,8 @@ def _write_companions(folder: Path, job: Job, masks: MaskFile | None) -> None:
         if names:
             target = folder / "heads" / task
             target.mkdir(parents=True)
-            state = {name: tensor.contiguous() for name, tensor in job.network.head(task).items()}
-            save_file(
-                state,
-                target / "head.safetensors",
-                metadata={"format": "pt", "backbone": job.network.experts[task].backbone},
-            )
+            metadata = {"backbone": job.network.experts[task].backbone}
+            write_tensors(target / "head.safetensors", job.network.head(task), metadata)
             write_json(target / "config.json", job.experts[task].config)
     if masks:
         masks.save(folder / MASKS_FILE)

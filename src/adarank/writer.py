@@ -150,6 +150,14 @@ def write_checkpoint(
     return [folder / file for file in shards]
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A small safetensors file with metadata. The same content always gives the same bytes."""
+    with path.open("wb") as handle:
+        _write_header(handle, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, metadata)
+        for tensor in tensors.values():
+            _write_tensor(handle, tensor.cpu())
+
+
 def _check_cast(tensor: Tensor, name: str) -> None:
     """A float16 ends at 65,504: what is beyond it would become infinite without a word."""
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -176,9 +184,9 @@ def _nbytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:
     return torch.Size(spec[0]).numel() * spec[1].itemsize
 
 
-def _write_header(handle: IO[bytes], layout: Layout) -> None:
+def _write_header(handle: IO[bytes], layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
     """The safetensors header: its length in 8 little-endian bytes, then JSON padded to a multiple of 8."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, spec in layout.items():
         end = offset + _nbytes(spec)
