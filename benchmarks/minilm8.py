@@ -234,7 +234,7 @@ def run(bench: Bench, rows: list[str]) -> None:
             if seed < seeds and wanted(row, seed):
                 bench.adapted(row, seed, starts[origin])
         for of in ("CART+AdaRank", "TA+AdaRank"):
-            if wanted(f"{of}, random masks", seed) and bench.path(of, 0).exists():
+            if seed == 0 and wanted(f"{of}, random masks") and bench.path(of, 0).exists():
                 bench.random_masks(f"{of}, random masks", of, seed)
 
 

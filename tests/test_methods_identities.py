@@ -140,7 +140,7 @@ def test_a_gradient_is_interpolated_over_the_layers(layer: int, values: list[flo
     assert weights.of("a", "norm.weight") == values[0]
 
 
-@pytest.mark.parametrize("setting", ["0.5", True, None, [], {}, [{"filter": "x"}], [{"value": 1, "filtre": "x"}],
+@pytest.mark.parametrize("setting", ["half", True, None, [], {}, [{"filter": "x"}], [{"value": 1, "filtre": "x"}],
                                      [{"filter": "nothing", "value": 1}]])  # fmt: skip
 def test_a_weight_that_is_none_is_refused_at_once(setting: Any) -> None:
     with pytest.raises(RecipeError, match="'a'"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ _NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
+
+_NUMBERS = re.compile(r"\[\s+-?\d[-+.,eE\d\s]*\]")
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Tensor name -> (shape, dtype), in the order in which the tensors will be written."""
@@ -110,8 +113,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    """Write `content` as indented JSON with each list of numbers on one line, whole or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_text(path, _NUMBERS.sub(lambda found: " ".join(found.group().split()), text) + "\n")
 
 
 def write_checkpoint(

@@ -7,6 +7,7 @@ weight: [{filter: mlp, value: 0.5}, 1.0]        the first entry whose filter is 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,11 +43,12 @@ class TensorWeights:
         return self._value(task, self._settings.get(task, 1.0), name)
 
     def _value(self, task: str, setting: Any, name: str) -> float:
-        if isinstance(setting, (int, float)) and not isinstance(setting, bool):
-            return float(setting)
+        number = _number(setting)
+        if number is not None:
+            return number
         if isinstance(setting, Mapping):
             setting = [setting]
-        if isinstance(setting, list) and setting and all(isinstance(v, (int, float)) for v in setting):
+        if isinstance(setting, list) and setting and all(_number(v) is not None for v in setting):
             return self._gradient([float(v) for v in setting], name)
         if isinstance(setting, list):
             return self._filtered(task, setting, name)
@@ -76,3 +78,14 @@ class TensorWeights:
         low = int(scaled)
         high = min(low + 1, len(values) - 1)
         return (1 - (scaled - low)) * values[low] + (scaled - low) * values[high]
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also one that YAML takes for text (`1e-1`); None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
