@@ -291,3 +291,24 @@ def test_collapse_is_called_when_one_class_takes_over() -> None:
     assert pipeline.collapsed(0.6, 0.99)
     assert not pipeline.collapsed(0.96, 0.97)
     assert not pipeline.collapsed(0.5, 0.9)
+
+
+def test_an_output_adapted_on_what_is_scored_says_so_in_its_row(zoo: Path, tmp_path: Path) -> None:
+    """The recipe that scores may promise disjoint splits; the output's own record decides."""
+    short = {**ADAPT, "adapt": {"steps": 1, "batch_size": 4}}
+    disjoint = load_recipe(recipe(zoo, **short))
+    for name, data in (("peeked", {"protocol": "transductive"}), ("shifted", {"split_seed": 5}), ("clean", {})):
+        adarank.merge_recipe(load_recipe(recipe(zoo, f"{name}.yaml", **short, data=data)), tmp_path / name)
+    rows = list(adarank.evaluate_recipe(disjoint, [tmp_path / n for n in ("peeked", "shifted", "clean")]).rows)
+    assert rows[1].endswith("[transductive]")
+    assert "other splits" in rows[2]
+    assert rows[3] == str(tmp_path / "clean")
+
+
+def test_a_loss_that_is_not_finite_at_once_leaves_nothing(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "entropy", lambda logits: logits.sum() * float("nan"))
+    with pytest.raises(adarank.AdaRankError, match=r"task 'mood' is nan at step 1"):
+        adarank.merge_recipe(load_recipe(recipe(zoo, **ADAPT)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

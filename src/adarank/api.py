@@ -124,7 +124,7 @@ def adapt(
     chosen = parse(ADAPTIVE[method], parameters or {}, f"parameters of '{method}'")
     settings = settings or AdaptSettings()
     network = _network(base, experts, select)
-    models = share({task: copy.deepcopy(module).float().eval() for task, module in experts.items()}, network)
+    models = share(((task, copy.deepcopy(module).float().eval()) for task, module in experts.items()), network)
     models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
     device = next(iter(models.shared.values())).device
     live = LiveWeights(

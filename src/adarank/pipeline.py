@@ -109,8 +109,8 @@ def network_tensors(job: Job, which: str) -> Iterator[tuple[str, Tensor]]:
 def build_models(job: Job) -> TaskModels:
     """One network per task on the recipe's device, tied together, filled with the base's tensors."""
     family = _family(job)
-    modules = {task: family.load(checkpoint.folder).to(job.recipe.device) for task, checkpoint in job.experts.items()}
-    models = share(modules, job.network)
+    loaded = ((task, family.load(checkpoint.folder).to(job.recipe.device)) for task, checkpoint in job.experts.items())
+    models = share(loaded, job.network)
     models.fill(network_tensors(job, "base"))
     return models
 
@@ -167,15 +167,13 @@ def _adapt(
     losses = task_losses(job, models, data, settings)
     live.write()
     before = _watch(job, models, data)
-    state = _state_folder(out)
-    state.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(job, record, data)
     note("Adapting")
     history = adapt(
         live,
         losses,
         settings,
-        state / "state.pt",
+        _state_folder(out) / "state.pt",
         fingerprint,
         progress,
     )
@@ -245,7 +243,7 @@ def evaluate(
     """
     job = open_job(recipe)
     data = load_tasks(job)
-    opened = {str(path): _open_output(path, job.network) for path in outputs}
+    opened = {_row(path, recipe): _open_output(path, job.network) for path in outputs}
     models = build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
     table = Table(split, protocol, {task: len(own.splits.rows[split]) for task, own in data.items()})
@@ -273,6 +271,18 @@ def score_experts(job: Job, models: TaskModels, data: Mapping[str, TaskData], sp
         models.fill(network_tensors(job, task))
         scores[task] = evaluate_task(_family(job), models.modules[task], data[task], split)
     return scores
+
+
+def _row(path: Path, recipe: Recipe) -> str:
+    """A row's name: the output's path, and what it was adapted on if that may be what is scored."""
+    file = path / RECORD
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if "adaptation" not in record:
+        return str(path)
+    if record["adaptation"]["protocol"] == "transductive":
+        return f"{path} [transductive]"
+    same = record["settings"]["data"] == recipe.data.model_dump()
+    return str(path) if same else f"{path} [adapted on other splits, which may hold scored inputs]"
 
 
 def _open_output(path: Path, network: Network) -> Checkpoint:

@@ -211,6 +211,7 @@ class _Run:
             "resumed_from": self.history.resumed_from,
         }
         try:
+            self.state.parent.mkdir(parents=True, exist_ok=True)
             torch.save(content, partial)
             partial.replace(self.state)
         except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk

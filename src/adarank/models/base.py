@@ -71,15 +71,20 @@ class TaskModels:
                 self.shared[name].copy_(value)
 
 
-def share(modules: Mapping[str, nn.Module], network: Network) -> TaskModels:
+def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModels:
     """Tie all tensors of the modules that are not heads, so that writing one writes it for every task.
+
+    Arguments:
+        pairs: (task, module). May be lazy: each module's own copies are let go before the next is made.
 
     Raises:
         MismatchError: a tensor of the network is in none of the modules under a name that fits.
     """
     shared: dict[str, Tensor] = {}
     problems: list[str] = []
-    for task, module in modules.items():
+    modules: dict[str, nn.Module] = {}
+    for task, module in pairs:
+        modules[task] = module
         held = {
             **dict(module.named_parameters(remove_duplicate=False)),
             **dict(module.named_buffers(remove_duplicate=False)),
@@ -107,7 +112,7 @@ def share(modules: Mapping[str, nn.Module], network: Network) -> TaskModels:
         for parameter in module.parameters():
             if id(parameter) not in shared_ids:
                 parameter.requires_grad_(False)
-    return TaskModels(dict(modules), shared)
+    return TaskModels(modules, shared)
 
 
 def module_key(network: Network, task: str, name: str, held: Mapping[str, Tensor]) -> str | None:
