@@ -12,6 +12,7 @@ import torch
 from adarank.checkpoint import Checkpoint
 from adarank.errors import AdaRankError, CheckpointError, itemise
 from adarank.hub import resolve
+from adarank.methods import METHODS
 from adarank.models import FAMILIES, Family
 from adarank.recipe import Recipe
 from adarank.task_vectors import Network, align
@@ -89,7 +90,7 @@ def peak_bytes(job: Job) -> int:
     tasks = len(job.experts)
     if not job.recipe.adaptive:
         # origin, running sum, one task vector and its cast source, one SVD (U, V, workspace)
-        factor = 4 + (5 if job.recipe.merge_method in ("svd_k", "cart") else 0)
+        factor = 4 + (5 if METHODS[job.recipe.merge_method].spectral else 0)
         factor += 3 * tasks if job.recipe.merge_method == "masked" else 0
         return _RUNTIME_BYTES + factor * 4 * max((info.numel for info in merged), default=0)
     total = 0

@@ -78,3 +78,13 @@ def effective_rank(s: Tensor, share: float = 0.95) -> int:
     if cumulative.numel() == 0 or cumulative[-1] == 0:
         return 0
     return int((cumulative < share * cumulative[-1]).sum()) + 1
+
+
+def orthogonalise(columns: Tensor) -> Tensor:
+    """The matrix with orthonormal columns nearest to `columns` (orthogonal Procrustes): P Qᵀ of its SVD P D Qᵀ.
+
+    Arguments:
+        columns: (rows, k) with k ≤ rows.
+    """
+    spectrum = decompose(columns, "concatenated singular vectors")
+    return spectrum.u @ spectrum.v.T

@@ -27,6 +27,7 @@ class Method(Settings):
         name: what recipes call it.
         origin: what task vectors are counted from.
         formula, source: one line each for the catalogue.
+        spectral: True if it decomposes matrices; the memory plan counts an SVD's workspace then.
         per_model: settings that each model of a recipe may carry.
     """
 
@@ -34,6 +35,7 @@ class Method(Settings):
     origin: ClassVar[OriginKind]
     formula: ClassVar[str]
     source: ClassVar[str]
+    spectral: ClassVar[bool] = False
     per_model: ClassVar[tuple[str, ...]] = ()
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:

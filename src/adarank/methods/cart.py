@@ -34,6 +34,7 @@ class CART(Method):
     origin: ClassVar[OriginKind] = "average"
     formula: ClassVar[str] = "W = W̄ + λ Σ_t SVD_k(W_t - W̄)"
     source: ClassVar[str] = "Choi et al. 2024, arXiv:2412.12153"
+    spectral: ClassVar[bool] = True
 
     rank: float = Field(0.08, gt=0, le=1, description="share of singular components kept")
     scale: float = Field(1.0, alias="lambda", description="λ")

@@ -31,6 +31,7 @@ class Masked(Method):
     name: ClassVar[str] = "masked"
     formula: ClassVar[str] = "W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ"
     source: ClassVar[str] = "Lee et al. 2025, arXiv:2503.22178, Eq. 5"
+    spectral: ClassVar[bool] = True
 
     masks: MaskFile = Field(description="masks file of an adapted output")
 

@@ -29,6 +29,7 @@ class SVDk(Method):
     origin: ClassVar[OriginKind] = "pretrained"
     formula: ClassVar[str] = "W = W₀ + λ Σ_t SVD_k(τ_t)"
     source: ClassVar[str] = "Lee et al. 2025, arXiv:2503.22178, Eq. 2"
+    spectral: ClassVar[bool] = True
 
     rank: float = Field(0.16, gt=0, le=1, description="share of singular components kept")
     scale: float = Field(0.3, alias="lambda", description="λ")

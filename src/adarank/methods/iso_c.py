@@ -1,0 +1,44 @@
+"""Iso-C: the summed task vector with all its singular values made equal.
+
+    Σ_t τ_t = U diag(s) Vᵀ
+    merged = base + λ · mean(s) · U Vᵀ
+    merged = base + λ · mean_t τ_t        all other tensors
+
+Marczak et al., "No Task Left Behind: Isotropic Model Merging", arXiv:2502.04959.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from adarank.methods.base import Deltas, Method, weighted_sum
+from adarank.spectrum import decompose
+from adarank.task_vectors import OriginKind
+
+
+class IsoC(Method):
+    """Isotropic merging in the common subspace. Needs no data.
+
+    Arguments:
+        scale: λ, multiplies the whole merged task vector.
+    """
+
+    name: ClassVar[str] = "iso_c"
+    origin: ClassVar[OriginKind] = "pretrained"
+    formula: ClassVar[str] = "W = W₀ + λ mean(s) U Vᵀ; U diag(s) Vᵀ = Σ_t τ_t"
+    source: ClassVar[str] = "Marczak et al. 2025, arXiv:2502.04959"
+    spectral: ClassVar[bool] = True
+
+    scale: float = Field(1.0, alias="lambda", description="λ")
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        spectrum = decompose(weighted_sum(torch.zeros_like(origin), deltas, lambda task: 1.0), name)
+        merged = spectrum.s.mean() * spectrum.u @ spectrum.v.T
+        return origin + self.scale * merged.reshape(origin.shape)
+
+    def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        return weighted_sum(origin, deltas, lambda task: self.scale / len(deltas))

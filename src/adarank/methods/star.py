@@ -1,0 +1,56 @@
+"""STAR: each task vector cut by the share of its nuclear norm, which is then restored.
+
+    k_t = smallest k with Σ_{r≤k} s_r ≥ share · Σ_r s_r
+    merged = base + λ/T · Σ_t (Σ_r s_r / Σ_{r≤k} s_r) · top_k(τ_t)
+    merged = base + λ/T · Σ_t τ_t        all other tensors
+
+Lee et al., "STAR: Spectral Truncation and Rescale for Model Merging", arXiv:2502.10339.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from adarank.methods.base import Deltas, Method, weighted_sum
+from adarank.spectrum import Spectrum, decompose
+from adarank.task_vectors import OriginKind
+
+
+class STAR(Method):
+    """Spectral truncation and rescaling, then the mean. Needs no data.
+
+    Arguments:
+        share: of the nuclear norm (the sum of singular values) that is kept, in (0, 1].
+        scale: λ, multiplies the mean task vector.
+    """
+
+    name: ClassVar[str] = "star"
+    origin: ClassVar[OriginKind] = "pretrained"
+    formula: ClassVar[str] = "W = W₀ + λ/T Σ_t (‖τ_t‖_* / ‖SVD_k(τ_t)‖_*) SVD_k(τ_t)"
+    source: ClassVar[str] = "Lee et al. 2025, arXiv:2502.10339"
+    spectral: ClassVar[bool] = True
+
+    share: float = Field(0.4, gt=0, le=1, description="share of the nuclear norm kept")
+    scale: float = Field(1.0, alias="lambda", description="λ")
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        total = origin.clone()
+        for delta in deltas.values():
+            spectrum = decompose(delta, name)
+            k = smallest_rank(spectrum, self.share)
+            kept = spectrum.s[:k].sum()
+            rescale = float(spectrum.s.sum() / kept) if kept > 0 else 1.0
+            total.add_(spectrum.reconstruct(k).reshape(origin.shape), alpha=self.scale * rescale / len(deltas))
+        return total
+
+    def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        return weighted_sum(origin, deltas, lambda task: self.scale / len(deltas))
+
+
+def smallest_rank(spectrum: Spectrum, share: float) -> int:
+    """The fewest top components whose singular values sum to `share` of all."""
+    cumulative = spectrum.s.double().cumsum(0)
+    return min(spectrum.s.numel(), int((cumulative < share * cumulative[-1]).sum()) + 1)

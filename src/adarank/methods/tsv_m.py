@@ -1,0 +1,52 @@
+"""TSV-M: the top singular vectors of every task side by side, orthogonalised against each other.
+
+    U = [U_1 … U_T], s = [s_1 … s_T], V = [V_1 … V_T]        the top k = ⌊r / T⌋ of each task vector
+    merged = base + λ · U⊥ diag(s) V⊥ᵀ                       X⊥: nearest orthonormal matrix to X
+    merged = base + λ · mean_t τ_t                           all other tensors
+
+Gargiulo et al., "Task Singular Vectors", arXiv:2412.00081.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from adarank.methods.base import Deltas, Method, weighted_sum
+from adarank.spectrum import decompose, orthogonalise
+from adarank.task_vectors import OriginKind
+
+
+class TSVM(Method):
+    """Low-rank task vectors made orthogonal to each other. Needs no data.
+
+    Arguments:
+        scale: λ, multiplies the whole merged task vector.
+    """
+
+    name: ClassVar[str] = "tsv_m"
+    origin: ClassVar[OriginKind] = "pretrained"
+    formula: ClassVar[str] = "W = W₀ + λ U⊥ diag(s) V⊥ᵀ; U, s, V = [SVD_{r/T}(τ_t)]_t"
+    source: ClassVar[str] = "Gargiulo et al. 2024, arXiv:2412.00081"
+    spectral: ClassVar[bool] = True
+
+    scale: float = Field(1.0, alias="lambda", description="λ")
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        spectra = []
+        for delta in deltas.values():  # one whole SVD in memory at a time
+            spectrum = decompose(delta, name)
+            k = max(1, spectrum.s.numel() // len(deltas))
+            spectra.append((spectrum.u[:, :k].clone(), spectrum.s[:k].clone(), spectrum.v[:, :k].clone()))
+        rank = min(
+            spectra[0][0].shape[0], spectra[0][2].shape[0]
+        )  # with more tasks than components, the first ones fill it
+        u, s, v = (torch.cat([parts[i] for parts in spectra], dim=-1)[..., :rank] for i in range(3))
+        merged = (orthogonalise(u) * s) @ orthogonalise(v).T
+        return origin + self.scale * merged.reshape(origin.shape)
+
+    def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        return weighted_sum(origin, deltas, lambda task: self.scale / len(deltas))

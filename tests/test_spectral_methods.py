@@ -1,0 +1,122 @@
+"""Identities of TSV-M, Iso-C, Iso-CTS and STAR, with numpy as the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adarank.methods import METHODS
+
+SHAPES = st.sampled_from([(12, 8), (8, 12), (9, 9), (6, 2, 2, 2)])
+
+
+def problem(shape: tuple[int, ...], tasks: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    origin = torch.randn(shape, generator=generator)
+    return origin, {f"t{i}": 0.3 * torch.randn(shape, generator=generator) for i in range(tasks)}
+
+
+def merged(name: str, origin: Tensor, deltas: dict[str, Tensor], **settings: float) -> np.ndarray:
+    """The merged task vector as a float64 matrix."""
+    result = METHODS[name](**settings).merge_matrix("w", origin, deltas)
+    return (result - origin).flatten(1).double().numpy()
+
+
+def total(deltas: dict[str, Tensor]) -> np.ndarray:
+    return sum(delta.flatten(1).double().numpy() for delta in deltas.values())
+
+
+@given(SHAPES, st.integers(1, 4), st.integers(0, 99))
+def test_iso_c_has_a_flat_spectrum_with_the_sums_nuclear_norm(shape: tuple[int, ...], tasks: int, seed: int) -> None:
+    origin, deltas = problem(shape, tasks, seed)
+    s = np.linalg.svd(merged("iso_c", origin, deltas), compute_uv=False)
+    assert np.allclose(s, s[0], rtol=1e-3)
+    assert np.isclose(s.sum(), np.linalg.svd(total(deltas), compute_uv=False).sum(), rtol=1e-3)
+
+
+@given(SHAPES, st.integers(1, 4), st.integers(0, 99), st.sampled_from([0.3, 0.5, 0.8, 1.0]))
+def test_iso_cts_has_a_flat_spectrum_of_full_rank(shape: tuple[int, ...], tasks: int, seed: int, common: float) -> None:
+    origin, deltas = problem(shape, tasks, seed)
+    s = np.linalg.svd(merged("iso_cts", origin, deltas, common=common), compute_uv=False)
+    assert np.allclose(s, s[0], rtol=1e-3)
+    assert s[0] > 0
+
+
+@given(SHAPES, st.integers(1, 4), st.integers(0, 99))
+def test_iso_cts_all_common_is_iso_c(shape: tuple[int, ...], tasks: int, seed: int) -> None:
+    origin, deltas = problem(shape, tasks, seed)
+    assert np.allclose(merged("iso_cts", origin, deltas, common=1.0), merged("iso_c", origin, deltas), atol=1e-4)
+
+
+@given(SHAPES, st.integers(0, 99))
+def test_tsv_m_of_one_task_is_its_task_vector(shape: tuple[int, ...], seed: int) -> None:
+    origin, deltas = problem(shape, 1, seed)
+    assert np.allclose(merged("tsv_m", origin, deltas), total(deltas), atol=1e-4)
+
+
+@given(st.integers(2, 4), st.integers(0, 99))
+def test_tsv_m_of_tasks_that_do_not_meet_is_their_cut_sum(tasks: int, seed: int) -> None:
+    """Task vectors in orthogonal row and column spaces are orthogonal already."""
+    size = 3
+    origin = torch.zeros(size * tasks, size * tasks)
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for task in range(tasks):
+        delta = origin.clone()
+        block = slice(task * size, (task + 1) * size)
+        delta[block, block] = torch.randn(size, size, generator=generator)
+        deltas[f"t{task}"] = delta
+    assert np.allclose(merged("tsv_m", origin, deltas), total(deltas), atol=1e-4)
+
+
+@given(SHAPES, st.integers(2, 4), st.integers(0, 99))
+def test_tsv_ms_singular_values_are_those_it_kept(shape: tuple[int, ...], tasks: int, seed: int) -> None:
+    origin, deltas = problem(shape, tasks, seed)
+    singular = [np.linalg.svd(d.flatten(1).double().numpy(), compute_uv=False) for d in deltas.values()]
+    k = len(singular[0]) // tasks
+    kept = np.sort(np.concatenate([s[:k] for s in singular]))[::-1]
+    found = np.linalg.svd(merged("tsv_m", origin, deltas), compute_uv=False)[: len(kept)]
+    assert np.allclose(found, kept, rtol=1e-3, atol=1e-4)
+
+
+@given(SHAPES, st.integers(0, 99), st.floats(0.1, 1.0))
+def test_star_keeps_the_nuclear_norm_of_one_task(shape: tuple[int, ...], seed: int, share: float) -> None:
+    origin, deltas = problem(shape, 1, seed)
+    own, found = (
+        np.linalg.svd(m, compute_uv=False) for m in (total(deltas), merged("star", origin, deltas, share=share))
+    )
+    assert np.isclose(own.sum(), found.sum(), rtol=1e-3)
+    assert (found > 1e-4).sum() == min(len(own), 1 + (own.cumsum() < share * own.sum() * (1 - 1e-6)).sum())
+
+
+@given(SHAPES, st.integers(1, 4), st.integers(0, 99))
+def test_star_of_everything_is_the_mean_task_vector(shape: tuple[int, ...], tasks: int, seed: int) -> None:
+    origin, deltas = problem(shape, tasks, seed)
+    assert np.allclose(merged("star", origin, deltas, share=1.0), total(deltas) / tasks, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "star"])
+def test_the_order_of_the_tasks_is_irrelevant_and_scale_scales(name: str) -> None:
+    origin, deltas = problem((10, 8), 3, 1)
+    turned = dict(reversed(deltas.items()))
+    one = merged(name, origin, deltas)
+    assert np.allclose(one, merged(name, origin, turned), atol=1e-4)
+    assert np.allclose(2 * one, merged(name, origin, deltas, scale=2.0), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "star"])
+def test_other_tensors_take_the_mean(name: str) -> None:
+    origin, deltas = problem((7, 1), 3, 2)
+    flat = {task: delta.reshape(-1) for task, delta in deltas.items()}
+    found = METHODS[name](scale=0.5).merge_other("b", origin.reshape(-1), flat)
+    torch.testing.assert_close(found, origin.reshape(-1) + 0.5 * torch.stack(list(flat.values())).mean(0))
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "star"])
+def test_task_vectors_of_zero_leave_the_base(name: str) -> None:
+    origin = torch.randn(6, 5)
+    assert torch.allclose(METHODS[name]().merge_matrix("w", origin, {t: torch.zeros(6, 5) for t in "ab"}), origin)
