@@ -169,7 +169,13 @@ class Autograd:
 
 def _parts(block: Blocks) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """origin, task vectors (of a tensor without components only), u, s, v."""
-    return block.origin, None if block.components else block.dense, block.u, block.s, block.v
+    return (
+        block.origin,
+        None if block.components else torch.stack([w for w in block.wholes if w is not None]),
+        block.u,
+        block.s,
+        block.v,
+    )
 
 
 class SideBySide:

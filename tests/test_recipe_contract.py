@@ -103,7 +103,7 @@ def test_the_base_among_the_models_counts_in_linear_only() -> None:
 
 def test_a_global_weight_is_the_default_of_models_that_give_none() -> None:
     models = [{"model": "a", "parameters": {"weight": 2}}, {"model": "b"}]
-    method = parsed(plain("linear", models=models, parameters={"weight": 0.5})).method(NAMES)
+    method = parsed({**plain("linear", models=models, parameters={"weight": 0.5}), "base_model": None}).method(NAMES)
     assert isinstance(method, Linear)
     assert [method.weights.of(task, NAMES[0]) for task in "ab"] == [2.0, 0.5]
 
@@ -210,7 +210,9 @@ def test_a_model_parameter_that_the_method_does_not_take_is_refused(method: str)
 ])  # fmt: skip
 def test_parameters_of_wrong_type_or_name_are_refused(method: str, parameters: dict[str, Any], part: str) -> None:
     with pytest.raises(RecipeError, match=part):
-        parsed(plain(method, parameters=parameters)).method(NAMES)
+        parsed({**plain(method, parameters=parameters), "base_model": None if method == "linear" else "base"}).method(
+            NAMES
+        )
 
 
 @pytest.mark.parametrize("values", [
@@ -348,3 +350,21 @@ def test_weights_that_sum_to_zero_are_refused_before_any_work(tmp_path: Path) ->
     models = [{"model": f"experts/{n}", "parameters": {"weight": w}} for n, w in (("a", 1), ("b", -1))]
     with pytest.raises(RecipeError, match="sum to 0"):
         open_job(load_recipe(write(tmp_path / "r.yaml", plain("linear", models=models, base_model=None))))
+
+
+def test_linear_with_a_base_that_is_not_listed_is_refused() -> None:
+    """mergekit would add such a base to the sum, or not, depending on the weights."""
+    models = [{"model": "a", "parameters": {"weight": 1}}]
+    assert "List the base among the models" in message({**plain("linear", models=models), "base_model": "b"})
+
+
+def test_filters_that_cover_a_tensor_not_at_all_fall_back_to_the_global_weight() -> None:
+    models = [{"model": "a", "parameters": {"weight": [{"filter": "no such part", "value": 3}]}}]
+    values = {**plain("linear", models=models, parameters={"weight": 0.5}), "base_model": None}
+    method = parsed(values).method(NAMES)
+    assert isinstance(method, Linear)
+    assert method.weights.of("a", NAMES[0]) == 0.5
+
+
+def test_empty_parameters_are_none() -> None:
+    assert parsed(plain("cart", parameters=None)).parameters == {}

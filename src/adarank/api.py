@@ -129,7 +129,7 @@ def adapt(
     device = next(iter(models.shared.values())).device
     live = LiveWeights(
         {name: models.shared[name] for name in network.merged()},
-        build_blocks(network, chosen.origin, device),
+        build_blocks(network, chosen.origin, device, chosen.spectra),
         Learn(chosen.learn_masks, chosen.learn_lambda, settings.temperature, settings.clamp),
         chosen.scale,
         chosen.rank,

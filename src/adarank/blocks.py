@@ -36,14 +36,15 @@ class Blocks:
 
     Attributes:
         origin: the tensor's origin, in its own shape.
-        dense: (tasks, rows, columns): each task's block with all its components.
+        wholes: each task's block with all its components, (rows, columns). None where no one has asked for it
+            yet: it is multiplied out then and kept, as few starts ever need it.
         u, s, v: (rows, K), (K,), (columns, K): the components of all tasks side by side. K = 0 for a tensor
             that is only scaled.
         sizes: components per task; they sum to K.
     """
 
     origin: Tensor
-    dense: Tensor
+    wholes: list[Tensor | None]
     u: Tensor
     s: Tensor
     v: Tensor
@@ -56,7 +57,7 @@ class Blocks:
     def compose(self, lam: Tensor, mask: Tensor) -> Tensor:
         """The merged tensor, in the origin's shape and on its device.
 
-        Each task costs only its fewer components: those kept, or those pruned taken away from the dense
+        Each task costs only its fewer components: those kept, or those pruned taken away from the whole
         task vector. Live adaptation and the `masked` method both call this, so what ships is what was adapted.
 
         Arguments:
@@ -67,10 +68,10 @@ class Blocks:
         total = as_matrix(self.origin).clone()
         signed = []
         shares = self._cheaper(mask)
-        for task, (from_dense, index) in enumerate(shares):
-            if from_dense:
-                total.add_(self.dense[task], alpha=coefficients[task])
-            signed.append(lam.new_full(index.shape, -coefficients[task] if from_dense else coefficients[task]))
+        for task, (from_whole, index) in enumerate(shares):
+            if from_whole:
+                total.add_(self._whole(task), alpha=coefficients[task])
+            signed.append(lam.new_full(index.shape, -coefficients[task] if from_whole else coefficients[task]))
         chosen = torch.cat([index for _, index in shares]).to(self.s.device)
         if chosen.numel():
             factors = self.s[chosen] * torch.cat(signed).to(self.s)
@@ -96,10 +97,10 @@ class Blocks:
 
     def _lambda_gradient(self, flat: Tensor, mask: Tensor) -> Tensor:
         values = []
-        for task, (from_dense, index) in enumerate(self._cheaper(mask)):
+        for task, (from_whole, index) in enumerate(self._cheaper(mask)):
             chosen = index.to(self.s.device)
             rest = (self._inner(flat, chosen) * self.s[chosen]).sum() if index.numel() else flat.new_zeros(())
-            values.append((self.dense[task] * flat).sum() - rest if from_dense else rest)
+            values.append((self._whole(task) * flat).sum() - rest if from_whole else rest)
         return torch.stack(values)
 
     def _inner(self, flat: Tensor, index: Tensor | None) -> Tensor:
@@ -108,46 +109,60 @@ class Blocks:
         inner: Tensor = torch.linalg.vecdot(u, flat @ v, dim=0)
         return inner
 
+    def _whole(self, task: int) -> Tensor:
+        whole = self.wholes[task]
+        if whole is None:
+            own = slice(sum(self.sizes[:task]), sum(self.sizes[: task + 1]))
+            whole = (self.u[:, own] * self.s[own]) @ self.v[:, own].T
+            self.wholes[task] = whole
+        return whole
+
     def _cheaper(self, mask: Tensor) -> list[tuple[bool, Tensor]]:
-        """Per task: whether to start from its dense block, and the components to add (or to take away then)."""
+        """Per task: whether to start from its whole block, and the components to add (or to take away then)."""
         shares = []
         start = 0
         for own in mask.split(self.sizes):
-            from_dense = 2 * int(own.sum()) > own.numel() or own.numel() == 0
-            shares.append((from_dense, torch.nonzero(own != from_dense).squeeze(1) + start))
+            from_whole = 2 * int(own.sum()) > own.numel() or own.numel() == 0
+            shares.append((from_whole, torch.nonzero(own != from_whole).squeeze(1) + start))
             start += own.numel()
         return shares
 
 
-def build_blocks(network: Network, origin_kind: OriginKind, device: torch.device | str = "cpu") -> dict[str, Blocks]:
-    """Origin, task vectors and spectra of every merged tensor of a network."""
+def build_blocks(
+    network: Network, origin_kind: OriginKind, device: torch.device | str = "cpu", spectra: bool = True
+) -> dict[str, Blocks]:
+    """Origin and task vectors of every merged tensor of a network, decomposed where the network says so.
+
+    Arguments:
+        spectra: False where all components stay kept: then no matrix needs an SVD.
+    """
     blocks = {}
     for name in network.merged():
         origin = network.origin(name, origin_kind, device)
         deltas = network.deltas(name, origin)
-        decomposed = network.choices[name].action == "decompose"
+        decomposed = spectra and network.choices[name].action == "decompose"
         blocks[name] = task_vector_blocks(origin, deltas, name) if decomposed else scaled_block(origin, deltas)
     return blocks
 
 
 def scaled_block(origin: Tensor, deltas: Mapping[str, Tensor]) -> Blocks:
     """Blocks of a tensor that is only scaled: origin + Σ λ_t δ_t."""
-    dense = torch.stack([as_matrix(delta) if delta.dim() else delta.reshape(1, 1) for delta in deltas.values()])
-    empty = origin.new_zeros((dense.shape[1], 0))
-    return Blocks(origin, dense, empty, origin.new_zeros(0), origin.new_zeros((dense.shape[2], 0)), (0,) * len(dense))
+    wholes: list[Tensor | None] = [as_matrix(delta) for delta in deltas.values()]
+    rows, columns = as_matrix(origin).shape
+    empty = (origin.new_zeros((rows, 0)), origin.new_zeros(0), origin.new_zeros((columns, 0)))
+    return Blocks(origin, wholes, *empty, (0,) * len(wholes))
 
 
 def task_vector_blocks(origin: Tensor, deltas: Mapping[str, Tensor], name: str = "matrix") -> Blocks:
     """Blocks of a matrix from the plain SVD of each task vector: the basis of Task Arithmetic and of CART."""
-    dense = [as_matrix(delta) for delta in deltas.values()]
-    return from_spectra(origin, dense, [decompose(delta, name) for delta in dense])
+    return from_spectra(origin, [decompose(delta, name) for delta in deltas.values()])
 
 
-def from_spectra(origin: Tensor, dense: Sequence[Tensor], spectra: Sequence[Spectrum]) -> Blocks:
-    """Blocks from one spectrum per task; `dense[t]` is what the whole of `spectra[t]` multiplies out to."""
+def from_spectra(origin: Tensor, spectra: Sequence[Spectrum]) -> Blocks:
+    """Blocks from one spectrum per task."""
     return Blocks(
         origin,
-        torch.stack(list(dense)),
+        [None] * len(spectra),
         torch.cat([s.u for s in spectra], dim=1),
         torch.cat([s.s for s in spectra]),
         torch.cat([s.v for s in spectra], dim=1),

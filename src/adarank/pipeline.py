@@ -158,7 +158,7 @@ def _adapt(
     note("Decomposing the task vectors")
     live = LiveWeights(
         {name: models.shared[name] for name in job.network.merged()},
-        build_blocks(job.network, method.origin, job.recipe.device),
+        build_blocks(job.network, method.origin, job.recipe.device, method.spectra),
         Learn(method.learn_masks, method.learn_lambda, settings.temperature, settings.clamp),
         method.scale,
         method.rank,
@@ -299,6 +299,10 @@ def _write_companions(folder: Path, job: Job, masks: MaskFile | None) -> None:
     """Configuration and tokenizer files, each task's head, and the masks."""
     for file in job.root.side_files():
         shutil.copyfile(file, folder / file.name)
+    if job.recipe.output_dtype() is not None and (folder / "config.json").exists():
+        config = {**job.root.config}
+        config["dtype" if "dtype" in config else "torch_dtype"] = job.recipe.out_dtype or job.recipe.dtype
+        write_json(folder / "config.json", config)
     for task, names in job.network.heads.items():
         if names:
             target = folder / "heads" / task

@@ -86,23 +86,31 @@ def open_job(recipe: Recipe) -> Job:
 
 def peak_bytes(job: Job) -> int:
     """Predicted peak of anonymous memory in bytes, without the activations of adaptation's batches."""
-    merged = [job.network.tensors[name] for name in job.network.merged()]
-    tasks = len(job.experts)
     if not job.recipe.adaptive:
-        # origin, running sum, one task vector and its cast source, one SVD (U, V, workspace)
-        factor = 4 + (5 if METHODS[job.recipe.merge_method].spectral else 0)
-        factor += 3 * tasks if job.recipe.merge_method == "masked" else 0
-        return _RUNTIME_BYTES + factor * 4 * max((info.numel for info in merged), default=0)
+        return _RUNTIME_BYTES + max((_streamed_bytes(job, name) for name in job.network.merged()), default=0)
+    spectra = job.recipe.adaptation()[0].spectra
+    tasks = len(job.experts)
     total = 0
-    for info in merged:
-        total += (tasks + 3) * info.numel  # task vectors, origin, live weight, gradient
-        if job.network.choices[info.name].action == "decompose":
-            rows = info.shape[0]
-            columns = info.numel // rows
-            total += tasks * min(rows, columns) * (rows + columns)
+    for name in job.network.merged():
+        info = job.network.tensors[name]
+        rows = info.shape[0] if info.shape else 1
+        columns = info.numel // max(1, rows)
+        decomposed = spectra and job.network.choices[name].action == "decompose"
+        total += 3 * info.numel  # origin, live weight, gradient
+        total += tasks * (min(rows, columns) * (rows + columns) if decomposed else info.numel)
     kept = sum(i.numel for n, i in job.network.tensors.items() if job.network.choices[n].action == "keep")
     heads = sum(job.network.experts[t].info(n).numel for t in job.experts for n in job.network.heads[t])
     return _RUNTIME_BYTES + 4 * (total + kept + heads)
+
+
+def _streamed_bytes(job: Job, name: str) -> int:
+    """What merging one tensor holds at a time: origin, sum, one task vector; casts; an SVD with its workspace."""
+    info = job.network.tensors[name]
+    method = METHODS[job.recipe.merge_method]
+    copies = 4 + (info.dtype.itemsize < 4)
+    if job.network.choices[name].action == "decompose" and method.spectral:
+        copies += 5 + (3 * len(job.experts) if job.recipe.merge_method == "masked" else 0)
+    return 4 * copies * info.numel
 
 
 def describe(job: Job, out: Path | None = None) -> dict[str, Any]:

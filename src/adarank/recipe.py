@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from adarank.adapt.loop import AdaptSettings
 from adarank.adapt.methods import ADAPTIVE, AdaptiveMethod, with_preset
@@ -33,8 +33,15 @@ _NOT_DONE = {
 }
 
 
+def _empty_if_none(value: Any) -> Any:
+    """YAML reads a key without a value as None: no parameters are meant."""
+    return {} if value is None else value
+
+
 class ModelEntry(Settings):
     """One expert: where it is, its own parameters, and its task."""
+
+    _nothing = field_validator("parameters", mode="before")(_empty_if_none)
 
     model: str
     parameters: dict[str, Any] = Field({}, description="settings")
@@ -49,6 +56,8 @@ class AdaptBlock(AdaptSettings):
 
 class Recipe(Settings):
     """A whole recipe. `folder` is where its relative paths count from."""
+
+    _nothing = field_validator("parameters", mode="before")(_empty_if_none)
 
     merge_method: str
     models: tuple[ModelEntry, ...]
@@ -96,11 +105,11 @@ class Recipe(Settings):
         experts = self.experts
         if "weight" in kind.per_model:
             weights = {t: e.parameters["weight"] for t, e in experts.items() if "weight" in e.parameters}
-            if "weight" in values:  # a global default for models that give none, as mergekit has it
-                weights = {t: weights.get(t, values["weight"]) for t in experts}
-                del values["weight"]
-            if weights:
-                values["weights"] = TensorWeights(weights, names)
+            fallback = values.pop("weight", None)  # for models that give none, and where no filter fits, as in mergekit
+            if weights or fallback is not None:
+                values["weights"] = TensorWeights(
+                    {t: weights.get(t, fallback if fallback is not None else 1.0) for t in experts}, names, fallback
+                )
         if self.merge_method == "masked" and isinstance(values.get("masks"), str):
             values["masks"] = MaskFile.load(self.folder / values["masks"])
         return parse(kind, values, f"parameters of '{self.merge_method}'")
@@ -159,6 +168,10 @@ def _check(recipe: Recipe, where: str) -> None:
     problems = []
     problems += [f"models: '{task}' cannot name a task here (a folder heads/{task} is made, and 'base' is the base). Give task: name." for task in recipe.experts
                  if task in ("", ".", "..") or (task == "base" and recipe.base_model) or "/" in task or "\\" in task]  # fmt: skip
+    if recipe.merge_method == "linear" and recipe.base_model not in (None, *(m.model for m in recipe.models)):
+        problems.append(
+            "base_model: 'linear' sums the models alone. List the base among the models too, or remove base_model."
+        )
     if not recipe.experts:
         problems.append("models: no expert is given. A merge needs at least one.")
     if recipe.adapt is not None and not recipe.adaptive:

@@ -65,7 +65,7 @@ def _keys_at(kind: type[BaseModel], location: Iterable[Any]) -> list[str]:
         if field is not None:
             inside = field.annotation
             current = _settings_in(inside) or current
-    return [field.alias or name for name, field in current.model_fields.items()]
+    return [field.alias or name for name, field in current.model_fields.items() if not field.exclude]
 
 
 def _by_alias(kind: type[BaseModel], alias: str) -> Any:

@@ -91,8 +91,8 @@ class Network:
         if kind == "zero":
             return total
         for expert in experts:
-            total = total + expert.read(name, device)
-        return total / len(experts)
+            total.add_(expert.read(name, device))
+        return total.div_(len(experts))
 
     def deltas(self, name: str, origin: Tensor) -> Deltas:
         """Task vectors of one tensor about `origin`, each computed when asked for."""

@@ -145,6 +145,7 @@ def write_checkpoint(
                 if cast.dtype != tensor.dtype:
                     _check_cast(cast, name)
                 _write_tensor(handle, cast)
+                del tensor, cast  # the next one is made before these names are bound again
                 weight_map[name] = file
     if len(shards) > 1:
         total = sum(_nbytes(spec) for spec in layout.values())

@@ -60,7 +60,7 @@ class LiveWeights:
         self.parameters, self.blocks, self.learn = dict(parameters), dict(blocks), learn
         first = next(iter(self.blocks.values()))
         dtype = first.origin.dtype
-        self.lam = torch.full((len(self.blocks), first.dense.shape[0]), scale, dtype=dtype)
+        self.lam = torch.full((len(self.blocks), len(first.sizes)), scale, dtype=dtype)
         masks = [top_mask(block.sizes, rank) for block in self.blocks.values()]
         self.logits = torch.where(torch.cat(masks), logit, -logit).to(dtype)
         self._parts = [mask.numel() for mask in masks]

@@ -37,6 +37,11 @@ class AdaptiveMethod(Settings):
     learn_masks: bool = Field(True, description="learn the masks")
     learn_lambda: bool = Field(True, description="learn λ")
 
+    @property
+    def spectra(self) -> bool:
+        """False if every component stays kept, so that nothing needs decomposing."""
+        return self.learn_masks or self.rank < 1
+
 
 class AdaRank(AdaptiveMethod):
     """Learns which singular components to keep, and λ, by test-time adaptation."""

@@ -57,8 +57,8 @@ class Method(Settings):
 def weighted_sum(origin: Tensor, deltas: Deltas, coefficient: Callable[[str], float]) -> Tensor:
     """origin + Σ_t coefficient(t)·δ_t, holding one task vector at a time."""
     total = origin.clone()
-    for task, delta in deltas.items():
-        total.add_(delta, alpha=coefficient(task))
+    for task in deltas:  # not items(): its variable would hold one task vector while the next is made
+        total.add_(deltas[task], alpha=coefficient(task))
     return total
 
 

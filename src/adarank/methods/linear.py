@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -38,8 +37,8 @@ class Linear(Method):
     weights: TensorWeights = Field(TensorWeights({}, ()), exclude=True)
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        total = weighted_sum(torch.zeros_like(origin), deltas, lambda task: self.weights.of(task, name))
-        return total / self._total(name, deltas) if self.normalize else total
+        total = weighted_sum(origin, deltas, lambda task: self.weights.of(task, name))  # the origin is zero
+        return total.div_(self._total(name, deltas)) if self.normalize else total
 
     def check(self, network: Network) -> None:
         for name in network.merged():

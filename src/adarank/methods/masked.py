@@ -14,10 +14,10 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.blocks import scaled_block, task_vector_blocks
+from adarank.blocks import task_vector_blocks
 from adarank.errors import MismatchError, itemise
 from adarank.masks import MaskFile
-from adarank.methods.base import Deltas, Method
+from adarank.methods.base import Deltas, Method, weighted_sum
 from adarank.task_vectors import Network, OriginKind
 
 
@@ -39,12 +39,14 @@ class Masked(Method):
         return "average" if self.masks.origin == "average" else "pretrained"
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        if name not in self.masks.masks:  # adapted without spectra: all components kept
+            return self.merge_other(name, origin, deltas)
         blocks = task_vector_blocks(origin, deltas, name)
         return blocks.compose(self.masks.lam[name], self.masks.masks[name])
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        blocks = scaled_block(origin, deltas)
-        return blocks.compose(self.masks.lam[name], self.masks.lam[name].new_zeros(0).bool())
+        lam = dict(zip(self.masks.tasks, self.masks.lam[name].tolist(), strict=True))
+        return weighted_sum(origin, deltas, lam.__getitem__)
 
     def check(self, network: Network) -> None:
         problems = []
@@ -72,6 +74,8 @@ class Masked(Method):
             return [f"{name}: no λ in the masks file"]
         if network.choices[name].action != "decompose":
             return [f"{name}: decomposed in the masks file, scaled here"] if name in self.masks.sizes else []
+        if not self.masks.sizes:  # adapted without spectra: λ is all there is
+            return []
         shape = network.tensors[name].shape
         rank = min(shape[0], network.tensors[name].numel // shape[0])
         sizes = self.masks.sizes.get(name, ())

@@ -44,7 +44,7 @@ class SVDk(Method):
 def low_rank_sum(name: str, origin: Tensor, deltas: Deltas, rank: float, scale: float) -> Tensor:
     """origin + scale · Σ_t top_k(δ_t), with one SVD in memory at a time."""
     total = origin.clone()
-    for delta in deltas.values():
-        spectrum = decompose(delta, name)
+    for task in deltas:  # not values(): its variable would hold one task vector while the next is made
+        spectrum = decompose(deltas[task], name)
         total.add_(spectrum.reconstruct(top_count(rank, spectrum.s.numel())).reshape(origin.shape), alpha=scale)
     return total

@@ -24,6 +24,7 @@ class TaskArithmetic(Method):
     Arguments:
         scale: λ. If not given: 1 when models carry weights (as in mergekit), else 0.3.
         normalize: divide by the sum of the weights.
+        int8_mask: taken from mergekit's recipes, where it saves memory in other methods; it changes nothing.
         weights: given by the recipe's models (`parameters: {weight: …}`); 1 for models that give none.
     """
 
@@ -35,6 +36,7 @@ class TaskArithmetic(Method):
 
     scale: float | None = Field(None, alias="lambda", description="λ: 0.3, or 1 when models carry weights")
     normalize: bool = Field(False, description="divide by the sum of the weights")
+    int8_mask: bool = Field(False, description="taken from mergekit's recipes; changes nothing")
     weights: TensorWeights | None = Field(None, exclude=True)
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:

@@ -2,7 +2,7 @@
 
 weight: 0.5                                     the same for every tensor
 weight: [0, 0.5, 1]                             a gradient over the layers, interpolated linearly
-weight: [{filter: mlp, value: 0.5}, 1.0]        the first entry whose filter is part of the tensor's name
+weight: [{filter: mlp, value: 0.5}, {value: 1}] the first entry whose filter is part of the tensor's name
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ class TensorWeights:
     """Model -> weight, for each tensor of a network.
 
     Arguments:
-        settings: model -> weight as a recipe writes it; models left out have weight 1.
+        settings: model -> weight as a recipe writes it.
+        fallback: weight, as a recipe writes it, of models that are left out and of tensors that no filter covers.
         names: every tensor's name; gradients run from the first layer (0) to the last (1), and tensors
             outside the layers take a gradient's first value.
     """
 
-    def __init__(self, settings: Mapping[str, Any], names: Sequence[str]) -> None:
-        self._settings = settings
+    def __init__(self, settings: Mapping[str, Any], names: Sequence[str], fallback: Any = None) -> None:
+        self._settings, self._fallback = settings, fallback
         layers = [int(match.group(1)) for name in names if (match := _LAYER.search(name))]
         self._last = max(layers, default=0)
         for task in settings:
@@ -40,7 +41,8 @@ class TensorWeights:
         Raises:
             RecipeError: the setting is not a number, a gradient or a list of filters that covers the tensor.
         """
-        return self._value(task, self._settings.get(task, 1.0), name)
+        default = 1.0 if self._fallback is None else self._fallback
+        return self._value(task, self._settings.get(task, default), name)
 
     def _value(self, task: str, setting: Any, name: str) -> float:
         number = _number(setting)
@@ -67,13 +69,15 @@ class TensorWeights:
             wanted = entry.get("filter")
             if wanted is None or wanted == "*" or wanted in name:
                 return self._value(task, entry["value"], name)
+        if self._fallback is not None and entries is not self._fallback:
+            return self._value(task, self._fallback, name)
         raise RecipeError(
-            f"models: no filter in the weight of '{task}' covers tensor '{name}'. End the list with a plain value."
+            f"models: no filter in the weight of '{task}' covers tensor '{name}'. End the list with an entry {{value: …}} that has no filter."
         )
 
     def _gradient(self, values: list[float], name: str) -> float:
         match = _LAYER.search(name)
-        position = int(match.group(1)) / self._last if match and self._last else 0.0
+        position = 0.0 if match is None else int(match.group(1)) / self._last if self._last else 1.0
         scaled = position * (len(values) - 1)
         low = int(scaled)
         high = min(low + 1, len(values) - 1)
