@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from adarank import pipeline
+from adarank import networks, pipeline, scoring
 from adarank.adapt.methods import ADAPTIVE
 from adarank.blocks import Blocks, build_blocks
 from adarank.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ class Bench:
         self.folder, self.records = folder.resolve(), records
         self.job = self.open("average", {})
         self.data = load_tasks(self.job)
-        self.models = pipeline.build_models(self.job)
+        self.models = networks.build_models(self.job)
         self.inputs = self.job.inputs()
 
     def recipe(self, name: str, changes: Mapping[str, Any]) -> Recipe:
@@ -74,7 +74,7 @@ class Bench:
     def record(self, row: str, seed: int, content: dict[str, Any]) -> None:
         """Score what the networks hold on test and write the row's record."""
         table = Table("test", "disjoint", {})
-        table.rows[row] = content.pop("scores", None) or pipeline.score_all(self.job, self.models, self.data, "test")
+        table.rows[row] = content.pop("scores", None) or scoring.score_all(self.job, self.models, self.data, "test")
         counts = {
             task: {split: len(rows) for split, rows in own.splits.rows.items()} for task, own in self.data.items()
         }
@@ -139,7 +139,7 @@ class Bench:
         tasks = len(self.job.network.tasks)
         merged = ((n, b.compose(torch.full((tasks,), lam), top_mask(b.sizes, rank))) for n, b in blocks.items())
         self.models.fill(merged)
-        scores = pipeline.score_all(self.job, self.models, self.data, "select")
+        scores = scoring.score_all(self.job, self.models, self.data, "select")
         return {"rank": rank, "lambda": lam, "mean": sum(scores.values()) / len(scores), **scores}
 
     def adapted(self, row: str, seed: int, start: Mapping[str, float]) -> None:
@@ -212,12 +212,12 @@ def run(bench: Bench, rows: list[str]) -> None:
         return (not rows or row in rows) and not bench.path(row, seed).exists()
 
     if wanted("base"):
-        bench.models.fill(pipeline.network_tensors(bench.job, "base"))
+        bench.models.fill(networks.network_tensors(bench.job, "base"))
         bench.record("base", 0, {"settings": {"what": "the base under each expert's head"}})
     if wanted("experts"):
-        scores = pipeline.score_experts(bench.job, bench.models, bench.data, "test")
+        scores = scoring.score_experts(bench.job, bench.models, bench.data, "test")
         bench.record("experts", 0, {"scores": scores, "settings": {"what": "each task by its own expert"}})
-        bench.models.fill(pipeline.network_tensors(bench.job, "base"))
+        bench.models.fill(networks.network_tensors(bench.job, "base"))
     if wanted("weight average"):
         bench.static("weight average", WeightAverage(), "nothing to choose")
     best = _search(bench)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from adarank import pipeline
+from adarank import adaptation, networks
 from adarank.adapt.live import Learn, LiveWeights
 from adarank.adapt.loop import AdaptSettings, History, adapt
 from adarank.adapt.objective import entropy
@@ -65,7 +65,7 @@ class Setup:
         self.settings: AdaptSettings = settings.model_copy(update={"objective": "entropy"})
         torch.manual_seed(self.job.recipe.seed)
         self.data = load_tasks(self.job)
-        self.models: TaskModels = pipeline.build_models(self.job)
+        self.models: TaskModels = networks.build_models(self.job)
         self.blocks: dict[str, Blocks] = self._blocks(cache)
 
     def _blocks(self, cache: Path) -> dict[str, Blocks]:
@@ -84,7 +84,7 @@ class Setup:
     def run_engine(self, steps: int, progress: Any = None) -> LiveWeights:
         live = self.live()
         settings = self.settings.model_copy(update={"steps": steps})
-        losses = pipeline.task_losses(self.job, self.models, self.data, settings)
+        losses = adaptation.task_losses(self.job, self.models, self.data, settings)
         adapt(live, losses, settings, progress=progress and (lambda history, _: progress(live, history)))
         return live
 

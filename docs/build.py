@@ -139,6 +139,7 @@ def results_page() -> str:
         "settings": settings,
         "collapse": collapse,
         "costs": costs,
+        "peers": peers,
     }
     return re.sub(r"<!-- (\w+) -->", lambda m: "\n".join(fill[m.group(1)]()), text)
 
@@ -211,9 +212,46 @@ def collapse() -> list[str]:
 
 
 def costs() -> list[str]:
-    """Figures of the cost benchmarks, one line per record."""
-    found = [json.loads(path.read_text()) for path in sorted((ROOT / "records" / "costs").glob("*.json"))]
-    return [f"- {line}" for record in found for line in record.get("summary", [])]
+    """Adaptation steps beside plain autograd, peaks of data-free merges, and agreement with mergekit."""
+    step = json.loads((ROOT / "records" / "costs" / "step.json").read_text())
+    lines = [
+        "| one step, all eight tasks | engine, s | plain autograd, s | time ratio (min to max) | peak memory ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for start in ("CART", "TA"):
+        found, ratio = step[start], step[start]["autograd_over_engine"]
+        own, other = (found["seconds"][side]["median"] for side in ("engine", "autograd"))
+        lines.append(
+            f"| {start} start | {own:.2f} | {other:.2f} | {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) |"
+            f" {found['peak_autograd_over_engine']:.2f} |"
+        )
+    memory = json.loads((ROOT / "records" / "costs" / "merge-memory-float32.json").read_text())
+    size = memory["settings"]["bytes_per_model"] / 1e9
+    lines += [
+        "",
+        f"| merge of a base and three experts of {size:.2f} GB | peak anonymous memory, MB | predicted, MB |",
+        "|---|---|---|",
+    ]
+    for method, found in memory["methods"].items():
+        layers = (
+            ""
+            if found["layers"] == memory["settings"]["layers"]
+            else f" ({found['layers']} of {memory['settings']['layers']} layers)"
+        )
+        lines.append(
+            f"| {method}{layers} | {found['peak_anonymous']['max'] / 1e6:.0f} | {found['peak_predicted'] / 1e6:.0f} |"
+        )
+    return lines
+
+
+def peers() -> list[str]:
+    """Largest relative differences from mergekit, over its recipes."""
+    record = json.loads((ROOT / "records" / "peers" / "mergekit.json").read_text())
+    lines = ["| stored dtype | recipes | median of the largest relative difference | largest |", "|---|---|---|---|"]
+    for dtype in ("float32", "bfloat16"):
+        found = record[dtype]["max_relative_difference"]
+        lines.append(f"| {dtype} | {len(record[dtype]['recipes'])} | {found['median']:.1e} | {found['max']:.1e} |")
+    return lines
 
 
 def readme() -> str:

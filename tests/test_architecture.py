@@ -23,8 +23,8 @@ LAYERS = [
     {"spectrum", "blocks", "masks"},
     {"methods", "adapt"},
     {"evaluate", "record"},
-    {"recipe", "plan", "tasks", "catalogue", "inspection"},
-    {"pipeline", "api"},
+    {"recipe", "plan", "tasks", "networks", "catalogue", "inspection"},
+    {"adaptation", "scoring", "pipeline", "api"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

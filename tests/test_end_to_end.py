@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import adarank
-from adarank import pipeline
+from adarank import adaptation, networks
 from adarank.cli.main import main
 from adarank.masks import FILE
 from adarank.recipe import load_recipe
@@ -57,7 +57,7 @@ def test_a_loaded_task_gives_the_scored_logits(zoo: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     adarank.merge_recipe(loaded, out)
     job = adarank.open_job(loaded)
-    models = pipeline.build_models(job)
+    models = networks.build_models(job)
     models.fill(weights(out).items())
     batch = {"input_ids": torch.tensor([[2, 6, 7, 8, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
     for task in TASKS:
@@ -288,9 +288,9 @@ def test_a_deleted_tail_of_the_disk_leaves_nothing(
 
 
 def test_collapse_is_called_when_one_class_takes_over() -> None:
-    assert pipeline.collapsed(0.6, 0.99)
-    assert not pipeline.collapsed(0.96, 0.97)
-    assert not pipeline.collapsed(0.5, 0.9)
+    assert adaptation.collapsed(0.6, 0.99)
+    assert not adaptation.collapsed(0.96, 0.97)
+    assert not adaptation.collapsed(0.5, 0.9)
 
 
 def test_an_output_adapted_on_what_is_scored_says_so_in_its_row(zoo: Path, tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_an_output_adapted_on_what_is_scored_says_so_in_its_row(zoo: Path, tmp_p
 def test_a_loss_that_is_not_finite_at_once_leaves_nothing(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "entropy", lambda logits: logits.sum() * float("nan"))
+    monkeypatch.setattr(adaptation, "entropy", lambda logits: logits.sum() * float("nan"))
     with pytest.raises(adarank.AdaRankError, match=r"task 'mood' is nan at step 1"):
         adarank.merge_recipe(load_recipe(recipe(zoo, **ADAPT)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -13,10 +13,10 @@ from adarank.api import Adapted, adapt, evaluate, merge
 from adarank.errors import AdaRankError
 from adarank.masks import MaskFile
 from adarank.models.merged import load_task
-from adarank.pipeline import evaluate as evaluate_recipe
 from adarank.pipeline import merge as merge_recipe
 from adarank.plan import open_job
 from adarank.recipe import load_recipe
+from adarank.scoring import evaluate as evaluate_recipe
 from adarank.select import Select
 
 __version__ = "0.1.0"

@@ -145,11 +145,11 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from adarank import pipeline
+    from adarank import scoring
     from adarank.cli import show
     from adarank.recipe import load_recipe
 
-    table = pipeline.evaluate(
+    table = scoring.evaluate(
         load_recipe(options.recipe), options.outputs, options.split, lambda text: show.err.print(text, style="dim")
     )
     if options.json:

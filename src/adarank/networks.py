@@ -1,0 +1,40 @@
+"""The networks of a job: one module per task over shared tensors, filled with any model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from adarank.checkpoint import check_finite
+from adarank.errors import RecipeError
+from adarank.models import Family, TaskModels, share
+from adarank.plan import Job
+
+
+def build_models(job: Job) -> TaskModels:
+    """One network per task on the recipe's device, tied together, filled with the base's tensors."""
+    family = family_of(job)
+    loaded = ((task, family.load(checkpoint.folder).to(job.recipe.device)) for task, checkpoint in job.experts.items())
+    models = share(loaded, job.network)
+    models.fill(network_tensors(job, "base"))
+    return models
+
+
+def network_tensors(job: Job, which: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the base or of one expert, for every tensor it shares with the network."""
+    network = job.network
+    member = network.reference() if which == "base" else network.experts[which]
+    for name in network.tensors:
+        if name in member.names:
+            info = member.info(name)
+            yield name, check_finite(member.source.read(info.name), info.name, info.file)
+
+
+def family_of(job: Job) -> Family:
+    """The kind of models that the job's tasks are of; a `RecipeError` if they have no tasks."""
+    if job.family is None:
+        raise RecipeError(
+            "The models of this recipe have no tasks. Give each a task with its kind and data to adapt or evaluate."
+        )
+    return job.family
