@@ -247,10 +247,10 @@ def costs() -> list[str]:
 def peers() -> list[str]:
     """Largest relative differences from mergekit, over its recipes."""
     record = json.loads((ROOT / "records" / "peers" / "mergekit.json").read_text())
-    lines = ["| stored dtype | recipes | median of the largest relative difference | largest |", "|---|---|---|---|"]
-    for dtype in ("float32", "bfloat16"):
-        found = record[dtype]["max_relative_difference"]
-        lines.append(f"| {dtype} | {len(record[dtype]['recipes'])} | {found['median']:.1e} | {found['max']:.1e} |")
+    lines = ["| models | output | least | median | largest relative difference of a recipe |", "|---|---|---|---|---|"]
+    for stored in ("float32", "bfloat16"):
+        for written, found in record[stored]["max_relative_difference_by_output_dtype"].items():
+            lines.append(f"| {stored} | {written} | {found['min']:.1e} | {found['median']:.1e} | {found['max']:.1e} |")
     return lines
 
 
