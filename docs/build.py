@@ -254,12 +254,25 @@ def peers() -> list[str]:
     return lines
 
 
+def quickstart() -> list[str]:
+    """The table that `scripts/quickstart` ends with."""
+    record = json.loads((ROOT / "records" / "quickstart" / "quickstart.json").read_text())
+    tasks = list(record["counts"])
+    lines = ["| | mean | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
+    for row, scores in record["rows"].items():
+        cells = [f"{record['summary'][row]['mean']:.1f}", *(f"{scores[task]:.1f}" for task in tasks)]
+        lines.append(f"| {row.removeprefix('merged/')} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def readme() -> str:
-    """The README with the head of the results table."""
+    """The README with the quickstart's table and the head of the results."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    begin, end = "<!-- minilm table -->", "<!-- end of minilm table -->"
-    rows = "\n".join([begin, "", *table(HEAD), "", end])
-    return re.sub(f"{begin}.*?{end}", lambda m: rows, text, flags=re.DOTALL)
+    for name, rows in {"quickstart": quickstart(), "minilm": table(HEAD)}.items():
+        begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
+        filled = "\n".join([begin, "", *rows, "", end])
+        text = re.sub(f"{begin}.*?{end}", lambda m, filled=filled: filled, text, flags=re.DOTALL)
+    return text
 
 
 PAGES: dict[str, Callable[[], str]] = {
