@@ -105,6 +105,8 @@ import os, sys
 from pathlib import Path
 from adarank import pipeline, writer
 from adarank.recipe import load_recipe
+import torch
+torch.set_num_threads(1)  # as in this process: the number of threads may change the last bits
 stop = int(sys.argv[3])
 if sys.argv[4] == "adapt":
     def progress(history, steps):

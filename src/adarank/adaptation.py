@@ -60,7 +60,7 @@ def adapt_job(
     """Adapt as the job's recipe says, from a saved state if there is one.
 
     Arguments:
-        about: settings, inputs' hashes, seed and machine: what, beside the data, decides every number.
+        about: the settings, the inputs' hashes and the seed: what, beside the data, decides every number.
         state: file in which the state is kept.
     """
     method, settings = job.recipe.adaptation()
@@ -157,12 +157,12 @@ def _report(
 
 
 def _fingerprint(job: Job, about: Mapping[str, Any], data: Mapping[str, TaskData]) -> str:
-    """Identifies everything that an adaptation's numbers depend on."""
+    """Identifies what an adaptation is of. Not the machine: a run may be taken elsewhere, at the cost of its last bits."""
     choices = {name: choice.action for name, choice in job.network.choices.items()}
     rows = {task: own.fingerprint() for task, own in data.items()}
     settings = {
         **about["settings"],
         "adapt": {k: v for k, v in about["settings"]["adapt"].items() if k != "save_every"},
     }
-    text = json.dumps([settings, about["inputs"], about["seed"], about["machine"], choices, rows], sort_keys=True)
+    text = json.dumps([settings, about["inputs"], about["seed"], choices, rows], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
