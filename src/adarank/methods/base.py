@@ -62,6 +62,11 @@ def weighted_sum(origin: Tensor, deltas: Deltas, coefficient: Callable[[str], fl
     return total
 
 
+def scaled_mean(origin: Tensor, deltas: Deltas, scale: float) -> Tensor:
+    """origin + scale · mean_t δ_t: how spectral methods merge what is no matrix."""
+    return weighted_sum(origin, deltas, lambda task: scale / len(deltas))
+
+
 def merge_tensors(method: Method, network: Network, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model that is not a head, in the network's order, one in memory at a time."""
     with torch.no_grad():

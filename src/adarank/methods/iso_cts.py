@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, weighted_sum
+from adarank.methods.base import Deltas, Method, scaled_mean, weighted_sum
 from adarank.spectrum import Spectrum, as_matrix, decompose, orthogonalise
 from adarank.task_vectors import OriginKind
 
@@ -53,7 +53,7 @@ class IsoCTS(Method):
         return origin + self.scale * mean * (u @ v.T).reshape(origin.shape)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        return weighted_sum(origin, deltas, lambda task: self.scale / len(deltas))
+        return scaled_mean(origin, deltas, self.scale)
 
 
 def _top(spectrum: Spectrum, count: int) -> Spectrum:

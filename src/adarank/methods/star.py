@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, weighted_sum
+from adarank.methods.base import Deltas, Method, scaled_mean
 from adarank.spectrum import Spectrum, decompose
 from adarank.task_vectors import OriginKind
 
@@ -47,7 +47,7 @@ class STAR(Method):
         return total
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        return weighted_sum(origin, deltas, lambda task: self.scale / len(deltas))
+        return scaled_mean(origin, deltas, self.scale)
 
 
 def smallest_rank(spectrum: Spectrum, share: float) -> int:

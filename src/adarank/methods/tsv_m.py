@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, weighted_sum
+from adarank.methods.base import Deltas, Method, scaled_mean
 from adarank.spectrum import decompose, orthogonalise
 from adarank.task_vectors import OriginKind
 
@@ -49,4 +49,4 @@ class TSVM(Method):
         return origin + self.scale * merged.reshape(origin.shape)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        return weighted_sum(origin, deltas, lambda task: self.scale / len(deltas))
+        return scaled_mean(origin, deltas, self.scale)
