@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import adarank
+from adarank import catalogue
+from adarank.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "adarank"
@@ -87,6 +90,17 @@ def test_the_readmes_example_runs() -> None:
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block
     exec(compile(block.group(1), "README.md", "exec"), {})
+
+
+def test_the_guides_method_is_half_way_to_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert block
+    names: dict = {"__name__": "half"}
+    exec(compile(block.group(1), "CONTRIBUTING.md", "exec"), names)
+    monkeypatch.setitem(METHODS, "half", names["Half"])
+    base, one, two = ({"w": torch.full((2, 2), value)} for value in (0.0, 1.0, 3.0))
+    assert torch.equal(adarank.merge(base, {"a": one, "b": two}, "half")["w"], torch.ones(2, 2))
+    assert catalogue.entry("half").formula == "W = W₀ + ½ mean_t τ_t"
 
 
 def _pages() -> dict:
