@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adarank.adapt.live import Learn, LiveWeights
+from adarank.adapt.live import LiveWeights
 from adarank.adapt.loop import AdaptSettings, History, Loss, Progress, adapt
 from adarank.adapt.objective import entropy, self_label
-from adarank.blocks import build_blocks
 from adarank.checkpoint import check_finite
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
@@ -23,7 +22,7 @@ from adarank.evaluate import largest_class_share, predict
 from adarank.masks import MaskFile
 from adarank.models import TaskModels
 from adarank.networks import build_models, family_of, network_tensors
-from adarank.plan import Job
+from adarank.plan import Job, Note
 
 _WATCHED = 256  # inputs per task on which collapse is looked for
 
@@ -54,7 +53,7 @@ def adapt_job(
     data: Mapping[str, TaskData],
     about: Mapping[str, Any],
     state: Path,
-    note: Callable[[str], None],
+    note: Note,
     progress: Progress | None,
 ) -> Adaptation:
     """Adapt as the job's recipe says, from a saved state if there is one.
@@ -67,14 +66,7 @@ def adapt_job(
     note("Loading the networks")
     models = build_models(job)
     note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
-    live = LiveWeights(
-        {name: models.shared[name] for name in job.network.merged()},
-        build_blocks(job.network, method.origin, job.recipe.device, method.spectra),
-        Learn(method.learn_masks, method.learn_lambda, settings.temperature, settings.clamp),
-        method.scale,
-        method.rank,
-        settings.logit,
-    )
+    live = method.start(job.network, models.shared, settings, job.recipe.device)
     losses = task_losses(job, models, data, settings)
     live.write()
     before = _watch(job, models, data)

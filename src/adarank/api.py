@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.live import Learn, LiveWeights
 from adarank.adapt.loop import AdaptSettings, History, Loss, Progress
 from adarank.adapt.loop import adapt as run_adaptation
 from adarank.adapt.methods import ADAPTIVE
 from adarank.adapt.objective import entropy
-from adarank.blocks import build_blocks
 from adarank.checkpoint import MemorySource
 from adarank.errors import DataError, RecipeError
 from adarank.evaluate import score
@@ -127,14 +125,7 @@ def adapt(
     models = share(((task, copy.deepcopy(module).float().eval()) for task, module in experts.items()), network)
     models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
     device = next(iter(models.shared.values())).device
-    live = LiveWeights(
-        {name: models.shared[name] for name in network.merged()},
-        build_blocks(network, chosen.origin, device, chosen.spectra),
-        Learn(chosen.learn_masks, chosen.learn_lambda, settings.temperature, settings.clamp),
-        chosen.scale,
-        chosen.rank,
-        settings.logit,
-    )
+    live = chosen.start(network, models.shared, settings, device)
     call = forward or _call
 
     def loss_of(task: str) -> Loss:

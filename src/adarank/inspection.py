@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,13 +79,6 @@ def inspect_output(path: Path) -> tuple[tuple[str, ...], list[LayerRow]]:
 def is_adapted(path: Path) -> bool:
     """True for an output folder with masks."""
     return (path / RECORD).exists() and (path / FILE).exists()
-
-
-def summary(path: Path) -> dict[str, object]:
-    """The record of an output, or nothing for other checkpoints."""
-    record = path / RECORD
-    found: dict[str, object] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    return found
 
 
 def _plain(checkpoint: Checkpoint, name: str) -> TensorRow:

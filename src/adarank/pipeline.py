@@ -6,7 +6,6 @@ All that can be checked is checked before anything is spent.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,11 @@ from adarank.adaptation import Adaptation, adapt_job
 from adarank.errors import OutputError
 from adarank.masks import FILE as MASKS_FILE
 from adarank.methods import merge_tensors
-from adarank.plan import Job, describe, open_job
+from adarank.plan import Job, Note, describe, open_job
 from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
 from adarank.tasks import load_tasks
 from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json, write_tensors
-
-Note = Callable[[str], None]
-"""Told, in a sentence, what stage begins."""
 
 
 def merge(
@@ -56,10 +52,12 @@ def merge(
         "inputs": job.inputs(),
     }
     state = out.parent / f".{out.name}.state"
-    adapted = adapt_job(job, data, record, state / "state.pt", note, progress) if recipe.adaptive else None
-    tensors = (
-        adapted.tensors() if adapted else merge_tensors(recipe.method(job.network.merged()), job.network, recipe.device)
-    )
+    adapted = None
+    if job.method is None:
+        adapted = adapt_job(job, data, record, state / "state.pt", note, progress)
+        tensors = adapted.tensors()
+    else:
+        tensors = merge_tensors(job.method, job.network, recipe.device)
     note("Writing the merged model")
     with atomic_folder(out, force) as folder:
         write_checkpoint(folder, job.layout(), tensors)
@@ -73,15 +71,15 @@ def merge(
 
 def settings_in_force(job: Job) -> dict[str, Any]:
     """Every setting with its value, defaults included."""
-    if job.recipe.adaptive:
-        method, settings = job.recipe.adaptation()
-        return {
-            "parameters": method.model_dump(by_alias=True),
-            "adapt": settings.model_dump(mode="json"),
-            "data": job.recipe.data.model_dump(),
-        }
-    method_dump = job.recipe.method(job.network.merged()).model_dump(by_alias=True, exclude={"masks", "weights"})
-    return {"parameters": method_dump, "data": job.recipe.data.model_dump()}
+    data = job.recipe.data.model_dump()
+    if job.method is not None:
+        return {"parameters": job.method.model_dump(by_alias=True, exclude={"masks", "weights"}), "data": data}
+    method, settings = job.recipe.adaptation()
+    return {
+        "parameters": method.model_dump(by_alias=True),
+        "adapt": settings.model_dump(mode="json"),
+        "data": data,
+    }
 
 
 def _write_companions(folder: Path, job: Job, adapted: Adaptation | None) -> None:
@@ -106,7 +104,7 @@ def _write_companions(folder: Path, job: Job, adapted: Adaptation | None) -> Non
 def _check_disk(job: Job, out: Path) -> None:
     parent = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
     free = shutil.disk_usage(parent).free
-    needed = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in job.layout().values())
+    needed = job.output_bytes()
     if needed > free:
         raise OutputError(
             f"{out}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free. Free space or give another path."

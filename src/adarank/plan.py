@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from adarank.checkpoint import Checkpoint
 from adarank.errors import AdaRankError, CheckpointError, itemise
 from adarank.hub import resolve
-from adarank.methods import METHODS
+from adarank.methods import METHODS, Method
 from adarank.models import FAMILIES, Family
 from adarank.recipe import Recipe
 from adarank.task_vectors import Network, align
+
+Note = Callable[[str], None]
+"""Told, in a sentence, what stage begins."""
 
 _RUNTIME_BYTES = 300 * 2**20  # PyTorch and Python themselves
 
@@ -27,6 +31,7 @@ class Job:
     Attributes:
         folders: task -> folder of its expert.
         family: the kind of model, if the recipe's models have tasks.
+        method: the data-free method with its settings, checked against the network; None if the recipe adapts.
     """
 
     recipe: Recipe
@@ -34,6 +39,7 @@ class Job:
     experts: dict[str, Checkpoint]
     network: Network
     family: Family | None
+    method: Method | None
 
     @property
     def root(self) -> Checkpoint:
@@ -47,6 +53,10 @@ class Job:
             name: (info.shape, asked if asked is not None and info.dtype.is_floating_point else info.dtype)
             for name, info in self.network.tensors.items()
         }
+
+    def output_bytes(self) -> int:
+        """Size of the output's tensors."""
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.layout().values())
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every input file, by checkpoint."""
@@ -78,10 +88,10 @@ def open_job(recipe: Recipe) -> Job:
     base = opened.pop("base", None) if recipe.base_model else None
     family = FAMILIES[next(iter(recipe.kinds))] if recipe.kinds else None
     network = align(base, opened, recipe.select, bool(family and family.keep_embeddings), family is not None)
-    job = Job(recipe, base, opened, network, family)
-    if not recipe.adaptive:
-        recipe.method(network.merged()).check(network)
-    return job
+    method = None if recipe.adaptive else recipe.method(network.merged())
+    if method is not None:
+        method.check(network)
+    return Job(recipe, base, opened, network, family, method)
 
 
 def peak_bytes(job: Job) -> int:
@@ -134,7 +144,7 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
         },
         "heads": {task: list(names) for task, names in network.heads.items()},
         "dropped": {name: dict(member.dropped) for name, member in members.items() if member.dropped},
-        "output_bytes": sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values()),
+        "output_bytes": job.output_bytes(),
         "peak_bytes": peak_bytes(job),
         "out": str(out) if out else None,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adarank.checkpoint import Checkpoint
@@ -13,14 +13,11 @@ from adarank.errors import MismatchError
 from adarank.evaluate import Table, evaluate_task
 from adarank.models import TaskModels
 from adarank.networks import build_models, family_of, network_tensors
-from adarank.plan import Job, open_job
+from adarank.plan import Job, Note, open_job
 from adarank.recipe import Recipe
 from adarank.task_vectors import Network
 from adarank.tasks import load_tasks
 from adarank.writer import RECORD
-
-Note = Callable[[str], None]
-"""Told, in a sentence, what stage begins."""
 
 
 def evaluate(

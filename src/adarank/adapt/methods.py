@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
+from adarank.adapt.live import Learn, LiveWeights
 from adarank.adapt.loop import AdaptSettings
+from adarank.blocks import build_blocks
 from adarank.errors import RecipeError
 from adarank.settings import Settings, nearest, parse
+from adarank.task_vectors import Network
 
 
 class AdaptiveMethod(Settings):
@@ -41,6 +46,19 @@ class AdaptiveMethod(Settings):
     def spectra(self) -> bool:
         """False if every component stays kept, so that nothing needs decomposing."""
         return self.learn_masks or self.rank < 1
+
+    def start(
+        self, network: Network, shared: Mapping[str, Tensor], settings: AdaptSettings, device: torch.device | str
+    ) -> LiveWeights:
+        """The live weights at the method's start, over the parameters that the networks share."""
+        return LiveWeights(
+            {name: shared[name] for name in network.merged()},
+            build_blocks(network, self.origin, device, self.spectra),
+            Learn(self.learn_masks, self.learn_lambda, settings.temperature, settings.clamp),
+            self.scale,
+            self.rank,
+            settings.logit,
+        )
 
 
 class AdaRank(AdaptiveMethod):
