@@ -39,7 +39,7 @@ from adarank.adapt.objective import entropy
 from adarank.blocks import Blocks, build_blocks
 from adarank.masks import top_mask
 from adarank.models import TaskModels
-from adarank.models.base import module_key
+from adarank.models.base import module_keys
 from adarank.plan import Job, open_job
 from adarank.recipe import load_recipe, parse_recipe
 from adarank.record import machine, versions
@@ -163,8 +163,7 @@ class Autograd:
         """Merged tensor -> its name in the task's network."""
         network, module = self.setup.job.network, self.setup.models.modules[task]
         held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        found = {name: module_key(network, task, name, held) for name in self.sizes}
-        return {name: key for name, key in found.items() if key is not None}
+        return module_keys(network, task, list(self.sizes), module, held)
 
 
 def _parts(block: Blocks) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:

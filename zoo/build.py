@@ -282,8 +282,7 @@ def main() -> int:
     name = options.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.size == "tiny":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1 if options.size == "tiny" else 2)
     Build(options.data, options.out, options.seed, options.size, torch.device(name)).run()
     return 0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tasks import Size, Task
 
-SIDE = 32
+SIDE = 28
 PREPROCESSOR = {
     "image_processor_type": "ViTImageProcessor",
     "do_convert_rgb": True,
@@ -30,7 +30,7 @@ PREPROCESSOR = {
 
 @dataclass(frozen=True)
 class TaskImages:
-    """One task's training data on the device: uint8 images (n, 3, 32, 32) and int64 labels."""
+    """One task's training data on the device: uint8 images (n, 3, SIDE, SIDE) and int64 labels."""
 
     train: Tensor
     train_labels: Tensor
@@ -45,7 +45,7 @@ def seed_for(seed: int, *names: str) -> int:
 
 
 def resize(images: np.ndarray) -> np.ndarray:
-    """Images as the shipped preprocessor resizes them: uint8 (n, 3, 32, 32)."""
+    """Images as the shipped preprocessor resizes them: uint8 (n, 3, SIDE, SIDE)."""
     if images.shape[1:3] != (SIDE, SIDE):
         small = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BILINEAR) for image in images]
         images = np.stack([np.asarray(image) for image in small])

@@ -37,7 +37,7 @@ class Task:
     source: str
     terms: str
     policy: Policy
-    base_target: float = 0.55  # the base stops learning the task at this validation accuracy
+    base_target: float = 0.6  # the base stops learning the task at this validation accuracy
     long: bool = False  # trains for `Size.long_steps`
     note: str = ""
 
@@ -92,7 +92,8 @@ class Size:
     test_colour: int  # colour images hardly compress, and the data should stay below 16 MB
     labelled: float  # share of the train images whose labels the base may see
     base_steps: int
-    base_batch: int  # half with labels, half masked
+    base_batch: int
+    base_masked: int  # images of a base batch that have no label and hidden patches instead
     base_rate: float
     check_every: int  # steps between looks at the base's validation accuracy
     check_images: int  # per task
@@ -100,6 +101,7 @@ class Size:
     long_steps: int
     batch: int
     rate: float
+    compiled: bool  # needs a C++ compiler on a CPU; a quarter faster
     weight_decay: float = 0.05
     smoothing: float = 0.1
     mask: float = 0.6  # share of patches hidden from the base
@@ -108,12 +110,12 @@ class Size:
 
 FULL = Size(
     hidden=128, layers=6, heads=4, patch=4, train_limit=0, adapt=500, select=500, test_gray=1000,
-    test_colour=600, labelled=0.3, base_steps=7000, base_batch=512, base_rate=1e-3, check_every=20,
-    check_images=256, steps=800, long_steps=1600, batch=512, rate=3e-4,
+    test_colour=600, labelled=0.5, base_steps=6500, base_batch=64, base_masked=16, base_rate=1e-3,
+    check_every=80, check_images=64, steps=800, long_steps=1600, batch=64, rate=5e-4, compiled=True,
 )  # fmt: skip
 TINY = Size(
-    hidden=32, layers=2, heads=2, patch=8, train_limit=600, adapt=40, select=60, test_gray=60,
-    test_colour=60, labelled=0.5, base_steps=600, base_batch=128, base_rate=2e-3, check_every=20,
-    check_images=60, steps=100, long_steps=150, batch=64, rate=2e-3,
+    hidden=32, layers=2, heads=2, patch=7, train_limit=600, adapt=40, select=60, test_gray=60,
+    test_colour=60, labelled=0.5, base_steps=600, base_batch=128, base_masked=64, base_rate=2e-3,
+    check_every=20, check_images=60, steps=100, long_steps=150, batch=64, rate=2e-3, compiled=False,
 )  # fmt: skip
 SIZES = {"full": FULL, "tiny": TINY}

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ Log = Callable[[str], None]
 
 
 class Stepper:
-    """AdamW with warm-up and a cosine decay to zero; mixed precision on CUDA."""
+    """AdamW with warm-up and a cosine decay to zero, in mixed precision."""
 
     def __init__(self, modules: list[nn.Module], peak: float, steps: int, decay: float) -> None:
         self.parameters = [p for module in modules for p in module.parameters()]
@@ -30,10 +31,9 @@ class Stepper:
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.device = self.parameters[0].device
-        on_cuda = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=on_cuda)
+        self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
         self.peak, self.steps, self.done = peak, steps, 0
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=on_cuda)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16)
 
     def step(self, loss: Tensor) -> None:
         """Take one optimizer step down `loss`."""
@@ -48,6 +48,11 @@ class Stepper:
         self.done += 1
 
 
+def compiled(body: ViTModel, size: Size) -> Callable[..., Any]:
+    """The body's forward pass, compiled where the size asks for it; the weights are shared."""
+    return torch.compile(body) if size.compiled else body
+
+
 @dataclass(frozen=True)
 class Mixture:
     """All tasks' train images behind one another, with labels counted on from task to task."""
@@ -60,16 +65,16 @@ class Mixture:
     flip: Tensor
     owner: Tensor  # the task of each class
 
-    def draw(self, half: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """`half` augmented images that may be named and `half` of all, with labels and tasks.
+    def draw(self, named: Tensor, masked: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Augmented images, labels and tasks: one that may be named for each task in `named`, then `masked` of all.
 
-        Every task has the same number of images in each half.
+        The latter are spread evenly over the tasks.
         """
         device = self.start.device
-        task = torch.arange(half, device=device) % len(self.start)
-        limit = torch.cat([self.labelled[task], self.count[task]])
-        task = task.repeat(2)
-        place = torch.rand(2 * half, generator=generator, device=device) * limit
+        others = torch.arange(masked, device=device) % len(self.start)
+        limit = torch.cat([self.labelled[named], self.count[others]])
+        task = torch.cat([named, others])
+        place = torch.rand(len(task), generator=generator, device=device) * limit
         index = self.start[task] + place.long()
         images = augment(to_input(self.images[index]), BASE_POLICY, generator, self.flip[task])
         return images, self.labels[index], task
@@ -116,6 +121,7 @@ class BaseTrainer:
         self.generator = torch.Generator(self.device).manual_seed(seed_for(seed, "base"))
         self.mixture = make_mixture(tasks, data, size)
         self.body = new_body(size).to(self.device)
+        self.forward = compiled(self.body, size)
         self.heads = nn.Linear(size.hidden, len(self.mixture.owner)).to(self.device)
         self.painter = nn.Linear(size.hidden, 3 * size.patch**2).to(self.device)
         self.target = torch.tensor([t.base_target for t in tasks], device=self.device)
@@ -139,15 +145,20 @@ class BaseTrainer:
         return logits.masked_fill(self.mixture.owner != task[:, None], float("-inf"))
 
     def loss(self, autocast: torch.autocast) -> Tensor:
-        """Label loss on half a batch, hidden-patch loss on the other half, in one forward pass."""
-        half = self.size.base_batch // 2
-        images, labels, task = self.mixture.draw(half, self.generator)
-        labels, task = labels[:half], task[:half]
-        masked, pixels, hidden = hide_patches(images[half:], self.size, self.generator)
+        """Label loss on some images of a batch, hidden-patch loss on the others, in one forward pass.
+
+        Tasks far from their target get more of the images: the others would be drawn in vain.
+        """
+        n = self.size.base_batch - self.size.base_masked
+        need = self.weight.clamp(min=0.1)
+        named = torch.multinomial(need, n, replacement=True, generator=self.generator)
+        images, labels, task = self.mixture.draw(named, self.size.base_masked, self.generator)
+        labels, task = labels[:n], task[:n]
+        masked, pixels, hidden = hide_patches(images[n:], self.size, self.generator)
         with autocast:
-            states = self.body(torch.cat([images[:half], masked])).last_hidden_state
-            logits = self.class_scores(states[:half], task)
-            painted = self.painter(states[half:, 1:]).float()
+            states = self.forward(torch.cat([images[:n], masked])).last_hidden_state
+            logits = self.class_scores(states[:n], task)
+            painted = self.painter(states[n:, 1:]).float()
         naming = F.cross_entropy(logits, labels, reduction="none") * self.weight[task]
         error = (painted - pixels).square().mean(-1)
         painting = (error * hidden).sum() / hidden.sum().clamp(min=1)
@@ -190,6 +201,7 @@ def train_expert(
     torch.manual_seed(seed_for(seed, "expert", task.name))
     generator = torch.Generator(device).manual_seed(seed_for(seed, "expert", task.name))
     body = copy.deepcopy(body).train()
+    forward = compiled(body, size)
     steps = size.long_steps if task.long else size.steps
     stepper = Stepper([body], size.rate, steps, size.weight_decay)
     for step in range(steps):
@@ -197,7 +209,7 @@ def train_expert(
         # Outside autocast: resampling positions need float32.
         images = augment(to_input(data.train[index]), task.policy, generator)
         with stepper.autocast:
-            logits = F.linear(body(images).last_hidden_state[:, 0], *head).float()
+            logits = F.linear(forward(images).last_hidden_state[:, 0], *head).float()
         loss = F.cross_entropy(logits, data.train_labels[index], label_smoothing=size.smoothing)
         stepper.step(loss)
         if (step + 1) % max(1, steps // 2) == 0:

@@ -55,7 +55,7 @@ class TaskReader:
         tables = self._tables(name, spec, columns)
         table: Table = {c: [value for part in tables.values() for value in part[c]] for c in columns}
         labels = tuple(label for part in tables.values() for label in _labels(part, spec, config, name))
-        keys = _keys(table, columns)
+        keys = list(zip(*([self.family.key(value) for value in table[c]] for c in columns), strict=True))
         counts = {split: len(part[columns[0]]) for split, part in tables.items()}
         whole = not isinstance(spec.data, SplitData)
         splits = by_fraction(keys, self.settings) if whole else by_file(keys, counts, self.settings)
@@ -112,12 +112,6 @@ def _each(job: Job, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) ->
         heading = f"{len(problems)} tasks have unusable data:"
         raise DataError(problems[0] if len(problems) == 1 else itemise(heading, problems))
     return found
-
-
-def _keys(table: Table, columns: list[str]) -> list[Any]:
-    """What makes two rows the same input."""
-    values = [[v.tobytes() if hasattr(v, "tobytes") else str(v) for v in table[column]] for column in columns]
-    return list(zip(*values, strict=True))
 
 
 def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[int | None]:

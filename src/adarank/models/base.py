@@ -6,10 +6,12 @@ it ties the tensors of several modules together by name, and fills them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch, Examples
-from adarank.errors import MismatchError, itemise
+from adarank.errors import CheckpointError, MismatchError, itemise
 from adarank.task_vectors import Network
 
 
@@ -40,6 +42,10 @@ class Family(Protocol):
 
     def columns(self, spec: TaskSpec) -> list[str]:
         """The input columns that the task needs."""
+        ...
+
+    def key(self, value: Any) -> Hashable:
+        """What makes two values of an input column the same input."""
         ...
 
     def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[Examples, list[str]]:
@@ -89,10 +95,10 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
             **dict(module.named_parameters(remove_duplicate=False)),
             **dict(module.named_buffers(remove_duplicate=False)),
         }
-        for name in network.tensors:
-            if name in network.heads[task]:
-                continue
-            key = module_key(network, task, name, held)
+        own = [name for name in network.tensors if name not in network.heads[task]]
+        keys = module_keys(network, task, own, module, held)
+        for name in own:
+            key = keys.get(name)
             if key is not None:
                 tensor = shared.setdefault(name, held[key])
                 for twin in [k for k, t in held.items() if t is held[key]]:  # tied weights stay tied
@@ -115,12 +121,46 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
     return TaskModels(modules, shared)
 
 
-def module_key(network: Network, task: str, name: str, held: Mapping[str, Tensor]) -> str | None:
-    """The name that a tensor of the network has in a task's module."""
-    stored = network.experts[task].names.get(name, name)
-    renamed = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    candidates = [stored, renamed, network.experts[task].backbone + name]
-    return next((key for key in candidates if key in held), None)
+def module_keys(
+    network: Network, task: str, names: Sequence[str], module: nn.Module, held: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Tensor of the network -> its name in a task's module, for those that it has."""
+    found: dict[str, str] = {}
+    lost: dict[str, str] = {}
+    for name in names:
+        stored = network.experts[task].names.get(name, name)
+        renamed = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        candidates = [stored, renamed, network.experts[task].backbone + name]
+        key = next((key for key in candidates if key in held), None)
+        if key is not None:
+            found[name] = key
+        elif name in network.experts[task].names and network.tensors[name].dtype.is_floating_point:
+            lost[name] = stored
+    if lost and hasattr(module, "config"):
+        loaded = loaded_names(module, {key: network.tensors[name].shape for name, key in lost.items()})
+        found.update({name: loaded[key] for name, key in lost.items() if key in loaded})
+    return found
+
+
+def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Name in a checkpoint -> name in the module that `transformers` loads it into.
+
+    Its loader renames tensors of some architectures. To be told how, it is given a checkpoint in which every tensor
+    is filled with a number of its own; where these numbers come out is where the tensors went.
+    """
+    first = 1000  # no constant that fresh weights are filled with
+    numbered = dict(enumerate(shapes, first))
+    probe = {name: torch.tensor(float(i)).expand(tuple(shapes[name])) for i, name in numbered.items()}
+    found: dict[str, str] = {}
+    with quiet_transformers(), torch.random.fork_rng():
+        loader: Any = type(module)
+        tried = loader.from_pretrained(None, config=module.config, state_dict=probe, dtype=torch.float32)
+    for key, tensor in tried.state_dict().items():
+        number = float(tensor.flatten()[0]) if tensor.is_floating_point() and tensor.numel() else 0.0
+        name = numbered.get(int(number)) if math.isfinite(number) else None
+        if name and tuple(tensor.shape) == tuple(shapes[name]) and bool((tensor == number).all()):
+            found[name] = key
+    return found
 
 
 def _set(module: nn.Module, key: str, tensor: Tensor) -> None:
@@ -130,3 +170,34 @@ def _set(module: nn.Module, key: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = tensor  # type: ignore[assignment]
     else:
         owner._buffers[leaf] = tensor
+
+
+def load_quietly(auto_class: Any, folder: Path) -> nn.Module:
+    """A model of `folder` in float32 and evaluation mode, without the loader's own progress bars and notes.
+
+    Raises:
+        CheckpointError: the folder's config and weights make no model of this class.
+    """
+    try:
+        with quiet_transformers():
+            module: nn.Module = auto_class.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot be loaded as {auto_class.__name__} ({str(error).splitlines()[0][:200]}). Check config.json and the weights."
+        ) from None
+    return module.to(torch.float32).eval()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no notes on missing heads from its loader."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

@@ -12,6 +12,7 @@ from torch import nn
 
 from adarank.checkpoint import Checkpoint
 from adarank.errors import CheckpointError
+from adarank.models.base import quiet_transformers
 from adarank.settings import nearest
 from adarank.writer import RECORD
 
@@ -46,9 +47,13 @@ def load_task(out: str | Path, task: str) -> nn.Module:
     wanted = set(module.state_dict())
     body = Checkpoint(folder)
     state = {name if name in wanted else backbone + name: body.read(name) for name in body.tensors}
-    state.update(head)
-    missing, _ = module.load_state_dict(state, strict=False)
-    if missing:
+    with quiet_transformers():  # its loader knows the names that it gives tensors of some architectures
+        kind: Any = type(module)
+        module, told = kind.from_pretrained(
+            None, config=module.config, state_dict={**state, **head}, dtype=torch.float32, output_loading_info=True
+        )
+    if told["missing_keys"]:
+        missing = sorted(told["missing_keys"])
         raise CheckpointError(
             f"{folder}: task '{task}' needs {len(missing)} tensor(s) that are not there, such as '{missing[0]}'."
         )
@@ -60,15 +65,11 @@ def _empty(config: dict[str, Any], folder: Path) -> nn.Module:
     import transformers
 
     name = (config.get("architectures") or [""])[0]
-    kinds = (
-        json.loads((folder / RECORD).read_text(encoding="utf-8"))["recipe"]["models"][0]
-        .get("task", {})
-        .get("kind", "text-classification")
-    )
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    tasks = [entry["task"] for entry in record["recipe"]["models"] if "task" in entry]  # the base may be listed too
+    images = any(task.get("kind") == "image-classification" for task in tasks)
     auto: Any = (
-        transformers.AutoModelForImageClassification
-        if kinds == "image-classification"
-        else transformers.AutoModelForSequenceClassification
+        transformers.AutoModelForImageClassification if images else transformers.AutoModelForSequenceClassification
     )
     if "model_type" not in config:
         raise CheckpointError(f"{folder}: config.json of the expert ({name or 'no architecture'}) names no model_type.")

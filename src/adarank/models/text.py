@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch
 from adarank.errors import CheckpointError, DataError
+from adarank.models.base import load_quietly
 
 
 class TextExamples:
@@ -51,6 +52,9 @@ class TextClassifiers:
     def columns(self, spec: TaskSpec) -> list[str]:
         return [spec.columns.text, *([spec.columns.text_pair] if spec.columns.text_pair else [])]
 
+    def key(self, value: Any) -> Hashable:
+        return str(value)
+
     def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[TextExamples, list[str]]:
         texts = [[str(value) for value in table[column]] for column in self.columns(spec)]
         tokenizer = _tokenizer(folder)
@@ -83,26 +87,3 @@ def _tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
-
-
-def load_quietly(auto_class: Any, folder: Path) -> nn.Module:
-    """A model of `folder` in float32 and evaluation mode, without the loader's own progress bars and notes.
-
-    Raises:
-        CheckpointError: the folder's config and weights make no model of this class.
-    """
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        module: nn.Module = auto_class.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder}: cannot be loaded as {auto_class.__name__} ({str(error).splitlines()[0][:200]}). Check config.json and the weights."
-        ) from None
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
-    return module.to(torch.float32).eval()
