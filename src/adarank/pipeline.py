@@ -6,6 +6,7 @@ All that can be checked is checked before anything is spent.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from adarank.adapt.loop import Progress
 from adarank.adaptation import Adaptation, adapt_job
+from adarank.data.task import TaskData
 from adarank.errors import OutputError
 from adarank.masks import FILE as MASKS_FILE
 from adarank.methods import merge_tensors
@@ -24,13 +26,19 @@ from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint
 
 
 def merge(
-    recipe: Recipe, out: Path, force: bool = False, note: Note = lambda text: None, progress: Progress | None = None
+    recipe: Recipe,
+    out: Path,
+    force: bool = False,
+    note: Note = lambda text: None,
+    progress: Progress | None = None,
+    data: Mapping[str, TaskData] | None = None,
 ) -> dict[str, Any]:
     """Do what a recipe says and write the merged model to `out`; returns the record.
 
     Arguments:
         note: told each stage as it begins.
         progress: called after each adaptation step.
+        data: the recipe's tasks, if they are loaded already.
 
     Raises:
         AdaRankError: anything wrong with recipe, inputs, data or output; nothing is left behind.
@@ -41,7 +49,8 @@ def merge(
     job = open_job(recipe)
     _check_disk(job, out)
     torch.manual_seed(recipe.seed)
-    data = load_tasks(job) if recipe.adaptive else {}
+    if data is None:
+        data = load_tasks(job) if recipe.adaptive else {}
     note("Hashing the inputs")
     record: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),

@@ -10,9 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank.errors import AdaRankError, Interrupted
+
+if TYPE_CHECKING:
+    from adarank.evaluate import Table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +48,15 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", parents=[common], help="merge the eight vision experts that adarank ships")
+    demo.add_argument(
+        "out", nargs="?", type=Path, default=Path("adarank-demo"), help="folder to write (default: adarank-demo)"
+    )
+    demo.add_argument("--quick", action="store_true", help="fewer images and steps: does it work? under 40 s")
+    demo.add_argument("--seed", type=int, default=0, help="of the adaptation batches (default: 0)")
+    demo.add_argument("--force", action="store_true", help="replace an existing output of adarank")
+    demo.set_defaults(run=_demo)
 
     plan = commands.add_parser("plan", parents=[common], help="what a recipe will do, from headers alone")
     plan.add_argument("recipe", help="YAML recipe")
@@ -89,6 +101,27 @@ def _print_json(content: Any) -> None:
     print(json.dumps(content, indent=1, ensure_ascii=False))
 
 
+def _demo(options: argparse.Namespace) -> None:
+    from adarank import demo
+    from adarank.cli import show
+
+    progress = show.Adapting()
+    try:
+        table = demo.run(options.out, options.quick, options.seed, options.force, show.note, progress)
+    finally:
+        progress.close()
+    if options.json:
+        _print_scores(table)
+        return
+    show.scores(table)
+    show.out.print(f"AdaRank's model is in [bold]{options.out}[/]: one body and eight heads.")
+    if options.quick:
+        show.out.print("--quick shows that everything works; leave it out to see how well.")
+    show.out.print(f"see what was kept:  adarank inspect {options.out}", style="dim")
+    show.out.print(f"your checkpoints:   copy {demo.ZOO / 'recipe.yaml'}, name your folders in it, then", style="dim")
+    show.out.print("                    adarank plan my-recipe.yaml", style="dim")
+
+
 def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import show
     from adarank.plan import describe, open_job
@@ -119,7 +152,7 @@ def _merge(options: argparse.Namespace) -> None:
             load_recipe(options.recipe),
             options.out,
             options.force,
-            lambda text: show.err.print(text, style="dim"),
+            show.note,
             progress,
         )
     finally:
@@ -149,14 +182,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     from adarank.cli import show
     from adarank.recipe import load_recipe
 
-    table = scoring.evaluate(
-        load_recipe(options.recipe), options.outputs, options.split, lambda text: show.err.print(text, style="dim")
-    )
+    table = scoring.evaluate(load_recipe(options.recipe), options.outputs, options.split, show.note)
     if options.json:
-        means = {row: {"mean": table.mean(row), "normalised": table.normalised(row)} for row in table.rows}
-        _print_json({**dataclasses.asdict(table), "summary": means})
+        _print_scores(table)
     else:
         show.scores(table)
+
+
+def _print_scores(table: Table) -> None:
+    means = {row: {"mean": table.mean(row), "normalised": table.normalised(row)} for row in table.rows}
+    _print_json({**dataclasses.asdict(table), "summary": means})
 
 
 def _inspect(options: argparse.Namespace) -> None:

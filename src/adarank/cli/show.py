@@ -35,6 +35,11 @@ def clock(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 
+def note(text: str) -> None:
+    """A stage as it begins."""
+    err.print(text, style="dim")
+
+
 def plan(described: Mapping[str, Any], verbose: bool) -> None:
     """What a merge will do."""
     actions = described["actions"]
@@ -148,10 +153,14 @@ class Adapting:
 
     def __init__(self) -> None:
         self._live: Live | None = None
-        self._first = 0
+        self._first = self._last = 0
         self._spent = 0.0
 
     def __call__(self, history: History, steps: int) -> None:
+        if history.step <= self._last:  # another adaptation began
+            self.close()
+            self._first = 0
+        self._last = history.step
         if self._first == 0:
             self._first, self._spent = history.step, history.seconds
         done = history.step - self._first

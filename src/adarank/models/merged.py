@@ -57,7 +57,8 @@ def load_task(out: str | Path, task: str) -> nn.Module:
         raise CheckpointError(
             f"{folder}: task '{task}' needs {len(missing)} tensor(s) that are not there, such as '{missing[0]}'."
         )
-    return module.eval()
+    merged: nn.Module = module.eval()
+    return merged
 
 
 def _empty(config: dict[str, Any], folder: Path) -> nn.Module:

@@ -1,11 +1,13 @@
-"""The minilm-8 table: every method on eight real text experts, one record per row.
+"""The tables of both test beds: every method on eight real experts, one record per row.
 
-    python benchmarks/minilm8.py FOLDER [--records records/minilm-8] [--rows NAME …] [--threads 2]
+    python benchmarks/table.py minilm-8 FOLDER [--rows NAME …] [--threads 2]
+    python benchmarks/table.py demo-8 FOLDER
 
-FOLDER holds `models/` (base and experts) and `text/` (task data), as examples/minilm-8/README.md describes. λ and rank
-of static methods, which adaptive ones start from, are chosen on the labelled `select` split; adaptation reads no
-label, and its last step is the one that is scored. Rows whose record exists are skipped; an adaptation that was cut
-off continues from its saved state.
+minilm-8: FOLDER holds `models/` (base and experts) and `text/` (task data), as examples/minilm-8/README.md describes.
+demo-8: the experts and images that adarank ships; FOLDER takes what is written on the way.
+
+λ and rank of static methods, which adaptive ones start from, are chosen on the labelled `select` split; adaptation reads
+no label. Rows whose record exists are skipped; an adaptation that was cut off continues from its saved state.
 """
 
 from __future__ import annotations
@@ -15,33 +17,73 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adarank import networks, pipeline, scoring
+from adarank import demo, networks, pipeline, scoring
 from adarank.adapt.methods import ADAPTIVE
 from adarank.blocks import Blocks, build_blocks
 from adarank.checkpoint import Checkpoint
+from adarank.data.task import TaskData
 from adarank.evaluate import Table
 from adarank.masks import FILE, MaskFile, random_mask, top_mask
 from adarank.methods import CART, Masked, Method, SVDk, TaskArithmetic, WeightAverage, merge_tensors
-from adarank.plan import Job, open_job
+from adarank.plan import open_job
 from adarank.recipe import Recipe, load_recipe, parse_recipe
 from adarank.record import Clock, machine, versions
 from adarank.tasks import load_tasks
 from adarank.writer import write_json
 
-EXAMPLES = Path(__file__).parent.parent / "examples" / "minilm-8"
-GRIDS: dict[str, dict[str, list[float]]] = {
-    "task_arithmetic": {"rank": [1.0], "lambda": [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]},
-    "svd_k": {"rank": [0.04, 0.08, 0.16, 0.32], "lambda": [0.3, 0.5, 0.8, 1.2]},
-    "cart": {"rank": [0.02, 0.04, 0.08, 0.16], "lambda": [0.7, 1.0, 1.3, 1.6, 2.0]},
-}
-STEPS, BATCH = 250, 8
-# lr × steps is that of the released RoBERTa settings: 5e-5 × 5,000 about the base, 1e-4 × 5,000 about the average.
-RATES = {"pretrained": 1e-3, "average": 2e-3}
+ROOT = Path(__file__).parent.parent
+Grid = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A test bed: its recipe, and what was set by hand for it.
+
+    Attributes:
+        grids: method -> setting -> values to try on select.
+        rates: origin -> Adam step size of masks and λ.
+    """
+
+    name: str
+    recipe: Path
+    grids: Mapping[str, Grid]
+    steps: int
+    batch: int
+    rates: Mapping[str, float]
+
+
+MINILM = Bed(
+    "minilm-8",
+    ROOT / "examples" / "minilm-8" / "average.yaml",
+    {
+        "task_arithmetic": {"rank": [1.0], "lambda": [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]},
+        "svd_k": {"rank": [0.04, 0.08, 0.16, 0.32], "lambda": [0.3, 0.5, 0.8, 1.2]},
+        "cart": {"rank": [0.02, 0.04, 0.08, 0.16], "lambda": [0.7, 1.0, 1.3, 1.6, 2.0]},
+    },
+    steps=250,
+    batch=8,
+    # lr × steps is that of the released RoBERTa settings: 5e-5 × 5,000 about the base, 1e-4 × 5,000 about the average.
+    rates={"pretrained": 1e-3, "average": 2e-3},
+)
+DEMO = Bed(
+    "demo-8",
+    demo.ZOO / "recipe.yaml",
+    {
+        "task_arithmetic": {"rank": [1.0], "lambda": [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]},
+        "svd_k": {"rank": [0.04, 0.08, 0.16, 0.32], "lambda": [0.3, 0.5, 0.8, 1.2]},
+        "cart": {"rank": [0.04, 0.08, 0.16, 0.32], "lambda": [0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0]},
+    },
+    steps=300,
+    batch=16,
+    rates={"pretrained": 5e-3, "average": 5e-3},
+)
+BEDS = {bed.name: bed for bed in (MINILM, DEMO)}
 # row -> (adaptive method, origin, learns masks, learns λ, seeds)
 ADAPTED: dict[str, tuple[str, str, bool, bool, int]] = {
     "CART+AdaRank": ("adarank", "average", True, True, 3),
@@ -57,19 +99,18 @@ ADAPTED: dict[str, tuple[str, str, bool, bool, int]] = {
 class Bench:
     """The job, its data and one set of networks, shared by all rows."""
 
-    def __init__(self, folder: Path, records: Path) -> None:
-        self.folder, self.records = folder.resolve(), records
-        self.job = self.open("average", {})
+    def __init__(self, bed: Bed, folder: Path, records: Path) -> None:
+        self.bed, self.folder, self.records = bed, folder.resolve(), records
+        self.job = open_job(self.recipe({"merge_method": "average"}))
         self.data = load_tasks(self.job)
         self.models = networks.build_models(self.job)
         self.inputs = self.job.inputs()
 
-    def recipe(self, name: str, changes: Mapping[str, Any]) -> Recipe:
-        given = load_recipe(EXAMPLES / f"{name}.yaml").model_dump(mode="json", by_alias=True, exclude_unset=True)
-        return parse_recipe({**given, **changes}, self.folder)
-
-    def open(self, name: str, changes: Mapping[str, Any]) -> Job:
-        return open_job(self.recipe(name, changes))
+    def recipe(self, changes: Mapping[str, Any]) -> Recipe:
+        """The bed's models and data with another method; paths count from FOLDER, or from the demo's own."""
+        given = load_recipe(self.bed.recipe)
+        values = given.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"parameters", "adapt"})
+        return parse_recipe({**values, **changes}, given.folder if self.bed is DEMO else self.folder)
 
     def record(self, row: str, seed: int, content: dict[str, Any]) -> None:
         """Score what the networks hold on test and write the row's record."""
@@ -87,7 +128,7 @@ class Bench:
             "scores": table.rows[row],
             **content,
             "rows_per_split": counts,
-            "command": "python benchmarks/minilm8.py FOLDER",
+            "command": f"python benchmarks/table.py {self.bed.name} FOLDER",
             "inputs": self.inputs,
             "versions": versions(),
             "machine": machine(),
@@ -117,7 +158,8 @@ class Bench:
         """The λ and rank with the best mean score on select; the whole grid is kept in a record of its own."""
         path = self.records / f"search-{name}.json"
         if not path.exists():
-            points = [self._point(blocks, rank, lam) for rank in GRIDS[name]["rank"] for lam in GRIDS[name]["lambda"]]
+            grid = self.bed.grids[name]
+            points = [self._point(blocks, rank, lam) for rank in grid["rank"] for lam in grid["lambda"]]
             best = max(points, key=lambda point: point["mean"])
             self.records.mkdir(parents=True, exist_ok=True)
             write_json(
@@ -146,13 +188,13 @@ class Bench:
         method, origin, learn_masks, learn_lambda, _ = ADAPTED[row]
         out = self.folder / "out" / self.path(row, seed).stem
         given = {"origin": origin, **start, "learn_masks": learn_masks, "learn_lambda": learn_lambda}
-        rate = RATES[origin]
+        rate = self.bed.rates[origin]
         changes = {
             "merge_method": method,
             "parameters": given,
             "adapt": {
-                "steps": STEPS,
-                "batch_size": BATCH,
+                "steps": self.bed.steps,
+                "batch_size": self.bed.batch,
                 "lr_masks": rate,
                 "lr_lambda": rate,
                 "objective": "self-label" if "self-label" in row else "entropy",
@@ -162,7 +204,7 @@ class Bench:
         assert method in ADAPTIVE
         if not out.exists():
             progress = _Printer(row, seed)
-            pipeline.merge(self.recipe("average", changes), out, progress=progress)
+            pipeline.merge(self.recipe(changes), out, progress=progress, data=self._data_of(seed))
         merged = json.loads((out / "adarank.json").read_text())
         checkpoint = Checkpoint(out)
         self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
@@ -170,6 +212,10 @@ class Bench:
                    "peak_resident_bytes": merged["peak_resident_bytes"],
                    "chosen": "start: λ and rank on select, with labels; adaptation: no labels, last step"}  # fmt: skip
         self.record(row, seed, content)
+
+    def _data_of(self, seed: int) -> dict[str, TaskData]:
+        """The tasks with an adaptation seed of their own: what is read and how it is split stays."""
+        return {task: replace(own, seed=seed) for task, own in self.data.items()}
 
     def random_masks(self, row: str, of: str, seed: int) -> None:
         """The learned λ with masks of the same density in random places."""
@@ -249,8 +295,9 @@ def _search(bench: Bench) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bed", choices=BEDS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--records", type=Path, default=Path("records/minilm-8"))
+    parser.add_argument("--records", type=Path, help="default: records/BED")
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -258,7 +305,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    run(Bench(arguments.folder, arguments.records), arguments.rows)
+    bed = BEDS[arguments.bed]
+    run(Bench(bed, arguments.folder, arguments.records or ROOT / "records" / bed.name), arguments.rows)
     if not arguments.keep and not arguments.rows:
         shutil.rmtree(arguments.folder / "out", ignore_errors=True)
 
