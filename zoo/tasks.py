@@ -11,19 +11,20 @@ BASE_POLICY = Policy(
     degrees=15, zoom=0.2, stretch=0.1, shear=0.15, shift=0.1, brightness=0.3, contrast=0.4, tint=0.2,
     saturation=0.5, invert=0.2,
 )  # fmt: skip
-STROKES = Policy(degrees=12, zoom=0.15, stretch=0.1, shear=0.15, shift=0.08)
-GARMENTS = Policy(degrees=5, zoom=0.1, stretch=0.05, shift=0.06, contrast=0.2, brightness=0.1, erase=0.3)
+# Mild ones for the experts: they see their task's few thousand images only some ten times each.
+STROKES = Policy(degrees=6, zoom=0.08, stretch=0.05, shear=0.08, shift=0.04)
+GARMENTS = Policy(degrees=3, zoom=0.05, stretch=0.03, shift=0.03, contrast=0.1, brightness=0.05, erase=0.15)
 COLOUR_STROKES = Policy(
-    degrees=12, zoom=0.15, stretch=0.1, shear=0.15, shift=0.08, brightness=0.2, contrast=0.3, tint=0.2,
-    saturation=0.5, invert=0.5,
+    degrees=6, zoom=0.08, stretch=0.05, shear=0.08, shift=0.04, brightness=0.1, contrast=0.15, tint=0.1,
+    saturation=0.25, invert=0.5,
 )  # fmt: skip
 SIGNS = Policy(
-    degrees=10, zoom=0.2, stretch=0.1, shear=0.1, shift=0.1, brightness=0.35, contrast=0.7, tint=0.08,
-    saturation=0.3, erase=0.2,
+    degrees=5, zoom=0.1, stretch=0.05, shear=0.05, shift=0.05, brightness=0.2, contrast=0.35, tint=0.04,
+    saturation=0.15, erase=0.1,
 )  # fmt: skip
 PHOTOS = Policy(
-    degrees=8, zoom=0.2, stretch=0.1, shift=0.12, brightness=0.2, contrast=0.3, tint=0.05,
-    saturation=0.4, flip=0.5, erase=0.5,
+    degrees=4, zoom=0.1, stretch=0.05, shift=0.06, brightness=0.1, contrast=0.15, tint=0.03,
+    saturation=0.2, flip=0.5, erase=0.25,
 )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ class Size:
 FULL = Size(
     hidden=128, layers=6, heads=4, patch=4, train_limit=0, adapt=500, select=500, test_gray=1000,
     test_colour=600, labelled=0.5, base_steps=6500, base_batch=64, base_masked=16, base_rate=1e-3,
-    check_every=80, check_images=64, steps=800, long_steps=1600, batch=64, rate=5e-4, compiled=True,
+    check_every=80, check_images=64, steps=1000, long_steps=1800, batch=64, rate=1e-3, compiled=True,
 )  # fmt: skip
 TINY = Size(
     hidden=32, layers=2, heads=2, patch=7, train_limit=600, adapt=40, select=60, test_gray=60,
