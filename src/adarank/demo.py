@@ -38,7 +38,7 @@ _LIMIT = 160  # inputs per task and split of the quick demo
 _QUICK_STEPS = 15
 
 
-def check_zoo(folder: Path = ZOO) -> None:
+def check_zoo(folder: Path) -> None:
     """Compare every file of the demo with the hash in its manifest.
 
     Raises:
@@ -72,6 +72,7 @@ def run(
     force: bool = False,
     note: Note = lambda text: None,
     progress: Progress | None = None,
+    zoo: Path = ZOO,
 ) -> Table:
     """Merge demo-8 in every way of `ROWS`, write AdaRank's model to `out`, and score all on the test split.
 
@@ -80,13 +81,14 @@ def run(
         seed: of the adaptation batches.
         note: told each stage as it begins.
         progress: called after each adaptation step.
+        zoo: a folder that `zoo/build.py` made, with a recipe.yaml.
 
     Raises:
         AdaRankError: a file of the demo is missing or changed, or `out` cannot be written.
     """
     check_output(out, force)
-    check_zoo()
-    recipe = load_recipe(ZOO / "recipe.yaml")
+    check_zoo(zoo)
+    recipe = load_recipe(zoo / "recipe.yaml")
     jobs = {row: open_job(_changed(recipe, changes, quick, seed)) for row, changes in ROWS.items()}
     job = jobs["average"]
     data = load_tasks(job)

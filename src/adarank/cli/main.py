@@ -77,6 +77,21 @@ def parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run=_evaluate)
 
+    search = commands.add_parser(
+        "search", parents=[common], help="try a data-free method's settings on the labelled select split"
+    )
+    search.add_argument("recipe", type=Path, help="YAML recipe")
+    search.add_argument("best", type=Path, help="recipe to write with the best settings, in the same folder")
+    search.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="AXIS",
+        help="name=first:last:step or name=a,b,c; several make a grid",
+    )
+    search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
+    search.set_defaults(run=_search)
+
     inspect = commands.add_parser(
         "inspect", parents=[common], help="tensors, task-vector norms and ranks; λ and masks of an output"
     )
@@ -187,6 +202,21 @@ def _evaluate(options: argparse.Namespace) -> None:
         _print_scores(table)
     else:
         show.scores(table)
+
+
+def _search(options: argparse.Namespace) -> None:
+    from adarank.cli import show
+    from adarank.search import parse_axis, search
+
+    axes = [parse_axis(text) for text in options.over]
+    with show.Searching() as progress:
+        ranked, record = search(options.recipe, options.best, axes, options.force, show.note, progress)
+    if options.json:
+        _print_json(record)
+        return
+    show.points(ranked)
+    show.out.print(f"[bold]{options.best}[/] has the best settings; all points are in {options.best.stem}.search.json")
+    show.out.print(f"next: adarank merge {options.best} OUT", style="dim")
 
 
 def _print_scores(table: Table) -> None:

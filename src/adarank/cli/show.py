@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
@@ -16,6 +17,7 @@ from adarank.adapt.loop import History
 from adarank.catalogue import Entry
 from adarank.evaluate import Table
 from adarank.inspection import LayerRow, TensorRow
+from adarank.search import Point
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
@@ -94,6 +96,41 @@ def scores(table: Table) -> None:
         )
     grid.add_row("inputs", "", "", *(str(table.counts[t]) for t in tasks), style="dim")
     out.print(grid)
+
+
+def points(ranked: Sequence[Point], most: int = 10) -> None:
+    """The best points of a search."""
+    first = ranked[0]
+    grid = Grid(title=f"select split, with labels: the best of {len(ranked)} points", title_justify="left",
+                title_style="", box=None, header_style="bold", pad_edge=False)  # fmt: skip
+    for name in (*first.settings, "mean", *first.scores):
+        grid.add_column(name, justify="right")
+    for point in ranked[:most]:
+        cells = [str(value) for value in point.settings.values()]
+        grid.add_row(*cells, f"{point.mean:.2f}", *(f"{score:.1f}" for score in point.scores.values()))
+    out.print(grid)
+
+
+class Searching:
+    """Progress of a search on stderr: a line for each point that beats all before it, and a bar."""
+
+    def __enter__(self) -> Searching:
+        self._best: Point | None = None
+        self._bar = Progress(TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                             console=err, disable=not err.is_terminal)  # fmt: skip
+        self._task = self._bar.add_task("", total=None)
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, point: Point, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+        if self._best is None or point.mean > self._best.mean:
+            self._best = point
+            settings = ", ".join(f"{name} {value}" for name, value in point.settings.items())
+            err.print(f"point {done}/{total}: {settings}: mean {point.mean:.2f}", style="dim")
 
 
 def tensors(rows: list[TensorRow]) -> None:
