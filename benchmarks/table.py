@@ -13,6 +13,7 @@ no label. Rows whose record exists are skipped; an adaptation that was cut off c
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -25,15 +26,16 @@ import torch
 
 from adarank import demo, networks, pipeline, scoring
 from adarank.adapt.methods import ADAPTIVE
-from adarank.blocks import Blocks, build_blocks
 from adarank.checkpoint import Checkpoint
 from adarank.data.task import TaskData
 from adarank.evaluate import Table
-from adarank.masks import FILE, MaskFile, random_mask, top_mask
-from adarank.methods import CART, Masked, Method, SVDk, TaskArithmetic, WeightAverage, merge_tensors
+from adarank.masks import FILE, MaskFile, random_mask
+from adarank.methods import METHODS, Masked, Method, WeightAverage, merge_tensors
 from adarank.plan import open_job
 from adarank.recipe import Recipe, load_recipe, parse_recipe
 from adarank.record import Clock, machine, versions
+from adarank.search import try_points
+from adarank.settings import parse
 from adarank.tasks import load_tasks
 from adarank.writer import write_json
 
@@ -46,43 +48,31 @@ class Bed:
     """A test bed: its recipe, and what was set by hand for it.
 
     Attributes:
-        grids: method -> setting -> values to try on select.
         rates: origin -> Adam step size of masks and λ.
     """
 
     name: str
     recipe: Path
-    grids: Mapping[str, Grid]
     steps: int
     batch: int
     rates: Mapping[str, float]
 
 
+# method -> row of the table, and what is tried for it on select. The first value of a tie is taken.
+STATIC: dict[str, tuple[str, Grid]] = {
+    "task_arithmetic": ("TA", {"lambda": [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]}),
+    "svd_k": ("SVD_k", {"rank": [0.04, 0.08, 0.16, 0.32], "lambda": [0.3, 0.5, 0.8, 1.2]}),
+    "cart": ("CART", {"rank": [0.02, 0.04, 0.08, 0.16, 0.32], "lambda": [0.7, 1.0, 1.3, 1.6, 2.0]}),
+}
 MINILM = Bed(
     "minilm-8",
     ROOT / "examples" / "minilm-8" / "average.yaml",
-    {
-        "task_arithmetic": {"rank": [1.0], "lambda": [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]},
-        "svd_k": {"rank": [0.04, 0.08, 0.16, 0.32], "lambda": [0.3, 0.5, 0.8, 1.2]},
-        "cart": {"rank": [0.02, 0.04, 0.08, 0.16], "lambda": [0.7, 1.0, 1.3, 1.6, 2.0]},
-    },
     steps=250,
     batch=8,
     # lr × steps is that of the released RoBERTa settings: 5e-5 × 5,000 about the base, 1e-4 × 5,000 about the average.
     rates={"pretrained": 1e-3, "average": 2e-3},
 )
-DEMO = Bed(
-    "demo-8",
-    demo.ZOO / "recipe.yaml",
-    {
-        "task_arithmetic": {"rank": [1.0], "lambda": [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]},
-        "svd_k": {"rank": [0.04, 0.08, 0.16, 0.32], "lambda": [0.3, 0.5, 0.8, 1.2]},
-        "cart": {"rank": [0.04, 0.08, 0.16, 0.32], "lambda": [0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0]},
-    },
-    steps=300,
-    batch=16,
-    rates={"pretrained": 5e-3, "average": 5e-3},
-)
+DEMO = Bed("demo-8", demo.ZOO / "recipe.yaml", steps=300, batch=16, rates={"pretrained": 2e-3, "average": 2e-3})
 BEDS = {bed.name: bed for bed in (MINILM, DEMO)}
 # row -> (adaptive method, origin, learns masks, learns λ, seeds)
 ADAPTED: dict[str, tuple[str, str, bool, bool, int]] = {
@@ -106,6 +96,10 @@ class Bench:
         self.models = networks.build_models(self.job)
         self.inputs = self.job.inputs()
 
+    @property
+    def command(self) -> str:
+        return f"python benchmarks/table.py {self.bed.name} FOLDER"
+
     def recipe(self, changes: Mapping[str, Any]) -> Recipe:
         """The bed's models and data with another method; paths count from FOLDER, or from the demo's own."""
         given = load_recipe(self.bed.recipe)
@@ -128,7 +122,7 @@ class Bench:
             "scores": table.rows[row],
             **content,
             "rows_per_split": counts,
-            "command": f"python benchmarks/table.py {self.bed.name} FOLDER",
+            "command": self.command,
             "inputs": self.inputs,
             "versions": versions(),
             "machine": machine(),
@@ -154,35 +148,32 @@ class Bench:
         }
         self.record(row, 0, {"settings": settings, "chosen": chosen, "merge_seconds": seconds})
 
-    def grid(self, name: str, blocks: Mapping[str, Blocks]) -> dict[str, float]:
-        """The λ and rank with the best mean score on select; the whole grid is kept in a record of its own."""
+    def search(self, name: str) -> dict[str, Any]:
+        """The settings of a method with the best mean on select; the whole grid is kept in a record of its own."""
         path = self.records / f"search-{name}.json"
         if not path.exists():
-            grid = self.bed.grids[name]
-            points = [self._point(blocks, rank, lam) for rank in grid["rank"] for lam in grid["lambda"]]
-            best = max(points, key=lambda point: point["mean"])
+            clock = Clock()
+            axes = STATIC[name][1]
+            grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+            points = [(settings, parse(METHODS[name], settings, name)) for settings in grid]
+            found = try_points(self.job, self.models, self.data, points, self.folder / "search" / name)
+            best = max(found, key=lambda point: point.mean)
             self.records.mkdir(parents=True, exist_ok=True)
-            write_json(
-                path,
-                {
-                    "method": name,
-                    "split": "select, with labels",
-                    "best": best,
-                    "points": points,
-                    "machine": machine(),
-                    "versions": versions(),
-                },
-            )
-        best = json.loads(path.read_text())["best"]
-        print(f"search {name}: {best}", flush=True)
-        return {"rank": best["rank"], "lambda": best["lambda"]}
-
-    def _point(self, blocks: Mapping[str, Blocks], rank: float, lam: float) -> dict[str, float]:
-        tasks = len(self.job.network.tasks)
-        merged = ((n, b.compose(torch.full((tasks,), lam), top_mask(b.sizes, rank))) for n, b in blocks.items())
-        self.models.fill(merged)
-        scores = scoring.score_all(self.job, self.models, self.data, "select")
-        return {"rank": rank, "lambda": lam, "mean": sum(scores.values()) / len(scores), **scores}
+            content = {
+                "method": name,
+                "split": "select, with labels",
+                "best": {**best.settings, "mean": best.mean, **best.scores},
+                "points": [{**point.settings, "mean": point.mean, **point.scores} for point in found],
+                "command": self.command,
+                "machine": machine(),
+                "versions": versions(),
+                **clock.spent(),
+            }
+            write_json(path, content)
+            shutil.rmtree(self.folder / "search" / name)
+        best_point = json.loads(path.read_text())["best"]
+        print(f"search {name}: {best_point}", flush=True)
+        return {key: best_point[key] for key in STATIC[name][1]}
 
     def adapted(self, row: str, seed: int, start: Mapping[str, float]) -> None:
         method, origin, learn_masks, learn_lambda, _ = ADAPTED[row]
@@ -266,15 +257,13 @@ def run(bench: Bench, rows: list[str]) -> None:
         bench.models.fill(networks.network_tensors(bench.job, "base"))
     if wanted("weight average"):
         bench.static("weight average", WeightAverage(), "nothing to choose")
-    best = _search(bench)
-    on_select = "λ and rank on select, with labels"
-    if wanted("TA"):
-        bench.static("TA", TaskArithmetic(scale=best["task_arithmetic"]["lambda"]), on_select)
-    if wanted("SVD_k"):
-        bench.static("SVD_k", SVDk(rank=best["svd_k"]["rank"], scale=best["svd_k"]["lambda"]), on_select)
-    if wanted("CART"):
-        bench.static("CART", CART(rank=best["cart"]["rank"], scale=best["cart"]["lambda"]), on_select)
-    starts = {"pretrained": best["task_arithmetic"], "average": best["cart"]}
+    best = {}
+    for name, (row, _) in STATIC.items():
+        if wanted(row) or row in ("TA", "CART"):  # adaptation starts from these two
+            best[name] = bench.search(name)
+        if wanted(row):
+            bench.static(row, parse(METHODS[name], best[name], name), f"{', '.join(best[name])} on select, with labels")
+    starts = {"pretrained": {"rank": 1.0, **best["task_arithmetic"]}, "average": best["cart"]}
     for seed in range(3):
         for row, (_, origin, _, _, seeds) in ADAPTED.items():
             if seed < seeds and wanted(row, seed):
@@ -282,15 +271,6 @@ def run(bench: Bench, rows: list[str]) -> None:
         for of in ("CART+AdaRank", "TA+AdaRank"):
             if seed == 0 and wanted(f"{of}, random masks") and bench.path(of, 0).exists():
                 bench.random_masks(f"{of}, random masks", of, seed)
-
-
-def _search(bench: Bench) -> dict[str, dict[str, float]]:
-    found = {}
-    for origin, names in {"pretrained": ("task_arithmetic", "svd_k"), "average": ("cart",)}.items():
-        done = all((bench.records / f"search-{name}.json").exists() for name in names)
-        blocks = {} if done else build_blocks(bench.job.network, origin)
-        found.update({name: bench.grid(name, blocks) for name in names})
-    return found
 
 
 def main() -> None:

@@ -266,21 +266,55 @@ def peers() -> list[str]:
     return lines
 
 
-def quickstart() -> list[str]:
-    """The table that `scripts/quickstart` ends with."""
-    record = json.loads((ROOT / "records" / "quickstart" / "quickstart.json").read_text())
-    tasks = list(record["counts"])
-    lines = ["| | mean | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
-    for row, scores in record["rows"].items():
-        cells = [f"{record['summary'][row]['mean']:.1f}", *(f"{scores[task]:.1f}" for task in tasks)]
-        lines.append(f"| {row.removeprefix('merged/')} | " + " | ".join(cells) + " |")
-    return lines
+CHART = ["base", "weight average", "TA", "CART", "AdaMerging", "CART+AdaRank", "CART+AdaRank, self-label", "experts"]
+
+
+def chart() -> str:
+    """demo-8 as a picture: a bar for each model's mean accuracy, a dot for each task's."""
+    rows = [row for row in CHART if load("demo-8", row)]
+    left, width, step, top = 190, 500, 30, 34
+    height = top + step * len(rows) + 28
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 60}" height="{height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{left + width + 60}" height="{height}" fill="#ffffff"/>',
+        f'<text x="{left}" y="18" fill="#333">accuracy on eight image tasks, %: bar = mean, dot = one task</text>',
+    ]
+    bottom = top + step * len(rows)
+    for tick in range(0, 101, 20):
+        x = left + width * tick / 100
+        parts.append(f'<line x1="{x:g}" y1="{top}" x2="{x:g}" y2="{bottom}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x:g}" y="{bottom + 18}" fill="#666" text-anchor="middle">{tick}</text>')
+    for number, row in enumerate(rows):
+        records = load("demo-8", row)
+        mean = statistics.mean(r["mean"] for r in records)
+        y = top + step * number
+        colour = "#9aa5b1" if row in ("base", "experts") else "#4c78a8" if "AdaRank" not in row else "#e4572e"
+        parts.append(f'<text x="{left - 8}" y="{y + 19}" fill="#333" text-anchor="end">{row}</text>')
+        parts.append(
+            f'<rect x="{left}" y="{y + 6}" width="{width * mean / 100:.1f}" height="{step - 12}" fill="{colour}"/>'
+        )
+        for task in TASKS["demo-8"]:
+            x = left + width * statistics.mean(r["scores"][task] for r in records) / 100
+            parts.append(f'<circle cx="{x:.1f}" cy="{y + step / 2:g}" r="3" fill="#222" fill-opacity="0.55"/>')
+        parts.append(f'<text x="{left + width + 8}" y="{y + 19}" fill="#333">{mean:.1f}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def shown() -> list[str]:
+    """What `adarank demo` printed, from its record."""
+    record = json.loads((ROOT / "records" / "demo-8" / "demo.json").read_text())
+    return ["```text", *record["shown"], "```"]
 
 
 def readme() -> str:
-    """The README with the quickstart's table and the head of the results."""
+    """The README with what the demo shows and the head of the results."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, rows in {"quickstart": quickstart(), "minilm": table("minilm-8", HEAD)}.items():
+    tables = {
+        "shown": shown(),
+        "demo": table("demo-8", HEAD),
+        "minilm": table("minilm-8", HEAD),
+    }
+    for name, rows in tables.items():
         begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
         filled = "\n".join([begin, "", *rows, "", end])
         text = re.sub(f"{begin}.*?{end}", lambda m, filled=filled: filled, text, flags=re.DOTALL)
@@ -291,6 +325,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/methods.md": methods_page,
     "docs/cli.md": cli_page,
     "docs/results.md": results_page,
+    "docs/demo-8.svg": chart,
     "README.md": readme,
 }
 

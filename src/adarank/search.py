@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 
 from adarank.data.spec import Split
+from adarank.data.task import TaskData
 from adarank.errors import OutputError, RecipeError
 from adarank.methods import METHODS, Method, merge_tensors
+from adarank.models import TaskModels
 from adarank.networks import build_models
 from adarank.plan import Job, Note, open_job
 from adarank.recipe import Recipe, load_recipe
@@ -117,18 +119,7 @@ def search(
     state = best.parent / f".{best.stem}.search" / hashlib.sha256(identity.encode()).hexdigest()[:16]
     note("Loading the networks")
     models = build_models(job)
-    found: list[Point] = []
-    with stored_spectra(state / "spectra"):
-        for number, (settings, method) in enumerate(zip(points, methods, strict=True), start=1):
-            kept = state / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}.json"
-            if kept.exists():
-                scores = json.loads(kept.read_text(encoding="utf-8"))
-            else:
-                models.fill(merge_tensors(method, job.network, recipe.device))
-                scores = score_all(job, models, data, SPLIT)
-                write_json(kept, scores)
-            found.append(Point(settings, scores))
-            progress(found[-1], number, len(points))
+    found = try_points(job, models, data, list(zip(points, methods, strict=True)), state, progress)
     ranked = sorted(found, key=lambda point: -point.mean)  # stable: of equals the first of the grid
     record = {
         "split": f"{SPLIT}, with labels; the test split was not read",
@@ -147,6 +138,35 @@ def search(
     _write_best(path, best, recipe, ranked[0], record_path)
     shutil.rmtree(state.parent, ignore_errors=True)
     return ranked, record
+
+
+def try_points(
+    job: Job,
+    models: TaskModels,
+    data: Mapping[str, TaskData],
+    points: Sequence[tuple[Mapping[str, Any], Method]],
+    state: Path,
+    progress: Callable[[Point, int, int], None] = lambda point, done, total: None,
+) -> list[Point]:
+    """Score points of one method on the select split, in order.
+
+    Arguments:
+        points: (settings, the method with them).
+        state: folder of the spectra and of the points done: those are not tried again.
+    """
+    found: list[Point] = []
+    with stored_spectra(state / "spectra"):
+        for number, (settings, method) in enumerate(points, start=1):
+            kept = state / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}.json"
+            if kept.exists():
+                scores = json.loads(kept.read_text(encoding="utf-8"))
+            else:
+                models.fill(merge_tensors(method, job.network, job.recipe.device))
+                scores = score_all(job, models, data, SPLIT)
+                write_json(kept, scores)
+            found.append(Point(settings, scores))
+            progress(found[-1], number, len(points))
+    return found
 
 
 def _check_outputs(path: Path, best: Path, record: Path, force: bool) -> None:
