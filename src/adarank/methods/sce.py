@@ -41,7 +41,7 @@ class SCE(Method):
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         total = weighted_sum(torch.zeros_like(origin), deltas, lambda task: 1.0)
         share = self.select_topk.of("", name)
-        selected = _selected(total / len(deltas), deltas, share) if share < 1 else torch.ones_like(origin).bool()
+        selected = _selected(origin, deltas, share) if share < 1 else torch.ones_like(origin).bool()
         energy = {task: float((deltas[task] * selected).square().mean()) for task in deltas}
         whole = sum(energy.values())
         positive = total >= 0
@@ -55,13 +55,15 @@ class SCE(Method):
         return origin + merged / weights.clamp(min=1e-6)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
-        return 5
+        return 8  # mean, variance and a deviation in float64
 
 
-def _selected(mean: Tensor, deltas: Deltas, share: float) -> Tensor:
+def _selected(origin: Tensor, deltas: Deltas, share: float) -> Tensor:
     """Mask of the entries of largest variance; of equals the first."""
-    variance = torch.zeros_like(mean)
+    mean = weighted_sum(torch.zeros_like(origin, dtype=torch.float64), deltas, lambda task: 1.0) / len(deltas)
+    variance = torch.zeros_like(mean)  # in float64, or equal task vectors would seem to vary
     for task in deltas:
         variance += (deltas[task] - mean).square()
+    variance = variance.float()
     count = int(variance.count_nonzero() * share)  # in float32, as mergekit: 180 · 0.7 is 126 there, 125 in float64
     return largest(variance, count) & (variance > 0)
