@@ -8,6 +8,10 @@ every recipe, all calls in one process, because loading it takes longer than the
 three experts, which are the base plus seeded noise. The second form prints mergekit's merges of the tiny models that
 a test holds expected values of.
 
+`dare_*` and `della*` drop at random, each tool from numbers of its own, so their recipes here drop nothing. Those of
+`ties` and `breadcrumbs*` agree because seeded noise has hardly two equal magnitudes at a threshold: mergekit's
+sort is not stable, and which of two equals is kept is its accident.
+
 Two differences are meant: a recipe without tasks merges every float tensor, embeddings included, as mergekit does, but
 adarank keeps integer buffers from the base; and adarank's arithmetic is float32 whatever the inputs' dtype, with one
 cast at the end, where mergekit's task arithmetic works in the inputs' own dtype.
@@ -94,6 +98,54 @@ def agreeing() -> dict[str, dict[str, Any]]:
         "task_arithmetic, dtype float32": recipe(ta, plain, dtype="float32"),
         "task_arithmetic, float32 written as bfloat16": recipe(ta, plain, dtype="float32", out_dtype="bfloat16"),
         "linear, float32 written as bfloat16": recipe(linear, plain, dtype="float32", out_dtype="bfloat16"),
+        **_others(plain),
+    }
+
+
+def selecting() -> dict[str, dict[str, Any]]:
+    """Recipes that keep or drop whole entries. Where rounding decides on one, two float types come to other values."""
+    plain = [0.2, 0.5, 1.0]
+    density = {"density": [0.3, 0.8]}
+    by_model = recipe("ties", plain)
+    for entry, value in zip(by_model["models"], (0.3, GRADIENT, [{"filter": "mlp", "value": 0.5}]), strict=True):
+        entry["parameters"]["density"] = value
+    return {
+        "ties": recipe("ties", plain, {"density": 0.5, "int8_mask": True}),
+        "ties, density by model": by_model,
+        "ties, gradients": recipe("ties", [GRADIENT, [1.0, 0.0], 0.5], {**density, "lambda": [0.5, 1.0]}),
+        "ties, not normalised, rescaled": recipe("ties", plain, {**density, "normalize": False, "rescale": True}),
+        "ties, negative weight": recipe("ties", [1.0, -0.4, 0.8], density),
+        "breadcrumbs": recipe("breadcrumbs", plain, {"density": 0.6, "gamma": 0.05}),
+        "breadcrumbs, defaults": recipe("breadcrumbs", plain),
+        "breadcrumbs_ties": recipe("breadcrumbs_ties", plain, {**density, "gamma": 0.1, "normalize": True}),
+        "dare_linear, nothing dropped": recipe("dare_linear", plain, {"lambda": 0.7}),
+        "dare_ties, nothing dropped": recipe("dare_ties", plain, {"normalize": True}),
+        "della, nothing dropped": recipe("della", plain, {"epsilon": 0.1}),
+        "della_linear, nothing dropped": recipe("della_linear", plain),
+        "sce": recipe("sce", [None] * 3),
+        "sce, a third selected": recipe("sce", [None] * 3, {"select_topk": 0.3, "int8_mask": True}),
+    }
+
+
+def _others(plain: list[float]) -> dict[str, dict[str, Any]]:
+    """Interpolations and Model Stock."""
+    one = {"models": [{"model": "./base"}, {"model": "./code"}]}
+    two = {"models": recipe("nuslerp", plain)["models"][:2]}
+    by_filter = [
+        {"filter": "self_attn", "value": [0.0, 0.5, 0.3, 1.0]},
+        {"filter": "mlp", "value": 0.7},
+        {"value": 0.5},
+    ]
+    return {
+        "slerp": recipe("slerp", plain, {"t": 0.3}) | one,
+        "slerp, gradients by filter": recipe("slerp", plain, {"t": by_filter}) | one,
+        "nuslerp": recipe("nuslerp", plain) | two,
+        "nuslerp, rows": recipe("nuslerp", plain, {"nuslerp_flatten": False}) | two,
+        "nuslerp, row-wise": recipe("nuslerp", plain, {"nuslerp_flatten": False, "nuslerp_row_wise": True}) | two,
+        "nuslerp, no base": {k: v for k, v in (recipe("nuslerp", plain) | two).items() if k != "base_model"},
+        "model_stock": recipe("model_stock", [None] * 3),
+        "model_stock, filter_wise": recipe("model_stock", [None] * 3, {"filter_wise": True}),
+        "task_arithmetic, lambda as gradient": recipe("task_arithmetic", plain, {"lambda": [0.2, 1.0]}),
     }
 
 
@@ -271,6 +323,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             make_models(folder / "one-layer", dtype, seed, 1)
             print(label, flush=True)
             record[label] = _summary(compare(folder, agreeing(), python))
+            record[f"{label}_selecting"] = _summary(compare(folder, selecting(), python))
         names = ("linear", "task_arithmetic", "task_arithmetic, normalised, lambda")
         record["bfloat16_rounding"] = rounding(folder, {name: agreeing()[name] for name in names}, python)
         print("dialect", flush=True)

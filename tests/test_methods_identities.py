@@ -87,7 +87,7 @@ def test_linear_without_weights_is_the_average(tasks: int, seed: int) -> None:
 def test_linear_is_the_weighted_sum(weights: list[float], normalize: bool) -> None:
     base, experts = family(3)
     net = network(base, experts)
-    method = Linear(normalize=normalize, weights=TensorWeights(dict(zip(experts, weights, strict=True)), net.merged()))
+    method = Linear(normalize=normalize, weight=TensorWeights(dict(zip(experts, weights, strict=True)), net.merged()))
     divisor = sum(weights) if normalize else 1.0
     wanted = each(base, lambda n: sum(w * own[n].double() for w, own in zip(weights, experts.values(), strict=True)) / divisor)  # type: ignore[arg-type]  # fmt: skip
     close(merged(method, net), wanted)
@@ -104,8 +104,8 @@ def test_weights_that_sum_to_zero_are_refused(weights: tuple[float, ...]) -> Non
     net = network(base, experts)
     given_weights = TensorWeights(dict(zip(experts, weights, strict=True)), net.merged())
     with pytest.raises(RecipeError, match="sum to 0"):
-        Linear(weights=given_weights).check(net)
-    Linear(weights=given_weights, normalize=False).check(net)
+        Linear(weight=given_weights).check(net)
+    Linear(weight=given_weights, normalize=False).check(net)
 
 
 def test_weights_that_sum_to_zero_in_one_layer_only_are_refused_with_its_name() -> None:
@@ -113,14 +113,14 @@ def test_weights_that_sum_to_zero_in_one_layer_only_are_refused_with_its_name() 
     net = network(base, experts)
     weights = TensorWeights({"task0": [{"filter": "layer.1", "value": -1.0}, 1.0]}, net.merged())
     with pytest.raises(RecipeError, match=r"layer\.1\.dense"):
-        Linear(weights=weights).check(net)
+        Linear(weight=weights).check(net)
 
 
 def test_a_filter_weighs_the_tensors_whose_name_holds_it() -> None:
     base, experts = family(2)
     net = network(base, experts)
     weights = TensorWeights({"task0": [{"filter": "bias", "value": 3.0}, {"value": 1.0}]}, net.merged())
-    found = merged(Linear(weights=weights), net)
+    found = merged(Linear(weight=weights), net)
 
     def formula(name: str) -> Tensor:
         own = 3.0 if "bias" in name else 1.0
@@ -159,7 +159,7 @@ def test_task_arithmetic_with_weights_scales_each_task_vector(normalize: bool, d
     base, experts = family(2)
     net = network(base, experts)
     weights = TensorWeights({"task0": 0.5, "task1": 2.0}, net.merged())
-    found = merged(TaskArithmetic(weights=weights, normalize=normalize), net)
+    found = merged(TaskArithmetic(weight=weights, normalize=normalize), net)
 
     def formula(name: str) -> Tensor:
         first, second = (experts[t][name].double() - base[name].double() for t in experts)
@@ -172,7 +172,7 @@ def test_lambda_is_one_with_weights_and_three_tenths_without() -> None:
     base, experts = family(2)
     net = network(base, experts)
     ones = TensorWeights({"task0": 1.0, "task1": 1.0}, net.merged())
-    close(merged(TaskArithmetic(weights=ones), net), merged(TaskArithmetic(scale=1.0), net))
+    close(merged(TaskArithmetic(weight=ones), net), merged(TaskArithmetic(scale=1.0), net))
     close(merged(TaskArithmetic(), net), merged(TaskArithmetic(scale=0.3), net))
 
 

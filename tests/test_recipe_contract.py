@@ -77,8 +77,8 @@ def test_a_linear_file_of_mergekit_is_read() -> None:
     method = recipe.method(NAMES)
     assert isinstance(method, Linear)
     assert not method.normalize
-    assert [method.weights.of("first", name) for name in NAMES] == [0.3, 0.3, 0.3]
-    assert [method.weights.of("second", name) for name in NAMES] == [0.0, 1.0, 1.0]
+    assert [method.weight.of("first", name) for name in NAMES] == [0.3, 0.3, 0.3]
+    assert [method.weight.of("second", name) for name in NAMES] == [0.0, 1.0, 1.0]
     assert recipe.output_dtype() == torch.float16
 
 
@@ -87,10 +87,11 @@ def test_a_task_arithmetic_file_of_mergekit_is_read() -> None:
     assert list(recipe.experts) == ["first", "second"]
     method = recipe.method(NAMES)
     assert isinstance(method, TaskArithmetic)
-    assert method.scale == 0.9
-    assert method.weights is not None
-    assert [method.weights.of("first", name) for name in NAMES] == [1.0, 1.0, 0.5]
-    assert method.weights.of("second", NAMES[0]) == 0.25
+    assert method.scale is not None
+    assert {method.scale.of("", name) for name in NAMES} == {0.9}
+    assert method.weight is not None
+    assert [method.weight.of("first", name) for name in NAMES] == [1.0, 1.0, 0.5]
+    assert method.weight.of("second", NAMES[0]) == 0.25
     assert recipe.output_dtype() == torch.bfloat16
 
 
@@ -105,7 +106,7 @@ def test_a_global_weight_is_the_default_of_models_that_give_none() -> None:
     models = [{"model": "a", "parameters": {"weight": 2}}, {"model": "b"}]
     method = parsed({**plain("linear", models=models, parameters={"weight": 0.5}), "base_model": None}).method(NAMES)
     assert isinstance(method, Linear)
-    assert [method.weights.of(task, NAMES[0]) for task in "ab"] == [2.0, 0.5]
+    assert [method.weight.of(task, NAMES[0]) for task in "ab"] == [2.0, 0.5]
 
 
 @pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "chat_template"])
@@ -363,7 +364,7 @@ def test_filters_that_cover_a_tensor_not_at_all_fall_back_to_the_global_weight()
     values = {**plain("linear", models=models, parameters={"weight": 0.5}), "base_model": None}
     method = parsed(values).method(NAMES)
     assert isinstance(method, Linear)
-    assert method.weights.of("a", NAMES[0]) == 0.5
+    assert method.weight.of("a", NAMES[0]) == 0.5
 
 
 def test_empty_parameters_are_none() -> None:

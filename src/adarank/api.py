@@ -19,6 +19,7 @@ from adarank.errors import DataError, RecipeError
 from adarank.evaluate import score
 from adarank.masks import MaskFile
 from adarank.methods import METHODS, merge_tensors
+from adarank.methods.weights import resolve
 from adarank.models import share
 from adarank.select import Select
 from adarank.settings import nearest, parse
@@ -59,7 +60,8 @@ def merge(
         base: the model that the experts were fine-tuned from (None for methods that need none).
         experts: task -> fine-tuned model.
         method: a name that `adarank methods` lists.
-        parameters: the method's settings, such as `{"rank": 0.08, "lambda": 1.0}`.
+        parameters: the method's settings, such as `{"rank": 0.08, "lambda": 1.0}`. Those that a recipe gives per
+            model are one value for all or {task: value}.
         select: overrides of what happens to which tensor.
 
     Returns:
@@ -76,7 +78,8 @@ def merge(
         hint = " It adapts on data: use adarank.adapt." if method in ADAPTIVE else nearest(method, METHODS)
         raise RecipeError(f"method: '{method}' is no data-free method.{hint}")
     network = _network(base, experts, select)
-    chosen = parse(METHODS[method], parameters or {}, f"parameters of '{method}'")
+    values = resolve(METHODS[method], parameters or {}, {task: {} for task in experts}, network.merged())
+    chosen = parse(METHODS[method], values, f"parameters of '{method}'")
     chosen.check(network)
     return {name: tensor.to(network.tensors[name].dtype) for name, tensor in merge_tensors(chosen, network)}
 

@@ -39,10 +39,7 @@ class Entry:
 
 def catalogue() -> dict[str, Entry]:
     """Method name -> entry, data-free methods first."""
-    found = {
-        name: _entry(kind, "base and experts" if kind.__dict__.get("origin") == "pretrained" else "experts", ())
-        for name, kind in METHODS.items()
-    }
+    found = {name: _entry(kind, _needs(kind), ()) for name, kind in METHODS.items()}
     found["masked"] = _entry(METHODS["masked"], "base, experts and a masks file", ())
     for name, kind in ADAPTIVE.items():
         fixed = {"learn_masks"} if name != "adarank" else set()
@@ -65,6 +62,11 @@ def entry(name: str) -> Entry:
 def presets() -> dict[str, dict[str, Any]]:
     """Preset name -> the parameters and adapt settings it stands for."""
     return {name: {key: dict(values) for key, values in preset.items()} for name, preset in PRESETS.items()}
+
+
+def _needs(kind: type[Method]) -> str:
+    inputs = "base and experts" if getattr(kind, "origin", None) == "pretrained" else "experts"
+    return inputs if kind.passes == 1 else f"{inputs}, read {kind.passes} times"
 
 
 def _entry(

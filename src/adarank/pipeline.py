@@ -82,7 +82,7 @@ def settings_in_force(job: Job) -> dict[str, Any]:
     """Every setting with its value, defaults included."""
     data = job.recipe.data.model_dump()
     if job.method is not None:
-        return {"parameters": job.method.model_dump(by_alias=True, exclude={"masks", "weights"}), "data": data}
+        return {"parameters": job.method.model_dump(by_alias=True, exclude={"masks"}), "data": data}
     method, settings = job.recipe.adaptation()
     return {
         "parameters": method.model_dump(by_alias=True),

@@ -13,7 +13,7 @@ import torch
 from adarank.checkpoint import Checkpoint
 from adarank.errors import AdaRankError, CheckpointError, itemise
 from adarank.hub import resolve
-from adarank.methods import METHODS, Method
+from adarank.methods import Method
 from adarank.models import FAMILIES, Family
 from adarank.recipe import Recipe
 from adarank.task_vectors import Network, align
@@ -114,12 +114,11 @@ def peak_bytes(job: Job) -> int:
 
 
 def _streamed_bytes(job: Job, name: str) -> int:
-    """What merging one tensor holds at a time: origin, sum, one task vector; casts; an SVD with its workspace."""
+    """What merging one tensor holds at a time: origin, sum, one task vector; casts; the method's workspace."""
     info = job.network.tensors[name]
-    method = METHODS[job.recipe.merge_method]
     copies = 4 + (info.dtype.itemsize < 4)
-    if job.network.choices[name].action == "decompose" and method.spectral:
-        copies += 5 + (3 * len(job.experts) if job.recipe.merge_method == "masked" else 0)
+    if job.method is not None:
+        copies += job.method.workspace(len(job.experts), job.network.choices[name].action == "decompose")
     return 4 * copies * info.numel
 
 

@@ -18,7 +18,7 @@ from adarank.data.spec import DataSettings, TaskSpec
 from adarank.errors import RecipeError, itemise
 from adarank.masks import MaskFile
 from adarank.methods import METHODS, Method
-from adarank.methods.weights import TensorWeights
+from adarank.methods.weights import resolve
 from adarank.select import Select
 from adarank.settings import Settings, nearest, parse
 
@@ -99,17 +99,11 @@ class Recipe(Settings):
         return with_preset(self.merge_method, self.parameters, given, self.adapt.preset if self.adapt else None)
 
     def method(self, names: list[str]) -> Method:
-        """The data-free method with its settings; `names` are the tensors that per-model weights apply to."""
+        """The data-free method with its settings; `names` are the tensors that it merges."""
         kind = METHODS[self.merge_method]
-        values = dict(self.parameters)
-        experts = self.experts
-        if "weight" in kind.per_model:
-            weights = {t: e.parameters["weight"] for t, e in experts.items() if "weight" in e.parameters}
-            fallback = values.pop("weight", None)  # for models that give none, and where no filter fits, as in mergekit
-            if weights or fallback is not None:
-                values["weights"] = TensorWeights(
-                    {t: weights.get(t, fallback if fallback is not None else 1.0) for t in experts}, names, fallback
-                )
+        values = resolve(kind, self.parameters, {t: e.parameters for t, e in self.experts.items()}, names)
+        if "seed" in kind.model_fields:
+            values.setdefault("seed", self.seed)
         if self.merge_method == "masked" and isinstance(values.get("masks"), str):
             values["masks"] = MaskFile.load(self.folder / values["masks"])
         return parse(kind, values, f"parameters of '{self.merge_method}'")
@@ -189,8 +183,8 @@ def _check(recipe: Recipe, where: str) -> None:
         problems.append(
             f"models: tasks of different kinds ({', '.join(sorted(recipe.kinds))}) cannot share one network."
         )
-    needs_base = recipe.adaptive or METHODS[recipe.merge_method].__dict__.get("origin") not in ("zero", "average")
-    if needs_base and recipe.base_model is None and recipe.merge_method != "masked":
+    needs_base = recipe.adaptive or getattr(METHODS[recipe.merge_method], "origin", None) == "pretrained"
+    if needs_base and recipe.base_model is None:
         problems.append(f"base_model: '{recipe.merge_method}' needs the model that the experts were fine-tuned from.")
     if recipe.adaptive:
         problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' adapts on its inputs." for t, e in recipe.experts.items()

@@ -4,17 +4,60 @@ from __future__ import annotations
 
 from adarank.methods.average import WeightAverage
 from adarank.methods.base import Method, merge_tensor, merge_tensors
+from adarank.methods.breadcrumbs import Breadcrumbs
+from adarank.methods.breadcrumbs_ties import BreadcrumbsTies
 from adarank.methods.cart import CART
+from adarank.methods.consensus_ta import ConsensusTA
+from adarank.methods.consensus_ties import ConsensusTies
+from adarank.methods.dare import Dare
+from adarank.methods.dare_linear import DareLinear
+from adarank.methods.dare_ties import DareTies
+from adarank.methods.dare_ties_merging import DareTiesMerging
+from adarank.methods.della import Della
+from adarank.methods.della_linear import DellaLinear
 from adarank.methods.iso_c import IsoC
 from adarank.methods.iso_cts import IsoCTS
 from adarank.methods.linear import Linear
 from adarank.methods.masked import Masked
+from adarank.methods.model_stock import ModelStock
+from adarank.methods.nuslerp import NuSlerp
+from adarank.methods.sce import SCE
+from adarank.methods.slerp import Slerp
 from adarank.methods.star import STAR
 from adarank.methods.svd_k import SVDk
 from adarank.methods.task_arithmetic import TaskArithmetic
+from adarank.methods.ties import Ties
+from adarank.methods.ties_merging import TiesMerging
 from adarank.methods.tsv_m import TSVM
 
-ALL: tuple[type[Method], ...] = (WeightAverage, Linear, TaskArithmetic, SVDk, STAR, TSVM, IsoC, IsoCTS, CART, Masked)
+ALL: tuple[type[Method], ...] = (
+    WeightAverage,
+    Linear,
+    Slerp,
+    NuSlerp,
+    ModelStock,
+    TaskArithmetic,
+    Ties,
+    DareLinear,
+    DareTies,
+    Breadcrumbs,
+    BreadcrumbsTies,
+    DellaLinear,
+    Della,
+    SCE,
+    TiesMerging,
+    Dare,
+    DareTiesMerging,
+    ConsensusTA,
+    ConsensusTies,
+    SVDk,
+    STAR,
+    TSVM,
+    IsoC,
+    IsoCTS,
+    CART,
+    Masked,
+)
 METHODS: dict[str, type[Method]] = {method.name: method for method in ALL}
 
 __all__ = [

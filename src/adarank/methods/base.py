@@ -7,7 +7,7 @@ in memory are a few copies of the largest tensor, whatever the size of the model
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ Deltas = Mapping[str, Tensor]
 """task -> task vector of one tensor, float32, in the recipe's order. May compute each value when asked."""
 
 
+M = TypeVar("M", bound="Method")
+
+
 class Method(Settings):
     """Base of the data-free methods: a frozen object of settings with two functions of one tensor.
 
@@ -29,6 +32,7 @@ class Method(Settings):
         formula, source: one line each for the catalogue.
         spectral: True if it decomposes matrices; the memory plan counts an SVD's workspace then.
         per_model: settings that each model of a recipe may carry.
+        passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.
     """
 
     name: ClassVar[str]
@@ -37,6 +41,7 @@ class Method(Settings):
     source: ClassVar[str]
     spectral: ClassVar[bool] = False
     per_model: ClassVar[tuple[str, ...]] = ()
+    passes: ClassVar[int] = 1
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """Merge one matrix (`decompose`). `origin` is float32 and may be mapped: never write to it."""
@@ -46,12 +51,23 @@ class Method(Settings):
         """Merge one tensor that is not decomposed (`scale`): by default as a matrix is."""
         return self.merge_matrix(name, origin, deltas)
 
-    def origin_kind(self) -> OriginKind:
+    def origin_kind(self, network: Network) -> OriginKind:
         """What task vectors are counted from."""
         return self.origin
 
     def check(self, network: Network) -> None:
         """Raise a `RecipeError` if the method cannot merge this network. Called before any work."""
+
+    def prepare(self: M, network: Network, device: torch.device | str) -> M:
+        """The method with all that it must know of the whole model before the first tensor is merged.
+
+        Called once before merging. May read every tensor, one at a time; returns a copy, as settings are frozen.
+        """
+        return self
+
+    def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 held beside origin, sum and one task vector; the memory plan counts them."""
+        return 5 if decomposed and self.spectral else 0
 
 
 def weighted_sum(origin: Tensor, deltas: Deltas, coefficient: Callable[[str], float]) -> Tensor:
@@ -70,23 +86,19 @@ def scaled_mean(origin: Tensor, deltas: Deltas, scale: float) -> Tensor:
 def merge_tensors(method: Method, network: Network, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model that is not a head, in the network's order, one in memory at a time."""
     with torch.no_grad():
+        prepared = method.prepare(network, device)
         for name in network.tensors:
-            yield name, merge_tensor(method, network, name, device)
+            yield name, merge_tensor(prepared, network, name, device)
 
 
 def merge_tensor(method: Method, network: Network, name: str, device: torch.device | str = "cpu") -> Tensor:
-    """One tensor of the merged model."""
+    """One tensor of the merged model, by a prepared method."""
     action = network.choices[name].action
     if action not in ("decompose", "scale"):
         return network.kept(name)
-    origin = network.origin(name, method.origin_kind(), device)
+    origin = network.origin(name, method.origin_kind(network), device)
     deltas = network.deltas(name, origin)
     merged = (
         method.merge_matrix(name, origin, deltas) if action == "decompose" else method.merge_other(name, origin, deltas)
     )
     return check_finite(merged, name, f"the result of '{method.name}'")
-
-
-def settings_of(method: type[Settings]) -> dict[str, Any]:
-    """Setting -> default (None where it must be given)."""
-    return {field.alias or key: field.default for key, field in method.model_fields.items()}

@@ -44,16 +44,19 @@ class IsoCTS(Method):
         own = int((1 - self.common) * shared.s.numel() + 1e-9) // len(deltas)
         first = shared.s.numel() - own * len(deltas)
         parts = [_top(shared, first)]
-        for delta in deltas.values():
-            matrix = as_matrix(delta)
-            residual = matrix - parts[0].u @ (parts[0].u.T @ matrix)
-            parts.append(_top(decompose(residual, name), own))
+        for task in deltas:  # not values(): its variable would hold one task vector while the next is made
+            parts.append(_top(decompose(_outside(parts[0].u, as_matrix(deltas[task])), name), own))
         u, v = (orthogonalise(torch.cat(columns, dim=1)) for columns in ([p.u for p in parts], [p.v for p in parts]))
         mean = torch.cat([part.s for part in parts]).mean()
         return origin + self.scale * mean * (u @ v.T).reshape(origin.shape)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return scaled_mean(origin, deltas, self.scale)
+
+
+def _outside(u: Tensor, matrix: Tensor) -> Tensor:
+    """What of `matrix` is not in the span of u's columns."""
+    return matrix - u @ (u.T @ matrix)
 
 
 def _top(spectrum: Spectrum, count: int) -> Spectrum:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adarank.errors import RecipeError
 from adarank.methods.base import Deltas, Method, weighted_sum
-from adarank.methods.weights import TensorWeights
+from adarank.methods.weights import PerTensor, TensorWeights
 from adarank.task_vectors import Network, OriginKind
 
 
@@ -24,7 +24,7 @@ class Linear(Method):
 
     Arguments:
         normalize: divide by the sum of the weights.
-        weights: given by the recipe's models (`parameters: {weight: …}`); 1 for models that give none.
+        weight: per model (`parameters: {weight: …}`) and tensor; 1 for models that give none.
     """
 
     name: ClassVar[str] = "linear"
@@ -34,10 +34,12 @@ class Linear(Method):
     per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
     normalize: bool = Field(True, description="divide by the sum of the weights")
-    weights: TensorWeights = Field(TensorWeights({}, ()), exclude=True)
+    weight: PerTensor = Field(
+        TensorWeights({}, ()), description="per model: a number, a list over the layers, or filters"
+    )
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        total = weighted_sum(origin, deltas, lambda task: self.weights.of(task, name))  # the origin is zero
+        total = weighted_sum(origin, deltas, lambda task: self.weight.of(task, name))  # the origin is zero
         return total.div_(self._total(name, deltas)) if self.normalize else total
 
     def check(self, network: Network) -> None:
@@ -48,4 +50,4 @@ class Linear(Method):
                 )
 
     def _total(self, name: str, tasks: Iterable[str]) -> float:
-        return sum(self.weights.of(task, name) for task in tasks)
+        return sum(self.weight.of(task, name) for task in tasks)

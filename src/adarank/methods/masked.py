@@ -35,7 +35,7 @@ class Masked(Method):
 
     masks: MaskFile = Field(description="masks file of an adapted output")
 
-    def origin_kind(self) -> OriginKind:
+    def origin_kind(self, network: Network) -> OriginKind:
         return "average" if self.masks.origin == "average" else "pretrained"
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
@@ -48,9 +48,12 @@ class Masked(Method):
         lam = dict(zip(self.masks.tasks, self.masks.lam[name].tolist(), strict=True))
         return weighted_sum(origin, deltas, lam.__getitem__)
 
+    def workspace(self, tasks: int, decomposed: bool) -> int:
+        return 5 + 3 * tasks if decomposed else 0  # every task's factors at once
+
     def check(self, network: Network) -> None:
         problems = []
-        if self.origin_kind() == "pretrained" and network.base is None:
+        if self.origin_kind(network) == "pretrained" and network.base is None:
             problems.append("the masks are about the base, and the recipe gives no base_model")
         merged = set(network.merged())
         problems += [f"{name}: merged in the masks file, kept here" for name in self.masks.lam if name not in merged]

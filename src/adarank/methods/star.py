@@ -38,8 +38,8 @@ class STAR(Method):
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         total = origin.clone()
-        for delta in deltas.values():
-            spectrum = decompose(delta, name)
+        for task in deltas:  # not values(): its variable would hold one task vector while the next is made
+            spectrum = decompose(deltas[task], name)
             k = smallest_rank(spectrum, self.share)
             kept = spectrum.s[:k].sum()
             rescale = float(spectrum.s.sum() / kept) if kept > 0 else 1.0

@@ -7,6 +7,7 @@ AdaRank (arXiv:2503.22178), Equation 2; at full rank it is Task Arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from pydantic import Field
@@ -35,16 +36,16 @@ class SVDk(Method):
     scale: float = Field(0.3, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        return low_rank_sum(name, origin, deltas, self.rank, self.scale)
+        return low_rank_sum(name, origin, deltas, lambda s: top_count(self.rank, s.numel()), self.scale)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return weighted_sum(origin, deltas, lambda task: self.scale)
 
 
-def low_rank_sum(name: str, origin: Tensor, deltas: Deltas, rank: float, scale: float) -> Tensor:
-    """origin + scale · Σ_t top_k(δ_t), with one SVD in memory at a time."""
+def low_rank_sum(name: str, origin: Tensor, deltas: Deltas, count: Callable[[Tensor], int], scale: float) -> Tensor:
+    """origin + scale · Σ_t top_k(δ_t), with one SVD in memory at a time. `count` gives k from the singular values."""
     total = origin.clone()
     for task in deltas:  # not values(): its variable would hold one task vector while the next is made
         spectrum = decompose(deltas[task], name)
-        total.add_(spectrum.reconstruct(top_count(rank, spectrum.s.numel())).reshape(origin.shape), alpha=scale)
+        total.add_(spectrum.reconstruct(count(spectrum.s)).reshape(origin.shape), alpha=scale)
     return total

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.methods.base import Deltas, Method, weighted_sum
-from adarank.methods.weights import TensorWeights
+from adarank.methods.weights import PerTensor
 from adarank.task_vectors import OriginKind
 
 
@@ -25,7 +25,7 @@ class TaskArithmetic(Method):
         scale: λ. If not given: 1 when models carry weights (as in mergekit), else 0.3.
         normalize: divide by the sum of the weights.
         int8_mask: taken from mergekit's recipes, where it saves memory in other methods; it changes nothing.
-        weights: given by the recipe's models (`parameters: {weight: …}`); 1 for models that give none.
+        weight: per model (`parameters: {weight: …}`) and tensor; 1 for models that give none.
     """
 
     name: ClassVar[str] = "task_arithmetic"
@@ -34,15 +34,15 @@ class TaskArithmetic(Method):
     source: ClassVar[str] = "Ilharco et al. 2023, arXiv:2212.04089"
     per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
-    scale: float | None = Field(None, alias="lambda", description="λ: 0.3, or 1 when models carry weights")
+    scale: PerTensor | None = Field(None, alias="lambda", description="λ: 0.3, or 1 when models carry weights")
     normalize: bool = Field(False, description="divide by the sum of the weights")
     int8_mask: bool = Field(False, description="taken from mergekit's recipes; changes nothing")
-    weights: TensorWeights | None = Field(None, exclude=True)
+    weight: PerTensor | None = Field(None, description="per model: a number, a list over the layers, or filters")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        weights = {task: self.weights.of(task, name) if self.weights else 1.0 for task in deltas}
-        default = 1.0 if self.weights else 0.3
-        scale = default if self.scale is None else self.scale
+        weights = {task: self.weight.of(task, name) if self.weight is not None else 1.0 for task in deltas}
+        default = 0.3 if self.weight is None else 1.0
+        scale = default if self.scale is None else self.scale.of("", name)
         total = sum(weights.values())
         divisor = total if self.normalize and abs(total) > 1e-8 else 1.0
         return weighted_sum(origin, deltas, lambda task: scale * weights[task] / divisor)

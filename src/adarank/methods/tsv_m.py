@@ -37,8 +37,8 @@ class TSVM(Method):
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         spectra = []
-        for delta in deltas.values():  # one whole SVD in memory at a time
-            spectrum = decompose(delta, name)
+        for task in deltas:  # one whole SVD in memory at a time, and one task vector: values() would hold two
+            spectrum = decompose(deltas[task], name)
             k = max(1, spectrum.s.numel() // len(deltas))
             spectra.append((spectrum.u[:, :k].clone(), spectrum.s[:k].clone(), spectrum.v[:, :k].clone()))
         rank = min(

@@ -1,0 +1,60 @@
+"""Model Stock: between the base and the average, the closer to the base the more the task vectors disagree.
+
+    c = mean over pairs of cos(τ_a, τ_b), clamped to [-1, 1]
+    t = T·c / (1 + (T - 1)·c)                   0 where the divisor is 0
+    merged = base + t · mean_t τ_t
+
+Angles are those of whole tensors or, with filter_wise, of their rows (the last dimension).
+Jang et al., "Model Stock: All we need is just a few fine-tuned models", arXiv:2403.19522, Eq. 4.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from adarank.errors import RecipeError
+from adarank.methods.base import Deltas, Method, scaled_mean
+from adarank.task_vectors import Network, OriginKind
+
+
+class ModelStock(Method):
+    """The average, drawn back to the base by the angles between task vectors. Needs at least two experts.
+
+    Every pair of task vectors is formed anew from the mapped files, so that two are in memory at a time.
+    """
+
+    name: ClassVar[str] = "model_stock"
+    origin: ClassVar[OriginKind] = "pretrained"
+    formula: ClassVar[str] = "W = W₀ + t mean_t τ_t; t = T c / (1 + (T - 1) c), c = mean_{a<b} cos(τ_a, τ_b)"
+    source: ClassVar[str] = "mergekit's model_stock; Jang et al. 2024, arXiv:2403.19522"
+
+    filter_wise: bool = Field(False, description="an angle for each row instead of each tensor")
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        count = len(deltas)
+        pairs = list(combinations(deltas, 2))
+        cosine = torch.stack([self._cosine(deltas, a, b) for a, b in pairs]).mean(0)
+        divisor = 1 + (count - 1) * cosine
+        share = torch.where(divisor.abs() < 1e-6, 0.0, count * cosine / divisor)
+        return origin + share * (scaled_mean(origin, deltas, 1.0) - origin)
+
+    def check(self, network: Network) -> None:
+        if len(network.experts) < 2:
+            raise RecipeError(
+                "models: 'model_stock' measures angles between experts and needs two or more, got one. Add experts."
+            )
+
+    def workspace(self, tasks: int, decomposed: bool) -> int:
+        return 3
+
+    def _cosine(self, deltas: Deltas, first: str, second: str) -> Tensor:
+        """cos(τ_a, τ_b) of whole tensors, shape (); filter-wise one for each row, shape (…, 1)."""
+        a, b = (deltas[task] if self.filter_wise else deltas[task].flatten() for task in (first, second))
+        norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+        cosine: Tensor = ((a * b).sum(dim=-1) / norms.clamp(min=1e-6)).clamp(-1, 1)
+        return cosine.unsqueeze(-1) if self.filter_wise and a.dim() else cosine

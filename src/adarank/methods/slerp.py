@@ -1,0 +1,65 @@
+"""SLERP: along the great circle from the base to one other model.
+
+    cos θ = ⟨W₀, W₁⟩ / (‖W₀‖ ‖W₁‖), each tensor as one vector
+    merged = (sin((1 - t)·θ) · W₀ + sin(t·θ) · W₁) / sin θ
+    merged = (1 - t) · W₀ + t · W₁        where |cos θ| > 0.9995
+
+Shoemake, "Animating rotation with quaternion curves", 1985.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from adarank.errors import RecipeError
+from adarank.methods.base import Deltas, Method
+from adarank.methods.weights import PerTensor
+from adarank.task_vectors import Network, OriginKind
+
+_PARALLEL = 0.9995
+
+
+class Slerp(Method):
+    """Spherical interpolation between the base (t = 0) and one other model (t = 1), each tensor as one vector."""
+
+    name: ClassVar[str] = "slerp"
+    origin: ClassVar[OriginKind] = "pretrained"
+    formula: ClassVar[str] = "W = (sin((1-t)θ) W₀ + sin(tθ) W₁) / sin θ; cos θ = ⟨W₀, W₁⟩ / (‖W₀‖ ‖W₁‖)"
+    source: ClassVar[str] = "mergekit's slerp; Shoemake 1985"
+
+    t: PerTensor = Field(description="0 the base, 1 the other: a number, a list over the layers, or filters")
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        other = next(iter(deltas.values())) + origin
+        first, second = arc(_cosine(origin, other), self.t.of("", name))
+        return first * origin + second * other
+
+    def check(self, network: Network) -> None:
+        if len(network.experts) != 1:
+            raise RecipeError(
+                f"models: 'slerp' goes from base_model to one other model, got {len(network.experts)} others"
+                f" ({', '.join(network.tasks)}). Make one of two models the base_model, or use nuslerp or linear."
+            )
+
+    def workspace(self, tasks: int, decomposed: bool) -> int:
+        return 2
+
+
+def arc(cosine: float, t: float) -> tuple[float, float]:
+    """Coefficients of both ends at share `t` of the way between unit vectors at this cosine."""
+    if abs(cosine) > _PARALLEL:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def _cosine(first: Tensor, second: Tensor) -> float:
+    """Of both as vectors. A vector of length up to 1e-8 counts as zero, at a right angle to all."""
+    norms = [float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (first, second)]
+    a, b = (norm if norm > 1e-8 else 1.0 for norm in norms)
+    return max(-1.0, min(1.0, float(((first / a) * (second / b)).sum(dtype=torch.float64))))

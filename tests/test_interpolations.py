@@ -1,0 +1,208 @@
+"""SLERP, NuSLERP, Model Stock, SCE and CART by energy, with numpy in float64 as the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import adarank
+from adarank.errors import RecipeError
+from make import MATRICES, close, family
+
+SHAPES = st.sampled_from([(6, 7), (11,), (3, 2, 4), ()])
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def tensors(shape: tuple[int, ...], count: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def rotated(a: Array, b: Array, t: float) -> Array:
+    """The unit vector of `a` turned towards `b` by t of the angle, by Gram and Schmidt; lengths interpolated as SLERP does."""
+    unit_a, unit_b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    cosine = unit_a @ unit_b
+    if abs(cosine) > 0.9995:
+        return (1 - t) * a + t * b
+    angle = np.arctan2(np.linalg.norm(unit_b - cosine * unit_a), cosine)
+    return (np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)
+
+
+@given(SHAPES, st.integers(0, 10**6), st.floats(-0.5, 1.5))
+def test_slerp_turns_each_tensor_as_one_vector(shape: tuple[int, ...], seed: int, t: float) -> None:
+    a, b = tensors(shape, 2, seed)
+    found = adarank.merge({"w": a}, {"x": {"w": b}}, "slerp", {"t": t})["w"]
+    wanted = rotated(a.double().numpy().ravel(), b.double().numpy().ravel(), t).reshape(shape)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@given(SHAPES, st.integers(0, 10**6))
+def test_slerp_ends_at_its_ends_and_keeps_the_length_of_equals(shape: tuple[int, ...], seed: int) -> None:
+    a, b = tensors(shape, 2, seed)
+    b = b * a.norm() / b.norm()
+    base, experts = {"w": a}, {"x": {"w": b}}
+    for t, end in ((0.0, a), (1.0, b)):
+        torch.testing.assert_close(adarank.merge(base, experts, "slerp", {"t": t})["w"], end, rtol=1e-5, atol=1e-6)
+    if len(shape) > 1:
+        half = adarank.merge(base, experts, "slerp", {"t": 0.5})["w"]
+        torch.testing.assert_close(half.norm(), a.norm(), rtol=1e-4, atol=0)
+
+
+def test_slerp_from_a_tensor_of_zeros_is_no_error() -> None:
+    found = adarank.merge({"w": torch.zeros(3)}, {"x": {"w": torch.ones(3)}}, "slerp", {"t": 0.5})["w"]
+    torch.testing.assert_close(found, torch.full((3,), float(np.sin(np.pi / 4))))
+
+
+def test_slerps_t_may_run_over_the_layers() -> None:
+    a, b = tensors((4, 4), 2, 0)
+    base, experts = ({f"layer.{i}.w": x.clone() for i in range(2)} for x in (a, b))
+    found = adarank.merge(base, {"x": experts}, "slerp", {"t": [0.0, 1.0]})
+    torch.testing.assert_close(found, {"layer.0.w": a, "layer.1.w": b}, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "count", "parameters"), [
+    ("slerp", 2, {"t": 0.5}), ("nuslerp", 1, {}), ("nuslerp", 3, {}), ("model_stock", 1, {}),
+])  # fmt: skip
+def test_a_wrong_number_of_experts_is_refused(name: str, count: int, parameters: dict[str, Any]) -> None:
+    base, experts = family(count)
+    with pytest.raises(RecipeError, match=f"{name}.* got (one|{count})"):
+        adarank.merge(base, experts, name, parameters)
+
+
+def test_slerp_without_t_is_refused() -> None:
+    base, experts = family(1)
+    with pytest.raises(RecipeError, match="t: Field required"):
+        adarank.merge(base, experts, "slerp")
+
+
+@given(
+    st.integers(0, 10**6),
+    st.floats(0.1, 2),
+    st.floats(0.1, 2),
+    st.booleans(),
+    st.sampled_from(["flat", "last", "first"]),
+)
+def test_nuslerp_turns_task_vectors_or_models(seed: int, u: float, v: float, with_base: bool, along: str) -> None:
+    base, a, b = tensors((6, 7), 3, seed)
+    settings = {"nuslerp_flatten": along == "flat", "nuslerp_row_wise": along == "first", "weight": {"a": u, "b": v}}
+    found = adarank.merge({"w": base} if with_base else None, {"a": {"w": a}, "b": {"w": b}}, "nuslerp", settings)["w"]
+    start = base.double().numpy() if with_base else np.zeros((6, 7))
+    x, y = (m.double().numpy() - start for m in (a, b))
+    if along == "flat":
+        wanted = rotated(x.ravel(), y.ravel(), v / (u + v)).reshape(6, 7)
+    else:
+        x, y = (x.T, y.T) if along == "first" else (x, y)
+        rows = np.stack([rotated(p, q, v / (u + v)) for p, q in zip(x, y, strict=True)])
+        wanted = rows.T if along == "first" else rows
+    np.testing.assert_allclose(found.numpy(), start + wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_nuslerp_of_opposite_task_vectors_stays_finite_and_linear() -> None:
+    base, a = torch.zeros(3, 4), torch.arange(1.0, 13).reshape(3, 4)
+    experts = {"a": {"w": a}, "b": {"w": -a}}
+    found = adarank.merge({"w": base}, experts, "nuslerp", {"weight": {"a": 3.0, "b": 1.0}})["w"]
+    torch.testing.assert_close(found, 0.5 * a)
+
+
+@given(st.floats(0.0, 0.95), st.integers(2, 5), st.integers(0, 10**6))
+def test_model_stock_of_equal_angles_has_the_papers_closed_form(cosine: float, tasks: int, seed: int) -> None:
+    """Vectors √c·shared + √(1-c)·own, with all of these orthonormal, have cosine c pairwise."""
+    generator = torch.Generator().manual_seed(seed)
+    frame = torch.linalg.qr(torch.randn(24, 24, generator=generator, dtype=torch.float64))[0]
+    offsets = [cosine**0.5 * frame[0] + (1 - cosine) ** 0.5 * frame[i + 1] for i in range(tasks)]
+    base = torch.randn(4, 6, generator=generator)
+    experts = {f"t{i}": {"w": (base + own.reshape(4, 6)).float()} for i, own in enumerate(offsets)}
+    share = tasks * cosine / (1 + (tasks - 1) * cosine)
+    wanted = base + share * torch.stack(offsets).mean(0).reshape(4, 6)
+    torch.testing.assert_close(
+        adarank.merge({"w": base}, experts, "model_stock")["w"], wanted.float(), rtol=1e-4, atol=1e-5
+    )
+
+
+@given(st.integers(2, 4), st.integers(0, 10**6), st.booleans())
+def test_model_stock_by_numpy(tasks: int, seed: int, filter_wise: bool) -> None:
+    base, shared, *own = tensors((5, 8), tasks + 2, seed)
+    experts = [base + 0.1 * (shared + x) for x in own]
+    found = adarank.merge(
+        {"w": base}, {f"t{i}": {"w": x} for i, x in enumerate(experts)}, "model_stock", {"filter_wise": filter_wise}
+    )["w"]
+    offsets = np.stack([(x - base).double().numpy() for x in experts])
+    rows = offsets if filter_wise else offsets.reshape(tasks, 1, -1)
+    units = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+    gram = np.einsum("arx,brx->rab", units, units)
+    cosine = (gram.sum(axis=(1, 2)) - tasks) / (tasks * (tasks - 1))
+    share = (tasks * cosine / (1 + (tasks - 1) * cosine))[:, None]
+    np.testing.assert_allclose(
+        (found - base).numpy(), share * offsets.mean(axis=0), atol=2e-4 * max(1, np.abs(share).max())
+    )
+
+
+def test_model_stock_of_one_expert_twice_is_that_expert_and_of_orthogonal_ones_the_base() -> None:
+    base, experts = family(1)
+    twice = {"a": experts["task0"], "b": experts["task0"]}
+    close(adarank.merge(base, twice, "model_stock"), experts["task0"])
+    apart = {"a": {"w": torch.tensor([1.0, 0, 0])}, "b": {"w": torch.tensor([0, 2.0, 0])}}
+    assert torch.equal(adarank.merge({"w": torch.zeros(3)}, apart, "model_stock")["w"], torch.zeros(3))
+
+
+def sce(base: Array, experts: list[Array], share: float) -> Array:
+    """Entry by entry, with a full sort of the variances."""
+    vectors = np.stack([x - base for x in experts]).reshape(len(experts), -1)
+    if share < 1:
+        variance = vectors.var(axis=0).astype(np.float32)
+        order = sorted(range(variance.size), key=lambda i: (-variance[i], i))
+        chosen = order[: int(np.float32((variance > 0).sum()) * np.float32(share))]
+        vectors = np.where(np.isin(np.arange(variance.size), chosen), vectors, 0)
+    weights = (vectors**2).mean(axis=1)
+    weights = weights / weights.sum() if weights.sum() >= 1e-6 else np.full(len(experts), 1 / len(experts))
+    out = []
+    for column in vectors.T:
+        sign = 1 if column.sum() >= 0 else -1
+        agree = np.sign(column) == sign
+        out.append((weights * column)[agree].sum() / max(weights[agree].sum(), 1e-6))
+    return base + np.array(out).reshape(base.shape)
+
+
+@given(SHAPES, st.integers(1, 4), st.integers(0, 10**6), st.sampled_from([0.1, 0.5, 0.7, 1.0]))
+def test_sce_by_numpy(shape: tuple[int, ...], tasks: int, seed: int, share: float) -> None:
+    base, *experts = tensors(shape, tasks + 1, seed)
+    found = adarank.merge(
+        {"w": base}, {f"t{i}": {"w": x} for i, x in enumerate(experts)}, "sce", {"select_topk": share}
+    )["w"]
+    wanted = sce(base.double().numpy(), [x.double().numpy() for x in experts], share)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("model_stock", {}), ("sce", {"select_topk": 0.5}), ("nuslerp", {})])
+def test_the_order_of_the_tasks_is_irrelevant(name: str, parameters: dict[str, Any]) -> None:
+    base, experts = family(2 if name == "nuslerp" else 4)
+    turned = dict(reversed(experts.items()))
+    close(adarank.merge(base, experts, name, parameters), adarank.merge(base, turned, name, parameters))
+
+
+@given(st.floats(0.05, 0.99), st.integers(0, 10**6))
+def test_cart_by_energy_keeps_the_fewest_components_that_hold_it(energy: float, seed: int) -> None:
+    base, experts = family(3, seed)
+    found = adarank.merge(base, experts, "cart", {"energy": energy})
+    for name in MATRICES:
+        stack = np.stack([own[name].double().numpy() for own in experts.values()])
+        wanted = stack.mean(axis=0)
+        for delta in stack - stack.mean(axis=0):
+            u, s, vh = np.linalg.svd(delta, full_matrices=False)
+            held = [(s[:k] ** 2).sum() / (s**2).sum() for k in range(len(s) + 1)]
+            k = next(k for k, share in enumerate(held) if share >= energy)
+            wanted = wanted + (u[:, :k] * s[:k]) @ vh[:k]
+        np.testing.assert_allclose(found[name].numpy(), wanted, atol=1e-4)
+
+
+def test_cart_of_all_energy_is_the_average_and_two_answers_are_refused() -> None:
+    base, experts = family(3)
+    close(adarank.merge(base, experts, "cart", {"energy": 1.0}), adarank.merge(base, experts, "average"))
+    with pytest.raises(RecipeError, match=r"rank \(0\.1\) and energy \(0\.9\).*Give one"):
+        adarank.merge(base, experts, "cart", {"rank": 0.1, "energy": 0.9})
