@@ -58,11 +58,25 @@ class Bed:
     rates: Mapping[str, float]
 
 
-# method -> row of the table, and what is tried for it on select. The first value of a tie is taken.
-STATIC: dict[str, tuple[str, Grid]] = {
-    "task_arithmetic": ("TA", {"lambda": [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]}),
-    "svd_k": ("SVD_k", {"rank": [0.04, 0.08, 0.16, 0.32], "lambda": [0.3, 0.5, 0.8, 1.2]}),
-    "cart": ("CART", {"rank": [0.02, 0.04, 0.08, 0.16, 0.32], "lambda": [0.7, 1.0, 1.3, 1.6, 2.0]}),
+_LAMBDA = [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]
+_WHOLE = [0.5, 0.8, 1.0, 1.3, 1.6, 2.0]  # for methods whose λ multiplies one whole merged task vector
+# row -> (method, what is tried for it on select, seeds). The first value of a tie is taken.
+STATIC: dict[str, tuple[str, Grid, int]] = {
+    "TA": ("task_arithmetic", {"lambda": _LAMBDA}, 1),
+    "CART": ("cart", {"rank": [0.02, 0.04, 0.08, 0.16, 0.32], "lambda": [0.7, 1.0, 1.3, 1.6, 2.0]}, 1),
+    "SVD_k": ("svd_k", {"rank": [0.04, 0.08, 0.16, 0.32], "lambda": [0.3, 0.5, 0.8, 1.2]}, 1),
+    "TIES": ("ties_merging", {"lambda": [0.2, 0.3, 0.5, 0.7, 1.0, 1.3]}, 1),
+    "DARE+TA": ("dare", {"lambda": _LAMBDA}, 3),
+    "DARE+TIES": ("dare_ties_merging", {"lambda": _LAMBDA}, 3),
+    "Consensus-TA": ("consensus_ta", {"lambda": _LAMBDA}, 1),
+    "Consensus-TIES": ("consensus_ties", {"lambda": [0.3, 0.5, 0.7, 1.0, 1.3]}, 1),
+    "Breadcrumbs": ("breadcrumbs", {"density": [0.9], "lambda": _LAMBDA}, 1),
+    "Model Stock": ("model_stock", {}, 1),
+    "STAR": ("star", {"share": [0.2, 0.4, 0.6], "lambda": [1.0, 2.0, 3.0, 4.0]}, 1),
+    "TSV-M": ("tsv_m", {"lambda": _WHOLE}, 1),
+    "Iso-C": ("iso_c", {"lambda": _WHOLE}, 1),
+    "Iso-CTS": ("iso_cts", {"lambda": _WHOLE}, 1),
+    "CART, energy": ("cart", {"energy": [0.2, 0.3, 0.4, 0.5], "lambda": [0.7, 1.0, 1.3, 1.6]}, 1),
 }
 MINILM = Bed(
     "minilm-8",
@@ -138,25 +152,26 @@ class Bench:
     def path(self, row: str, seed: int) -> Path:
         return self.records / f"{row.replace('+', '-plus-').replace(',', '').replace(' ', '-').lower()}-seed{seed}.json"
 
-    def static(self, row: str, method: Method, chosen: str) -> None:
+    def static(self, row: str, method: Method, chosen: str, seed: int = 0) -> None:
         clock = Clock()
         self.models.fill(merge_tensors(method, self.job.network))
-        seconds = clock.spent()["seconds"]
+        spent = clock.spent()
         settings = {
             "merge_method": method.name,
             "parameters": method.model_dump(by_alias=True, exclude={"weights", "masks"}),
         }
-        self.record(row, 0, {"settings": settings, "chosen": chosen, "merge_seconds": seconds})
+        self.record(row, seed, {"settings": settings, "chosen": chosen, "merge_seconds": spent["seconds"]})
 
-    def search(self, name: str) -> dict[str, Any]:
-        """The settings of a method with the best mean on select; the whole grid is kept in a record of its own."""
-        path = self.records / f"search-{name}.json"
+    def search(self, row: str) -> dict[str, Any]:
+        """The settings of a row with the best mean on select; the whole grid is kept in a record of its own."""
+        name, axes, _ = STATIC[row]
+        stem = "energy" if "energy" in axes else name
+        path = self.records / f"search-{stem}.json"
         if not path.exists():
             clock = Clock()
-            axes = STATIC[name][1]
             grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
             points = [(settings, parse(METHODS[name], settings, name)) for settings in grid]
-            found = try_points(self.job, self.models, self.data, points, self.folder / "search" / name)
+            found = try_points(self.job, self.models, self.data, points, self.folder / "search" / stem)
             best = max(found, key=lambda point: point.mean)
             self.records.mkdir(parents=True, exist_ok=True)
             content = {
@@ -170,10 +185,10 @@ class Bench:
                 **clock.spent(),
             }
             write_json(path, content)
-            shutil.rmtree(self.folder / "search" / name)
+            shutil.rmtree(self.folder / "search" / stem)
         best_point = json.loads(path.read_text())["best"]
-        print(f"search {name}: {best_point}", flush=True)
-        return {key: best_point[key] for key in STATIC[name][1]}
+        print(f"search {row}: {best_point}", flush=True)
+        return {key: best_point[key] for key in axes}
 
     def adapted(self, row: str, seed: int, start: Mapping[str, float]) -> None:
         method, origin, learn_masks, learn_lambda, _ = ADAPTED[row]
@@ -258,12 +273,15 @@ def run(bench: Bench, rows: list[str]) -> None:
     if wanted("weight average"):
         bench.static("weight average", WeightAverage(), "nothing to choose")
     best = {}
-    for name, (row, _) in STATIC.items():
-        if wanted(row) or row in ("TA", "CART"):  # adaptation starts from these two
-            best[name] = bench.search(name)
-        if wanted(row):
-            bench.static(row, parse(METHODS[name], best[name], name), f"{', '.join(best[name])} on select, with labels")
-    starts = {"pretrained": {"rank": 1.0, **best["task_arithmetic"]}, "average": best["cart"]}
+    for row, (name, axes, seeds) in STATIC.items():
+        for seed in range(seeds):
+            if wanted(row, seed) or row in ("TA", "CART"):  # adaptation starts from these two
+                best[row] = bench.search(row) if axes else {}
+            if wanted(row, seed):
+                settings = best[row] | ({"seed": seed} if seeds > 1 else {})
+                chosen = f"{', '.join(axes)} on select, with labels" if axes else "nothing to choose"
+                bench.static(row, parse(METHODS[name], settings, name), chosen, seed)
+    starts = {"pretrained": {"rank": 1.0, **best["TA"]}, "average": best["CART"]}
     for seed in range(3):
         for row, (_, origin, _, _, seeds) in ADAPTED.items():
             if seed < seeds and wanted(row, seed):
