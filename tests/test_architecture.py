@@ -23,7 +23,7 @@ LAYERS = [
     {"errors", "settings"},
     {"hub", "checkpoint", "writer", "select"},
     {"task_vectors", "data", "models"},
-    {"spectrum", "blocks", "masks"},
+    {"spectrum", "bases", "blocks", "masks"},
     {"methods", "adapt"},
     {"evaluate", "record"},
     {"recipe", "plan", "tasks", "networks", "catalogue", "inspection"},

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adarank.spectrum import Spectrum, as_matrix, decompose
+from adarank.bases import BASES, Basis
+from adarank.spectrum import Spectrum, as_matrix
 from adarank.task_vectors import Network, OriginKind
 
 
@@ -122,18 +123,24 @@ class Blocks:
         shares = []
         start = 0
         for own in mask.split(self.sizes):
-            from_whole = 2 * int(own.sum()) > own.numel() or own.numel() == 0
+            # a tensor without any components is scaled; a task without any in a decomposed one adds nothing
+            from_whole = 2 * int(own.sum()) > own.numel() or self.components == 0
             shares.append((from_whole, torch.nonzero(own != from_whole).squeeze(1) + start))
             start += own.numel()
         return shares
 
 
 def build_blocks(
-    network: Network, origin_kind: OriginKind, device: torch.device | str = "cpu", spectra: bool = True
+    network: Network,
+    origin_kind: OriginKind,
+    device: torch.device | str = "cpu",
+    spectra: bool = True,
+    basis: Basis = BASES["task_vectors"],
 ) -> dict[str, Blocks]:
     """Origin and task vectors of every merged tensor of a network, decomposed where the network says so.
 
     Arguments:
+        basis: how matrices are decomposed.
         spectra: False where all components stay kept: then no matrix needs an SVD.
     """
     blocks = {}
@@ -141,25 +148,33 @@ def build_blocks(
         origin = network.origin(name, origin_kind, device)
         deltas = network.deltas(name, origin)
         decomposed = spectra and network.choices[name].action == "decompose"
-        blocks[name] = task_vector_blocks(origin, deltas, name) if decomposed else scaled_block(origin, deltas)
+        if decomposed:
+            blocks[name] = task_vector_blocks(origin, deltas, name, basis)
+        else:
+            blocks[name] = scaled_block(origin, deltas, basis)
     return blocks
 
 
-def scaled_block(origin: Tensor, deltas: Mapping[str, Tensor]) -> Blocks:
-    """Blocks of a tensor that is only scaled: origin + Σ λ_t δ_t."""
-    wholes: list[Tensor | None] = [as_matrix(delta) for delta in deltas.values()]
+def scaled_block(origin: Tensor, deltas: Mapping[str, Tensor], basis: Basis = BASES["task_vectors"]) -> Blocks:
+    """Blocks of a tensor that is only scaled: origin + Σ λ_t δ_t, or its mean where the basis says so."""
+    factor = basis.scaled(len(deltas))
+    wholes: list[Tensor | None] = [as_matrix(d if factor == 1 else d * factor) for d in deltas.values()]
     rows, columns = as_matrix(origin).shape
+    if basis.common:  # nothing is common to tensors without components
+        wholes.append(origin.new_zeros(()).expand(rows, columns))
     empty = (origin.new_zeros((rows, 0)), origin.new_zeros(0), origin.new_zeros((columns, 0)))
     return Blocks(origin, wholes, *empty, (0,) * len(wholes))
 
 
-def task_vector_blocks(origin: Tensor, deltas: Mapping[str, Tensor], name: str = "matrix") -> Blocks:
-    """Blocks of a matrix from the plain SVD of each task vector: the basis of Task Arithmetic and of CART."""
-    return from_spectra(origin, [decompose(delta, name) for delta in deltas.values()])
+def task_vector_blocks(
+    origin: Tensor, deltas: Mapping[str, Tensor], name: str = "matrix", basis: Basis = BASES["task_vectors"]
+) -> Blocks:
+    """Blocks of a matrix; by default from the plain SVD of each task vector, as for Task Arithmetic and CART."""
+    return from_spectra(origin, basis.spectra(deltas, name))
 
 
 def from_spectra(origin: Tensor, spectra: Sequence[Spectrum]) -> Blocks:
-    """Blocks from one spectrum per task."""
+    """Blocks from one spectrum per task (and the common one, where a basis has it)."""
     return Blocks(
         origin,
         [None] * len(spectra),

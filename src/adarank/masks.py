@@ -55,11 +55,12 @@ class MaskFile:
 
     Attributes:
         origin: "pretrained" or "average".
-        tasks: the order of λ and of each mask's parts.
+        tasks: the order of λ and of each mask's parts: the tasks, and "common" last where the basis has such a block.
         lam: tensor name -> (tasks,) float32 coefficients.
         masks: matrix name -> (K,) bool over all tasks' components.
         sizes: matrix name -> components per task.
         about: how it was made: settings, input hashes.
+        basis: how matrices were decomposed.
     """
 
     origin: str
@@ -68,6 +69,7 @@ class MaskFile:
     masks: Mapping[str, Tensor]
     sizes: Mapping[str, tuple[int, ...]]
     about: Mapping[str, Any]
+    basis: str = "task_vectors"
 
     def kept_share(self) -> float:
         """Share of all components that are kept."""
@@ -84,7 +86,7 @@ class MaskFile:
         tensors = {"lambda": torch.stack([self.lam[name].float().cpu() for name in names])}
         for name, mask in self.masks.items():
             tensors[f"mask.{name}"] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
-        header = {"origin": self.origin, "tasks": list(self.tasks), "tensors": names, "about": dict(self.about),
+        header = {"origin": self.origin, "tasks": list(self.tasks), "tensors": names, "about": dict(self.about), "basis": self.basis,
                   "sizes": {name: list(sizes) for name, sizes in self.sizes.items()}}  # fmt: skip
         write_tensors(path, tensors, {"format": _FORMAT, "header": json.dumps(header)})
 
@@ -122,7 +124,7 @@ class MaskFile:
         lam = dict(zip(header["tensors"], tensors["lambda"], strict=True))
         sizes = {name: tuple(parts) for name, parts in header["sizes"].items()}
         masks = {n: _unpack(tensors[f"mask.{n}"], sum(parts)) for n, parts in sizes.items()}
-        return cls(header["origin"], tasks, lam, masks, sizes, header["about"])
+        return cls(header["origin"], tasks, lam, masks, sizes, header["about"], header.get("basis", "task_vectors"))
 
 
 def _unpack(bits: Tensor, count: int) -> Tensor:

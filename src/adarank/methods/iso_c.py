@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, scaled_mean, weighted_sum
-from adarank.spectrum import decompose
+from adarank.bases import assembled, iso_c
+from adarank.methods.base import Deltas, Method, scaled_mean
 from adarank.task_vectors import OriginKind
 
 
@@ -36,9 +35,7 @@ class IsoC(Method):
     scale: float = Field(1.0, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        spectrum = decompose(weighted_sum(torch.zeros_like(origin), deltas, lambda task: 1.0), name)
-        merged = spectrum.s.mean() * spectrum.u @ spectrum.v.T
-        return origin + self.scale * merged.reshape(origin.shape)
+        return origin + self.scale * assembled(iso_c(deltas, name)).reshape(origin.shape)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return scaled_mean(origin, deltas, self.scale)

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, scaled_mean, weighted_sum
-from adarank.spectrum import Spectrum, as_matrix, decompose, orthogonalise
+from adarank.bases import SHARE, assembled, iso_cts
+from adarank.methods.base import Deltas, Method, scaled_mean
 from adarank.task_vectors import OriginKind
 
 
@@ -36,28 +35,11 @@ class IsoCTS(Method):
     source: ClassVar[str] = "Marczak et al. 2025, arXiv:2502.04959"
     spectral: ClassVar[bool] = True
 
-    common: float = Field(0.8, gt=0, le=1, description="share of components in the common subspace")
+    common: float = Field(SHARE, gt=0, le=1, description="share of components in the common subspace")
     scale: float = Field(1.0, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        shared = decompose(weighted_sum(torch.zeros_like(origin), deltas, lambda task: 1.0), name)
-        own = int((1 - self.common) * shared.s.numel() + 1e-9) // len(deltas)
-        first = shared.s.numel() - own * len(deltas)
-        parts = [_top(shared, first)]
-        for task in deltas:  # not values(): its variable would hold one task vector while the next is made
-            parts.append(_top(decompose(_outside(parts[0].u, as_matrix(deltas[task])), name), own))
-        u, v = (orthogonalise(torch.cat(columns, dim=1)) for columns in ([p.u for p in parts], [p.v for p in parts]))
-        mean = torch.cat([part.s for part in parts]).mean()
-        return origin + self.scale * mean * (u @ v.T).reshape(origin.shape)
+        return origin + self.scale * assembled(iso_cts(deltas, name, self.common)).reshape(origin.shape)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return scaled_mean(origin, deltas, self.scale)
-
-
-def _outside(u: Tensor, matrix: Tensor) -> Tensor:
-    """What of `matrix` is not in the span of u's columns."""
-    return matrix - u @ (u.T @ matrix)
-
-
-def _top(spectrum: Spectrum, count: int) -> Spectrum:
-    return Spectrum(spectrum.u[:, :count].clone(), spectrum.s[:count].clone(), spectrum.v[:, :count].clone())

@@ -14,6 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from adarank.bases import BASES
 from adarank.blocks import task_vector_blocks
 from adarank.errors import MismatchError, itemise
 from adarank.masks import MaskFile
@@ -41,12 +42,17 @@ class Masked(Method):
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         if name not in self.masks.masks:  # adapted without spectra: all components kept
             return self.merge_other(name, origin, deltas)
-        blocks = task_vector_blocks(origin, deltas, name)
+        blocks = task_vector_blocks(origin, deltas, name, BASES[self.masks.basis])
+        if blocks.sizes != self.masks.sizes[name]:
+            raise MismatchError(
+                f"{name}: {self.masks.sizes[name]} components in the masks file, {blocks.sizes} here. Use the recipe that it was made with."
+            )
         return blocks.compose(self.masks.lam[name], self.masks.masks[name])
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         lam = dict(zip(self.masks.tasks, self.masks.lam[name].tolist(), strict=True))
-        return weighted_sum(origin, deltas, lam.__getitem__)
+        factor = BASES[self.masks.basis].scaled(len(deltas))
+        return weighted_sum(origin, deltas, lambda task: lam[task] * factor)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         return 5 + 3 * tasks if decomposed else 0  # every task's factors at once
@@ -57,11 +63,15 @@ class Masked(Method):
             problems.append("the masks are about the base, and the recipe gives no base_model")
         merged = set(network.merged())
         problems += [f"{name}: merged in the masks file, kept here" for name in self.masks.lam if name not in merged]
-        if set(self.masks.tasks) != set(network.tasks):
+        if self.masks.basis not in BASES:
+            problems.append(f"basis '{self.masks.basis}' in the masks file; known are {', '.join(BASES)}")
+            raise MismatchError(itemise("The masks file is of another merge.", problems, "Update adarank."))
+        groups = BASES[self.masks.basis].groups(network.tasks)
+        if set(self.masks.tasks) != set(groups):
             problems.append(
                 f"tasks {sorted(self.masks.tasks)} in the masks file, {sorted(network.tasks)} in the recipe"
             )
-        elif self.masks.tasks != network.tasks:
+        elif self.masks.tasks != groups:
             problems.append(
                 f"tasks in the order {list(self.masks.tasks)} in the masks file, {list(network.tasks)} in the recipe"
             )
@@ -80,6 +90,8 @@ class Masked(Method):
         if not self.masks.sizes:  # adapted without spectra: λ is all there is
             return []
         shape = network.tensors[name].shape
+        if self.masks.basis != "task_vectors":  # how many components a basis gives is compared when they are there
+            return []
         rank = min(shape[0], network.tensors[name].numel // shape[0])
         sizes = self.masks.sizes.get(name, ())
         return (

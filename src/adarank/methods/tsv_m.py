@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
+from adarank.bases import assembled, tsv_m
 from adarank.methods.base import Deltas, Method, scaled_mean
-from adarank.spectrum import decompose, orthogonalise
 from adarank.task_vectors import OriginKind
 
 
@@ -36,17 +35,7 @@ class TSVM(Method):
     scale: float = Field(1.0, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        spectra = []
-        for task in deltas:  # one whole SVD in memory at a time, and one task vector: values() would hold two
-            spectrum = decompose(deltas[task], name)
-            k = max(1, spectrum.s.numel() // len(deltas))
-            spectra.append((spectrum.u[:, :k].clone(), spectrum.s[:k].clone(), spectrum.v[:, :k].clone()))
-        rank = min(
-            spectra[0][0].shape[0], spectra[0][2].shape[0]
-        )  # with more tasks than components, the first ones fill it
-        u, s, v = (torch.cat([parts[i] for parts in spectra], dim=-1)[..., :rank] for i in range(3))
-        merged = (orthogonalise(u) * s) @ orthogonalise(v).T
-        return origin + self.scale * merged.reshape(origin.shape)
+        return origin + self.scale * assembled(tsv_m(deltas, name)).reshape(origin.shape)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return scaled_mean(origin, deltas, self.scale)
