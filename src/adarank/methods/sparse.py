@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.methods.base import Deltas, Method
-from adarank.methods.sparsify import norm_kept
+from adarank.methods.sparsify import norm_ratio
 from adarank.methods.weights import PerTensor, TensorWeights, rest
 from adarank.task_vectors import OriginKind
 
@@ -46,10 +46,11 @@ class Election:
         self._down_weight += weight * (vector < 0)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """The sum of the entries whose sign was elected, and the sum of their weights."""
+        """The sum of the entries whose sign was elected, and the sum of their weights. Uses up the election."""
         up = self._total >= 0 if self._zero_is_positive else self._total > 0
         down = self._total < 0
-        return (self._up * up).add_(self._down * down), (self._up_weight * up).add_(self._down_weight * down)
+        total = self._up.mul_(up).add_(self._down.mul_(down))
+        return total, self._up_weight.mul_(up).add_(self._down_weight.mul_(down))
 
 
 class SparseSum(Method):
@@ -82,25 +83,30 @@ class SparseSum(Method):
         raise NotImplementedError
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        if self.elects:
-            election = Election(origin, zero_is_positive=True)
-            for task in deltas:
-                weight = self.weight.of(task, name)
-                election.add(self._cut(deltas[task], task, name).mul_(weight), weight)
-            total, divisor = election.result()
-            divisor[divisor == 0] = 1
-        else:
-            total = torch.zeros_like(origin)
-            for task in deltas:
-                total.add_(self._cut(deltas[task], task, name), alpha=self.weight.of(task, name))
-            weights = sum(self.weight.of(task, name) for task in deltas)
-            divisor = torch.tensor(weights if abs(weights) >= 1e-8 else 1.0, device=origin.device)
+        total, divisor = (self._elected if self.elects else self._summed)(name, origin, deltas)
         if self.normalize:
             total /= divisor
-        return origin + self.scale.of("", name) * total
+        return total.mul_(self.scale.of("", name)).add_(origin)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
-        return 8 if self.elects else 4  # an election's five sums; magnitudes or noise, and what ranks them
+        return 8 if self.elects else 5  # an election's five sums; magnitudes or noise, and what ranks them
+
+    def _elected(self, name: str, origin: Tensor, deltas: Deltas) -> tuple[Tensor, Tensor | float]:
+        """The sum of what agrees in sign, and of its weights, entry by entry; 1 where nothing was added."""
+        election = Election(origin, zero_is_positive=True)
+        for task in deltas:  # not items(): its variable would hold one task vector while the next is made
+            weight = self.weight.of(task, name)
+            election.add(self._cut(deltas[task], task, name).mul_(weight), weight)
+        total, divisor = election.result()
+        return total, divisor.masked_fill_(divisor == 0, 1)
+
+    def _summed(self, name: str, origin: Tensor, deltas: Deltas) -> tuple[Tensor, Tensor | float]:
+        """The sum, and that of the weights; 1 if that is 0."""
+        total = torch.zeros_like(origin)
+        for task in deltas:
+            total.add_(self._cut(deltas[task], task, name), alpha=self.weight.of(task, name))
+        weights = sum(self.weight.of(task, name) for task in deltas)
+        return total, weights if abs(weights) >= 1e-8 else 1.0
 
     def _cut(self, delta: Tensor, task: str, name: str) -> Tensor:
         """The task vector with what is not kept set to 0: a new tensor."""
@@ -108,4 +114,4 @@ class SparseSum(Method):
         if density >= 1:
             return delta.clone()
         cut = delta * self.kept(delta, density, task, name)
-        return norm_kept(delta, cut) if self.rescale else cut
+        return cut.mul_(norm_ratio(delta, cut)) if self.rescale else cut

@@ -77,10 +77,10 @@ def noise(like: Tensor, seed: int, task: str, name: str) -> Tensor:
     return torch.rand(like.shape, generator=generator).to(like.device)
 
 
-def norm_kept(whole: Tensor, part: Tensor) -> Tensor:
-    """`part` scaled to the L1 norm of `whole`, unless either is almost zero."""
-    before, after = whole.abs().sum(), part.abs().sum()
-    return part if min(before, after) < 1e-7 else part * (before / after)
+def norm_ratio(whole: Tensor, part: Tensor) -> float:
+    """‖whole‖₁ / ‖part‖₁, or 1 if either is almost zero."""
+    before, after = (float(torch.linalg.vector_norm(x, 1)) for x in (whole, part))
+    return 1.0 if min(before, after) < 1e-7 else before / after
 
 
 def _filled(sure: Tensor, equal: Tensor, count: int) -> Tensor:
