@@ -377,10 +377,13 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
 class Words:
     """A family whose inputs are their words."""
 
-    kind, keep_embeddings, token_budget = "text-classification", True, 64
+    kind, keep_embeddings, paths, token_budget = "text-classification", True, False, 64
 
     def columns(self, spec: TaskSpec) -> list[str]:
         return [spec.columns.text, *([spec.columns.text_pair] if spec.columns.text_pair else [])]
+
+    def key(self, value: Any) -> str:
+        return str(value)
 
     def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[Numbers, list[str]]:
         return Numbers([len(str(text).split()) for text in table[spec.columns.text]]), ["a note"]

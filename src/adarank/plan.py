@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from adarank.checkpoint import Checkpoint
-from adarank.errors import AdaRankError, CheckpointError, itemise
+from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
 from adarank.hub import resolve
 from adarank.methods import Method
-from adarank.models import FAMILIES, Family
-from adarank.recipe import Recipe
+from adarank.models import FAMILIES, Family, kind_of
+from adarank.recipe import Recipe, different_kinds
 from adarank.task_vectors import Network, align
 
 Note = Callable[[str], None]
@@ -86,12 +86,30 @@ def open_job(recipe: Recipe) -> Job:
     if problems:
         raise CheckpointError(itemise(f"{len(problems)} checkpoints cannot be read:", problems))
     base = opened.pop("base", None) if recipe.base_model else None
-    family = FAMILIES[next(iter(recipe.kinds))] if recipe.kinds else None
+    family = _family(recipe, opened)
     network = align(base, opened, recipe.select, bool(family and family.keep_embeddings), family is not None)
     method = None if recipe.adaptive else recipe.method(network.merged())
     if method is not None:
         method.check(network)
     return Job(recipe, base, opened, network, family, method)
+
+
+def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
+    """The kind of the recipe's tasks: as it says, else as the experts' config.json tells. None if there are no tasks."""
+    tasks = {name: entry.task for name, entry in recipe.experts.items() if entry.task}
+    kinds = {name: task.kind or kind_of(experts[name].config) for name, task in tasks.items()}
+    untold = [
+        f"models: the kind of task '{name}' cannot be told from {experts[name].folder / 'config.json'}. Give task: kind, one of {', '.join(FAMILIES)}."
+        for name, kind in kinds.items()
+        if kind is None
+    ]
+    known = {kind for kind in kinds.values() if kind}
+    problems = untold + ([different_kinds(known)] if len(known) > 1 else [])
+    if problems:
+        raise RecipeError(
+            problems[0] if len(problems) == 1 else itemise(f"recipe: {len(problems)} problem(s).", problems)
+        )
+    return FAMILIES[known.pop()] if known else None
 
 
 def peak_bytes(job: Job) -> int:
@@ -131,6 +149,7 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
     return {
         "merge_method": job.recipe.merge_method,
         "tasks": list(network.tasks),
+        "kind": job.family.kind if job.family else None,
         "actions": dict(actions),
         "tensors": {
             name: {

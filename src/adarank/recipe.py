@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +86,8 @@ class Recipe(Settings):
 
     @property
     def kinds(self) -> set[str]:
-        return {entry.task.kind for entry in self.experts.values() if entry.task}
+        """Kinds that the recipe itself gives its tasks."""
+        return {entry.task.kind for entry in self.experts.values() if entry.task and entry.task.kind}
 
     def output_dtype(self) -> torch.dtype | None:
         """The dtype of the output, or None for each tensor's own in the base."""
@@ -180,9 +181,7 @@ def _check(recipe: Recipe, where: str) -> None:
                     f"models: '{task}' has parameter '{key}', which '{recipe.merge_method}' does not take.{nearest(key, allowed) if allowed else ''}"
                 )
     if len(recipe.kinds) > 1:
-        problems.append(
-            f"models: tasks of different kinds ({', '.join(sorted(recipe.kinds))}) cannot share one network."
-        )
+        problems.append(different_kinds(recipe.kinds))
     needs_base = recipe.adaptive or getattr(METHODS[recipe.merge_method], "origin", None) == "pretrained"
     if needs_base and recipe.base_model is None:
         problems.append(f"base_model: '{recipe.merge_method}' needs the model that the experts were fine-tuned from.")
@@ -195,6 +194,11 @@ def _check(recipe: Recipe, where: str) -> None:
             problems += str(error).split("\n")
     if problems:
         raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems))
+
+
+def different_kinds(kinds: Iterable[str]) -> str:
+    """The sentence that refuses tasks of more than one kind."""
+    return f"models: tasks of different kinds ({', '.join(sorted(kinds))}) cannot share one network."
 
 
 def _task_names(entries: list[ModelEntry]) -> list[str]:

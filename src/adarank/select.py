@@ -23,6 +23,7 @@ from adarank.settings import Settings
 Action = Literal["decompose", "scale", "keep", "head"]
 
 _EMBEDDING = ("embed", "wte", "wpe", "shared.weight")
+_TABLE = "position_bias_table"  # of Swin and its kin: two-dimensional, but a list of biases
 _HEADS = ("classifier", "pre_classifier", "score", "head", "heads", "lm_head", "logits_proj", "classification_head")
 
 
@@ -102,6 +103,8 @@ def _default(info: TensorInfo, keep_embeddings: bool) -> Choice:
     embedding = any(part in info.name.lower() for part in _EMBEDDING)
     if len(info.shape) != 2 or min(info.shape) < 2:
         return Choice("scale", f"{len(info.shape)}-D tensor")
+    if info.name.endswith(_TABLE):
+        return Choice("scale", "positional table")
     if embedding:
         return Choice("keep", "embedding table") if keep_embeddings else Choice("scale", "embedding table")
     return Choice("decompose", "matrix")

@@ -64,7 +64,8 @@ class TaskReader:
     def load(self, name: str, spec: TaskSpec, expert: Path, config: Mapping[str, Any]) -> TaskData:
         """Read a task and encode its inputs with the tokenizer or processor in the expert's folder."""
         rows = self.read(name, spec, config)
-        examples, notes = self.family.encode(rows.table, spec, expert)
+        named = spec.model_copy(update={"name": name})  # a recipe may leave the name to the model's path
+        examples, notes = self.family.encode(rows.table, named, expert)
         dropped = [
             f"{n} {split} input(s) left out: they are in a later split too" for split, n in rows.splits.dropped.items()
         ]
@@ -83,7 +84,8 @@ class TaskReader:
         if not given:
             raise DataError(f"task '{name}': none of adapt, select and test is given. Give at least one file.")
         return {
-            split: read_table(source, self.folder, columns, [spec.columns.label]) for split, source in given.items()
+            split: read_table(source, self.folder, columns, [spec.columns.label], self.family.paths)
+            for split, source in given.items()
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,21 @@ Table = dict[str, Sequence[Any]]
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
-def read_table(source: str | HubData, folder: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Table:
+def read_table(
+    source: str | HubData, folder: Path, columns: Sequence[str], optional: Sequence[str] = (), paths: bool = False
+) -> Table:
     """Read the columns of a file or dataset.
 
     Arguments:
         source: a path (relative ones count from `folder`) or a dataset on the hub.
         columns: names that must be there.
         optional: names that are read if they are there (labels of an adapt file).
+        paths: text in `columns` is the path of a file; relative ones count from the data file's folder.
 
     Raises:
         DataError: no such file, an unknown format, a damaged file or a missing column.
     """
-    label, table = _read_hub(source) if isinstance(source, HubData) else _read_file(source, folder)
+    label, table = _read_hub(source, folder) if isinstance(source, HubData) else _read_file(source, folder)
     lost = [name for name in columns if name not in table]
     if lost:
         raise DataError(
@@ -40,7 +43,19 @@ def read_table(source: str | HubData, folder: Path, columns: Sequence[str], opti
     chosen = {name: table[name] for name in [*columns, *optional] if name in table}
     if len(next(iter(chosen.values()))) == 0:
         raise DataError(f"{label}: no rows.")
+    if paths and Path(label).is_file():
+        near = Path(label).parent
+        chosen |= {name: [_anchored(value, near) for value in chosen[name]] for name in columns}
     return chosen
+
+
+def _anchored(value: Any, folder: Path) -> Any:
+    """A relative path counted from `folder`, alone or as `datasets` stores it; anything else as it is."""
+    if isinstance(value, str):
+        return str(folder / value)
+    if isinstance(value, Mapping) and not value.get("bytes") and value.get("path"):
+        return {**value, "path": str(folder / value["path"])}
+    return value
 
 
 def _read_file(source: str, folder: Path) -> tuple[str, Table]:
@@ -49,7 +64,8 @@ def _read_file(source: str, folder: Path) -> tuple[str, Table]:
     if not path.exists():
         raise DataError(f"{path}: no such data file. Relative paths count from the recipe's folder.")
     if path.is_dir():
-        return str(path), _image_folder(path)
+        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        return str(path), _read_saved(path) if saved else _image_folder(path)
     readers = {
         ".tsv": _read_tsv,
         ".csv": _read_csv,
@@ -123,20 +139,46 @@ def _read_npz(path: Path) -> Table:
 def _image_folder(path: Path) -> Table:
     """One sub-folder a class, sorted by name; images are given as paths."""
     files = [(f, f.parent.name) for f in sorted(path.glob("*/*")) if f.suffix.lower() in _IMAGES]
+    if not files:
+        raise DataError(
+            f"{path}: no rows. A folder of images needs one sub-folder a class with {', '.join(_IMAGES)} files in it."
+        )
     return {"image": [str(f) for f, _ in files], "label": [c for _, c in files]}
 
 
-def _read_hub(source: HubData) -> tuple[str, Table]:
+def _read_saved(path: Path) -> Table:
+    """A folder that `save_to_disk` of `datasets` wrote."""
+    rows = _datasets(str(path)).load_from_disk(str(path))
+    if isinstance(rows, dict):
+        raise DataError(f"{path}: holds the splits {', '.join(rows)}. Name one of these sub-folders.")
+    return _plain(rows)
+
+
+def _datasets(label: str) -> Any:
     try:
-        import datasets  # an extra: only datasets of the hub need it
+        import datasets  # an extra: only its own datasets need it
     except ImportError:
-        raise DataError(
-            f"dataset '{source.dataset}' needs the package `datasets`: pip install 'adarank[data]'."
-        ) from None
+        raise DataError(f"dataset '{label}' needs the package `datasets`: pip install 'adarank[data]'.") from None
+    return datasets
+
+
+def _plain(rows: Any) -> Table:
+    """Columns of a dataset. Its images stay encoded: decoded ones would not fit into memory, nor tell a file by its bytes."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return {name: rows[name] for name in rows.column_names}
+
+
+def _read_hub(source: HubData, folder: Path) -> tuple[str, Table]:
+    datasets = _datasets(source.dataset)
+    name = str(folder / source.dataset) if (folder / source.dataset).is_dir() else source.dataset
     try:
-        rows = datasets.load_dataset(source.dataset, source.config, split=source.split, revision=source.revision)
+        rows = datasets.load_dataset(name, source.config, split=source.split, revision=source.revision)
     except Exception as error:  # datasets raises many unrelated classes
         raise DataError(
             f"dataset '{source.dataset}': could not be loaded ({type(error).__name__}: {error}). Check name, config, split and network."
         ) from error
-    return f"dataset '{source.dataset}'", {name: rows[name] for name in rows.column_names}
+    return f"dataset '{source.dataset}'", _plain(rows)

@@ -43,7 +43,7 @@ class TaskSpec(Settings):
 
     Arguments:
         name: what tables call it.
-        kind: the family of models and data.
+        kind: the family of models and data; if it is not given, the expert's config.json tells it.
         data: one file or dataset, split by fractions, or one per split.
         columns: where inputs and labels are.
         metric: `accuracy` or `matthews` (Matthews correlation), both ×100 in tables.
@@ -52,7 +52,7 @@ class TaskSpec(Settings):
     """
 
     name: str | None = None
-    kind: Literal["text-classification", "image-classification"] = "text-classification"
+    kind: Literal["text-classification", "image-classification"] | None = None
     data: str | HubData | SplitData | None = None
     columns: Columns = Columns()
     metric: Literal["accuracy", "matthews"] = "accuracy"

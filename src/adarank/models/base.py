@@ -28,13 +28,21 @@ class Family(Protocol):
 
     Attributes:
         kind: what recipes call it.
+        architecture: what the class names of its models contain.
         keep_embeddings: embedding tables are kept from the base by default.
+        paths: text in an input column is the path of a file that holds the input.
         token_budget: padded tokens (or their like) in one batch when scoring.
     """
 
     kind: str
+    architecture: str
     keep_embeddings: bool
+    paths: bool
     token_budget: int
+
+    def auto_class(self) -> Any:
+        """The class of `transformers` that finds a model's own class by its configuration."""
+        ...
 
     def load(self, folder: Path) -> nn.Module:
         """A model with its head, in float32 and evaluation mode."""
@@ -181,7 +189,8 @@ def load_quietly(auto_class: Any, folder: Path) -> nn.Module:
     try:
         with quiet_transformers():
             module: nn.Module = auto_class.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        # TypeError: config.json names no architectures, and the model type has several
         raise CheckpointError(
             f"{folder}: cannot be loaded as {auto_class.__name__} ({str(error).splitlines()[0][:200]}). Check config.json and the weights."
         ) from None

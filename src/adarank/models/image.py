@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from adarank.data.read import Table
@@ -21,44 +22,58 @@ from adarank.errors import CheckpointError, DataError
 from adarank.models.base import load_quietly
 
 _KEPT_BYTES = 128 * 2**20  # processed images that a task keeps in memory; the rest are processed anew for each batch
-_CHUNK = 256
 
 
 class ImageExamples:
     """Images, brought to the model's input when a batch is formed.
 
-    As many as fit into a fixed amount of memory are processed once and kept.
+    As many as fit into a fixed amount of memory are processed once and kept. Of the others at least the header is
+    read at once, so that what is no image is found before anything is spent.
     """
 
     def __init__(self, task: str, processor: Any, mode: str, images: Sequence[Any]) -> None:
         self._task, self._processor, self._mode, self._images = task, processor, mode, images
-        self._kept = self._process(range(min(_CHUNK, len(images))))
-        room = _KEPT_BYTES // max(1, self._kept[0].nbytes)
-        if room > len(self._kept) < len(images):
-            rest = range(len(self._kept), min(room, len(images)))
-            parts = [self._process(rest[start : start + _CHUNK]) for start in range(0, len(rest), _CHUNK)]
-            self._kept = torch.cat([self._kept, *parts])
-        self.lengths: Sequence[int] = [self._kept.shape[-1] * self._kept.shape[-2]] * len(images)
+        first = self._processed(0)
+        count = min(len(images), max(1, _KEPT_BYTES // max(1, first.nbytes)))
+        self._kept = torch.empty((count, *first.shape))
+        self._kept[0] = first
+        for row in range(1, count):
+            self._kept[row] = self._processed(row)
+        for row in range(count, len(images)):
+            with _named(self._where(row), images[row]):
+                _opened(images[row]).close()
+        self.lengths: Sequence[int] = [first.shape[-1] * first.shape[-2]] * len(images)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         if all(row < len(self._kept) for row in rows):
             return {"pixel_values": self._kept[list(rows)]}
-        parts = [self._kept[row : row + 1] if row < len(self._kept) else self._process([row]) for row in rows]
-        return {"pixel_values": torch.cat(parts)}
+        images = [self._kept[row] if row < len(self._kept) else self._processed(row) for row in rows]
+        return {"pixel_values": torch.stack(images)}
 
     def content(self) -> bytes:
         return repr((self._mode, self._processor.to_dict(), [image_key(image) for image in self._images])).encode()
 
-    def _process(self, rows: Sequence[int]) -> Tensor:
-        opened = [_open(self._images[row], self._mode, f"task '{self._task}', row {row + 1}") for row in rows]
+    def _where(self, row: int) -> str:
+        return f"task '{self._task}', row {row + 1}"
+
+    def _processed(self, row: int) -> Tensor:
+        """(channels, height, width) float32: an image as the model takes it."""
+        with _named(self._where(row), self._images[row]):
+            array = _decoded(self._images[row], self._mode)
         try:
-            # channels are last in every PIL image; left to guess, a processor errs on very small ones
-            pixels = self._processor(images=opened, return_tensors="pt", input_data_format="channels_last")
-        except (ValueError, TypeError) as error:
+            # an array with its channels said to be last: left to guess, or given a PIL image, some versions of
+            # the processors take the height of a small image for its channels
+            made = self._processor(images=[array], return_tensors="pt", input_data_format="channels_last")
+            found: Tensor = made["pixel_values"][0].to(torch.float32)
+        except (ValueError, TypeError, RuntimeError) as error:
             raise DataError(
-                f"task '{self._task}': the model's image processor refuses the images ({error}). Check preprocessor_config.json."
+                f"{self._where(row)}: the model's image processor refuses the image ({_short(error)}). Check preprocessor_config.json."
             ) from None
-        found: Tensor = pixels["pixel_values"].to(torch.float32)
+        if row > 0 and found.shape != self._kept.shape[1:]:
+            raise DataError(
+                f"{self._where(row)}: the model's image processor makes {tuple(found.shape)} of this image and {tuple(self._kept.shape[1:])} of the first. "
+                "Have all images brought to one size by do_resize, size and crop_size in preprocessor_config.json."
+            )
         return found
 
 
@@ -66,13 +81,18 @@ class ImageClassifiers:
     """The family of `AutoModelForImageClassification`."""
 
     kind = "image-classification"
+    architecture = "ForImageClassification"
     keep_embeddings = False
+    paths = True
     token_budget = 2**20  # pixels: about 20 images of 224×224
 
-    def load(self, folder: Path) -> nn.Module:
+    def auto_class(self) -> Any:
         from transformers import AutoModelForImageClassification
 
-        return load_quietly(AutoModelForImageClassification, folder)
+        return AutoModelForImageClassification
+
+    def load(self, folder: Path) -> nn.Module:
+        return load_quietly(self.auto_class(), folder)
 
     def columns(self, spec: TaskSpec) -> list[str]:
         return [spec.columns.image]
@@ -86,10 +106,16 @@ class ImageClassifiers:
             raise DataError(f"task '{spec.name}': no inputs.")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         mode = "L" if config.get("num_channels") == 1 else "RGB"
-        return ImageExamples(spec.name or folder.name, _processor(folder), mode, images), []
+        return ImageExamples(spec.name or "", _processor(folder), mode, images), []
 
     def logits(self, module: nn.Module, batch: Batch) -> Tensor:
-        out: Tensor = module(**batch).logits
+        try:
+            out: Tensor = module(**batch).logits
+        except ValueError as error:  # how these models refuse images of another size or number of channels
+            shape = tuple(batch["pixel_values"].shape[1:])
+            raise DataError(
+                f"{type(module).__name__}: refuses images of shape {shape} ({_short(error)}). Check preprocessor_config.json beside the expert's weights."
+            ) from None
         return out.float()
 
 
@@ -103,10 +129,13 @@ def image_key(value: Any) -> Hashable:
         except OSError as error:
             raise DataError(f"{value}: no readable image ({error.strerror}). Check the path.") from None
     if isinstance(value, Image.Image):
-        value = np.asarray(value)
+        value = np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGBA"))
     if isinstance(value, (list, np.ndarray)):
-        value = np.asarray(value)
-        return hashlib.sha256(repr((value.shape, str(value.dtype))).encode() + value.tobytes()).hexdigest()
+        try:
+            array = _pixels(value)
+            value = repr(array.shape).encode() + array.tobytes()
+        except ValueError:  # refused with its row's number when it is opened
+            value = repr(value)
     return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
 
 
@@ -121,23 +150,48 @@ def _processor(folder: Path) -> Any:
         ) from None
 
 
-def _open(value: Any, mode: str, where: str) -> Image.Image:
-    """An image of any of the forms that data comes in: a path, encoded bytes, a PIL image, an array of pixels."""
+@contextmanager
+def _named(where: str, value: Any) -> Iterator[None]:
+    """Turns what reading an image raises into a sentence that names it."""
     try:
-        if isinstance(value, Mapping):  # how `datasets` stores images in Parquet files
-            value = io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
-        if isinstance(value, bytes):
-            value = io.BytesIO(value)
-        if isinstance(value, (str, io.BytesIO)):
-            with Image.open(value) as file:
-                value = ImageOps.exif_transpose(file)
+        yield
+    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+        # SyntaxError: a broken PNG. What Pillow says of an unknown format holds no more than an object's address.
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else _short(error)
+        path = value.get("path") if isinstance(value, Mapping) else value
+        shown = f"{path}: " if isinstance(path, str) else ""
+        raise DataError(
+            f"{where}: {shown}no readable image ({reason}). Give whole images of 8 bits a channel."
+        ) from None
+
+
+def _opened(value: Any) -> Image.Image:
+    """An image of any of the forms that data comes in: a path, encoded bytes, a PIL image, an array of pixels.
+
+    Of a file no more than its header is read.
+    """
+    if isinstance(value, Mapping):  # how `datasets` stores images in Parquet files
+        value = value["bytes"] if value.get("bytes") else value.get("path")
+    if value is None:
+        raise ValueError("the cell is empty")
+    if isinstance(value, (str, bytes)):
+        image: Image.Image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+    else:
         image = value if isinstance(value, Image.Image) else Image.fromarray(_pixels(value))
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"its pixels are of mode {image.mode}, where 8-bit ones are needed")
-        return image.convert(mode)
-    except (OSError, ValueError, TypeError, SyntaxError) as error:  # SyntaxError: a broken PNG
-        shown = f"{value}: " if isinstance(value, str) else ""
-        raise DataError(f"{where}: {shown}no readable image ({error}). Give 8-bit images.") from None
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its pixels are of mode {image.mode}, where 8-bit ones are needed")
+    return image
+
+
+def _decoded(value: Any, mode: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """(height, width, channels) uint8, turned as the camera says."""
+    with _opened(value) as image:
+        array = np.asarray(ImageOps.exif_transpose(image).convert(mode))
+    return array if array.ndim == 3 else array[:, :, None]
+
+
+def _short(error: Exception) -> str:
+    return str(error).split("\n")[0][:200]
 
 
 def _pixels(value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from adarank.checkpoint import Checkpoint
 from adarank.errors import CheckpointError
+from adarank.models import FAMILIES, kind_of
 from adarank.models.base import quiet_transformers
 from adarank.settings import nearest
 from adarank.writer import RECORD
@@ -67,13 +68,10 @@ def _empty(config: dict[str, Any], folder: Path) -> nn.Module:
 
     name = (config.get("architectures") or [""])[0]
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    tasks = [entry["task"] for entry in record["recipe"]["models"] if "task" in entry]  # the base may be listed too
-    images = any(task.get("kind") == "image-classification" for task in tasks)
-    auto: Any = (
-        transformers.AutoModelForImageClassification if images else transformers.AutoModelForSequenceClassification
-    )
+    kind = record["plan"].get("kind") or kind_of(config) or "text-classification"
     if "model_type" not in config:
         raise CheckpointError(f"{folder}: config.json of the expert ({name or 'no architecture'}) names no model_type.")
+    auto: Any = FAMILIES[kind].auto_class()
     with torch.random.fork_rng():
         settings = transformers.AutoConfig.for_model(**config)
         module: nn.Module = auto.from_config(settings)

@@ -36,13 +36,18 @@ class TextClassifiers:
     """The family of `AutoModelForSequenceClassification`."""
 
     kind = "text-classification"
+    architecture = "ForSequenceClassification"
     keep_embeddings = True
+    paths = False
     token_budget = 8192
 
-    def load(self, folder: Path) -> nn.Module:
+    def auto_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification
 
-        module = load_quietly(AutoModelForSequenceClassification, folder)
+        return AutoModelForSequenceClassification
+
+    def load(self, folder: Path) -> nn.Module:
+        module = load_quietly(self.auto_class(), folder)
         config: Any = module.config
         if config.pad_token_id is None:  # models without padding, such as GPT-2, find an input's end by this id
             config.pad_token_id = _tokenizer(folder).pad_token_id
