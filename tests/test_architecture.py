@@ -27,7 +27,7 @@ LAYERS = [
     {"methods", "adapt"},
     {"evaluate", "record"},
     {"recipe", "plan", "tasks", "networks", "catalogue", "inspection"},
-    {"adaptation", "scoring", "pipeline", "api"},
+    {"experts", "adaptation", "scoring", "pipeline", "api"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

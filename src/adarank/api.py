@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.loop import AdaptSettings, History, Loss, Progress
+from adarank.adapt.loop import History, Loss, Progress
 from adarank.adapt.loop import adapt as run_adaptation
 from adarank.adapt.methods import ADAPTIVE
 from adarank.adapt.objective import entropy
+from adarank.adapt.settings import AdaptSettings
 from adarank.checkpoint import MemorySource
 from adarank.errors import DataError, RecipeError
 from adarank.evaluate import score
