@@ -34,8 +34,9 @@ from torch.func import functional_call
 
 from adarank import adaptation, networks
 from adarank.adapt.live import Learn, LiveWeights
-from adarank.adapt.loop import AdaptSettings, History, adapt
+from adarank.adapt.loop import History, adapt
 from adarank.adapt.objective import entropy
+from adarank.adapt.settings import AdaptSettings
 from adarank.blocks import Blocks, build_blocks
 from adarank.masks import top_mask
 from adarank.models import TaskModels
@@ -84,7 +85,7 @@ class Setup:
     def run_engine(self, steps: int, progress: Any = None) -> LiveWeights:
         live = self.live()
         settings = self.settings.model_copy(update={"steps": steps})
-        losses = adaptation.task_losses(self.job, self.models, self.data, settings)
+        losses = adaptation.task_losses(self.job, self.models, self.data, settings, {}, {})
         adapt(live, losses, settings, progress=progress and (lambda history, _: progress(live, history)))
         return live
 

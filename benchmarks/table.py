@@ -204,6 +204,7 @@ class Bench:
                 "lr_masks": rate,
                 "lr_lambda": rate,
                 "objective": "self-label" if "self-label" in row else "entropy",
+                "keep": "last",
             },
             "seed": seed,
         }
@@ -252,7 +253,7 @@ class _Printer:
         if history.step % 25 == 0 or history.step == 1:
             mean = sum(values[-1] for values in history.losses.values()) / len(history.losses)
             print(
-                f"  {self.row} seed {self.seed} step {history.step}/{steps} mean entropy {mean:.3f} kept {history.kept[-1]:.4f} {history.seconds:.0f} s",
+                f"  {self.row} seed {self.seed} step {history.step}/{steps} mean loss {mean:.3f} kept {history.kept[-1]:.4f} {history.seconds:.0f} s",
                 flush=True,
             )
 

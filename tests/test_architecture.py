@@ -27,7 +27,7 @@ LAYERS = [
     {"methods", "adapt"},
     {"evaluate", "record"},
     {"recipe", "plan", "tasks", "networks", "catalogue", "inspection"},
-    {"adaptation", "scoring", "pipeline", "api", "demo", "search"},
+    {"experts", "adaptation", "scoring", "pipeline", "api", "demo", "search"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

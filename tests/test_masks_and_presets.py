@@ -155,7 +155,7 @@ def test_every_preset_parses_for_every_adaptive_method(preset: str, method: str)
 def test_what_is_given_by_hand_overrides_the_preset(preset: str) -> None:
     found, settings = with_preset("adarank", {"lambda": 9.5, "rank": 0.77}, {"steps": 3}, preset)
     assert (found.scale, found.rank, settings.steps) == (9.5, 0.77, 3)
-    assert settings.batch_size == PRESETS[preset]["adapt"]["batch_size"]
+    assert settings.batch_size == PRESETS[preset]["adapt"].get("batch_size", AdaptSettings().batch_size)
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)

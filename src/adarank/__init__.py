@@ -8,7 +8,7 @@ From files: `load_recipe` and `merge_recipe`, or the command line (`adarank --he
 
 from __future__ import annotations
 
-from adarank.adapt.loop import AdaptSettings
+from adarank.adapt.settings import AdaptSettings
 from adarank.api import Adapted, adapt, evaluate, merge
 from adarank.errors import AdaRankError
 from adarank.masks import MaskFile

@@ -5,26 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from adarank.adapt.judge import collapsed, first_collapse
 from adarank.adapt.live import LiveWeights
-from adarank.adapt.loop import AdaptSettings, History, Loss, Progress, adapt
-from adarank.adapt.objective import entropy, self_label
+from adarank.adapt.loop import History, Loss, Memory, Progress, adapt, read_state
+from adarank.adapt.objective import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
+from adarank.adapt.settings import AdaptSettings
 from adarank.checkpoint import check_finite
-from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.evaluate import largest_class_share, predict
+from adarank.experts import Outputs, expert_outputs, judge_of, watched
 from adarank.masks import MaskFile
 from adarank.models import TaskModels
-from adarank.networks import build_models, family_of, network_tensors
+from adarank.models.features import head_inputs, head_parts
+from adarank.networks import build_models, family_of
 from adarank.plan import Job, Note
-
-_WATCHED = 256  # inputs per task on which collapse is looked for
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Adaptation:
     """What adapting a job gave.
 
     Attributes:
-        masks: masks and λ.
-        report: what the record says of it: losses, components kept, collapse.
+        masks: masks and λ of the kept step.
+        report: what the record says of it: losses, judgements, the step kept and why, collapse.
     """
 
     job: Job
@@ -60,101 +59,116 @@ def adapt_job(
 
     Arguments:
         about: the settings, the inputs' hashes and the seed: what, beside the data, decides every number.
-        state: file in which the state is kept.
+        state: file in which the state is kept, with the experts' outputs beside it.
     """
     method, settings = job.recipe.adaptation()
+    marks = {task: own.fingerprint() for task, own in data.items()}
+    fingerprint = _fingerprint(job, about, marks)
+    if state.exists():
+        read_state(state, fingerprint)  # refused here, before anything is computed
     note("Loading the networks")
     models = build_models(job)
+    asked = [_choices(job), about["inputs"], marks]
+    experts = expert_outputs(job, models, data, settings, asked, state.parent, note)
     note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
     live = method.start(job.network, models.shared, settings, job.recipe.device)
-    losses = task_losses(job, models, data, settings)
-    live.write()
-    before = _watch(job, models, data)
+    memory: Memory = {}
+    losses = task_losses(job, models, data, settings, experts, memory)
+    judge = judge_of(job, models, data, settings, experts)
     note("Adapting")
-    history = adapt(live, losses, settings, state, _fingerprint(job, about, data), progress)
-    after = _watch(job, models, data)
-    watched = {task: {"before": before[task], "after": after[task]} for task in data}
+    history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory)
     masks = live.mask_file(job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")})
-    return Adaptation(job, live, masks, _report(history, live, job, watched, data))
+    return Adaptation(job, live, masks, _report(history, live, job, settings, data))
 
 
-def task_losses(job: Job, models: TaskModels, data: Mapping[str, TaskData], settings: AdaptSettings) -> dict[str, Loss]:
-    """task -> objective on the task's batch of a step.
+def task_losses(
+    job: Job,
+    models: TaskModels,
+    data: Mapping[str, TaskData],
+    settings: AdaptSettings,
+    experts: Mapping[str, Outputs],
+    memory: Memory,
+) -> dict[str, Loss]:
+    """task -> its objective on the task's batch of a step.
 
-    For `self-label` every expert is run once over its adapt inputs; the models hold the base's tensors afterwards.
+    Arguments:
+        experts: task -> its expert's outputs; only tasks whose objective compares with them are looked up.
+        memory: where running means are kept from step to step.
     """
     family = family_of(job)
-    targets = expert_logits(job, models, data) if settings.objective == "self-label" else {}
 
     def loss_of(task: str) -> Loss:
+        weights = settings.weights(task)
+        own = experts[task] if (NEED_EXPERT | NEED_FEATURES) & weights.keys() else None
+        module = models.modules[task]
+        parts = head_parts(models, task) if NEED_FEATURES & weights.keys() else []
+
         def loss(step: int) -> Tensor:
-            rows = data[task].adapt_rows(step, settings.batch_size)
+            rows = list(data[task].adapt_rows(step, settings.batch_size))
             batch = {k: v.to(job.recipe.device) for k, v in data[task].examples.batch(rows).items()}
-            logits = family.logits(models.modules[task], batch)
-            return self_label(logits, targets[task][list(rows)].to(logits)) if targets else entropy(logits)
+            with head_inputs(module, parts) as seen:
+                logits = family.logits(module, batch)
+            if NEED_MEAN & weights.keys():
+                memory[task] = running_mean(logits, memory.get(task), settings.momentum)
+            view = View(
+                logits,
+                own.logits[rows].to(logits) if own else None,
+                memory.get(task),
+                seen[-1] if seen else None,
+                own.features[rows].to(logits) if own and own.features is not None else None,
+            )
+            return objective(view, weights, settings.self_label, settings.filter)
 
         return loss
 
     return {task: loss_of(task) for task in job.network.tasks}
 
 
-def expert_logits(job: Job, models: TaskModels, data: Mapping[str, TaskData]) -> dict[str, Tensor]:
-    """task -> the expert's logits on the task's adapt inputs, by row number (zeros for all other rows)."""
-    found = {}
-    for task in job.network.tasks:
-        models.fill(network_tensors(job, task))
-        rows, logits = predict(family_of(job), models.modules[task], data[task], "adapt")
-        found[task] = torch.zeros(len(data[task].examples.lengths), logits.shape[-1])
-        found[task][rows] = logits
-    models.fill(network_tensors(job, "base"))
-    return found
-
-
-def _watch(job: Job, models: TaskModels, data: Mapping[str, TaskData]) -> dict[str, float]:
-    """task -> share of the most frequent prediction on unlabelled select inputs (adapt inputs where there are none)."""
-    shares = {}
-    for task, own in data.items():
-        split: Split = "select" if own.splits.rows["select"] else "adapt"
-        _, logits = predict(family_of(job), models.modules[task], own.first(split, _WATCHED), split)
-        shares[task] = largest_class_share(logits)
-    return shares
-
-
-def collapsed(before: float, after: float) -> bool:
-    """True if a task came to predict one class nearly always and did not do so before."""
-    return after >= 0.95 and after > before + 0.03
-
-
 def _report(
-    history: History,
-    live: LiveWeights,
-    job: Job,
-    watched: Mapping[str, Mapping[str, float]],
-    data: Mapping[str, TaskData],
+    history: History, live: LiveWeights, job: Job, settings: AdaptSettings, data: Mapping[str, TaskData]
 ) -> dict[str, Any]:
+    choice = history.choice
+    assert choice is not None  # the engine has ended
+    # with keep: best only judged steps are kept, and the last one always is judged
+    start, kept = history.judged[0], history.judged[choice.step]
     return {
         "protocol": job.recipe.data.protocol,
         "steps": history.step,
-        "step_kept": "the last one; no label was read",
+        "stopped_early": history.step < settings.steps,
+        "step_kept": choice.step,
+        "why_kept": choice.why,
+        "rolled_back": choice.rolled_back,
         "seconds_in_steps": round(history.seconds, 3),
+        "seconds_judging": round(history.judging_seconds, 3),
         "resumed_from": history.resumed_from,
         "components_kept": live.kept_share(),
         "losses": {task: [round(v, 5) for v in values] for task, values in history.losses.items()},
         "kept": [round(v, 5) for v in history.kept],
-        "largest_class_share": watched,
-        "collapsed": [task for task, seen in watched.items() if collapsed(seen["before"], seen["after"])],
+        "judged_on": {task: watched(own, settings)[1] for task, own in data.items()},
+        "judged": {
+            str(step): {task: {k: round(v, 5) for k, v in asdict(own).items()} for task, own in seen.items()}
+            for step, seen in history.judged.items()
+        },
+        "largest_class_share": {
+            task: {"before": start[task].largest, "after": own.largest, "expert": own.expert_largest}
+            for task, own in kept.items()
+        },
+        "collapsed": [task for task, own in kept.items() if collapsed(own, start[task])],
+        "collapse_seen": first_collapse(history.judged),
         "splits": {task: {split: len(rows) for split, rows in own.splits.rows.items()} for task, own in data.items()},
         "notes": [f"{task}: {text}" for task, own in data.items() for text in own.notes],
     }
 
 
-def _fingerprint(job: Job, about: Mapping[str, Any], data: Mapping[str, TaskData]) -> str:
+def _choices(job: Job) -> dict[str, str]:
+    return {name: choice.action for name, choice in job.network.choices.items()}
+
+
+def _fingerprint(job: Job, about: Mapping[str, Any], marks: Mapping[str, str]) -> str:
     """Identifies what an adaptation is of. Not the machine: a run may be taken elsewhere, at the cost of its last bits."""
-    choices = {name: choice.action for name, choice in job.network.choices.items()}
-    rows = {task: own.fingerprint() for task, own in data.items()}
     settings = {
         **about["settings"],
         "adapt": {k: v for k, v in about["settings"]["adapt"].items() if k != "save_every"},
     }
-    text = json.dumps([settings, about["inputs"], about["seed"], choices, rows], sort_keys=True)
+    text = json.dumps([settings, about["inputs"], about["seed"], _choices(job), marks], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

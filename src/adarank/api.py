@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.loop import AdaptSettings, History, Loss, Progress
+from adarank.adapt.judge import Judge, Signals, signals
+from adarank.adapt.loop import History, Loss, Memory, Progress
 from adarank.adapt.loop import adapt as run_adaptation
 from adarank.adapt.methods import ADAPTIVE
-from adarank.adapt.objective import entropy
+from adarank.adapt.objective import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, running_mean
+from adarank.adapt.objective import objective as combined
+from adarank.adapt.settings import AdaptSettings
 from adarank.checkpoint import MemorySource
 from adarank.errors import DataError, RecipeError
 from adarank.evaluate import score
@@ -27,7 +30,7 @@ from adarank.task_vectors import Network, align
 
 State = Mapping[str, Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
-Objective = Callable[[Tensor], Tensor]
+Objective = Callable[[Tensor], Tensor] | str | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Adapted:
         modules: task -> the merged network with that task's head, ready to use. They share memory.
         state: the merged tensors, heads not among them.
         masks: masks and λ; `masks.save(path)` writes the file that the method `masked` applies.
-        history: losses and components kept, step by step.
+        history: losses and components kept, step by step; judgements; which step was kept and why (`history.choice`).
     """
 
     modules: Mapping[str, nn.Module]
@@ -92,9 +95,10 @@ def adapt(
     parameters: Mapping[str, Any] | None = None,
     settings: AdaptSettings | None = None,
     forward: Forward | None = None,
-    objective: Objective = entropy,
+    objective: Objective | None = None,
     select: Select | None = None,
     progress: Progress | None = None,
+    held_out: Mapping[str, Sequence[Any]] | None = None,
 ) -> Adapted:
     """Merge experts by adapting on unlabelled batches. The modules given are copied, not changed.
 
@@ -107,9 +111,12 @@ def adapt(
         settings: steps and step sizes. Its `batch_size` is not used: batches come as they are.
         forward: (module, batch) -> logits of shape (batch, classes). By default the module is called with the
             batch (a mapping as keyword arguments, a tuple as positional ones).
-        objective: logits -> scalar to minimise.
+        objective: what every task minimises instead of what `settings` say (`self-label` unless they say otherwise): a
+            name, weights of several, or a function logits -> scalar.
         select: overrides of what happens to which tensor, such as `Select(head=("fc.*",))`.
         progress: called after each step.
+        held_out: task -> unlabelled batches to judge steps on; `batches` where a task has none. With `keep="best"` in
+            the settings, which is the default, the step kept is the one nearest to the experts on these.
 
     Raises:
         DataError: a task has no batches.
@@ -123,21 +130,102 @@ def adapt(
             f"batches: none for {', '.join(map(repr, empty))}. Every task needs at least one unlabelled batch."
         )
     chosen = parse(ADAPTIVE[method], parameters or {}, f"parameters of '{method}'")
-    settings = settings or AdaptSettings()
+    settings, own_objective = _settled(settings or AdaptSettings(), objective, experts)
     network = _network(base, experts, select)
-    models = share(((task, copy.deepcopy(module).float().eval()) for task, module in experts.items()), network)
+    call = forward or _call
+    asked = _Asked(call, batches, held_out or {}, settings, own_objective is None)
+    models = share(((task, asked.expert(task, module)) for task, module in experts.items()), network)
     models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
     device = next(iter(models.shared.values())).device
     live = chosen.start(network, models.shared, settings, device)
-    call = forward or _call
+    memory: Memory = {}
 
     def loss_of(task: str) -> Loss:
         own = batches[task]
-        return lambda step: objective(call(models.modules[task], own[step % len(own)]))
+        weights = settings.weights(task)
 
-    history = run_adaptation(live, {task: loss_of(task) for task in experts}, settings, progress=progress)
+        def loss(step: int) -> Tensor:
+            logits = call(models.modules[task], own[step % len(own)])
+            if own_objective is not None:
+                return own_objective(logits)
+            if NEED_MEAN & weights.keys():
+                memory[task] = running_mean(logits, memory.get(task), settings.momentum)
+            expert = asked.targets[task][step % len(own)].to(logits) if NEED_EXPERT & weights.keys() else None
+            return combined(View(logits, expert, memory.get(task)), weights, settings.self_label, settings.filter)
+
+        return loss
+
+    losses = {task: loss_of(task) for task in experts}
+    judge = asked.judge(models.modules)
+    history = run_adaptation(live, losses, settings, progress=progress, judge=judge, memory=memory)
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
     return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}), history)
+
+
+@dataclass
+class _Asked:
+    """The experts' predictions on the batches, each computed once, as the modules are copied.
+
+    Attributes:
+        targets: task -> the expert's logits of each batch that adaptation will see.
+        watched: task -> batches that steps are judged on, with the expert's logits.
+    """
+
+    call: Forward
+    batches: Mapping[str, Sequence[Any]]
+    held_out: Mapping[str, Sequence[Any]]
+    settings: AdaptSettings
+    named: bool
+    targets: dict[str, list[Tensor]] = field(default_factory=dict)
+    watched: dict[str, list[tuple[Any, Tensor]]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def expert(self, task: str, module: nn.Module) -> nn.Module:
+        """A copy of the expert, once it has been asked."""
+        own = copy.deepcopy(module).float().eval()
+        if self.named and NEED_EXPERT & self.settings.weights(task).keys():
+            seen = range(min(self.settings.steps, len(self.batches[task])))
+            self.targets[task] = [self.call(own, self.batches[task][i]) for i in seen]
+        self.watched[task] = []
+        count = 0
+        for number, batch in enumerate(self.held_out.get(task) or self.batches[task]):
+            if count >= self.settings.check_inputs:
+                break
+            known = self.targets.get(task, []) if not self.held_out.get(task) else []
+            self.watched[task].append((batch, known[number] if number < len(known) else self.call(own, batch)))
+            count += len(self.watched[task][-1][1])
+        return own
+
+    def judge(self, modules: Mapping[str, nn.Module]) -> Judge:
+        """Compares the modules' predictions with the experts'."""
+
+        @torch.no_grad()
+        def judged(step: int) -> dict[str, Signals]:
+            found = {}
+            for task, pairs in self.watched.items():
+                own = torch.cat([self.call(modules[task], batch) for batch, _ in pairs])
+                found[task] = signals(own, torch.cat([expert for _, expert in pairs]).to(own.device))
+            return found
+
+        return judged
+
+
+def _settled(
+    settings: AdaptSettings, objective: Objective | None, experts: Mapping[str, Any]
+) -> tuple[AdaptSettings, Callable[[Tensor], Tensor] | None]:
+    """The settings with the objective given beside them, and the objective itself if it is a function."""
+    function = objective if callable(objective) else None
+    if isinstance(objective, (str, Mapping)):
+        given = {**settings.model_dump(exclude_unset=True), "objective": objective, "objectives": {}}
+        settings = parse(AdaptSettings, given, "adapt")
+    strangers = [task for task in settings.objectives if task not in experts]
+    if strangers:
+        raise RecipeError(f"adapt.objectives: unknown task '{strangers[0]}'.{nearest(strangers[0], experts)}")
+    if function is None and any(NEED_FEATURES & settings.weights(task).keys() for task in experts):
+        raise RecipeError(
+            "adapt: objective 'features' is for recipes. Use self-label, or give a function of the logits."
+        )
+    return settings, function
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import annotated_types  # pydantic's own vocabulary of bounds
 
-from adarank.adapt.loop import AdaptSettings
 from adarank.adapt.methods import ADAPTIVE, PRESETS, AdaptiveMethod
+from adarank.adapt.settings import AdaptSettings
 from adarank.errors import RecipeError
 from adarank.methods import METHODS, Method
 from adarank.settings import Settings, nearest
@@ -84,6 +84,9 @@ def _settings(kind: type[Settings], fixed: set[str], prefix: str = "") -> list[S
     found = []
     for key, field in kind.model_fields.items():
         if key in fixed or field.exclude:
+            continue
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings) and not field.is_required():
+            found += _settings(field.annotation, set(), f"{prefix}{key}.")
             continue
         default = "required" if field.is_required() else str(field.default)
         allowed = ", ".join(_bound(rule) for rule in field.metadata if _bound(rule)) or _choices(field.annotation)

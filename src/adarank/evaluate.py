@@ -75,9 +75,3 @@ def evaluate_task(family: Family, module: nn.Module, data: TaskData, split: Spli
     """The score of one task on a labelled split, ×100."""
     rows, logits = predict(family, module, data, split)
     return score(data.targets(rows), logits.argmax(dim=-1).tolist(), data.metric)
-
-
-def largest_class_share(logits: Tensor) -> float:
-    """Share of the inputs that get the most frequent prediction: near 1 when a task has collapsed to one class."""
-    counts = torch.bincount(logits.argmax(dim=-1), minlength=logits.shape[-1])
-    return float(counts.max() / counts.sum())

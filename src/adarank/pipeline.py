@@ -6,7 +6,8 @@ All that can be checked is checked before anything is spent.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from adarank.adapt.loop import Progress
 from adarank.adaptation import Adaptation, adapt_job
 from adarank.data.task import TaskData
-from adarank.errors import OutputError
+from adarank.errors import AdaRankError, OutputError
 from adarank.masks import FILE as MASKS_FILE
 from adarank.methods import merge_tensors
 from adarank.plan import Job, Note, describe, open_job
@@ -63,7 +64,8 @@ def merge(
     state = out.parent / f".{out.name}.state"
     adapted = None
     if job.method is None:
-        adapted = adapt_job(job, data, record, state / "state.pt", note, progress)
+        with _no_leavings(state):
+            adapted = adapt_job(job, data, record, state / "state.pt", note, progress)
         tensors = adapted.tensors()
     else:
         tensors = merge_tensors(job.method, job.network, recipe.device)
@@ -76,6 +78,17 @@ def merge(
         write_json(folder / RECORD, record)
     shutil.rmtree(state, ignore_errors=True)
     return record
+
+
+@contextmanager
+def _no_leavings(state: Path) -> Iterator[None]:
+    """An adaptation that fails before it has saved a state leaves nothing of it behind."""
+    try:
+        yield
+    except AdaRankError:
+        if not (state / "state.pt").exists():
+            shutil.rmtree(state, ignore_errors=True)
+        raise
 
 
 def settings_in_force(job: Job) -> dict[str, Any]:

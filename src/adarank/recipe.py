@@ -12,8 +12,8 @@ import torch
 import yaml
 from pydantic import Field, field_validator
 
-from adarank.adapt.loop import AdaptSettings
 from adarank.adapt.methods import ADAPTIVE, AdaptiveMethod, with_preset
+from adarank.adapt.settings import AdaptSettings
 from adarank.data.spec import DataSettings, TaskSpec
 from adarank.errors import RecipeError, itemise
 from adarank.masks import MaskFile
@@ -189,7 +189,8 @@ def _check(recipe: Recipe, where: str) -> None:
         problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' adapts on its inputs." for t, e in recipe.experts.items()
                      if e.task is None or e.task.data is None]  # fmt: skip
         try:
-            recipe.adaptation()
+            strangers = [task for task in recipe.adaptation()[1].objectives if task not in recipe.experts]
+            problems += [f"adapt.objectives: unknown task '{t}'.{nearest(t, recipe.experts)}" for t in strangers]
         except RecipeError as error:
             problems += str(error).split("\n")
     if problems:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from adarank.adapt.live import Learn, LiveWeights
-from adarank.adapt.loop import AdaptSettings, History, adapt
+from adarank.adapt.loop import History, adapt
 from adarank.adapt.methods import ADAPTIVE, PRESETS, AdaptiveMethod
+from adarank.adapt.settings import AdaptSettings
 
 __all__ = ["ADAPTIVE", "PRESETS", "AdaptSettings", "AdaptiveMethod", "History", "Learn", "LiveWeights", "adapt"]

@@ -1,7 +1,8 @@
 """The adaptation loop: one forward and backward per task, one closed-form pull-back, one Adam step.
 
-The loop knows no data, no model and no objective: a task is a function from the step's number to a scalar loss. That
-makes every step a pure function of (settings, step), so an interrupted run continues exactly where it was.
+The loop knows no data, no model and no objective: a task is a function from the step's number to a scalar loss, and the
+judge one from the step's number to signals. What losses remember lies in a memory that is saved with the state. That
+makes every step a pure function of (settings, saved state), so an interrupted run continues exactly where it was.
 """
 
 from __future__ import annotations
@@ -12,64 +13,26 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
+from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best
 from adarank.adapt.live import LiveWeights
+from adarank.adapt.settings import AdaptSettings
 from adarank.checkpoint import DAMAGED
-from adarank.errors import AdaptationError, Interrupted, OutputError, RecipeError
-from adarank.settings import Settings
+from adarank.errors import AdaptationError, Interrupted, RecipeError
+from adarank.writer import write_state
 
-_STATE = {"fingerprint", "lam", "logits", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from"}
+_STATE = {"fingerprint", "lam", "logits", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
+          "judged", "judging_seconds", "best", "memory"}  # fmt: skip
 Loss = Callable[[int], Tensor]
 """step -> scalar loss of one task, with its graph."""
-
-
-class AdaptSettings(Settings):
-    """How adaptation runs. The defaults are the released settings of AdaRank for vision models.
-
-    Arguments:
-        steps: Adam steps; each sees one batch of every task.
-        batch_size: inputs per task and step.
-        lr_masks, lr_lambda: Adam step sizes of mask logits and of λ.
-        objective: `entropy` of the predictions (the papers'), or `self-label`: divergence from each expert's own
-            predictions on the same inputs.
-        schedule: `constant` (the papers') or `cosine` down to zero.
-        betas: Adam's decay rates.
-        temperature: τ of the mask's sigmoid.
-        logit: mask logits start at plus and minus this.
-        clamp: λ is used clamped to this range.
-        save_every: steps between two saves of the state.
-    """
-
-    steps: int = Field(500, ge=0, description="Adam steps")
-    batch_size: int = Field(16, ge=1, description="inputs per task and step")
-    lr_masks: float = Field(1e-3, ge=0, description="Adam step size of the mask logits")
-    lr_lambda: float = Field(1e-3, ge=0, description="Adam step size of λ")
-    objective: Literal["entropy", "self-label"] = Field("entropy", description="what is minimised")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="of both step sizes")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
-    temperature: float = Field(10.0, gt=0, description="τ of the mask's sigmoid")
-    logit: float = Field(0.1, gt=0, description="mask logits start at ±this")
-    clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
-    save_every: int = Field(25, ge=1, description="steps between two saves of the state")
-
-    @model_validator(mode="after")
-    def _ranges(self) -> AdaptSettings:
-        if self.clamp is not None and self.clamp[0] > self.clamp[1]:
-            raise ValueError(f"clamp: {self.clamp[0]} is above {self.clamp[1]}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: both must be in [0, 1), got {self.betas}")
-        return self
-
-    def factor(self, step: int) -> float:
-        """What step sizes are multiplied by at a step, counted from 0."""
-        return 1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / max(1, self.steps)))
+Memory = dict[str, Tensor]
+"""What losses remember from step to step, such as running means. It is saved and restored with the state."""
 
 
 @dataclass
@@ -81,15 +44,22 @@ class History:
         kept: share of components kept after each step.
         seconds: time spent in steps, over all the runs that a resumed adaptation took.
         resumed_from: steps at which runs took up a saved state.
+        judged: step -> task -> signals, without labels.
+        judging_seconds: time spent in judging.
+        choice: which step's weights were kept, once adaptation is over.
     """
 
     losses: dict[str, list[float]]
     kept: list[float] = field(default_factory=list)
     seconds: float = 0.0
     resumed_from: list[int] = field(default_factory=list)
+    judged: dict[int, dict[str, Signals]] = field(default_factory=dict)
+    judging_seconds: float = 0.0
+    choice: Choice | None = None
 
     @property
     def step(self) -> int:
+        """How many steps have been taken."""
         return len(self.kept)
 
 
@@ -104,36 +74,44 @@ def adapt(
     state: Path | None = None,
     fingerprint: str = "",
     progress: Progress | None = None,
+    judge: Judge | None = None,
+    memory: Memory | None = None,
 ) -> History:
-    """Learn λ and masks, in place; the network holds the final merged weights afterwards.
+    """Learn λ and masks, in place; λ, masks and the network are those of the kept step afterwards.
 
     Arguments:
         live: the merged weights.
         losses: task -> loss of a step. Their gradients add up.
         state: file in which the state is kept, and from which an interrupted run continues.
         fingerprint: identifies inputs and settings; a state with another one is refused.
+        judge: asked at the start, every `check_every` steps and at the end. Without one the last step is kept.
+        memory: what the losses remember; filled from the state when a run continues.
 
     Raises:
         AdaptationError: a loss is not finite; names task and step.
         Interrupted: a signal asked to stop; the state was saved.
         RecipeError: the state file belongs to another run.
     """
-    run = _Run(live, settings, History({task: [] for task in losses}), state, fingerprint)
+    history = History({task: [] for task in losses})
+    run = _Run(live, settings, history, state, fingerprint, judge, {} if memory is None else memory)
     run.restore()
     live.write()
     with _stop_on_signal() as stopped:
-        while run.history.step < settings.steps:
+        run.judge_if_due()
+        while not run.over():
             started = time.perf_counter()
             run.take_step(losses)
             run.history.seconds += time.perf_counter() - started
+            run.judge_if_due()
             if progress:
                 progress(run.history, settings.steps)
-            if stopped and run.history.step < settings.steps:
+            if stopped and not run.over():
                 run.save()
                 again = "Run the same command to continue." if state else "No state was kept."
                 raise Interrupted(f"Stopped at step {run.history.step} of {settings.steps}. {again}")
             if run.history.step % settings.save_every == 0:
                 run.save()
+    run.keep()
     return run.history
 
 
@@ -146,6 +124,9 @@ class _Run:
     history: History
     state: Path | None
     fingerprint: str
+    judge: Judge | None
+    memory: Memory
+    best: dict[str, Tensor] = field(default_factory=dict)  # λ and logits of the best judged step so far
 
     def __post_init__(self) -> None:
         groups = []
@@ -177,6 +158,45 @@ class _Run:
         self.live.write()
         self.history.kept.append(self.live.kept_share())
 
+    def judge_if_due(self) -> None:
+        """Judge the weights of this moment, and remember their λ and logits if they are the best so far."""
+        step = self.history.step
+        if self.judge is None or not self.settings.due(step) or step in self.history.judged:
+            return
+        started = time.perf_counter()
+        self.history.judged[step] = dict(self.judge(step))
+        self.history.judging_seconds += time.perf_counter() - started
+        if self._best() == step:
+            self.best = {"lam": self.live.lam.detach().clone(), "logits": self.live.logits.detach().clone()}
+
+    def over(self) -> bool:
+        """True if all steps are taken, or if patience has run out: a function of what was judged, so of the state."""
+        patience, judged = self.settings.patience, self.history.judged
+        if patience and judged and sum(step > self._best() for step in judged) >= patience:
+            return True
+        return self.history.step >= self.settings.steps
+
+    def keep(self) -> None:
+        """Make λ, masks and network those of the kept step, and say which it is."""
+        last = self.history.step
+        if self.settings.keep == "last" or not self.history.judged:
+            why = (
+                "the last step, as keep: last asks"
+                if self.settings.keep == "last"
+                else "the last step; none was judged"
+            )
+            self.history.choice = Choice(last, why)
+            return
+        self.history.choice = choose_best(self.history.judged, self.settings.signal, self.settings.tolerance)
+        if self.history.choice.step != last:
+            with torch.no_grad():
+                self.live.lam.copy_(self.best["lam"])
+                self.live.logits.copy_(self.best["logits"])
+            self.live.write()
+
+    def _best(self) -> int:
+        return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
+
     def _check(self, values: Mapping[str, float]) -> None:
         bad = [task for task, value in values.items() if not math.isfinite(value)]
         if bad:
@@ -198,7 +218,6 @@ class _Run:
     def save(self) -> None:
         if self.state is None:
             return
-        partial = self.state.with_suffix(".partial")
         content: dict[str, Any] = {
             "fingerprint": self.fingerprint,
             "lam": self.live.lam.detach(),
@@ -209,41 +228,49 @@ class _Run:
             "kept": self.history.kept,
             "seconds": self.history.seconds,
             "resumed_from": self.history.resumed_from,
+            "judged": {step: {t: asdict(own) for t, own in seen.items()} for step, seen in self.history.judged.items()},
+            "judging_seconds": self.history.judging_seconds,
+            "best": self.best,
+            "memory": self.memory,
         }
-        try:
-            self.state.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(content, partial)
-            partial.replace(self.state)
-        except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
-            raise OutputError(
-                f"{self.state}: the state of adaptation cannot be saved ({error}). Free space or give another output path."
-            ) from None
+        write_state(self.state, content, "the state of adaptation")
 
     def restore(self) -> None:
         if self.state is None or not self.state.exists():
             return
-        content = self._read(self.state)
-        if content["fingerprint"] != self.fingerprint:
-            raise RecipeError(
-                f"{self.state}: the saved state belongs to another run (inputs or settings differ). Delete it to start anew, or give another output path."
-            )
+        content = read_state(self.state, self.fingerprint)
         with torch.no_grad():
             self.live.lam.copy_(content["lam"])
             self.live.logits.copy_(content["logits"])
         self.optimiser.load_state_dict(content["optimiser"])
         torch.set_rng_state(content["rng"])
         past = [*content["resumed_from"], len(content["kept"])]
-        self.history = History(content["losses"], content["kept"], content["seconds"], past)
+        judged = {step: {t: Signals(**own) for t, own in seen.items()} for step, seen in content["judged"].items()}
+        self.history = History(
+            content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
+        )
+        self.best = content["best"]
+        self.memory.clear()
+        self.memory.update(content["memory"])
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
-        try:
-            content: dict[str, Any] = torch.load(path, weights_only=True)
-        except (pickle.UnpicklingError, *DAMAGED) as error:
-            raise RecipeError(f"{path}: the saved state is damaged ({error}). Delete it to start anew.") from None
-        if not isinstance(content, dict) or not content.keys() >= _STATE:
-            raise RecipeError(f"{path}: not a saved state of adaptation. Delete it to start anew.")
-        return content
+
+def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
+    """A saved state.
+
+    Raises:
+        RecipeError: it is damaged, no state, or belongs to another run.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, *DAMAGED) as error:
+        raise RecipeError(f"{path}: the saved state is damaged ({error}). Delete it to start anew.") from None
+    if not isinstance(content, dict) or not content.keys() >= _STATE:
+        raise RecipeError(f"{path}: not a saved state of adaptation. Delete it to start anew.")
+    if content["fingerprint"] != fingerprint:
+        raise RecipeError(
+            f"{path}: the saved state belongs to another run (inputs or settings differ). Delete it to start anew, or give another output path."
+        )
+    return content
 
 
 @contextmanager

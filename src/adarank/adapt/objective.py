@@ -1,28 +1,83 @@
-"""What adaptation minimises: pure functions of a batch's logits. The engine knows none of them."""
+"""What adaptation minimises: pure functions of a batch's logits. The engine knows none of them.
+
+entropy             mean entropy of the predictions                                       (AdaMerging, AdaRank)
+self-label          divergence from the expert's own predictions on the same inputs       (distillation without labels)
+infomax             mean entropy minus the entropy of the mean prediction                 (SHOT)
+filtered-entropy    entropy of the inputs that are reliable and not redundant             (EATA, SAR)
+features            distance to the expert's last hidden representation                   (Surgery)
+
+A new objective is a function and a line in `OBJECTIVES`.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from adarank.settings import Settings, nearest
 
-def self_label(logits: Tensor, expert: Tensor) -> Tensor:
-    """Mean Kullback-Leibler divergence from the expert's predictions on the same inputs, in nats.
 
-        KL = mean_x Σ_c q(c|x) (log q(c|x) - log p(c|x))        q = softmax(expert), p = softmax(logits)
-
-    Unlike entropy it cannot be lowered by predicting one class always, nor by one task at another's cost: it is 0
-    only where the merged model says what the expert says. Needs no labels, and one pass of each expert over its inputs.
+class SelfLabel(Settings):
+    """Settings of `self-label`.
 
     Arguments:
-        logits, expert: (batch, classes), float.
-
-    Returns:
-        A scalar, 0 or more.
-
-    Source: Hinton et al. 2015, arXiv:1503.02531, without labels.
+        temperature: divides both logits; the loss is multiplied by its square, so that gradients keep their size.
+        hard: the target is the expert's most probable class, not its probabilities.
+        confidence: inputs where the expert's largest probability is below this are left out.
     """
-    log_q = expert.log_softmax(dim=-1)
-    return (log_q.exp() * (log_q - logits.log_softmax(dim=-1))).sum(dim=-1).mean()
+
+    temperature: float = Field(1.0, gt=0, description="divides both logits before the softmax")
+    hard: bool = Field(False, description="target: the expert's most probable class instead of its probabilities")
+    confidence: float = Field(
+        0.0, ge=0, lt=1, description="inputs where the expert's largest probability is below this are left out"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> SelfLabel:
+        if self.hard and self.temperature != 1:
+            raise ValueError(f"temperature {self.temperature:g} does nothing to hard labels. Remove one of the two")
+        return self
+
+
+class Filter(Settings):
+    """Settings of `filtered-entropy`.
+
+    Arguments:
+        margin: an input is reliable if its entropy is below this share of log(classes).
+        redundancy: an input is redundant if the cosine of its prediction with the running mean prediction is above
+            this; 1 leaves none out. The papers' values (0.05, 0.4) are for many classes: with two, a mean of (½, ½) has
+            cosine 0.71 with every sure prediction.
+    """
+
+    margin: float = Field(
+        0.4, gt=0, le=1, description="inputs with entropy above this share of log(classes) are left out"
+    )
+    redundancy: float = Field(
+        0.95, gt=0, le=1, description="inputs whose cosine with the running mean prediction is above this are left out"
+    )
+
+
+@dataclass(frozen=True)
+class View:
+    """What objectives may look at: one batch of one task.
+
+    Attributes:
+        logits: (batch, classes) of the merged model, with their graph.
+        expert: (batch, classes) logits of the task's expert on the same inputs, where an objective needs them.
+        mean: (classes,) running mean prediction, this batch included, without a graph, where an objective needs it.
+        features, expert_features: (batch, width) inputs of the head, where an objective needs them.
+    """
+
+    logits: Tensor
+    expert: Tensor | None = None
+    mean: Tensor | None = None
+    features: Tensor | None = None
+    expert_features: Tensor | None = None
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -38,5 +93,157 @@ def entropy(logits: Tensor) -> Tensor:
 
     Source: AdaMerging (arXiv:2310.02575) and AdaRank (arXiv:2503.22178), Equation 6.
     """
+    return _entropies(logits).mean()
+
+
+def self_label(
+    logits: Tensor, expert: Tensor, temperature: float = 1.0, hard: bool = False, confidence: float = 0.0
+) -> Tensor:
+    """Mean divergence from the expert's predictions on the same inputs, in nats.
+
+        soft    T² · mean_x Σ_c q(c|x) (log q(c|x) - log p(c|x))        q = softmax(expert / T), p = softmax(logits / T)
+        hard    mean_x -log p(argmax_c q(c|x) | x)
+
+    Unlike entropy it cannot be lowered by predicting one class always, nor by one task at another's cost: soft, it is 0
+    only where the merged model says what the expert says. Needs no labels, and one pass of each expert over its inputs.
+
+    Arguments:
+        logits, expert: (batch, classes), float.
+        confidence: inputs where max_c softmax(expert) is below this are left out; 0 if none is left.
+
+    Returns:
+        A scalar, 0 or more.
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, without labels; hard labels: Lee 2013, Pseudo-Label.
+    """
+    if hard:
+        each = -logits.log_softmax(dim=-1).gather(-1, expert.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    else:
+        each = temperature**2 * divergences(logits / temperature, expert / temperature)
+    return _mean_where(each, expert.softmax(dim=-1).amax(dim=-1) >= confidence)
+
+
+def divergences(logits: Tensor, expert: Tensor) -> Tensor:
+    """(batch,) Kullback-Leibler divergence of each prediction from the expert's, in nats: Σ_c q (log q - log p)."""
+    log_q = expert.log_softmax(dim=-1)
+    return (log_q.exp() * (log_q - logits.log_softmax(dim=-1))).sum(dim=-1)
+
+
+def infomax(logits: Tensor, mean: Tensor) -> Tensor:
+    """Mean entropy minus the entropy of the mean prediction, in nats: sure of each input, of no one class overall.
+
+        L = mean_x H(p(·|x)) - H(m)        m: running mean of the predictions, this batch included
+
+    Of m only this batch's share has a graph. Its gradient is taken with the weight it would have if the whole mean
+    were this batch, since a share of 1 - momentum would make the second term as many times weaker.
+
+    Arguments:
+        logits: (batch, classes), float.
+        mean: (classes,) from `running_mean`, without a graph.
+
+    Returns:
+        A scalar between -log(classes) and log(classes).
+
+    Source: Krause et al. 2010; SHOT (Liang et al. 2020, arXiv:2002.08546), Equation 4.
+    """
+    log_mean = mean.clamp_min(1e-12).log()
+    pull = -(logits.softmax(dim=-1).mean(dim=0) * log_mean).sum()  # its slope in p is that of H at m
+    spread = -(mean * log_mean).sum()
+    return entropy(logits) - (spread + pull - pull.detach())
+
+
+def filtered_entropy(logits: Tensor, mean: Tensor, margin: float = 0.4, redundancy: float = 0.95) -> Tensor:
+    """Mean weighted entropy of the inputs that are reliable and not redundant, in nats.
+
+        kept(x)   H(x) < E₀  and  cos(p(·|x), m) ≤ redundancy        E₀ = margin · log(classes)
+        L = mean over kept x of exp(E₀ - H(x)) H(x),  the weight without a gradient;  0 if none is kept
+
+    Arguments:
+        logits: (batch, classes), float.
+        mean: (classes,) from `running_mean`, without a graph.
+
+    Source: EATA (Niu et al. 2022, arXiv:2204.02610), Equations 3 to 6, with the mean over all inputs seen, where theirs
+    is over kept ones; the margin is also SAR's (Niu et al. 2023, arXiv:2302.12400).
+    """
+    each = _entropies(logits)
+    own = each.detach()
+    limit = margin * math.log(logits.shape[-1])
+    p = logits.detach().softmax(dim=-1)
+    cosine = (p @ mean) / (p.norm(dim=-1) * mean.norm()).clamp_min(1e-12)
+    kept = (own < limit) & (cosine.clamp_max(1.0) <= redundancy)
+    return _mean_where(each * (limit - own).exp(), kept)
+
+
+def feature_distance(features: Tensor, expert: Tensor) -> Tensor:
+    """Squared distance to the expert's features, as a share of their own size: 0 where they agree, 1 for features of 0.
+
+        D = Σ_x ‖f(x) - g(x)‖² / Σ_x ‖g(x)‖²
+
+    Arguments:
+        features, expert: (batch, width), float: the inputs of the task's head.
+
+    Source: the distance that Surgery (Yang et al. 2024, arXiv:2402.02705) lowers, squared and normalised.
+    """
+    return (features - expert).square().sum() / expert.square().sum().clamp_min(1e-12)
+
+
+def running_mean(logits: Tensor, past: Tensor | None, momentum: float) -> Tensor:
+    """(classes,) mean prediction over the batches so far, without a graph: the batch's own if there was none before."""
+    own = logits.detach().softmax(dim=-1).mean(dim=0)
+    return own if past is None else momentum * past.to(own) + (1 - momentum) * own
+
+
+Weights = dict[str, float]
+"""objective -> its weight in the sum that a task minimises."""
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None  # whoever makes a View asks `needs` first
+    return tensor
+
+
+OBJECTIVES: dict[str, Callable[[View, SelfLabel, Filter], Tensor]] = {
+    "self-label": lambda v, own, _: self_label(v.logits, _given(v.expert), **own.model_dump()),
+    "entropy": lambda v, *_: entropy(v.logits),
+    "infomax": lambda v, *_: infomax(v.logits, _given(v.mean)),
+    "filtered-entropy": lambda v, _, own: filtered_entropy(v.logits, _given(v.mean), **own.model_dump()),
+    "features": lambda v, *_: feature_distance(_given(v.features), _given(v.expert_features)),
+}
+NEED_EXPERT, NEED_MEAN, NEED_FEATURES = {"self-label"}, {"infomax", "filtered-entropy"}, {"features"}
+
+
+def objective(view: View, weights: Weights, labels: SelfLabel, kept: Filter) -> Tensor:
+    """The weighted sum of a task's objectives on one batch: a scalar with its graph."""
+    parts = [weight * OBJECTIVES[name](view, labels, kept) for name, weight in weights.items()]
+    return sum(parts[1:], parts[0])
+
+
+def as_weights(given: str | Mapping[str, float]) -> Weights:
+    """A name, or name -> weight, as weights."""
+    return {given: 1.0} if isinstance(given, str) else dict(given)
+
+
+def check_objective(given: Any) -> Any:
+    """`given`, if it is the name of an objective or a mapping from such names to weights above 0.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(given, (str, Mapping)) or not given:
+        raise ValueError("an objective's name or a mapping from names to weights was needed")
+    for name, weight in as_weights(given).items():
+        if name not in OBJECTIVES:
+            raise ValueError(f"unknown objective '{name}'.{nearest(str(name), OBJECTIVES)}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise ValueError(f"the weight of '{name}' must be a number above 0, got {weight!r}")
+    return given
+
+
+def _entropies(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1).mean()
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def _mean_where(each: Tensor, kept: Tensor) -> Tensor:
+    """Mean over the kept inputs; 0, with a graph, if there is none."""
+    return (each * kept).sum() / kept.sum().clamp_min(1)

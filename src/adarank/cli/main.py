@@ -177,13 +177,7 @@ def _merge(options: argparse.Namespace) -> None:
         return
     found = record.get("adaptation", {})
     if found:
-        show.out.print(f"{found['steps']} steps, {100 * found['components_kept']:.2f}% of the components kept")
-    for task in found.get("collapsed", ()):
-        seen = found["largest_class_share"][task]
-        show.out.print(
-            f"[bold red]collapsed:[/] {task} now gives one class to {100 * seen['after']:.0f}% of its inputs "
-            f"({100 * seen['before']:.0f}% at the start). Use fewer steps or smaller step sizes, or the method that adaptation started from."
-        )
+        show.adapted(found)
     for line in found.get("notes", ()):
         show.out.print(line, style="dim")
     show.out.print(

@@ -185,8 +185,28 @@ def method(entry: Entry) -> None:
     out.print(grid)
 
 
+def adapted(found: Mapping[str, Any]) -> None:
+    """What adaptation came to: steps, the one kept and why, and which tasks collapsed."""
+    taken = f"{found['steps']} steps" + (", stopped early" if found["stopped_early"] else "")
+    out.print(f"{taken}, {100 * found['components_kept']:.2f}% of the components kept")
+    if found["rolled_back"]:
+        out.print(f"[bold]rolled back to the start:[/] {found['why_kept']}.")
+    else:
+        out.print(f"kept step {found['step_kept']}: {found['why_kept']}.")
+    for task in found["collapsed"]:
+        seen = found["largest_class_share"][task]
+        out.print(
+            f"[bold red]collapsed:[/] {task} now gives one class to {100 * seen['after']:.0f}% of its inputs "
+            f"({100 * seen['before']:.0f}% at the start, {100 * seen['expert']:.0f}% by its expert). "
+            "Use objective: self-label, keep: best, fewer steps, or smaller step sizes."
+        )
+    for task, step in found["collapse_seen"].items():
+        if task not in found["collapsed"]:
+            out.print(f"{task} had collapsed to one class at step {step}; what was kept has not.", style="dim")
+
+
 class Adapting:
-    """Live progress of adaptation on stderr: loss per task, components kept, speed, time left."""
+    """Live progress of adaptation on stderr: loss and last agreement per task, components kept, speed, time left."""
 
     def __init__(self) -> None:
         self._live: Live | None = None
@@ -207,7 +227,8 @@ class Adapting:
         elif history.step in (1, steps) or history.step % max(1, steps // 10) == 0:
             losses = ", ".join(f"{task} {values[-1]:.3f}" for task, values in history.losses.items())
             print(
-                f"step {history.step}/{steps}, kept {100 * history.kept[-1]:.2f}%, {speed:.2f} steps/s; loss: {losses}",
+                f"step {history.step}/{steps}, kept {100 * history.kept[-1]:.2f}%, {speed:.2f} steps/s; loss: {losses}"
+                + _last_check(history),
                 file=sys.stderr,
             )
 
@@ -223,13 +244,24 @@ class Adapting:
             f"step {history.step}/{steps}  kept {100 * history.kept[-1]:.2f}%  {speed:.2f} steps/s  {left} left"
         )
         grid = Grid(box=None, show_header=False, pad_edge=False)
+        seen = history.judged[max(history.judged)] if history.judged else {}
         for task, values in history.losses.items():
-            grid.add_row(f"  {task}", f"{_recent(values):.3f}", _spark(values))
+            agreement = f"agrees {100 * seen[task].agreement:.1f}%" if task in seen else ""
+            grid.add_row(f"  {task}", f"{_recent(values):.3f}", _spark(values), agreement)
         view = Group(ProgressBar(total=steps, completed=history.step, width=60), line, grid)
         if self._live is None:
             self._live = Live(view, console=err, refresh_per_second=4)
             self._live.start()
         self._live.update(view)
+
+
+def _last_check(history: History) -> str:
+    """Agreement with the experts where the weights were judged last, in words; nothing before that."""
+    if not history.judged:
+        return ""
+    step = max(history.judged)
+    parts = ", ".join(f"{task} {100 * own.agreement:.1f}%" for task, own in history.judged[step].items())
+    return f"; agreement at step {step}: {parts}"
 
 
 def _recent(values: list[float]) -> float:

@@ -83,10 +83,14 @@ class TaskData:
             yield order[:count], self.examples.batch(order[:count])
             order = order[count:]
 
-    def first(self, split: Split, count: int) -> TaskData:
-        """The same task with at most `count` rows in one split: enough to watch predictions by."""
-        rows = {**self.splits.rows, split: self.splits.rows[split][:count]}
-        return replace(self, splits=Splits(rows, self.splits.dropped))
+    def spread(self, split: Split, count: int) -> TaskData:
+        """The same task with at most `count` rows in one split, evenly spread over it: enough to watch predictions by.
+
+        A file may be sorted by its labels, so its first rows would not do.
+        """
+        own = self.splits.rows[split]
+        chosen = tuple(own[i * len(own) // count] for i in range(count)) if len(own) > count else own
+        return replace(self, splits=Splits({**self.splits.rows, split: chosen}, self.splits.dropped))
 
     def fingerprint(self) -> str:
         """Identifies the task's splits and encoded inputs."""

@@ -1,0 +1,104 @@
+"""The settings of adaptation: what is minimised, how steps are taken, how they are judged, what is kept."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from adarank.adapt.judge import Signal
+from adarank.adapt.objective import OBJECTIVES, Filter, SelfLabel, Weights, as_weights, check_objective
+from adarank.settings import Settings
+
+_NAMES = ", ".join(OBJECTIVES)
+
+
+class AdaptSettings(Settings):
+    """How adaptation runs. Step sizes are those released with AdaRank for vision models.
+
+    Arguments:
+        steps: Adam steps; each sees one batch of every task.
+        batch_size: inputs per task and step.
+        lr_masks, lr_lambda: Adam step sizes of mask logits and of λ.
+        objective: what every task minimises: a name, or a mapping from names to weights.
+        objectives: task -> its own objective, instead of `objective`.
+        self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
+        momentum: of the running mean prediction that `infomax` and `filtered-entropy` look at.
+        schedule: `constant` (the papers') or `cosine` down to zero.
+        betas: Adam's decay rates.
+        temperature: τ of the mask's sigmoid.
+        logit: mask logits start at plus and minus this.
+        clamp: λ is used clamped to this range.
+        save_every: steps between two saves of the state.
+        check_every, check_inputs: steps between two judgements, and inputs per task that each looks at.
+        keep: `best`: the judged step nearest to the experts at which no task agrees less with its expert than at the
+            start, which is the start itself if there is none. `last`: the last step, as in the papers.
+        signal: what nearest means. `agreement` is in the unit of what is promised, weighs tasks alike whatever their
+            number of classes, and does not depend on how sure the predictions are; `divergence` is finer.
+        tolerance: how many standard errors a task's agreement may fall below the start's; 0 is not at all.
+        patience: stop after so many judgements without a better step.
+    """
+
+    steps: int = Field(500, ge=0, description="Adam steps")
+    batch_size: int = Field(16, ge=1, description="inputs per task and step")
+    lr_masks: float = Field(1e-3, ge=0, description="Adam step size of the mask logits")
+    lr_lambda: float = Field(1e-3, ge=0, description="Adam step size of λ")
+    objective: str | Weights = Field(
+        "self-label", description=f"what is minimised: {_NAMES}; or name: weight of several"
+    )
+    objectives: dict[str, str | Weights] = Field({}, description="task: its own objective")
+    self_label: SelfLabel = SelfLabel()
+    filter: Filter = Filter()
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="of the running mean prediction of infomax and filtered-entropy"
+    )
+    schedule: Literal["constant", "cosine"] = Field("constant", description="of both step sizes")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
+    temperature: float = Field(10.0, gt=0, description="τ of the mask's sigmoid")
+    logit: float = Field(0.1, gt=0, description="mask logits start at ±this")
+    clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
+    save_every: int = Field(25, ge=1, description="steps between two saves of the state")
+    check_every: int = Field(25, ge=1, description="steps between two judgements without labels")
+    check_inputs: int = Field(256, ge=1, description="inputs per task that a judgement looks at, at most")
+    keep: Literal["best", "last"] = Field("best", description="the step whose weights are written")
+    signal: Signal = Field("agreement", description="with the experts, by which best is meant")
+    tolerance: float = Field(
+        0.0, ge=0, description="standard errors that a task's agreement may fall below the start's"
+    )
+    patience: int | None = Field(None, ge=1, description="judgements without a better step before stopping early")
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective(cls, given: Any) -> Any:
+        return check_objective(given)
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _objectives(cls, given: Any) -> Any:
+        for task, own in given.items() if isinstance(given, dict) else ():
+            try:
+                check_objective(own)
+            except ValueError as error:
+                raise ValueError(f"task '{task}': {error}") from None
+        return given
+
+    @model_validator(mode="after")
+    def _ranges(self) -> AdaptSettings:
+        if self.clamp is not None and self.clamp[0] > self.clamp[1]:
+            raise ValueError(f"clamp: {self.clamp[0]} is above {self.clamp[1]}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: both must be in [0, 1), got {self.betas}")
+        return self
+
+    def factor(self, step: int) -> float:
+        """What step sizes are multiplied by at a step, counted from 0."""
+        return 1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / max(1, self.steps)))
+
+    def weights(self, task: str) -> Weights:
+        """objective -> weight, for one task."""
+        return as_weights(self.objectives.get(task, self.objective))
+
+    def due(self, step: int) -> bool:
+        """True if the weights after so many steps are judged."""
+        return step % self.check_every == 0 or step == self.steps

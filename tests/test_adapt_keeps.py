@@ -1,0 +1,156 @@
+"""What adaptation keeps: the best judged step, the start when nothing is better, the same after any interruption."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from adarank.adapt import AdaptSettings, History, adapt
+from adarank.adapt.judge import Signals, signals
+from adarank.adapt.loop import Loss
+from adarank.adapt.objective import entropy
+from adarank.errors import Interrupted
+from make import randn
+from test_adapt_loop import Problem, assert_same, boom, told
+
+SETTINGS = AdaptSettings(steps=12, lr_masks=0.05, lr_lambda=0.05, save_every=3, check_every=2, tolerance=1.0)
+
+
+class Judged(Problem):
+    """The problem of the loop's tests, judged by its experts' outputs, with losses that remember their past."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: dict[str, Tensor] = {}
+        self.inputs = randn(99, 40, 5)
+        self.losses = {task: self.remembering(task, loss) for task, loss in self.losses.items()}
+        self.asked: list[int] = []
+
+    def remembering(self, task: str, inner: Loss) -> Loss:
+        def loss(step: int) -> Tensor:
+            value = inner(step)
+            self.memory[task] = 0.5 * self.memory.get(task, torch.zeros(())) + value.detach()
+            return value * (1 + self.memory[task])
+
+        return loss
+
+    def answers(self, task: str) -> Tensor:
+        return torch.nn.functional.linear(self.inputs, self.experts[task]["weight"], self.experts[task]["bias"])
+
+    @torch.no_grad()
+    def judge(self, step: int) -> dict[str, Signals]:
+        self.asked.append(step)
+        return {task: signals(self.net(self.inputs), self.answers(task)) for task in self.losses}
+
+    def run(self, settings: AdaptSettings = SETTINGS, state: Path | None = None, fingerprint: str = "f") -> History:
+        return adapt(self.live, self.losses, settings, state, fingerprint, judge=self.judge, memory=self.memory)
+
+
+class Collapsing(Judged):
+    """Task a minimises the entropy of what it is unsure of, and goes to one class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses["a"] = lambda step: 10 * entropy(self.net(self.inputs)) - self.net(self.inputs)[:, 2].mean()
+
+
+def seeded(kind: type[Judged], settings: AdaptSettings = SETTINGS, state: Path | None = None) -> tuple[Judged, History]:
+    torch.manual_seed(0)
+    problem = kind()
+    return problem, problem.run(settings, state)
+
+
+def without_time(history: History) -> History:
+    history.judging_seconds = 0.0
+    return told(history)
+
+
+def test_it_is_judged_at_the_start_at_every_check_and_at_the_end() -> None:
+    problem, history = seeded(Judged, SETTINGS.model_copy(update={"check_every": 5}))
+    assert problem.asked == [0, 5, 10, 12]
+    assert list(history.judged) == problem.asked
+
+
+def test_the_best_step_gives_the_weights_of_stopping_there() -> None:
+    """A rule that prefers a step in the middle: agreement that falls after it."""
+    torch.manual_seed(0)
+    problem = Judged()
+    real = problem.judge
+    problem.judge = lambda step: {  # type: ignore[method-assign]
+        task: Signals(1 - abs(step - 6) / 10, *list(vars(own).values())[1:]) for task, own in real(step).items()
+    }
+    history = problem.run()
+    assert history.choice
+    assert (history.choice.step, history.step) == (6, 12)
+    short, _ = seeded(Judged, SETTINGS.model_copy(update={"steps": 6, "keep": "last"}))
+    assert_same(problem, short)
+    assert problem.live.mask_file(("a", "b"), "average", {}).kept_share() == short.live.kept_share()
+
+
+def test_a_run_that_collapses_a_task_is_rolled_back_to_the_start_and_says_so() -> None:
+    problem, history = seeded(Collapsing)
+    start, _ = seeded(Collapsing, SETTINGS.model_copy(update={"steps": 0}))
+    assert history.judged[12]["a"].largest > 0.95 > history.judged[0]["a"].largest
+    assert history.choice
+    assert history.choice.rolled_back
+    assert history.choice.step == 0
+    assert "none of 6 judged steps was better than the start" in history.choice.why
+    assert_same(problem, start)
+
+
+def test_the_last_step_is_kept_if_asked() -> None:
+    problem, history = seeded(Collapsing, SETTINGS.model_copy(update={"keep": "last"}))
+    assert history.choice
+    assert (history.choice.step, history.choice.rolled_back) == (12, False)
+    start, _ = seeded(Collapsing, SETTINGS.model_copy(update={"steps": 0}))
+    assert not torch.equal(problem.live.lam, start.live.lam)
+
+
+def test_patience_ends_a_run_that_gets_no_better() -> None:
+    _, history = seeded(Collapsing, SETTINGS.model_copy(update={"patience": 2}))
+    assert history.step == 4
+    assert history.choice
+    assert history.choice.step == 0
+
+
+@pytest.mark.parametrize("kind", [Judged, Collapsing])
+@pytest.mark.parametrize("at", [0, 4, 5, 7, 11])
+def test_a_killed_run_keeps_the_same_step_with_the_same_bits(tmp_path: Path, kind: type[Judged], at: int) -> None:
+    whole, wanted = seeded(kind)
+    torch.manual_seed(0)
+    first = kind()
+    first.hook("b", at, boom)
+    with pytest.raises(ZeroDivisionError):
+        first.run(SETTINGS, tmp_path / "state.pt")
+    second, found = seeded(kind, SETTINGS, tmp_path / "state.pt")
+    assert_same(whole, second)
+    assert found.resumed_from == ([3 * (at // 3)] if at >= 3 else [])
+    assert without_time(found) == without_time(wanted)
+    assert not set(second.asked) & set(range(1, 3 * (at // 3) + 1))  # what was judged is not judged again
+
+
+def test_a_stopped_run_with_patience_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"patience": 3})
+    whole, wanted = seeded(Collapsing, settings)
+    torch.manual_seed(0)
+    first = Collapsing()
+    first.hook("b", 3, lambda value: (os.kill(os.getpid(), signal.SIGTERM), value)[1])
+    with pytest.raises(Interrupted, match="step 4 of 12"):
+        first.run(settings, tmp_path / "state.pt")
+    second, found = seeded(Collapsing, settings, tmp_path / "state.pt")
+    assert found.step == wanted.step == 6
+    assert_same(whole, second)
+    assert without_time(found) == without_time(wanted)
+
+
+def test_a_finished_run_taken_up_again_keeps_the_same(tmp_path: Path) -> None:
+    first, wanted = seeded(Collapsing, SETTINGS, tmp_path / "state.pt")
+    second, found = seeded(Collapsing, SETTINGS, tmp_path / "state.pt")
+    assert second.asked == []
+    assert_same(first, second)
+    assert without_time(found) == without_time(wanted)

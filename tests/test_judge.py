@@ -1,0 +1,129 @@
+"""Judging without labels: the signals, the step that is kept, collapse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adarank.adapt.judge import Signals, best_step, choose_best, collapsed, first_collapse, signals, worse
+from make import randn
+
+PLAIN = Signals(0.8, 0.5, 0.1, 0.3, 0.5, 0.5, 256)
+
+
+def judged(*agreements: tuple[float, ...], divergence: float = 0.5) -> dict[int, dict[str, Signals]]:
+    """Judgements 25 steps apart; each has one number per task."""
+    return {25 * i: {f"t{t}": replace(PLAIN, agreement=a, divergence=divergence) for t, a in enumerate(own)}
+            for i, own in enumerate(agreements)}  # fmt: skip
+
+
+@given(st.integers(1, 30), st.integers(2, 5), st.integers(0, 10**6))
+def test_signals_are_numpys(count: int, classes: int, seed: int) -> None:
+    logits, expert = (2 * randn(seed + i, count, classes) for i in (0, 1))
+    found = signals(logits, expert)
+    a, b = (x.double().numpy() for x in (logits, expert))
+    p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (a, b))
+    own, wanted = a.argmax(axis=1), b.argmax(axis=1)
+    shares = [[float(np.mean(y == c)) for c in range(classes)] for y in (own, wanted)]
+    assert found.agreement == pytest.approx(np.mean(own == wanted))
+    assert found.histogram == pytest.approx(sum(max(0.0, x - y) for x, y in zip(*shares, strict=True)))
+    assert found.divergence == pytest.approx(float(np.mean(np.sum(q * np.log(q / p), axis=1))))
+    assert found.entropy == pytest.approx(float(np.mean(-np.sum(p * np.log(p), axis=1))))
+    assert (found.largest, found.expert_largest, found.inputs) == (max(shares[0]), max(shares[1]), count)
+
+
+def test_the_expert_agrees_with_itself() -> None:
+    found = signals(randn(1, 9, 3), randn(1, 9, 3))
+    assert (found.agreement, found.histogram) == (1, 0)
+    assert found.divergence == pytest.approx(0, abs=1e-9)
+
+
+TABLES = st.lists(st.lists(st.integers(0, 20), min_size=3, max_size=3), min_size=1, max_size=7)
+
+
+@given(TABLES)
+def test_the_best_step_is_the_one_that_a_search_finds(table: list[list[int]]) -> None:
+    found = best_step(judged(*(tuple(a / 20 for a in row) for row in table)), "agreement", 0.0)
+    fit = [i for i, row in enumerate(table) if all(a >= b for a, b in zip(row, table[0], strict=True))]
+    top = max(sum(table[i]) for i in fit)
+    assert found == 25 * next(i for i in fit if sum(table[i]) == top)
+
+
+@given(TABLES)
+def test_a_new_judgement_changes_the_best_step_only_to_itself(table: list[list[int]]) -> None:
+    seen = judged(*(tuple(a / 20 for a in row) for row in table))
+    before = {step: own for step, own in seen.items() if step < max(seen)}
+    if before:
+        assert best_step(seen, "agreement", 0.0) in (best_step(before, "agreement", 0.0), max(seen))
+
+
+def test_a_gain_at_one_tasks_cost_is_rolled_back_and_says_so() -> None:
+    found = choose_best(judged((0.5, 0.8), (0.9, 0.79), (0.95, 0.7)), "agreement", 0.0)
+    assert (found.step, found.rolled_back) == (0, True)
+    assert "t1 at 2" in found.why
+
+
+def test_a_gain_for_all_is_kept_and_says_why() -> None:
+    found = choose_best(judged((0.5, 0.8), (0.6, 0.8), (0.9, 0.7)), "agreement", 0.0)
+    assert (found.step, found.rolled_back) == (25, False)
+    assert "0.7000, 0.6500 at the start" in found.why
+
+
+def test_nothing_taken_is_no_roll_back() -> None:
+    assert not choose_best(judged((0.5, 0.5)), "agreement", 0.0).rolled_back
+
+
+def test_divergence_ranks_where_agreement_ties() -> None:
+    seen = {**judged((0.5,), divergence=0.5), 25: judged((0.5,), divergence=0.4)[0], 50: judged((0.5,), divergence=0.6)[0]}
+    assert best_step(seen, "divergence", 0.0) == 25
+    assert best_step(seen, "agreement", 0.0) == 0
+
+
+def test_tolerance_is_in_standard_errors() -> None:
+    start = {"a": replace(PLAIN, agreement=0.5, inputs=100)}
+    for agreement, tolerance, expected in ((0.46, 1.0, False), (0.44, 1.0, True), (0.44, 2.0, False), (0.499, 0.0, True)):
+        now = {"a": replace(start["a"], agreement=agreement)}
+        assert bool(worse(now, start, tolerance)) == expected, (agreement, tolerance)
+    sure = {"a": replace(PLAIN, agreement=1.0, inputs=100)}
+    assert not worse({"a": replace(PLAIN, agreement=0.995)}, sure, 1.0)
+
+
+def test_a_signal_that_is_no_number_never_wins() -> None:
+    seen = judged((0.5,), (0.9,))
+    seen[25]["t0"] = replace(seen[25]["t0"], divergence=math.nan)
+    assert best_step(seen, "divergence", 0.0) == 0
+
+
+@pytest.mark.parametrize(("start", "expert", "now", "histogram", "expected"), [
+    (0.60, 0.52, 0.99, 0.47, True),   # one class takes over
+    (0.55, 0.52, 0.84, 0.32, True),   # on the way there
+    (0.98, 0.85, 1.00, 0.15, True),   # the last others go
+    (0.98, 0.85, 0.985, 0.13, False),  # as at the start
+    (0.96, 0.97, 0.99, 0.02, False),  # as its expert
+    (0.32, 0.26, 0.47, 0.21, False),  # skewed, no collapse
+    (0.50, 0.99, 0.99, 0.00, False),  # the expert gives one class
+    (1.00, 0.60, 1.00, 0.40, False),  # was so at the start
+])  # fmt: skip
+def test_collapse_is_called_when_one_class_takes_over(
+    start: float, expert: float, now: float, histogram: float, expected: bool
+) -> None:
+    first = replace(PLAIN, largest=start, expert_largest=expert)
+    assert collapsed(replace(PLAIN, largest=now, expert_largest=expert, histogram=histogram), first) is expected
+
+
+def test_the_first_collapse_is_kept_per_task() -> None:
+    seen = judged((0.8, 0.8), (0.7, 0.8), (0.6, 0.8))
+    for step in (25, 50):
+        seen[step]["t0"] = replace(seen[step]["t0"], largest=0.97, histogram=0.47)
+    assert first_collapse(seen) == {"t0": 25}
+
+
+def test_predictions_may_lie_on_one_class_alone() -> None:
+    found = signals(torch.tensor([[3.0, 0.0]] * 4), torch.tensor([[0.0, 3.0], [3.0, 0.0]] * 2))
+    assert (found.agreement, found.histogram, found.largest, found.expert_largest) == (0.5, 0.5, 1.0, 0.5)
