@@ -82,6 +82,60 @@ def test_adapt_lowers_its_objective(problem) -> None:
     assert sum(total[-4:]) < sum(total[:4])
 
 
+def test_self_label_asks_each_expert_once_per_batch(problem) -> None:
+    base, experts, batches = problem
+    calls: list[tuple[int, bool]] = []
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        calls.append((len(x), torch.is_grad_enabled()))
+        return module(x)
+
+    settings = adarank.AdaptSettings(steps=6, check_every=10)
+    adarank.adapt(base, experts, batches, settings=settings, forward=forward)
+    graphs = sum(grad for _, grad in calls)
+    assert graphs == 6 * 2
+    assert len(calls) - graphs == 4 * 2 + 2 * 4 * 2  # each expert on 4 batches; judged at the start and at the end
+
+
+def test_self_label_of_experts_that_are_the_merge_is_zero(problem) -> None:
+    base, experts, batches = problem
+    one = {"a": experts["a"]}
+    start = {"origin": "pretrained", "rank": 1.0, "lambda": 1.0}
+    found = adarank.adapt(base, one, {"a": batches["a"]}, "adarank", start, adarank.AdaptSettings(steps=1))
+    assert found.history.losses["a"][0] == pytest.approx(0, abs=1e-6)
+    assert found.history.judged[0]["a"].agreement == 1
+
+
+def test_what_hurts_on_held_out_batches_is_rolled_back(problem) -> None:
+    base, experts, batches = problem
+    settings = adarank.AdaptSettings(steps=8, lr_masks=0.2, lr_lambda=0.5, check_every=2)
+    start = adarank.adapt(base, experts, batches, settings=adarank.AdaptSettings(steps=0))
+    held_out = {task: [torch.randn(20, 8)] for task in experts}
+    found = adarank.adapt(
+        base, experts, batches, settings=settings, objective=lambda logits: logits[:, 0].mean(), held_out=held_out
+    )
+    assert found.history.choice.rolled_back
+    assert found.history.judged[0]["a"].inputs == 20
+    assert all(torch.equal(found.state[name], start.state[name]) for name in start.state)
+
+
+def test_objectives_may_be_named_weighted_or_per_task(problem) -> None:
+    base, experts, batches = problem
+    one = adarank.AdaptSettings(steps=1)
+    named = adarank.adapt(base, experts, batches, settings=one, objective="infomax").history.losses
+    mixed = adarank.adapt(
+        base, experts, batches, settings=one, objective={"infomax": 2.0, "entropy": 1.0}
+    ).history.losses
+    plain = adarank.adapt(
+        base, experts, batches, settings=adarank.AdaptSettings(steps=1, objectives={"a": "entropy"})
+    ).history.losses
+    assert mixed["a"][0] == pytest.approx(2 * named["a"][0] + plain["a"][0], abs=1e-5)
+    with pytest.raises(adarank.AdaRankError, match="Did you mean 'infomax'"):
+        adarank.adapt(base, experts, batches, objective="infomx")
+    with pytest.raises(adarank.AdaRankError, match="unknown task 'c'"):
+        adarank.adapt(base, experts, batches, settings=adarank.AdaptSettings(objectives={"c": "entropy"}))
+
+
 def test_zero_steps_of_adamerging_is_task_arithmetic(problem) -> None:
     base, experts, batches = problem
     start = adarank.adapt(base, experts, batches, "adamerging", {"lambda": 0.4}, adarank.AdaptSettings(steps=0)).state

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +16,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import adarank
-from adarank import adaptation, networks
+from adarank import adaptation, experts, networks, pipeline
+from adarank.adapt.objective import OBJECTIVES
 from adarank.cli.main import main
+from adarank.data.task import TaskData
 from adarank.masks import FILE
+from adarank.models.features import head_inputs, head_parts
 from adarank.recipe import load_recipe
+from adarank.tasks import load_tasks
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 
@@ -308,3 +315,123 @@ def test_a_loss_that_is_not_finite_at_once_leaves_nothing(
     with pytest.raises(adarank.AdaRankError, match=r"task 'mood' is nan at step 1"):
         adarank.merge_recipe(load_recipe(recipe(zoo, **ADAPT)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_objective_adapts_and_tasks_may_have_their_own(zoo: Path, tmp_path: Path) -> None:
+    weights = dict.fromkeys(OBJECTIVES, 0.5)
+    adapt = {**ADAPT["adapt"], "steps": 3, "objective": weights, "objectives": {"mood": "entropy"}}
+    path = recipe(zoo, "all.yaml", **{**ADAPT, "adapt": adapt})
+    record = adarank.merge_recipe(load_recipe(path), tmp_path / "out")
+    own = recipe(zoo, "own.yaml", **{**ADAPT, "adapt": {**ADAPT["adapt"], "steps": 3, "objective": "entropy"}})
+    alone = adarank.merge_recipe(load_recipe(own), tmp_path / "alone")
+    losses = [found["adaptation"]["losses"] for found in (record, alone)]
+    assert losses[0]["mood"][0] == losses[1]["mood"][0]
+    assert losses[0]["colour"][0] != losses[1]["colour"][0]
+
+
+def test_an_objective_of_an_unknown_task_is_refused_before_anything_is_read(zoo: Path) -> None:
+    path = recipe(zoo, "stranger.yaml", **{**ADAPT, "adapt": {"objectives": {"mod": "entropy"}}})
+    with pytest.raises(adarank.AdaRankError, match=r"adapt\.objectives: unknown task 'mod'. Did you mean 'mood'"):
+        load_recipe(path)
+
+
+def test_masks_weights_and_record_are_of_the_kept_step(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge that likes step 4 best: the output is that of stopping there."""
+
+    def judge_of(*given: Any) -> Any:
+        real = experts.judge_of(*given)
+        return lambda step: {t: replace(s, agreement=1 - abs(step - 4) / 20) for t, s in real(step).items()}
+
+    settings = {**ADAPT["adapt"], "check_every": 2, "objective": "infomax"}
+    monkeypatch.setattr(adaptation, "judge_of", judge_of)
+    long = recipe(zoo, "long.yaml", **{**ADAPT, "adapt": settings})
+    record = adarank.merge_recipe(load_recipe(long), tmp_path / "long")["adaptation"]
+    short = recipe(zoo, "short.yaml", **{**ADAPT, "adapt": {**settings, "steps": 4, "keep": "last"}})
+    other = adarank.merge_recipe(load_recipe(short), tmp_path / "short")["adaptation"]
+    assert (record["step_kept"], record["rolled_back"], record["steps"]) == (4, False, 12)
+    assert same(weights(tmp_path / "long"), weights(tmp_path / "short"))
+    assert same(load_file(tmp_path / "long" / FILE), load_file(tmp_path / "short" / FILE))
+    assert record["components_kept"] == other["components_kept"]
+    assert list(record["judged"]) == ["0", "2", "4", "6", "8", "10", "12"]
+
+
+def test_no_label_is_read_by_adapting_and_judging(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def labels(*_: object) -> None:
+        raise AssertionError("a label was read")
+
+    real = adaptation.adapt_job
+
+    def watched(job: Any, data: Mapping[str, TaskData], *rest: Any) -> Any:
+        return real(job, {task: replace(own, labels=Unreadable()) for task, own in data.items()}, *rest)
+
+    class Unreadable(tuple):
+        __getitem__ = __iter__ = __len__ = labels
+
+    monkeypatch.setattr(pipeline, "adapt_job", watched)
+    monkeypatch.setattr(TaskData, "targets", labels)
+    record = adarank.merge_recipe(
+        load_recipe(recipe(zoo, **{**ADAPT, "adapt": {"steps": 1, "batch_size": 4}})), tmp_path / "out"
+    )
+    assert record["adaptation"]["judged_on"] == dict.fromkeys(TASKS, "select")
+
+
+def test_a_resumed_run_does_not_ask_the_experts_again(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_recipe(recipe(zoo, **{**ADAPT, "adapt": {**ADAPT["adapt"], "objective": "features"}}))
+    job = adarank.open_job(loaded)
+    data, models = load_tasks(job), networks.build_models(job)
+    settings = loaded.adaptation()[1]
+    first = experts.expert_outputs(job, models, data, settings, "mark", tmp_path)
+    again = recipe(zoo, **{**ADAPT, "adapt": {**ADAPT["adapt"], "objective": "features"}})
+    monkeypatch.setattr(experts, "_ask", lambda *_: pytest.fail("asked again"))
+    second = experts.expert_outputs(adarank.open_job(load_recipe(again)), models, data, settings, "mark", tmp_path)
+    for task in TASKS:
+        assert torch.equal(first[task].logits, second[task].logits)
+        assert torch.equal(first[task].features, second[task].features)
+    monkeypatch.undo()
+    for damage in (b"", b"noise"):
+        (tmp_path / experts.FILE).write_bytes(damage)
+        assert torch.equal(
+            experts.expert_outputs(job, models, data, settings, "mark", tmp_path)["mood"].logits, first["mood"].logits
+        )
+    monkeypatch.setattr(experts, "_ask", boom)
+    with pytest.raises(ZeroDivisionError):
+        experts.expert_outputs(job, models, data, settings, "another mark", tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "gpt2"])
+def test_features_are_what_the_head_turns_into_logits(tmp_path: Path, architecture: str) -> None:
+    """Equal for one input alone and beside longer ones, and of the body's width."""
+    job = adarank.open_job(load_recipe(recipe(make_zoo(tmp_path, architecture), **ADAPT)))
+    models = networks.build_models(job)
+    module, parts = models.modules["mood"], head_parts(models, "mood")
+    short = {"input_ids": torch.tensor([[2, 6, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    padded = {"input_ids": torch.tensor([[2, 6, 3, 0, 0], [2, 7, 8, 9, 3]]),
+              "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}  # fmt: skip
+    with torch.no_grad(), head_inputs(module, parts) as seen:
+        module(**short)
+        module(**padded)
+    assert [tuple(own.shape) for own in seen] == [(1, 16), (2, 16)]
+    torch.testing.assert_close(seen[0][0], seen[1][0])
+    module(**short)
+    assert len(seen) == 2  # nothing is taken once it is closed
+
+
+def boom(*_: object) -> None:
+    raise ZeroDivisionError
+
+
+def test_the_command_line_says_which_step_was_kept_and_why(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zero = {**ADAPT["adapt"], "lr_masks": 0.0, "lr_lambda": 0.0, "steps": 2, "check_every": 1}
+    assert main(["merge", str(recipe(zoo, **{**ADAPT, "adapt": zero})), str(tmp_path / "still")]) == 0
+    shown = capsys.readouterr()
+    assert "rolled back to the start: none of 2 judged steps was better" in shown.out
+    assert "agreement at step 1: mood" in shown.err
+    last = {**zero, "keep": "last"}
+    assert main(["merge", str(recipe(zoo, **{**ADAPT, "adapt": last})), str(tmp_path / "last")]) == 0
+    assert "kept step 2: the last step" in capsys.readouterr().out

@@ -80,14 +80,23 @@ def test_nothing_taken_is_no_roll_back() -> None:
 
 
 def test_divergence_ranks_where_agreement_ties() -> None:
-    seen = {**judged((0.5,), divergence=0.5), 25: judged((0.5,), divergence=0.4)[0], 50: judged((0.5,), divergence=0.6)[0]}
+    seen = {
+        **judged((0.5,), divergence=0.5),
+        25: judged((0.5,), divergence=0.4)[0],
+        50: judged((0.5,), divergence=0.6)[0],
+    }
     assert best_step(seen, "divergence", 0.0) == 25
     assert best_step(seen, "agreement", 0.0) == 0
 
 
 def test_tolerance_is_in_standard_errors() -> None:
     start = {"a": replace(PLAIN, agreement=0.5, inputs=100)}
-    for agreement, tolerance, expected in ((0.46, 1.0, False), (0.44, 1.0, True), (0.44, 2.0, False), (0.499, 0.0, True)):
+    for agreement, tolerance, expected in (
+        (0.46, 1.0, False),
+        (0.44, 1.0, True),
+        (0.44, 2.0, False),
+        (0.499, 0.0, True),
+    ):
         now = {"a": replace(start["a"], agreement=agreement)}
         assert bool(worse(now, start, tolerance)) == expected, (agreement, tolerance)
     sure = {"a": replace(PLAIN, agreement=1.0, inputs=100)}

@@ -152,6 +152,18 @@ def test_every_preset_parses_for_every_adaptive_method(preset: str, method: str)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_keeps_to_the_papers(preset: str) -> None:
+    """Entropy for every task, constant step sizes, the last step."""
+    settings = with_preset("adarank", {}, {}, preset)[1]
+    assert settings.weights("any") == {"entropy": 1.0}
+    assert (settings.schedule, settings.keep, settings.patience) == ("constant", "last", None)
+
+
+def test_the_defaults_follow_the_experts_and_keep_the_best_step() -> None:
+    assert (AdaptSettings().objective, AdaptSettings().keep, AdaptSettings().tolerance) == ("self-label", "best", 0.0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_given_by_hand_overrides_the_preset(preset: str) -> None:
     found, settings = with_preset("adarank", {"lambda": 9.5, "rank": 0.77}, {"steps": 3}, preset)
     assert (found.scale, found.rank, settings.steps) == (9.5, 0.77, 3)

@@ -119,7 +119,7 @@ def choose_best(judged: Mapping[int, Judged], signal: Signal, tolerance: float) 
     step = best_step(judged, signal, tolerance)
     sign = 1 if signal == "agreement" else -1
     start, found = (sign * mean_signal(judged[s], signal) for s in (0, step))
-    within = f" by more than {tolerance:g} standard errors" if tolerance else ""
+    within = f" by more than {tolerance:g} standard error(s)" if tolerance else ""
     later = {s: worse(own, judged[0], tolerance) for s, own in judged.items() if s > 0}
     if step > 0:
         why = f"mean {signal} with the experts {found:.4f}, {start:.4f} at the start; no task agrees less{within}"

@@ -231,7 +231,7 @@ class _Run:
             "judged": {step: {t: asdict(own) for t, own in seen.items()} for step, seen in self.history.judged.items()},
             "judging_seconds": self.history.judging_seconds,
             "best": self.best,
-            "memory": self.memory,
+            "memory": {name: own.cpu() for name, own in self.memory.items()},
         }
         write_state(self.state, content, "the state of adaptation")
 
