@@ -94,7 +94,8 @@ ADAPTED: dict[str, tuple[str, str, bool, bool, int]] = {
     "TA+AdaRank": ("adarank", "pretrained", True, True, 3),
     "CART++": ("cart++", "average", False, True, 1),
     "AdaMerging": ("adamerging", "pretrained", False, True, 1),
-    "CART+AdaRank, self-label": ("adarank", "average", True, True, 1),
+    "CART+AdaRank, self-label": ("adarank", "average", True, True, 3),
+    "TA+AdaRank, self-label": ("adarank", "pretrained", True, True, 1),
     "CART+AdaRank, masks only": ("adarank", "average", True, False, 1),
     "TA+AdaRank, masks only": ("adarank", "pretrained", True, False, 1),
 }
@@ -203,8 +204,8 @@ class Bench:
                 "batch_size": self.bed.batch,
                 "lr_masks": rate,
                 "lr_lambda": rate,
-                "objective": "self-label" if "self-label" in row else "entropy",
-                "keep": "last",
+                # with entropy as in the papers: the last step; else as adarank does by default
+                **({} if "self-label" in row else {"objective": "entropy", "keep": "last"}),
             },
             "seed": seed,
         }
@@ -217,7 +218,7 @@ class Bench:
         self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
         content = {"settings": merged["settings"], "adaptation": merged["adaptation"], "merge_seconds": merged["seconds"],
                    "peak_resident_bytes": merged["peak_resident_bytes"],
-                   "chosen": "start: λ and rank on select, with labels; adaptation: no labels, last step"}  # fmt: skip
+                   "chosen": "start: λ and rank on select, with labels; adaptation: no labels"}  # fmt: skip
         self.record(row, seed, content)
 
     def _data_of(self, seed: int) -> dict[str, TaskData]:
