@@ -97,3 +97,32 @@ def test_the_static_method_is_its_basis_with_everything_kept(name: str) -> None:
     blocks = task_vector_blocks(base["w"], deltas, "w", BASES[name])
     whole = blocks.compose(torch.full((len(blocks.sizes),), 0.7), torch.ones(blocks.components, dtype=torch.bool))
     torch.testing.assert_close(merged["w"], whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts"])
+def test_adarank_starts_from_the_static_method_and_its_masks_merge_to_what_was_adapted(name: str) -> None:
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3))
+    experts = {}
+    for task in "abc":
+        experts[task] = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3))
+        experts[task].load_state_dict({k: v + 0.3 * torch.randn_like(v) for k, v in base.state_dict().items()})
+    batches = {task: [torch.randn(8, 6)] for task in experts}
+    still = adarank.adapt(base, experts, batches, settings=adarank.AdaptSettings(steps=0), parameters={"basis": name})
+    static = adarank.merge(base, experts, name)
+    for key, value in static.items():
+        torch.testing.assert_close(still.state[key], value, atol=1e-5, rtol=1e-4)
+    loop = adarank.AdaptSettings(steps=15, lr_masks=0.05, lr_lambda=0.02, keep="last")
+    moved = adarank.adapt(base, experts, batches, settings=loop, parameters={"basis": name})
+    assert moved.masks.kept_share() < 1
+    again = adarank.merge(base, experts, "masked", {"masks": moved.masks})
+    for key, value in again.items():
+        torch.testing.assert_close(value, moved.state[key], atol=1e-5, rtol=1e-4)
+    first, last = (sum(losses[i] for losses in moved.history.losses.values()) for i in (0, -1))
+    assert last < first
+
+
+def test_a_basis_about_the_base_takes_no_other_origin() -> None:
+    w = torch.nn.Linear(2, 2)
+    with pytest.raises(adarank.AdaRankError, match=r"basis.*about the base"):
+        adarank.adapt(w, {"a": w}, {"a": [torch.zeros(1, 2)]}, parameters={"basis": "tsv_m", "origin": "average"})

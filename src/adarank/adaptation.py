@@ -77,7 +77,9 @@ def adapt_job(
     judge = judge_of(job, models, data, settings, experts)
     note("Adapting")
     history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory)
-    masks = live.mask_file(job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")})
+    masks = live.mask_file(
+        job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")}, method.blocks_of
+    )
     return Adaptation(job, live, masks, _report(history, live, job, settings, data))
 
 

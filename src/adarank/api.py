@@ -159,7 +159,7 @@ def adapt(
     judge = asked.judge(models.modules)
     history = run_adaptation(live, losses, settings, progress=progress, judge=judge, memory=memory)
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
-    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}), history)
+    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}, chosen.blocks_of), history)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank.bases import BASES
 from adarank.blocks import Blocks
 from adarank.masks import MaskFile, hard, straight_through, top_mask
 
@@ -106,12 +107,14 @@ class LiveWeights:
         """Tensor name -> (components,) bool."""
         return dict(zip(self.blocks, hard(self.logits).split(self._parts), strict=True))
 
-    def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile:
+    def mask_file(
+        self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any], basis: str = "task_vectors"
+    ) -> MaskFile:
         """The masks and λ of this moment, as the file that the method `masked` applies."""
         lam = dict(zip(self.blocks, self.used_lam().detach().float().clone(), strict=True))
         sizes = {name: block.sizes for name, block in self.blocks.items() if block.components}
         masks = {name: mask.clone() for name, mask in self.masks().items() if name in sizes}
-        return MaskFile(origin, tasks, lam, masks, sizes, about)
+        return MaskFile(origin, BASES[basis].groups(tasks), lam, masks, sizes, about, basis)
 
     def kept_share(self) -> float:
         """Share of all components that are kept now; 1 if there are none."""

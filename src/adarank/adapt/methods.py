@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.live import Learn, LiveWeights
 from adarank.adapt.settings import AdaptSettings
+from adarank.bases import BASES
 from adarank.blocks import build_blocks
 from adarank.errors import RecipeError
 from adarank.settings import Settings, nearest, parse
@@ -47,13 +48,18 @@ class AdaptiveMethod(Settings):
         """False if every component stays kept, so that nothing needs decomposing."""
         return self.learn_masks or self.rank < 1
 
+    @property
+    def blocks_of(self) -> str:
+        """The name of the spectral basis."""
+        return "task_vectors"
+
     def start(
         self, network: Network, shared: Mapping[str, Tensor], settings: AdaptSettings, device: torch.device | str
     ) -> LiveWeights:
         """The live weights at the method's start, over the parameters that the networks share."""
         return LiveWeights(
             {name: shared[name] for name in network.merged()},
-            build_blocks(network, self.origin, device, self.spectra),
+            build_blocks(network, self.origin, device, self.spectra, BASES[self.blocks_of]),
             Learn(self.learn_masks, self.learn_lambda, settings.temperature, settings.clamp),
             self.scale,
             self.rank,
@@ -62,15 +68,45 @@ class AdaptiveMethod(Settings):
 
 
 class AdaRank(AdaptiveMethod):
-    """Learns which singular components to keep, and λ, by test-time adaptation."""
+    """Learns which singular components to keep, and λ, by test-time adaptation.
+
+    Arguments:
+        basis: what the components are of. The bases of TSV-M, Iso-C and Iso-CTS are about the base, and start with
+            all components and λ 1, which is their static method.
+    """
 
     name: ClassVar[str] = "adarank"
     formula: ClassVar[str] = "W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ; b, λ = argmin Σ_t H(f(W, x_t))"
     source: ClassVar[str] = "Lee et al. 2025, arXiv:2503.22178"
 
+    basis: Literal["task_vectors", "tsv_m", "iso_c", "iso_cts"] = Field(
+        "task_vectors", description="what the components are of"
+    )
     origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")
     rank: float = Field(0.16, gt=0, le=1, description="share of components kept at the start")
     scale: float = Field(2.0, alias="lambda", description="λ at the start")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_of_basis(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("basis", "task_vectors") != "task_vectors":
+            given = {"scale"} & set(values)
+            return {"origin": "pretrained", "rank": 1.0, **({} if given else {"lambda": 1.0}), **values}
+        return values
+
+    @model_validator(mode="after")
+    def _about_the_base(self) -> AdaRank:
+        if self.basis != "task_vectors" and self.origin != "pretrained":
+            raise ValueError(f"basis: '{self.basis}' is about the base; origin must be pretrained, got {self.origin}")
+        return self
+
+    @property
+    def spectra(self) -> bool:
+        return super().spectra or self.basis != "task_vectors"
+
+    @property
+    def blocks_of(self) -> str:
+        return self.basis
 
 
 class AdaMerging(AdaptiveMethod):
