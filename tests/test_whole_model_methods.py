@@ -188,6 +188,12 @@ def test_two_merges_at_once_keep_their_own_thresholds(name: str) -> None:
         close(dict(together), own, atol=0)
 
 
+def test_a_merge_in_progress_leaves_gradients_on_for_its_caller() -> None:
+    net = network(*family(2))
+    for _ in merge_tensors(METHODS["ties_merging"](), net):
+        assert torch.is_grad_enabled()
+
+
 def test_neighbours_of_the_threshold_fall_to_its_sides() -> None:
     """The largest number below the threshold is cut, the threshold and its equals stay."""
     below, at = torch.nextafter(torch.tensor(0.7), torch.tensor(0.0)), torch.tensor(0.7)
