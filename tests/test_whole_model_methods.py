@@ -179,13 +179,27 @@ def test_the_order_of_the_tasks_is_irrelevant(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_preparing_leaves_the_method_as_it_was(name: str) -> None:
-    """The same settings merge two models in turn, each by its own thresholds."""
+def test_two_merges_at_once_keep_their_own_thresholds(name: str) -> None:
     method = METHODS[name]()
     first, second = network(*family(2, seed=1)), network(*family(2, seed=2, spread=10.0))
-    alone = dict(merge_tensors(method, second))
-    dict(merge_tensors(method, first))
-    close(dict(merge_tensors(method, second)), alone, atol=0)
+    alone = [dict(merge_tensors(method, net)) for net in (first, second)]
+    pairs = list(zip(merge_tensors(method, first), merge_tensors(method, second), strict=True))
+    for own, together in zip(alone, zip(*pairs, strict=True), strict=True):
+        close(dict(together), own, atol=0)
+
+
+def test_a_merge_in_progress_leaves_gradients_on_for_its_caller() -> None:
+    net = network(*family(2))
+    for _ in merge_tensors(METHODS["ties_merging"](), net):
+        assert torch.is_grad_enabled()
+
+
+def test_neighbours_of_the_threshold_fall_to_its_sides() -> None:
+    """The largest number below the threshold is cut, the threshold and its equals stay."""
+    below, at = torch.nextafter(torch.tensor(0.7), torch.tensor(0.0)), torch.tensor(0.7)
+    expert = {"w": torch.stack([below, at, -at, torch.tensor(2.0), below])}
+    found = adarank.merge({"w": torch.zeros(5)}, {"t": expert}, "ties_merging", {"density": 0.4, "lambda": 1.0})
+    assert found["w"].tolist() == [0.0, at.item(), -at.item(), 2.0, 0.0]
 
 
 class _Watched(MemorySource):

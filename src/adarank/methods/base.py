@@ -86,12 +86,13 @@ def scaled_mean(origin: Tensor, deltas: Deltas, scale: float) -> Tensor:
 
 def merge_tensors(method: Method, network: Network, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model that is not a head, in the network's order, one in memory at a time."""
-    with torch.no_grad():
+    with torch.no_grad():  # never around a yield: the caller's code would run without gradients too
         prepared = method.prepare(network, device)
-        for name in network.tensors:
-            yield name, merge_tensor(prepared, network, name, device)
+    for name in network.tensors:
+        yield name, merge_tensor(prepared, network, name, device)
 
 
+@torch.no_grad()
 def merge_tensor(method: Method, network: Network, name: str, device: torch.device | str = "cpu") -> Tensor:
     """One tensor of the merged model, by a prepared method."""
     action = network.choices[name].action

@@ -50,7 +50,7 @@ class ConsensusTA(Method):
         check_agree(self.name, self.agree, network)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
-        return 3
+        return 4
 
 
 def claimed(total: Tensor, deltas: Deltas, tall: Callable[[str], float], agree: int) -> Tensor:

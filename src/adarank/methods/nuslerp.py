@@ -5,7 +5,7 @@
     merged = base + (sin((1 - t)·θ) · x_a + sin(t·θ) · x_b) / sin θ
     merged = base + (1 - t) · x_a + t · x_b                    where x_a and x_b are parallel
 
-θ is the angle of whole tensors; with nuslerp_flatten false, of vectors along the last dimension, or along the first with
+θ is the angle of whole tensors; with nuslerp_flatten false, of vectors along the last dimension, or the first with
 nuslerp_row_wise. mergekit's own variant of Shoemake's SLERP.
 """
 

@@ -40,7 +40,7 @@ def smallest(tensor: Tensor, count: int) -> Tensor:
 
 
 def middle(tensor: Tensor, density: float, gamma: float) -> Tensor:
-    """⌊density·n⌋ entries: all but the ⌊gamma·n⌋ largest and then the smallest (fewer of the largest if they are short)."""
+    """⌊density·n⌋ entries: the ⌊gamma·n⌋ largest are left out, or fewer if short, and then the smallest."""
     count = int(density * tensor.numel())
     below = max(0, tensor.numel() - count - int(gamma * tensor.numel()))
     return smallest(tensor, below + count) & ~smallest(tensor, below)
@@ -87,7 +87,7 @@ def _filled(sure: Tensor, equal: Tensor, count: int) -> Tensor:
     """`sure` and as many of `equal`, the first ones, as make `count`."""
     short = count - int(sure.sum())
     if int(equal.sum()) > short:
-        equal &= equal.cumsum(0) <= short
+        equal[equal.nonzero().flatten()[short:]] = False
     return sure | equal
 
 
