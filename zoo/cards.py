@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from images import SIDE
 from tasks import BASE_POLICY, TASKS
 
 
@@ -37,13 +38,13 @@ def accuracy_table(manifest: dict[str, Any]) -> str:
 def model_card(manifest: dict[str, Any]) -> str:
     """The models: what they are, how they were trained, what they score, what not to use them for."""
     size, versions = manifest["settings"], manifest["versions"]
-    batch = size["base_batch"] // 2
+    named = size["base_batch"] - size["base_masked"]
     long = ", ".join(t.name for t in TASKS if t.long)
     targets = ", ".join(f"{t.name} {percent(t.base_target)} %" for t in TASKS)
     return f"""# demo-8: one base and eight experts for trying out model merging
 
 Small Vision Transformers ({size["layers"]} layers, width {size["hidden"]}, {size["heads"]} heads, patches of
-{size["patch"]}x{size["patch"]} on 32x32 RGB images), stored as bfloat16 safetensors in the Hugging Face
+{size["patch"]}x{size["patch"]} on {SIDE}x{SIDE} RGB images), stored as bfloat16 safetensors in the Hugging Face
 layout.
 
 - `base/`: the body alone (`ViTModel`, no pooling layer).
@@ -60,17 +61,21 @@ body together with an expert's head classifies that task.
 *test* are splits of the sets' own test images (DATA_CARD.md). Test serves this table and nothing
 else. The two merges are there to show the zoo's difficulty; nothing was chosen by them.
 
+The experts moved far from a base that knew little: their task vectors interfere strongly, and merging is
+harder here than on large pre-trained models, whose experts stay close to their base.
+
 ## Training
 
 Size `{manifest["size"]}`, seed {manifest["seed"]}, on {manifest["device"]}; torch {versions["torch"]},
 transformers {versions["transformers"]}. All numbers are in `manifest.json` under `settings`.
 
 - **Base**: {size["base_steps"]} AdamW steps (peak rate {size["base_rate"]}, warm-up and cosine decay), each
-  on {batch} images with labels (only {size["labelled"]:.0%} of each task's train images are used with labels)
-  and {batch} images without, on which it fills in the {size["mask"]:.0%} of patches that are hidden.
+  on {named} images with labels (only {size["labelled"]:.0%} of each task's train images are used with labels)
+  and {size["base_masked"]} images without, on which it fills in the {size["mask"]:.0%} of patches that are hidden.
   Augmentation: rotation, scale, shear, shift, brightness, contrast, tint, saturation, inversion
   ({BASE_POLICY.invert:.0%}); left-right flips for cifar10 only. The base is mediocre on purpose: a task's
-  label loss fades out as its validation accuracy nears a target ({targets}).
+  label loss fades out, and fewer of its images are drawn, as its validation accuracy nears a target
+  ({targets}).
   Validation accuracies of the base are therefore not independent of its training.
 - **Experts**: {size["steps"]} AdamW steps ({size["long_steps"]} for {long}) of batch {size["batch"]} (peak
   rate {size["rate"]}, warm-up and cosine decay, weight decay {size["weight_decay"]}, label smoothing
@@ -112,7 +117,7 @@ def data_card(manifest: dict[str, Any]) -> str:
 - `test.npz`: `image` and `label`, for the final figure only.
 - `classes.txt`: the class names, one a line, in label order.
 
-Images are uint8 as in the source (gray ones 28x28, to be converted to RGB and resized to 32x32 by the
+Images are uint8 as in the source (gray ones 28x28, to be converted to RGB and resized to {SIDE}x{SIDE} by the
 preprocessor of the models). {dropped} test images equal to a train image byte for byte were dropped and
 {unused} were left out to keep the files small. All files together have {manifest["data_bytes"]:,} bytes.
 
