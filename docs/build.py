@@ -29,15 +29,29 @@ ROWS = [
     "weight average",
     "TA",
     "SVD_k",
+    "TIES",
+    "DARE+TA",
+    "DARE+TIES",
+    "Consensus-TA",
+    "Consensus-TIES",
+    "Breadcrumbs",
+    "Model Stock",
+    "STAR",
+    "TSV-M",
+    "Iso-C",
+    "Iso-CTS",
     "CART",
+    "CART, energy",
     "AdaMerging",
     "TA+AdaRank",
     "CART++",
     "CART+AdaRank",
+    "TA+AdaRank, self-label",
     "CART+AdaRank, self-label",
     "experts",
 ]
-HEAD = ["base", "weight average", "TA", "CART", "CART++", "CART+AdaRank", "CART+AdaRank, self-label", "experts"]
+HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
+        "CART+AdaRank, self-label", "experts"]  # fmt: skip
 
 
 def methods_page() -> str:

@@ -31,7 +31,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "average": {"merge_method": "average"},
     "TA": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.1}},
     "CART": {"merge_method": "cart", "parameters": {"rank": 0.16, "lambda": 0.7}},
-    "AdaMerging": {"merge_method": "adamerging"},
+    "AdaMerging": {
+        "merge_method": "adamerging",
+        "parameters": {"lambda": 0.1},
+        "adapt": {"steps": 40, "batch_size": 16, "lr_lambda": 0.02, "objective": "entropy", "keep": "best"},
+    },
     "AdaRank": {},
 }
 _LIMIT = 160  # inputs per task and split of the quick demo

@@ -129,12 +129,12 @@ def _demo(options: argparse.Namespace) -> None:
         _print_scores(table)
         return
     show.scores(table)
-    show.out.print(f"AdaRank's model is in [bold]{options.out}[/]: one body and eight heads.")
+    show.out.print(f"AdaRank's model is in [bold]{options.out}[/]: one body, and a head for each task.")
     if options.quick:
         show.out.print("--quick shows that everything works; leave it out to see how well.")
-    show.out.print(f"see what was kept:  adarank inspect {options.out}", style="dim")
-    show.out.print(f"your checkpoints:   copy {demo.ZOO / 'recipe.yaml'}, name your folders in it, then", style="dim")
-    show.out.print("                    adarank plan my-recipe.yaml", style="dim")
+    show.out.print(f"What it kept of each expert:  adarank inspect {options.out}")
+    show.out.print("Your own checkpoints:         put their folders into a copy of this recipe, then adarank plan COPY")
+    show.out.print(f"                              {demo.ZOO / 'recipe.yaml'}", style="dim")
 
 
 def _plan(options: argparse.Namespace) -> None:

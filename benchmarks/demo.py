@@ -1,0 +1,61 @@
+"""What `adarank demo` prints, how long it takes and how much memory: the record that the README shows.
+
+    python benchmarks/demo.py FOLDER [--quick] [--threads 2]
+
+FOLDER is new; the demo's model is written there and taken away again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from adarank.record import machine, versions
+from adarank.writer import write_json
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    out = options.folder / "adarank-demo"
+    flags = ["--threads", str(options.threads), *(["--quick"] if options.quick else [])]
+    command = [sys.executable, "-m", "adarank.cli.main", "demo", out.name, *flags]
+    options.folder.mkdir(parents=True)
+    started = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=options.folder, env={**os.environ, "COLUMNS": "120"}, check=True, capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    shutil.rmtree(options.folder)
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    # where the package lies is this machine's business
+    shown = [line for line in lines if "site-packages" not in line and str(ROOT) not in line]
+    write_json(
+        ROOT / "records" / "demo-8" / ("demo-quick.json" if options.quick else "demo.json"),
+        {
+            "command": " ".join(["adarank", "demo", *flags]),
+            "shown": shown,
+            "progress": [line.rstrip() for line in done.stderr.splitlines() if str(ROOT) not in line],
+            "seconds": round(seconds, 1),
+            "peak_resident_bytes": peak,
+            "versions": versions(),
+            "machine": machine(),
+        },
+    )
+    print("\n".join([*shown, f"{seconds:.0f} s, peak {peak / 1e6:.0f} MB"]))
+
+
+if __name__ == "__main__":
+    main()
