@@ -38,8 +38,8 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "AdaRank": {},
 }
-_LIMIT = 160  # inputs per task and split of the quick demo
-_QUICK_STEPS = 15
+_LIMIT = 120  # inputs per task and split of the quick demo
+_QUICK_STEPS = 12
 
 
 def check_zoo(folder: Path) -> None:

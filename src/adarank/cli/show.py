@@ -179,7 +179,10 @@ def method(entry: Entry) -> None:
     out.print(
         f"[bold]{entry.name}[/]  {entry.summary}\n\n  {entry.formula}\n\nneeds   {entry.needs}\nsource  {entry.source}\n"
     )
-    grid = Grid("setting", "default", "allowed", "meaning", box=None, header_style="bold", pad_edge=False)
+    grid = Grid(box=None, header_style="bold", pad_edge=False)
+    grid.add_column("setting", no_wrap=True, min_width=max((len(s.name) for s in entry.settings), default=1))
+    for title in ("default", "allowed", "meaning"):
+        grid.add_column(title, overflow="fold")
     for setting in entry.settings:
         grid.add_row(setting.name, setting.default, setting.allowed, setting.meaning)
     out.print(grid)
