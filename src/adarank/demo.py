@@ -34,12 +34,19 @@ ROWS: dict[str, dict[str, Any]] = {
     "AdaMerging": {
         "merge_method": "adamerging",
         "parameters": {"lambda": 0.1},
-        "adapt": {"steps": 40, "batch_size": 16, "lr_lambda": 0.02, "objective": "entropy", "keep": "best"},
+        "adapt": {
+            "steps": 20,
+            "check_every": 10,
+            "batch_size": 16,
+            "lr_lambda": 0.02,
+            "objective": "entropy",
+            "keep": "best",
+        },
     },
     "AdaRank": {},
 }
-_LIMIT = 120  # inputs per task and split of the quick demo
-_QUICK_STEPS = 12
+_LIMIT = 80  # inputs per task and split of the quick demo
+_QUICK_STEPS = 10
 
 
 def check_zoo(folder: Path) -> None:
@@ -131,5 +138,5 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any], quick: bool, seed: int)
         for entry in values["models"]:
             entry["task"]["limit"] = _LIMIT
         if values["merge_method"] in ADAPTIVE:
-            values["adapt"] = {**values.get("adapt", {}), "steps": _QUICK_STEPS}
+            values["adapt"] = {**values.get("adapt", {}), "steps": _QUICK_STEPS, "check_every": _QUICK_STEPS}
     return parse_recipe({**values, "seed": seed}, recipe.folder)

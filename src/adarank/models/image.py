@@ -22,6 +22,7 @@ from adarank.errors import CheckpointError, DataError
 from adarank.models.base import load_quietly
 
 _KEPT_BYTES = 128 * 2**20  # processed images that a task keeps in memory; the rest are processed anew for each batch
+_LEAST = 2**13  # pixels that a small image counts as: batches of more than 128 are slower on a CPU, not faster
 
 
 class ImageExamples:
@@ -42,7 +43,7 @@ class ImageExamples:
         for row in range(count, len(images)):
             with _named(self._where(row), images[row]):
                 _opened(images[row]).close()
-        self.lengths: Sequence[int] = [first.shape[-1] * first.shape[-2]] * len(images)
+        self.lengths: Sequence[int] = [max(_LEAST, first.shape[-1] * first.shape[-2])] * len(images)
 
     def batch(self, rows: Sequence[int]) -> Batch:
         if all(row < len(self._kept) for row in rows):
