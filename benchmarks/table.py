@@ -94,7 +94,7 @@ ADAPTED: dict[str, tuple[str, str, bool, bool, int]] = {
     "CART+AdaRank": ("adarank", "average", True, True, 3),
     "TA+AdaRank": ("adarank", "pretrained", True, True, 3),
     "CART++": ("cart++", "average", False, True, 1),
-    "AdaMerging": ("adamerging", "pretrained", False, True, 1),
+    "AdaMerging": ("adamerging", "pretrained", False, True, 3),
     "CART+AdaRank, self-label": ("adarank", "average", True, True, 3),
     "TA+AdaRank, self-label": ("adarank", "pretrained", True, True, 1),
     "CART+AdaRank, masks only": ("adarank", "average", True, False, 1),

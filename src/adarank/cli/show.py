@@ -83,7 +83,7 @@ def scores(table: Table) -> None:
     if table.protocol == "transductive":
         title += " (adapted on the very inputs that are scored)"
     grid = Grid(title=title, title_justify="left", title_style="", box=None, header_style="bold", pad_edge=False)
-    grid.add_column("model")
+    grid.add_column("model", overflow="fold", min_width=min(20, max((len(row) for row in table.rows), default=1)))
     for name in ("mean", "norm.", *tasks):
         grid.add_column(name, justify="right")
     for row, values in table.rows.items():
