@@ -157,7 +157,7 @@ def adapt(
 
     losses = {task: loss_of(task) for task in experts}
     judge = asked.judge(models.modules)
-    history = run_adaptation(live, losses, settings, progress=progress, judge=judge, memory=memory)
+    history = run_adaptation(live, losses, settings, progress=progress, judge=judge, memory=memory, grid=chosen.grid)
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
     return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}, chosen.blocks_of), history)
 

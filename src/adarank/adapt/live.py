@@ -61,14 +61,22 @@ class LiveWeights:
         self.parameters, self.blocks, self.learn = dict(parameters), dict(blocks), learn
         first = next(iter(self.blocks.values()))
         dtype = first.origin.dtype
-        self.lam = torch.full((len(self.blocks), len(first.sizes)), scale, dtype=dtype)
-        masks = [top_mask(block.sizes, rank) for block in self.blocks.values()]
-        self.logits = torch.where(torch.cat(masks), logit, -logit).to(dtype)
-        self._parts = [mask.numel() for mask in masks]
+        self.lam = torch.empty((len(self.blocks), len(first.sizes)), dtype=dtype)
+        self._parts = [sum(block.sizes) for block in self.blocks.values()]
+        self.logits = torch.empty(sum(self._parts), dtype=dtype)
+        self._logit = logit
+        self.reset(scale, rank)
         for (
             parameter
         ) in self.parameters.values():  # buffers such as running statistics are written, but have no gradient
             parameter.requires_grad_(isinstance(parameter, nn.Parameter))
+
+    @torch.no_grad()
+    def reset(self, scale: float, rank: float) -> None:
+        """Go back to a start: λ `scale` everywhere, the first `rank` of each matrix's and task's components kept."""
+        kept = torch.cat([top_mask(block.sizes, rank) for block in self.blocks.values()])
+        self.lam.fill_(scale)
+        self.logits.copy_(torch.where(kept, self._logit, -self._logit))
 
     @torch.no_grad()
     def write(self) -> None:

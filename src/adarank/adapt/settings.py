@@ -15,7 +15,7 @@ _NAMES = ", ".join(OBJECTIVES)
 
 
 class AdaptSettings(Settings):
-    """How adaptation runs. Step sizes are those released with AdaRank for vision models.
+    """How adaptation runs. The defaults were chosen without labels (docs/adaptation.md); `preset: paper` has the papers'.
 
     Arguments:
         steps: Adam steps; each sees one batch of every task.
@@ -25,7 +25,7 @@ class AdaptSettings(Settings):
         objectives: task -> its own objective, instead of `objective`.
         self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
         momentum: of the running mean prediction that `infomax` and `filtered-entropy` look at.
-        schedule: `constant` (the papers') or `cosine` down to zero.
+        schedule: `cosine` down to zero, or `constant` (the papers').
         betas: Adam's decay rates.
         temperature: τ of the mask's sigmoid.
         logit: mask logits start at plus and minus this.
@@ -40,10 +40,10 @@ class AdaptSettings(Settings):
         patience: stop after so many judgements without a better step.
     """
 
-    steps: int = Field(500, ge=0, description="Adam steps")
+    steps: int = Field(300, ge=0, description="Adam steps")
     batch_size: int = Field(16, ge=1, description="inputs per task and step")
-    lr_masks: float = Field(1e-3, ge=0, description="Adam step size of the mask logits")
-    lr_lambda: float = Field(1e-3, ge=0, description="Adam step size of λ")
+    lr_masks: float = Field(5e-3, ge=0, description="Adam step size of the mask logits")
+    lr_lambda: float = Field(2e-2, ge=0, description="Adam step size of λ")
     objective: str | Weights = Field(
         "self-label", description=f"what is minimised: {_NAMES}; or name: weight of several"
     )
@@ -53,7 +53,7 @@ class AdaptSettings(Settings):
     momentum: float = Field(
         0.9, ge=0, lt=1, description="of the running mean prediction of infomax and filtered-entropy"
     )
-    schedule: Literal["constant", "cosine"] = Field("constant", description="of both step sizes")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="of both step sizes")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
     temperature: float = Field(10.0, gt=0, description="τ of the mask's sigmoid")
     logit: float = Field(0.1, gt=0, description="mask logits start at ±this")
