@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adarank.adapt.balance import task_weights
 from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best
 from adarank.adapt.live import LiveWeights
 from adarank.adapt.settings import AdaptSettings
@@ -85,7 +86,7 @@ def adapt(
 
     Arguments:
         live: the merged weights.
-        losses: task -> loss of a step. Their gradients add up.
+        losses: task -> loss of a step. Their gradients add up, weighted as `settings.balance` says.
         state: file in which the state is kept, and from which an interrupted run continues.
         fingerprint: identifies inputs and settings; a state with another one is refused.
         judge: asked at the start, every `check_every` steps and at the end. Without one the last step is kept.
@@ -147,7 +148,8 @@ class _Run:
     def find_start(self, grid: Grid, judge: Judge) -> None:
         """Choose a start of the grid; its judgement is that of step 0."""
         started = time.perf_counter()
-        self.history.starts, self.history.judged[0] = find_start(self.live, grid, judge, self.settings.signal)
+        self.history.starts, judged = find_start(self.live, grid, judge, self.settings.signal)
+        self.history.judged[0] = dict(judged)
         self.history.judging_seconds += time.perf_counter() - started
         self._remember()
 
@@ -155,9 +157,10 @@ class _Run:
         step = self.history.step
         self.live.zero_grad()
         values = []
-        for loss in losses.values():
+        weights = task_weights([self.history.losses[task] for task in losses], self.settings.balance)
+        for loss, weight in zip(losses.values(), weights, strict=True):
             value = loss(step)
-            value.backward()
+            (weight * value).backward()
             values.append(value.detach())
         found = dict(zip(losses, torch.stack(values).tolist(), strict=True))
         self._check(found)

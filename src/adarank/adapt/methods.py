@@ -163,7 +163,8 @@ ADAPTIVE: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (AdaRank, AdaMer
 
 # What all the papers do: entropy, constant step sizes, as many steps as were asked for, the last one kept.
 _PAPER: dict[str, Any] = {
-    "objective": "entropy", "schedule": "constant", "keep": "last", "patience": None, "lr_masks": 1e-3, "lr_lambda": 1e-3
+    "objective": "entropy", "schedule": "constant", "keep": "last", "patience": None, "lr_masks": 1e-3, "lr_lambda": 1e-3,
+    "balance": 0.0,
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class AdaptSettings(Settings):
         objective: what every task minimises: a name, or a mapping from names to weights.
         objectives: task -> its own objective, instead of `objective`.
         self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
+        balance: κ: how much more a task's loss counts, the less it has fallen since the start; 0 is the papers' sum.
         momentum: of the running mean prediction that `infomax` and `filtered-entropy` look at.
         schedule: `cosine` down to zero, or `constant` (the papers').
         betas: Adam's decay rates.
@@ -40,7 +41,7 @@ class AdaptSettings(Settings):
         patience: stop after so many judgements without a better step.
     """
 
-    steps: int = Field(300, ge=0, description="Adam steps")
+    steps: int = Field(150, ge=0, description="Adam steps")
     batch_size: int = Field(16, ge=1, description="inputs per task and step")
     lr_masks: float = Field(5e-3, ge=0, description="Adam step size of the mask logits")
     lr_lambda: float = Field(2e-2, ge=0, description="Adam step size of λ")
@@ -50,6 +51,9 @@ class AdaptSettings(Settings):
     objectives: dict[str, str | Weights] = Field({}, description="task: its own objective")
     self_label: SelfLabel = SelfLabel()
     filter: Filter = Filter()
+    balance: float = Field(
+        4.0, ge=0, description="κ: how much more tasks count whose loss has fallen less; 0 is the papers' sum"
+    )
     momentum: float = Field(
         0.9, ge=0, lt=1, description="of the running mean prediction of infomax and filtered-entropy"
     )
