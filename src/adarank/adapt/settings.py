@@ -41,7 +41,7 @@ class AdaptSettings(Settings):
         patience: stop after so many judgements without a better step.
     """
 
-    steps: int = Field(150, ge=0, description="Adam steps")
+    steps: int = Field(100, ge=0, description="Adam steps")
     batch_size: int = Field(16, ge=1, description="inputs per task and step")
     lr_masks: float = Field(5e-3, ge=0, description="Adam step size of the mask logits")
     lr_lambda: float = Field(2e-2, ge=0, description="Adam step size of λ")

@@ -16,8 +16,9 @@ from adarank.adapt.judge import Judge, Judged, Signal, mean_signal
 from adarank.adapt.live import LiveWeights
 
 AUTO: Literal["auto"] = "auto"
-RANKS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
-SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+# Coarse: what adaptation reaches depends little on the start within a step of this grid, and each point costs a judgement.
+RANKS = (0.02, 0.08, 0.32, 1.0)
+SCALES = (0.1, 0.2, 0.3, 0.6, 1.0, 1.6, 2.5)
 
 
 @dataclass(frozen=True)
