@@ -18,14 +18,13 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adarank import demo, networks, pipeline, scoring
-from adarank.adapt.methods import ADAPTIVE
 from adarank.checkpoint import Checkpoint
 from adarank.data.task import TaskData
 from adarank.evaluate import Table
@@ -89,16 +88,41 @@ MINILM = Bed(
 _DEMO = {"steps": 150, "batch_size": 16, "lr_masks": 5e-3, "lr_lambda": 2e-2, "schedule": "cosine"}
 DEMO = Bed("demo-8", demo.ZOO / "recipe.yaml", {"pretrained": _DEMO, "average": _DEMO})
 BEDS = {bed.name: bed for bed in (MINILM, DEMO)}
-# row -> (adaptive method, origin, learns masks, learns λ, seeds)
-ADAPTED: dict[str, tuple[str, str, bool, bool, int]] = {
-    "CART+AdaRank": ("adarank", "average", True, True, 3),
-    "TA+AdaRank": ("adarank", "pretrained", True, True, 3),
-    "CART++": ("cart++", "average", False, True, 1),
-    "AdaMerging": ("adamerging", "pretrained", False, True, 3),
-    "CART+AdaRank, self-label": ("adarank", "average", True, True, 3),
-    "TA+AdaRank, self-label": ("adarank", "pretrained", True, True, 1),
-    "CART+AdaRank, masks only": ("adarank", "average", True, False, 1),
-    "TA+AdaRank, masks only": ("adarank", "pretrained", True, False, 1),
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A row of an adaptive method.
+
+    Attributes:
+        start: the static row whose settings, chosen on select, it starts from.
+        parameters: all its others. About the base unless they say otherwise.
+        objective: `entropy` as in the papers, with the last step kept; any other as adarank does by default.
+        seeds: how many.
+    """
+
+    method: str
+    start: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    objective: str = "entropy"
+    seeds: int = 1
+
+
+_AVERAGE, _BASE = {"origin": "average"}, {"rank": 1.0}
+ADAPTED: dict[str, Adapted] = {
+    "CART+AdaRank": Adapted("adarank", "CART", _AVERAGE, seeds=3),
+    "TA+AdaRank": Adapted("adarank", "TA", _BASE, seeds=3),
+    "CART++": Adapted("cart++", "CART", _AVERAGE),
+    "AdaMerging": Adapted("adamerging", "TA", _BASE, seeds=3),
+    "AdaMerging, task-wise": Adapted("adamerging", "TA", {**_BASE, "lambda_per": "task"}),
+    "AdaMerging++": Adapted("adamerging++", "TIES", _BASE),
+    "CART+AdaRank, self-label": Adapted("adarank", "CART", _AVERAGE, "self-label", 3),
+    "TA+AdaRank, self-label": Adapted("adarank", "TA", _BASE, "self-label"),
+    "TSV-M+AdaRank, self-label": Adapted("adarank", "TSV-M", {"basis": "tsv_m"}, "self-label"),
+    "Iso-C+AdaRank, self-label": Adapted("adarank", "Iso-C", {"basis": "iso_c"}, "self-label"),
+    "Iso-CTS+AdaRank, self-label": Adapted("adarank", "Iso-CTS", {"basis": "iso_cts"}, "self-label"),
+    "CART+AdaRank, masks only": Adapted("adarank", "CART", {**_AVERAGE, "learn_lambda": False}),
+    "TA+AdaRank, masks only": Adapted("adarank", "TA", {**_BASE, "learn_lambda": False}),
 }
 
 
@@ -193,20 +217,19 @@ class Bench:
         return {key: best_point[key] for key in axes}
 
     def adapted(self, row: str, seed: int, start: Mapping[str, float]) -> None:
-        method, origin, learn_masks, learn_lambda, _ = ADAPTED[row]
+        own = ADAPTED[row]
         out = self.folder / "out" / self.path(row, seed).stem
-        given = {"origin": origin, **start, "learn_masks": learn_masks, "learn_lambda": learn_lambda}
+        parameters = {"origin": "pretrained", **start, **own.parameters}
         changes = {
-            "merge_method": method,
-            "parameters": given,
+            "merge_method": own.method,
+            "parameters": parameters,
             "adapt": {
-                **self.bed.adapt[origin],
-                # with entropy as in the papers: the last step; else as adarank does by default
-                **({} if "self-label" in row else {"objective": "entropy", "keep": "last"}),
+                **self.bed.adapt[parameters["origin"]],
+                "objective": own.objective,
+                **({"keep": "last"} if own.objective == "entropy" else {}),
             },
             "seed": seed,
         }
-        assert method in ADAPTIVE
         if not out.exists():
             progress = _Printer(row, seed)
             pipeline.merge(self.recipe(changes), out, progress=progress, data=self._data_of(seed))
@@ -227,9 +250,7 @@ class Bench:
         learned = MaskFile.load(self.folder / "out" / self.path(of, 0).stem / FILE)
         generator = torch.Generator().manual_seed(seed)
         shuffled = {n: random_mask(m, learned.sizes[n], generator) for n, m in learned.masks.items()}
-        method = Masked(
-            masks=MaskFile(learned.origin, learned.tasks, learned.lam, shuffled, learned.sizes, learned.about)
-        )
+        method = Masked(masks=replace(learned, masks=shuffled))
         self.models.fill(merge_tensors(method, self.job.network))
         self.record(
             row,
@@ -272,19 +293,19 @@ def run(bench: Bench, rows: list[str]) -> None:
     if wanted("weight average"):
         bench.static("weight average", WeightAverage(), "nothing to choose")
     best = {}
+    starts = {own.start for row, own in ADAPTED.items() if any(wanted(row, seed) for seed in range(own.seeds))}
     for row, (name, axes, seeds) in STATIC.items():
         for seed in range(seeds):
-            if wanted(row, seed) or row in ("TA", "CART"):  # adaptation starts from these two
+            if wanted(row, seed) or row in starts:
                 best[row] = bench.search(row) if axes else {}
             if wanted(row, seed):
                 settings = best[row] | ({"seed": seed} if seeds > 1 else {})
                 chosen = f"{', '.join(axes)} on select, with labels" if axes else "nothing to choose"
                 bench.static(row, parse(METHODS[name], settings, name), chosen, seed)
-    starts = {"pretrained": {"rank": 1.0, **best["TA"]}, "average": best["CART"]}
     for seed in range(3):
-        for row, (_, origin, _, _, seeds) in ADAPTED.items():
-            if seed < seeds and wanted(row, seed):
-                bench.adapted(row, seed, starts[origin])
+        for row, own in ADAPTED.items():
+            if seed < own.seeds and wanted(row, seed):
+                bench.adapted(row, seed, best[own.start])
         for of in ("CART+AdaRank", "TA+AdaRank"):
             if seed == 0 and wanted(f"{of}, random masks") and bench.path(of, 0).exists():
                 bench.random_masks(f"{of}, random masks", of, seed)

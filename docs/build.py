@@ -42,11 +42,16 @@ ROWS = [
     "Iso-CTS",
     "CART",
     "CART, energy",
+    "AdaMerging, task-wise",
     "AdaMerging",
+    "AdaMerging++",
     "TA+AdaRank",
     "CART++",
     "CART+AdaRank",
     "TA+AdaRank, self-label",
+    "TSV-M+AdaRank, self-label",
+    "Iso-C+AdaRank, self-label",
+    "Iso-CTS+AdaRank, self-label",
     "CART+AdaRank, self-label",
     "experts",
 ]
@@ -217,7 +222,9 @@ def collapse(bed: str) -> list[str]:
         "|---" * (len(TASKS[bed]) + 3) + "|",
     ]
     for row in [
+        "AdaMerging, task-wise",
         "AdaMerging",
+        "AdaMerging++",
         "TA+AdaRank",
         "CART++",
         "CART+AdaRank",

@@ -21,9 +21,9 @@ SOURCE = ROOT / "src" / "adarank"
 # CONTRIBUTING.md has the same table. Files of one layer may import each other.
 LAYERS = [
     {"errors", "settings"},
-    {"hub", "checkpoint", "writer", "select"},
+    {"hub", "checkpoint", "writer", "select", "layers"},
     {"task_vectors", "data", "models"},
-    {"spectrum", "bases", "blocks", "masks"},
+    {"spectrum", "threshold", "election", "bases", "blocks", "masks"},
     {"methods", "adapt"},
     {"evaluate", "record"},
     {"recipe", "plan", "tasks", "networks", "catalogue", "inspection"},

@@ -16,8 +16,8 @@ import adarank
 from adarank.checkpoint import MemorySource
 from adarank.errors import RecipeError
 from adarank.methods import METHODS, merge_tensors
-from adarank.methods.threshold import global_thresholds
 from adarank.task_vectors import align
+from adarank.threshold import global_thresholds
 from make import SHAPES, State, close, family, floats, network
 
 WHOLE = [name for name, kind in METHODS.items() if kind.passes > 1]

@@ -106,7 +106,7 @@ def adapt(
         base: the model that the experts were fine-tuned from.
         experts: task -> fine-tuned module with its head.
         batches: task -> its unlabelled batches; step i uses batch i, from the start again when they are used up.
-        method: `adarank`, `adamerging` or `cart++`.
+        method: `adarank`, `adamerging`, `adamerging++` or `cart++`.
         parameters: the method's settings, such as `{"origin": "average", "rank": 0.16, "lambda": 2.0}`.
         settings: steps and step sizes. Its `batch_size` is not used: batches come as they are.
         forward: (module, batch) -> logits of shape (batch, classes). By default the module is called with the
@@ -137,7 +137,8 @@ def adapt(
     models = share(((task, asked.expert(task, module)) for task, module in experts.items()), network)
     models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
     device = next(iter(models.shared.values())).device
-    live = chosen.start(network, models.shared, settings, device)
+    basis = chosen.decomposition(network, device)
+    live = chosen.start(network, models.shared, settings, basis, device)
     memory: Memory = {}
 
     def loss_of(task: str) -> Loss:
@@ -159,7 +160,7 @@ def adapt(
     judge = asked.judge(models.modules)
     history = run_adaptation(live, losses, settings, progress=progress, judge=judge, memory=memory, grid=chosen.grid)
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
-    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}, chosen.blocks_of), history)
+    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}, basis), history)
 
 
 @dataclass
