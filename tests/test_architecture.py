@@ -113,7 +113,9 @@ def _pages() -> dict:
     return module.PAGES
 
 
-@pytest.mark.parametrize("name", ["docs/methods.md", "docs/cli.md", "docs/results.md", "docs/adaptation.md", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/methods.md", "docs/cli.md", "docs/results.md", "docs/adaptation.md", "README.md"]
+)
 def test_generated_pages_are_up_to_date(name: str) -> None:
     if name == "docs/cli.md" and sys.version_info[:2] != (3, 11):
         pytest.skip("argparse words its help differently in other versions of Python")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adarank.adapt.balance import task_weights
+from adarank.adapt.balance import behind, task_weights
 from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best
 from adarank.adapt.live import LiveWeights
 from adarank.adapt.settings import AdaptSettings
@@ -157,7 +157,8 @@ class _Run:
         step = self.history.step
         self.live.zero_grad()
         values = []
-        weights = task_weights([self.history.losses[task] for task in losses], self.settings.balance)
+        past = [self.history.losses[task] for task in losses]
+        weights = task_weights(past, self.settings.balance, behind(list(losses), self.history.judged))
         for loss, weight in zip(losses.values(), weights, strict=True):
             value = loss(step)
             (weight * value).backward()
