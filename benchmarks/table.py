@@ -97,7 +97,7 @@ class Adapted:
     Attributes:
         start: the static row whose settings, chosen on select, it starts from.
         parameters: all its others. About the base unless they say otherwise.
-        objective: `entropy` as in the papers, with the last step kept; any other as adarank does by default.
+        objective: `entropy` as in the papers, all tasks alike and the last step kept; any other as adarank does by default.
         seeds: how many.
     """
 
@@ -226,7 +226,7 @@ class Bench:
             "adapt": {
                 **self.bed.adapt[parameters["origin"]],
                 "objective": own.objective,
-                **({"keep": "last"} if own.objective == "entropy" else {}),
+                **({"keep": "last", "balance": 0.0} if own.objective == "entropy" else {}),
             },
             "seed": seed,
         }

@@ -71,16 +71,13 @@ def adapt_job(
     asked = [_choices(job), about["inputs"], marks]
     experts = expert_outputs(job, models, data, settings, asked, state.parent, note)
     note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
-    basis = method.decomposition(job.network, job.recipe.device)
-    live = method.start(job.network, models.shared, settings, basis, job.recipe.device)
+    live = method.start(job.network, models.shared, settings, job.recipe.device)
     memory: Memory = {}
     losses = task_losses(job, models, data, settings, experts, memory)
     judge = judge_of(job, models, data, settings, experts)
     note("Adapting")
-    history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory)
-    masks = live.mask_file(
-        job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")}, basis
-    )
+    history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory, method.grid)
+    masks = live.mask_file(job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")})
     return Adaptation(job, live, masks, _report(history, live, job, settings, data))
 
 
@@ -136,6 +133,7 @@ def _report(
     start, kept = history.judged[0], history.judged[choice.step]
     return {
         "protocol": job.recipe.data.protocol,
+        "starts": [own.named() for own in history.starts],
         "steps": history.step,
         "stopped_early": history.step < settings.steps,
         "step_kept": choice.step,
