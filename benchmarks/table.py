@@ -95,32 +95,31 @@ class Adapted:
     """A row of an adaptive method.
 
     Attributes:
-        start: the static row whose settings, chosen on select, it starts from.
-        parameters: all its others. About the base unless they say otherwise.
-        objective: `entropy` as in the papers, all tasks alike and the last step kept; any other as adarank does by default.
+        start: the static row whose settings, chosen on select with labels, it starts from, with entropy and the last step
+            kept as in the papers. None: all is as adarank does by default, with no label anywhere.
+        parameters: all its others.
         seeds: how many.
     """
 
     method: str
-    start: str
+    start: str | None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    objective: str = "entropy"
     seeds: int = 1
 
 
-_AVERAGE, _BASE = {"origin": "average"}, {"rank": 1.0}
+_AVERAGE, _BASE = {"origin": "average"}, {"origin": "pretrained", "rank": 1.0}
 ADAPTED: dict[str, Adapted] = {
+    "AdaRank": Adapted("adarank", None, seeds=3),
+    "AdaRank about the base": Adapted("adarank", None, {"origin": "pretrained"}),
+    "TSV-M+AdaRank": Adapted("adarank", None, {"basis": "tsv_m"}),
+    "Iso-C+AdaRank": Adapted("adarank", None, {"basis": "iso_c"}),
+    "Iso-CTS+AdaRank": Adapted("adarank", None, {"basis": "iso_cts"}),
     "CART+AdaRank": Adapted("adarank", "CART", _AVERAGE, seeds=3),
     "TA+AdaRank": Adapted("adarank", "TA", _BASE, seeds=3),
     "CART++": Adapted("cart++", "CART", _AVERAGE),
     "AdaMerging": Adapted("adamerging", "TA", _BASE, seeds=3),
     "AdaMerging, task-wise": Adapted("adamerging", "TA", {**_BASE, "lambda_per": "task"}),
     "AdaMerging++": Adapted("adamerging++", "TIES", _BASE),
-    "CART+AdaRank, self-label": Adapted("adarank", "CART", _AVERAGE, "self-label", 3),
-    "TA+AdaRank, self-label": Adapted("adarank", "TA", _BASE, "self-label"),
-    "TSV-M+AdaRank, self-label": Adapted("adarank", "TSV-M", {"basis": "tsv_m"}, "self-label"),
-    "Iso-C+AdaRank, self-label": Adapted("adarank", "Iso-C", {"basis": "iso_c"}, "self-label"),
-    "Iso-CTS+AdaRank, self-label": Adapted("adarank", "Iso-CTS", {"basis": "iso_cts"}, "self-label"),
     "CART+AdaRank, masks only": Adapted("adarank", "CART", {**_AVERAGE, "learn_lambda": False}),
     "TA+AdaRank, masks only": Adapted("adarank", "TA", {**_BASE, "learn_lambda": False}),
 }
@@ -182,11 +181,12 @@ class Bench:
         clock = Clock()
         self.models.fill(merge_tensors(method, self.job.network))
         spent = clock.spent()
+        spent = {"merge_seconds": spent["seconds"], "peak_resident_bytes": spent["peak_resident_bytes"]}
         settings = {
             "merge_method": method.name,
             "parameters": method.model_dump(by_alias=True, exclude={"weights", "masks"}),
         }
-        self.record(row, seed, {"settings": settings, "chosen": chosen, "merge_seconds": spent["seconds"]})
+        self.record(row, seed, {"settings": settings, "chosen": chosen, **spent})
 
     def search(self, row: str) -> dict[str, Any]:
         """The settings of a row with the best mean on select; the whole grid is kept in a record of its own."""
@@ -219,17 +219,13 @@ class Bench:
     def adapted(self, row: str, seed: int, start: Mapping[str, float]) -> None:
         own = ADAPTED[row]
         out = self.folder / "out" / self.path(row, seed).stem
-        parameters = {"origin": "pretrained", **start, **own.parameters}
-        changes = {
-            "merge_method": own.method,
-            "parameters": parameters,
-            "adapt": {
-                **self.bed.adapt[parameters["origin"]],
-                "objective": own.objective,
-                **({"keep": "last", "balance": 0.0} if own.objective == "entropy" else {}),
-            },
-            "seed": seed,
-        }
+        parameters = {**start, **own.parameters}
+        changes = {"merge_method": own.method, "parameters": parameters, "seed": seed}
+        chosen = "nothing: as adarank does by default, without labels"
+        if own.start:
+            loop = self.bed.adapt[parameters.get("origin", "pretrained")]
+            changes["adapt"] = {"preset": "paper", **loop}
+            chosen = "start: λ and rank on select, with labels; adaptation: no labels"
         if not out.exists():
             progress = _Printer(row, seed)
             pipeline.merge(self.recipe(changes), out, progress=progress, data=self._data_of(seed))
@@ -238,7 +234,7 @@ class Bench:
         self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
         content = {"settings": merged["settings"], "adaptation": merged["adaptation"], "merge_seconds": merged["seconds"],
                    "peak_resident_bytes": merged["peak_resident_bytes"],
-                   "chosen": "start: λ and rank on select, with labels; adaptation: no labels"}  # fmt: skip
+                   "chosen": chosen}  # fmt: skip
         self.record(row, seed, content)
 
     def _data_of(self, seed: int) -> dict[str, TaskData]:
@@ -293,10 +289,10 @@ def run(bench: Bench, rows: list[str]) -> None:
     if wanted("weight average"):
         bench.static("weight average", WeightAverage(), "nothing to choose")
     best = {}
-    starts = {own.start for row, own in ADAPTED.items() if any(wanted(row, seed) for seed in range(own.seeds))}
+    needed = {own.start for row, own in ADAPTED.items() if any(wanted(row, seed) for seed in range(own.seeds))}
     for row, (name, axes, seeds) in STATIC.items():
         for seed in range(seeds):
-            if wanted(row, seed) or row in starts:
+            if wanted(row, seed) or row in needed:
                 best[row] = bench.search(row) if axes else {}
             if wanted(row, seed):
                 settings = best[row] | ({"seed": seed} if seeds > 1 else {})
@@ -305,7 +301,7 @@ def run(bench: Bench, rows: list[str]) -> None:
     for seed in range(3):
         for row, own in ADAPTED.items():
             if seed < own.seeds and wanted(row, seed):
-                bench.adapted(row, seed, best[own.start])
+                bench.adapted(row, seed, best[own.start] if own.start else {})
         for of in ("CART+AdaRank", "TA+AdaRank"):
             if seed == 0 and wanted(f"{of}, random masks") and bench.path(of, 0).exists():
                 bench.random_masks(f"{of}, random masks", of, seed)

@@ -99,9 +99,9 @@ def test_taskwise_adamerging_is_a_plain_loop_over_two_numbers_step_by_step(lam: 
             lr_lambda=0.02,
             clamp=(0.0, 1.0),
             objective="entropy",
+            keep="last",
             schedule="constant",
             balance=0.0,
-            keep="last",
         )
         found = adarank.adapt(base, experts, batches, "adamerging", given, loop)
         wanted, totals = by_hand(plain, deltas, inputs, steps, lam, 0.02)
@@ -194,7 +194,7 @@ def agreeing_models() -> tuple[nn.Module, dict[str, nn.Module]]:
 def test_where_all_signs_agree_density_one_is_adamerging_bit_for_bit(per: str) -> None:
     base, experts = agreeing_models()
     batches = {t: [torch.randn(8, 6)] for t in experts}
-    loop = AdaptSettings(steps=10, lr_lambda=0.02, keep="last")
+    loop = AdaptSettings(steps=10, lr_lambda=0.02, keep="last", schedule="constant", balance=0.0)
     one = adarank.adapt(base, experts, batches, "adamerging", {"lambda_per": per}, loop)
     two = adarank.adapt(base, experts, batches, "adamerging++", {"lambda_per": per, "density": 1.0}, loop)
     assert one.history.losses == two.history.losses

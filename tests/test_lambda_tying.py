@@ -251,7 +251,7 @@ def test_the_masks_file_has_a_lambda_per_tensor_and_merges_to_what_was_adapted(b
     experts = {t: nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)) for t in "ab"}
     for own in experts.values():
         own.load_state_dict({k: v + 0.3 * torch.randn_like(v) for k, v in base.state_dict().items()})
-    loop = AdaptSettings(steps=6, lr_masks=0.05, lr_lambda=0.02, keep="last")  # from the start it finds
+    loop = AdaptSettings(steps=6, lr_masks=0.05, lr_lambda=0.02, keep="last", schedule="constant", balance=0.0)
     parameters = {"basis": basis, "lambda_per": per}
     found = adarank.adapt(base, experts, {t: [torch.randn(8, 6)] for t in experts}, "adarank", parameters, loop)
     groups = len(BASES[basis].groups(list(experts)))

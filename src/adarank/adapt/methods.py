@@ -147,6 +147,10 @@ class AdaRank(AdaptiveMethod):
         return self
 
     @property
+    def grid(self) -> Grid:
+        return grid_of(self.rank, self.scale, (1.0, 1.0)) if self.basis != "task_vectors" else super().grid
+
+    @property
     def spectra(self) -> bool:
         return super().spectra or self.basis != "task_vectors"
 
