@@ -219,7 +219,7 @@ class Studies:
         whole = {task: self.bench.data[task] for task in tasks}
         data = variant.change(whole)
         experts = self._experts(settings) if not variant.fresh else expert_outputs(job, models, data, settings)
-        live = method.start(job.network, models.shared, settings, method.decomposition(job.network, "cpu"), "cpu")
+        live = method.start(job.network, models.shared, settings, "cpu")
         memory: Memory = {}
         losses: dict[str, Loss] = task_losses(job, models, data, settings, experts, memory)
         for place in variant.silent:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 import adarank
 from adarank.adapt import ADAPTIVE, AdaptSettings, Learn, LiveWeights, adapt
+from adarank.adapt.start import Grid
 from adarank.adapt.tying import tie
 from adarank.bases import BASES
 from adarank.blocks import scaled_block, task_vector_blocks
@@ -21,7 +22,9 @@ from adarank.errors import RecipeError
 from adarank.layers import layer_groups, layer_number
 from adarank.settings import parse
 from make import generator, randn
+from test_adapt_keeps import SETTINGS, Judged
 from test_adapt_loop import Problem, assert_same, boom, told
+from test_adapt_start import liking
 
 PER = ["tensor", "layer", "task", "model"]
 
@@ -302,6 +305,32 @@ def test_components_that_may_not_return_have_no_gradient_and_the_others_theirs(s
     assert torch.equal(grads[False][kept], grads[True][kept])
     assert not grads[False][~kept].any()
     assert grads[True][~kept].any()
+
+
+@pytest.mark.parametrize("rank", [0.25, 1.0])
+def test_what_may_return_is_that_of_the_start_that_was_found_also_after_a_kill(tmp_path: Path, rank: float) -> None:
+    settings = SETTINGS.model_copy(update={"keep": "last", "lr_masks": 0.2})
+
+    def go(state: Path | None = None, at: int | None = None) -> Judged:
+        torch.manual_seed(0)
+        own = Judged()
+        own.live.learn = Learn(temperature=1.0, returnable=False)
+        if at is not None:
+            own.hook("b", at, boom)
+        grid = Grid((rank, 0.5), (0.3, 1.0), (1, 0))
+        adapt(own.live, own.losses, settings, state, judge=liking(own.live, rank, 1.0), memory=own.memory, grid=grid)
+        return own
+
+    whole = go()
+    with pytest.raises(ZeroDivisionError):
+        go(tmp_path / "state.pt", at=7)
+    again = go(tmp_path / "state.pt")
+    assert_same(whole, again)
+    start = Judged().live
+    start.reset(1.0, rank)
+    first, last = (torch.cat(list(own.masks().values())) for own in (start, whole.live))
+    assert not (last & ~first).any()
+    assert rank == 0.25 or (first & ~last).any()
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)

@@ -71,16 +71,13 @@ def adapt_job(
     asked = [_choices(job), about["inputs"], marks]
     experts = expert_outputs(job, models, data, settings, asked, state.parent, note)
     note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
-    basis = method.decomposition(job.network, job.recipe.device)
-    live = method.start(job.network, models.shared, settings, basis, job.recipe.device)
+    live = method.start(job.network, models.shared, settings, job.recipe.device)
     memory: Memory = {}
     losses = task_losses(job, models, data, settings, experts, memory)
     judge = judge_of(job, models, data, settings, experts)
     note("Adapting")
     history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory, method.grid)
-    masks = live.mask_file(
-        job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")}, basis
-    )
+    masks = live.mask_file(job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")})
     return Adaptation(job, live, masks, _report(history, live, job, settings, data))
 
 

@@ -137,8 +137,7 @@ def adapt(
     models = share(((task, asked.expert(task, module)) for task, module in experts.items()), network)
     models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
     device = next(iter(models.shared.values())).device
-    basis = chosen.decomposition(network, device)
-    live = chosen.start(network, models.shared, settings, basis, device)
+    live = chosen.start(network, models.shared, settings, device)
     memory: Memory = {}
 
     def loss_of(task: str) -> Loss:
@@ -160,7 +159,7 @@ def adapt(
     judge = asked.judge(models.modules)
     history = run_adaptation(live, losses, settings, progress=progress, judge=judge, memory=memory, grid=chosen.grid)
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
-    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}, basis), history)
+    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}), history)
 
 
 @dataclass

@@ -48,6 +48,7 @@ class LiveWeights:
         blocks: the same names -> origin, task vectors and spectra, on the parameter's device.
         scale: λ at the start, for every task and tensor.
         rank: share of components kept at the start; their logits are +`logit`, all others -`logit`.
+        basis: what the blocks are of.
 
     Attributes:
         lam: the coefficients, on the CPU: (tensors, tasks), or fewer rows and columns where they are tied.
@@ -62,8 +63,9 @@ class LiveWeights:
         scale: float,
         rank: float = 1.0,
         logit: float = 0.1,
+        basis: Basis = BASES["task_vectors"],
     ) -> None:
-        self.parameters, self.blocks, self.learn = dict(parameters), dict(blocks), learn
+        self.parameters, self.blocks, self.learn, self.basis = dict(parameters), dict(blocks), learn, basis
         first = next(iter(self.blocks.values()))
         dtype = first.origin.dtype
         self._tying = tie(list(self.blocks), len(first.sizes), learn.per)
@@ -122,13 +124,12 @@ class LiveWeights:
         """Tensor name -> (components,) bool."""
         return dict(zip(self.blocks, hard(self.logits).split(self._parts), strict=True))
 
-    def mask_file(
-        self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any], basis: Basis = BASES["task_vectors"]
-    ) -> MaskFile:
+    def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile:
         """The masks and λ of this moment, as the file that the method `masked` applies."""
         lam = dict(zip(self.blocks, self.used_lam().detach().float().clone(), strict=True))
         sizes = {name: block.sizes for name, block in self.blocks.items() if block.components}
         masks = {name: mask.clone() for name, mask in self.masks().items() if name in sizes}
+        basis = self.basis
         return MaskFile(origin, basis.groups(tasks), lam, masks, sizes, about, basis.name, basis.thresholds)
 
     def kept_share(self) -> float:

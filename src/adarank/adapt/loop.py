@@ -24,7 +24,7 @@ from adarank.adapt.balance import behind, task_weights
 from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best
 from adarank.adapt.live import LiveWeights
 from adarank.adapt.settings import AdaptSettings
-from adarank.adapt.start import Grid, Tried, find_start
+from adarank.adapt.start import Grid, Tried, best_of, find_start
 from adarank.checkpoint import DAMAGED
 from adarank.errors import AdaptationError, Interrupted, RecipeError
 from adarank.writer import write_state
@@ -261,6 +261,9 @@ class _Run:
         if self.state is None or not self.state.exists():
             return False
         content = read_state(self.state, self.fingerprint)
+        starts = [Tried(**own) for own in content["starts"]]
+        if starts:  # which components may return depends on the start
+            self.live.reset(best_of(starts).scale, best_of(starts).rank)
         with torch.no_grad():
             self.live.lam.copy_(content["lam"])
             self.live.logits.copy_(content["logits"])
@@ -271,7 +274,7 @@ class _Run:
         self.history = History(
             content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
         )
-        self.history.starts = [Tried(**own) for own in content["starts"]]
+        self.history.starts = starts
         self.best = content["best"]
         self.memory.clear()
         self.memory.update(content["memory"])

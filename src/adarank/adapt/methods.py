@@ -95,18 +95,10 @@ class AdaptiveMethod(Settings):
         return Learn(self.learn_masks, self.learn_lambda, settings.temperature, settings.clamp, self.lambda_per)
 
     def start(
-        self,
-        network: Network,
-        shared: Mapping[str, Tensor],
-        settings: AdaptSettings,
-        basis: Basis,
-        device: torch.device | str,
+        self, network: Network, shared: Mapping[str, Tensor], settings: AdaptSettings, device: torch.device | str
     ) -> LiveWeights:
-        """The live weights at the method's start, over the parameters that the networks share.
-
-        Arguments:
-            basis: from `decomposition`.
-        """
+        """The live weights at the method's start, over the parameters that the networks share."""
+        basis = self.decomposition(network, device)
         return LiveWeights(
             {name: shared[name] for name in network.merged()},
             build_blocks(network, self.origin, device, self.spectra, basis),
@@ -114,6 +106,7 @@ class AdaptiveMethod(Settings):
             self.grid.scales[self.grid.first[1]],
             self.grid.ranks[self.grid.first[0]],
             settings.logit,
+            basis,
         )
 
 
@@ -219,7 +212,7 @@ _PAPER: dict[str, Any] = {
     "balance": 0.0,
 }  # fmt: skip
 # Two batches of 16 a step, as the released loop really uses. AdaMerging++ takes the same.
-_ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500, "lr_lambda": 1e-3, "clamp": [0.0, 1.0]}
+_ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500, "clamp": [0.0, 1.0]}
 
 
 def _preset(

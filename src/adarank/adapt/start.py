@@ -93,6 +93,11 @@ def climb(grid: Grid, value: Callable[[float, float], float]) -> list[Tried]:
     return list(seen.values())
 
 
+def best_of(tried: list[Tried]) -> Tried:
+    """The start that was found: the first of equals."""
+    return max(tried, key=lambda own: own.value)
+
+
 def find_start(live: LiveWeights, grid: Grid, judge: Judge, signal: Signal) -> tuple[list[Tried], Judged]:
     """Put the live weights at the best start of the grid; returns what was tried and the judgement there."""
     judged: dict[tuple[float, float], Judged] = {}
@@ -104,7 +109,7 @@ def find_start(live: LiveWeights, grid: Grid, judge: Judge, signal: Signal) -> t
         return mean_signal(judged[rank, scale], signal)
 
     tried = climb(grid, value)
-    best = max(tried, key=lambda own: own.value)  # the first of equals
+    best = best_of(tried)
     live.reset(best.scale, best.rank)
     live.write()
     return tried, judged[best.rank, best.scale]
