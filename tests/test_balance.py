@@ -62,7 +62,9 @@ def test_a_debt_multiplies_a_tasks_weight_by_e() -> None:
 
 def test_debts_are_made_by_falling_behind_the_start_and_paid_back_after() -> None:
     start = agreeing(a=0.5, b=0.5)
-    judged = {0: start, 5: agreeing(a=0.4, b=0.6), 10: agreeing(a=0.45, b=0.5), 15: agreeing(a=0.5, b=0.4)}
+    error = (0.25 / 102) ** 0.5
+    judged = {0: start, 5: agreeing(a=0.4, b=0.6), 10: agreeing(a=0.49, b=0.5), 15: agreeing(a=0.5, b=0.1)}
     found = [behind(["a", "b"], dict(list(judged.items())[: n + 1])) for n in range(4)]
-    assert found == [[0, 0], [1, 0], [2, 0], [1, 1]]
+    first = 0.1 / error  # 2 errors behind
+    assert found == [[0, 0], pytest.approx([first, 0]), pytest.approx([first + 1, 0]), pytest.approx([first, 3])]
     assert behind(["a", "b"], {}) == [0, 0]

@@ -1,7 +1,7 @@
 """How much each task's loss counts in a step: more, the less it has fallen since the start.
 
     r_t = (m_t - m_t⁰) / |m_t⁰|            m_t: running mean of the task's losses, m_t⁰: mean of its first ones
-    w_t = T · softmax(κ r + d)_t           d_t: judgements at which the task was behind its start, those since made good taken off
+    w_t = T · softmax(κ r + d)_t           d_t: how far judgements found the task behind its start
 
 With d = 0 these are the slopes of (T/κ) log Σ_t exp(κ r_t), a smooth maximum: a task that gets worse pulls the harder, the
 worse it gets, so that no task pays for the others. d answers for what is promised, agreement with the expert, where the
@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from adarank.adapt.judge import Judged, worse
+from adarank.adapt.judge import Judged, standard_error, worse
 
 FIRST = 8  # losses that m_t⁰ is the mean of; until then all tasks count alike
 MOMENTUM = 0.9
 
 
-def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequence[int]) -> list[float]:
+def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequence[float]) -> list[float]:
     """The weight of each task in the next step; their mean is 1.
 
     Arguments:
@@ -37,13 +37,19 @@ def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequ
     return weights
 
 
-def behind(tasks: Sequence[str], judged: Mapping[int, Judged]) -> list[int]:
-    """d_t of each task: one more at each judgement at which it agreed less with its expert than at the start, one less, down
-    to 0, at each other."""
-    debts = dict.fromkeys(tasks, 0)
-    for step, own in sorted(judged.items()):
-        fallen = set(worse(own, judged[0], 0.0)) if step else set()
-        debts = {task: max(0, debt + (1 if task in fallen else -1)) for task, debt in debts.items()}
+def behind(tasks: Sequence[str], judged: Mapping[int, Judged]) -> list[float]:
+    """d_t of each task: what judgements so far found it behind its start, in standard errors.
+
+    A judgement at which it agreed less with its expert than at the start adds how many errors less, 1 to 3; any other takes
+    1 off, down to 0.
+    """
+    debts = dict.fromkeys(tasks, 0.0)
+    for _, own in sorted(judged.items())[1:]:
+        fallen = set(worse(own, judged[0], 0.0))
+        for task in tasks:
+            first = judged[0][task]
+            errors = (first.agreement - own[task].agreement) / standard_error(first)
+            debts[task] = max(0.0, debts[task] + (min(max(errors, 1.0), 3.0) if task in fallen else -1.0))
     return list(debts.values())
 
 
