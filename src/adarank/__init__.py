@@ -18,17 +18,22 @@ from adarank.plan import open_job
 from adarank.recipe import load_recipe
 from adarank.scoring import evaluate as evaluate_recipe
 from adarank.select import Select
+from adarank.serving import Bundle, extract, from_bundle, load_bundle
 
 __version__ = "0.1.0"
 __all__ = [
     "AdaRankError",
     "AdaptSettings",
     "Adapted",
+    "Bundle",
     "MaskFile",
     "Select",
     "adapt",
     "evaluate",
     "evaluate_recipe",
+    "extract",
+    "from_bundle",
+    "load_bundle",
     "load_recipe",
     "load_task",
     "merge",

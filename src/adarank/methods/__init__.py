@@ -25,6 +25,7 @@ from adarank.methods.sce import SCE
 from adarank.methods.slerp import Slerp
 from adarank.methods.star import STAR
 from adarank.methods.svd_k import SVDk
+from adarank.methods.tall_masks import TallMasks
 from adarank.methods.task_arithmetic import TaskArithmetic
 from adarank.methods.ties import Ties
 from adarank.methods.ties_merging import TiesMerging
@@ -57,6 +58,7 @@ ALL: tuple[type[Method], ...] = (
     IsoCTS,
     CART,
     Masked,
+    TallMasks,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in ALL}
 
