@@ -16,7 +16,7 @@ import adarank
 from adarank.checkpoint import MemorySource
 from adarank.errors import RecipeError
 from adarank.methods import METHODS, merge_tensors
-from adarank.methods.taskwise import Taskwise, task_parts
+from adarank.methods.taskwise import Taskwise, sites_of, task_parts
 from adarank.methods.threshold import global_thresholds
 from adarank.task_vectors import align
 from make import SHAPES, State, close, family, floats, network
@@ -220,7 +220,7 @@ def test_a_method_reads_the_checkpoints_as_often_as_it_says(name: str) -> None:
     for own in watched.values():
         own.seen = []
     method = METHODS[name](**parameters)
-    list(task_parts(method, net) if isinstance(method, Taskwise) else merge_tensors(method, net))
+    list(task_parts(method, net, sites_of(net)) if isinstance(method, Taskwise) else merge_tensors(method, net))
     for own in watched.values():
         first = own.seen[0]
         passes = sum(now == first and before != first for now, before in zip(own.seen, [None, *own.seen], strict=False))

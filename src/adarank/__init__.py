@@ -9,7 +9,7 @@ From files: `load_recipe` and `merge_recipe`, or the command line (`adarank --he
 from __future__ import annotations
 
 from adarank.adapt.settings import AdaptSettings
-from adarank.api import Adapted, adapt, evaluate, merge
+from adarank.api import Adapted, adapt, evaluate, merge, merge_each
 from adarank.errors import AdaRankError
 from adarank.masks import MaskFile
 from adarank.models.merged import load_task
@@ -37,6 +37,7 @@ __all__ = [
     "load_recipe",
     "load_task",
     "merge",
+    "merge_each",
     "merge_recipe",
     "open_job",
 ]

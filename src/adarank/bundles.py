@@ -35,7 +35,8 @@ def parts_of(job: Job, method: Taskwise) -> Parts:
     """The parts that a job's task-aware method makes, each computed when it is asked for."""
     shared, own = job.part_layouts()
     settings = method.model_dump(mode="json", by_alias=True)
-    return Parts(method.name, settings, shared, own, task_parts(method, job.network, job.recipe.device))
+    pieces = task_parts(method, job.network, job.sites(), job.recipe.device)
+    return Parts(method.name, settings, shared, own, pieces)
 
 
 def write_bundle(folder: Path, job: Job, parts: Parts) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from adarank.checkpoint import Checkpoint
 from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
 from adarank.hub import resolve
 from adarank.methods import Method
-from adarank.methods.taskwise import Taskwise, layouts
+from adarank.methods.taskwise import Site, Taskwise, layouts, sites_of
 from adarank.models import FAMILIES, Family, kind_of
 from adarank.recipe import Recipe, different_kinds
 from adarank.task_vectors import Network, align
@@ -56,11 +56,15 @@ class Job:
             for name, info in self.network.tensors.items()
         }
 
+    def sites(self) -> list[Site]:
+        """What a task-aware method is told of every tensor."""
+        return sites_of(self.network, self.layout(), self.recipe.output_dtype())
+
     def part_layouts(self) -> tuple[Layout, dict[str, Layout]]:
         """Layouts of a bundle's shared parts and of each task's own; nothing if the method is not task-aware."""
         if not isinstance(self.method, Taskwise):
             return {}, {}
-        return layouts(self.method, self.network, self.layout(), self.recipe.output_dtype())
+        return layouts(self.method, self.sites(), self.network.tasks)
 
     def output_bytes(self) -> int:
         """Size of the output's tensors, heads not among them."""

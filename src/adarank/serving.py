@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -148,8 +149,8 @@ def from_bundle(folder: str | Path, task: str) -> nn.Module:
     return load_bundle(folder).module(task)
 
 
-def extract(folder: str | Path, task: str, out: Path, force: bool = False) -> None:
-    """Write one task of a bundle as an ordinary checkpoint, named and laid out as its expert's own.
+def extract(folder: str | Path, task: str, out: Path, force: bool = False) -> dict[str, Any]:
+    """Write one task of a bundle as an ordinary checkpoint, its tensors named as its expert's own; returns the record.
 
     Raises:
         CheckpointError: no such bundle or task, a damaged file, or a kind whose networks are more than a checkpoint.
@@ -171,4 +172,6 @@ def extract(folder: str | Path, task: str, out: Path, force: bool = False) -> No
             "kind": bundle.about.kind,
             "settings": dict(bundle.about.settings),
         }
-        write_json(target / RECORD, {"extracted": origin, "versions": versions()})
+        record = {"extracted": origin, "versions": versions()}
+        write_json(target / RECORD, record)
+    return record

@@ -14,11 +14,13 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from adarank.adapt.loop import History
+from adarank.bundle import About
 from adarank.catalogue import Entry
 from adarank.evaluate import Table
 from adarank.inspection import LayerRow, TensorRow
 from adarank.search import Point
 
+TASK_AWARE = "Task-aware: each task has weights of its own, so whoever uses them must know the task of every input."
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
@@ -64,7 +66,34 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
         for name, row in described["tensors"].items():
             grid.add_row(name, "×".join(map(str, row["shape"])), row["dtype"], row["action"], row["reason"])
         out.print(grid)
+    if described["task_aware"]:
+        out.print(f"  {TASK_AWARE}")
+        out.print(
+            f"  {len(described['tasks'])} whole experts would take {size(described['experts_bytes'])}, heads apart"
+        )
     out.print(f"  output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}")
+
+
+def bundle_size(sizes: Mapping[str, Any]) -> str:
+    """A bundle's size beside that of one model and of all experts."""
+    count, experts = len(sizes["tasks"]), sizes["experts"]
+    return (
+        f"{size(sizes['bundle'])} for {count} tasks, {100 * sizes['bundle'] / experts:.0f}% of the {size(experts)} of "
+        f"{count} whole experts and {sizes['bundle'] / sizes['one']:.1f} times one model"
+    )
+
+
+def bundle(about: About, sizes: Mapping[str, Any]) -> None:
+    """What a bundle is, and the size of each of its parts."""
+    out.print(f"[bold]{about.kind}[/] bundle: {bundle_size(sizes)}")
+    out.print(TASK_AWARE)
+    grid = Grid(box=None, header_style="bold", pad_edge=False)
+    grid.add_column("weights")
+    grid.add_column("size", justify="right")
+    grid.add_row("shared by all tasks", size(sizes["shared"]))
+    for task, count in sizes["tasks"].items():
+        grid.add_row(f"{task}, with its head", size(count))
+    out.print(grid)
 
 
 def _same_heads(heads: Mapping[str, list[str]]) -> dict[tuple[str, ...], str]:

@@ -9,7 +9,7 @@ parts lie on disk. Such a method is no rival of one merged model: whoever uses i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ from adarank.bundle import WHOLE, PartFile, Piece, key
 from adarank.checkpoint import MemorySource, check_finite
 from adarank.errors import RecipeError
 from adarank.methods.base import Deltas, Method
+from adarank.select import Action
 from adarank.task_vectors import Network
 from adarank.writer import Layout
 
@@ -29,12 +30,12 @@ Part = tuple[str | None, str, Tensor]
 
 @dataclass(frozen=True)
 class Site:
-    """One tensor that the method is given, as far as headers tell.
+    """One tensor of the network, as far as headers tell.
 
     Attributes:
         dtype: of the task's tensor that will come out.
-        floats: of parts that are computed: float32, or what the recipe asks for.
-        decomposed: it is a matrix to decompose.
+        floats: of parts that are computed: float32 (float64 for float64), or what the recipe asks for.
+        action: what happens to it; a kept one is shared as it is.
         tasks: how many there are.
     """
 
@@ -42,12 +43,16 @@ class Site:
     shape: tuple[int, ...]
     dtype: torch.dtype
     floats: torch.dtype
-    decomposed: bool
+    action: Action
     tasks: int
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    @property
+    def merged(self) -> bool:
+        return self.action in ("decompose", "scale")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Slots:
 
 class Taskwise(Method):
     """Base of the task-aware methods. Subclasses define `slots`, `split` and `rebuild`.
+
+    A setting named in `per_model` may change the weights of its own task alone: a search tunes it task by task.
 
     Class attributes:
         constants: parts that are one number per task, for the whole model.
@@ -91,45 +98,55 @@ class Taskwise(Method):
         raise NotImplementedError
 
 
-def layouts(
-    method: Taskwise, network: Network, tensors: Layout, asked: torch.dtype | None = None
-) -> tuple[Layout, dict[str, Layout]]:
-    """Layouts of the shared parts and of each task's own, from headers alone.
+def sites_of(network: Network, tensors: Layout | None = None, asked: torch.dtype | None = None) -> list[Site]:
+    """Every tensor of the network, in its order.
 
     Arguments:
-        tensors: name -> (shape, dtype) of what each task's network has.
+        tensors: name -> (shape, dtype) of what each task's network has; by default as in the base.
         asked: dtype of computed parts, if the recipe says.
     """
+    found = []
+    for name, info in network.tensors.items():
+        dtype = tensors[name][1] if tensors else info.dtype
+        floats = asked or torch.promote_types(dtype, torch.float32)
+        found.append(Site(name, info.shape, dtype, floats, network.choices[name].action, len(network.tasks)))
+    return found
+
+
+def layouts(method: Taskwise, sites: Sequence[Site], tasks: Sequence[str]) -> tuple[Layout, dict[str, Layout]]:
+    """Layouts of the shared parts and of each task's own, from headers alone."""
     shared: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     own: dict[str, tuple[tuple[int, ...], torch.dtype]] = {key(part): ((), torch.float32) for part in method.constants}
-    for name in network.tensors:
-        if not _is_merged(network, name):
-            shared[key(WHOLE, name)] = tensors[name]
-            continue
-        slots = method.slots(_site(network, name, tensors[name][1], asked))
-        shared |= {key(part, name): spec for part, spec in slots.shared.items()}
-        own |= {key(part, name): spec for part, spec in slots.own.items()}
-    return shared, {task: dict(own) for task in network.tasks}
+    for site in sites:
+        slots = method.slots(site) if site.merged else Slots({WHOLE: (site.shape, site.dtype)}, {})
+        shared |= {key(part, site.name): spec for part, spec in slots.shared.items()}
+        own |= {key(part, site.name): spec for part, spec in slots.own.items()}
+    return shared, {task: dict(own) for task in tasks}
 
 
 @torch.no_grad()
-def task_parts(method: Taskwise, network: Network, device: torch.device | str = "cpu") -> Iterator[Piece]:
+def task_parts(
+    method: Taskwise, network: Network, sites: Sequence[Site], device: torch.device | str = "cpu"
+) -> Iterator[Piece]:
     """Every part of a bundle in the order of `layouts`, one in memory at a time."""
     prepared = method.prepare(network, device)
     for task in network.tasks:
         for part in method.constants:
             yield task, key(part), torch.tensor(prepared.constant(part, task))
-    for name, info in network.tensors.items():
-        if not _is_merged(network, name):
-            yield None, key(WHOLE, name), network.kept(name)
+    for site in sites:
+        if not site.merged:
+            yield None, key(WHOLE, site.name), network.kept(site.name)
             continue
-        origin = network.origin(name, method.origin_kind(network), device)
-        parts = prepared.split(_site(network, name, info.dtype, None), origin, network.deltas(name, origin))
-        if name.endswith("running_var"):
-            parts = _not_negative(prepared, name, list(parts))
-        for owner, part, tensor in parts:
-            yield owner, key(part, name), check_finite(tensor, name, f"the result of '{method.name}'")
+        for owner, part, tensor in _parts(prepared, network, site, device):
+            yield owner, key(part, site.name), check_finite(tensor, site.name, f"the result of '{method.name}'")
             del tensor
+
+
+def _parts(method: Taskwise, network: Network, site: Site, device: torch.device | str) -> Iterator[Part]:
+    """The parts of one tensor, by a prepared method."""
+    origin = network.origin(site.name, method.origin_kind(network), device)
+    parts = method.split(site, origin, network.deltas(site.name, origin))
+    yield from _not_negative(method, site.name, list(parts)) if site.name.endswith("running_var") else parts
 
 
 def rebuilt(method: type[Taskwise], tensors: Layout, shared: PartFile, own: PartFile) -> Iterator[tuple[str, Tensor]]:
@@ -140,14 +157,14 @@ def rebuilt(method: type[Taskwise], tensors: Layout, shared: PartFile, own: Part
 
 
 def in_memory(
-    method: Taskwise, network: Network, device: torch.device | str = "cpu"
+    method: Taskwise, network: Network, sites: Sequence[Site], device: torch.device | str = "cpu"
 ) -> tuple[PartFile, dict[str, PartFile]]:
     """The shared parts and each task's own, held in memory: as large as the bundle."""
     held: dict[str | None, dict[str, Tensor]] = {None: {}, **{task: {} for task in network.tasks}}
-    for task, name, tensor in task_parts(method, network, device):
-        held[task][name] = tensor
-    shared = PartFile(MemorySource(held[None], "shared parts"))
-    return shared, {task: PartFile(MemorySource(held[task], f"parts of '{task}'")) for task in network.tasks}
+    for owner, name, tensor in task_parts(method, network, sites, device):
+        held[owner][name] = tensor.cpu()
+    own = {task: PartFile(MemorySource(held[task], f"parts of '{task}'")) for task in network.tasks}
+    return PartFile(MemorySource(held[None], "shared parts")), own
 
 
 def _tensor(method: type[Taskwise], parts: Mapping[str, Tensor]) -> Tensor:
@@ -170,13 +187,3 @@ def _not_negative(method: Taskwise, name: str, parts: list[Part]) -> Iterator[Pa
                 f"{name}: '{method.name}' gives task '{task}' negative variances. Keep the base's by select: keep: ['*.running_*']."
             )
     return iter(parts)
-
-
-def _is_merged(network: Network, name: str) -> bool:
-    return network.choices[name].action in ("decompose", "scale")
-
-
-def _site(network: Network, name: str, dtype: torch.dtype, asked: torch.dtype | None) -> Site:
-    floats = asked or torch.promote_types(dtype, torch.float32)
-    decomposed = network.choices[name].action == "decompose"
-    return Site(name, network.tensors[name].shape, dtype, floats, decomposed, len(network.tasks))
