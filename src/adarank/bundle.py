@@ -35,9 +35,8 @@ from adarank.checkpoint import DTYPES, Checkpoint, Source, file_sha256
 from adarank.errors import CheckpointError, itemise
 from adarank.settings import nearest
 from adarank.task_vectors import Network
-from adarank.writer import NAMES, RECORD, Layout, TensorFile, layout_bytes, write_json
+from adarank.writer import BUNDLE, NAMES, RECORD, Layout, TensorFile, layout_bytes, write_json
 
-FILE = "bundle.json"
 FORMAT = "adarank-bundle-1"
 SHARED = "shared.safetensors"
 OWN = "own.safetensors"
@@ -176,7 +175,7 @@ def finish(folder: Path, about: About) -> dict[str, Any]:
         In bytes: `bundle` (all its weights files), `shared`, `tasks` (each one's own files), `experts` (all experts,
         whole, in the dtypes that the bundle yields) and `one` (one network without head).
     """
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f not in (folder / FILE, folder / RECORD))
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f not in (folder / BUNDLE, folder / RECORD))
     weights = {f: f.stat().st_size for f in files if f.suffix == ".safetensors"}
     heads = {t: task_folder(folder, t) / HEAD for t in about.tasks}
     experts = {
@@ -191,13 +190,13 @@ def finish(folder: Path, about: About) -> dict[str, Any]:
         "one": layout_bytes(about.tensors),
     }
     manifest = {f.relative_to(folder).as_posix(): {"bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files}
-    write_json(folder / FILE, {"format": FORMAT, **about.plain(), "bytes": sizes, "files": manifest})
+    write_json(folder / BUNDLE, {"format": FORMAT, **about.plain(), "bytes": sizes, "files": manifest})
     return sizes
 
 
 def is_bundle(path: Path) -> bool:
     """True for a bundle's folder."""
-    return (path / FILE).is_file()
+    return (path / BUNDLE).is_file()
 
 
 class PartFile:
@@ -238,7 +237,7 @@ class BundleFolder:
             self._files = {str(f): (int(own["bytes"]), str(own["sha256"])) for f, own in content["files"].items()}
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{self.folder / FILE}: damaged ({type(error).__name__}: {error}). Copy the bundle again."
+                f"{self.folder / BUNDLE}: damaged ({type(error).__name__}: {error}). Copy the bundle again."
             ) from None
         self._check_lengths()
         self._whole: set[Path] = set()
@@ -262,9 +261,14 @@ class BundleFolder:
         Raises:
             CheckpointError: the bundle has no such task.
         """
+        self.names(task)
+        return task_folder(self.folder, task)
+
+    def names(self, task: str) -> Names:
+        """What a task's expert calls the tensors; a `CheckpointError` if the bundle has no such task."""
         if task not in self.about.names:
             raise CheckpointError(f"{self.folder}: no task '{task}' in this bundle.{nearest(task, self.about.tasks)}")
-        return task_folder(self.folder, task)
+        return self.about.names[task]
 
     def side_files(self, task: str) -> list[Path]:
         """Configuration, tokenizer and processor files of a task's network: its own, and the base's where it has none."""
@@ -296,7 +300,7 @@ class BundleFolder:
         """How a file differs from the manifest, in words. Each is hashed once."""
         name = path.relative_to(self.folder).as_posix()
         if name not in self._files:
-            return f"{path}: not in {FILE}'s list of files"
+            return f"{path}: not in {BUNDLE}'s list of files"
         if path in self._whole:
             return None
         found, wanted = file_sha256(path), self._files[name][1]
@@ -309,7 +313,7 @@ class BundleFolder:
         problems = []
         needed = [SHARED, *(f"tasks/{task}/{OWN}" for task in self.about.tasks)]
         problems += [
-            f"{self.folder / name}: not in {FILE}'s list of files" for name in needed if name not in self._files
+            f"{self.folder / name}: not in {BUNDLE}'s list of files" for name in needed if name not in self._files
         ]
         for name, (length, _) in self._files.items():
             path = self.folder / name
@@ -329,10 +333,10 @@ def _unusable(folder: Path, problems: list[str]) -> str:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    path = folder / FILE
+    path = folder / BUNDLE
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: not a bundle (no {FILE}). Give a folder that adarank merge wrote with a task-aware method."
+            f"{folder}: not a bundle (no {BUNDLE}). Give a folder that adarank merge wrote with a task-aware method."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

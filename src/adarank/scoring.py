@@ -49,6 +49,7 @@ def evaluate(
         note(f"Scoring {name}")
         if isinstance(found, Bundle):
             table.rows[name] = score_bundle(job, models, data, found, split)
+            table.task_aware.append(name)
             continue
         models.fill((key, found.read(key)) for key in job.network.tensors)
         table.rows[name] = score_all(job, models, data, split)
@@ -107,9 +108,7 @@ def _score_each(
 
 
 def _row(path: Path, recipe: Recipe) -> str:
-    """A row's name: the output's path, and what must be known of how it was made or is scored."""
-    if is_bundle(path):
-        return f"{path} [task-aware: each input's task is known]"
+    """A row's name: the output's path, and what it was adapted on if that may be what is scored."""
     file = path / RECORD
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if "adaptation" not in record:

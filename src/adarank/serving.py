@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adarank.bundle import FILE, BundleFolder
+from adarank.bundle import BundleFolder
 from adarank.checkpoint import check_finite
 from adarank.companions import CONFIG
 from adarank.errors import CheckpointError
@@ -21,7 +21,7 @@ from adarank.methods.taskwise import Taskwise, rebuilt
 from adarank.models.merged import empty, filled
 from adarank.record import versions
 from adarank.settings import nearest
-from adarank.writer import RECORD, Layout, atomic_folder, write_checkpoint, write_json
+from adarank.writer import BUNDLE, RECORD, Layout, atomic_folder, write_checkpoint, write_json
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Bundle(BundleFolder):
         super().__init__(folder)
         if self.about.kind not in KINDS:
             raise CheckpointError(
-                f"{self.folder / FILE}: a bundle of kind '{self.about.kind}', which this adarank does not know."
+                f"{self.folder / BUNDLE}: a bundle of kind '{self.about.kind}', which this adarank does not know."
                 f"{nearest(self.about.kind, KINDS)} Read it with the version that wrote it."
             )
         self.kind = KINDS[self.about.kind]
@@ -82,14 +82,14 @@ class Bundle(BundleFolder):
         Raises:
             CheckpointError: no such task, or a file of it is damaged.
         """
-        self.of_task(task)
+        self.names(task)
         return self.kind.tensors(self, task)
 
     def state(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """(name as in the expert's own files, tensor) of a task's whole network, its head last."""
-        names = self.about.names[task] if self.of_task(task) else None
+        names = self.names(task)
         for name, tensor in self.tensors(task):
-            own = names.of(name) if names else None
+            own = names.of(name)
             if own is not None:
                 yield own, check_finite(tensor, name, str(self.folder))
         head = self.head(task)
@@ -98,7 +98,7 @@ class Bundle(BundleFolder):
 
     def layout(self, task: str) -> Layout:
         """(shape, dtype) of all that `state` yields, in its order."""
-        names, head = self.about.names[task], self.head(task)
+        names, head = self.names(task), self.head(task)
         body = {own: spec for name, spec in self.about.tensors.items() if (own := names.of(name)) is not None}
         return body | {name: (info.shape, info.dtype) for name, info in (head.tensors if head else {}).items()}
 

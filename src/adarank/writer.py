@@ -23,6 +23,7 @@ from adarank.checkpoint import DTYPES
 from adarank.errors import OutputError
 
 RECORD = "adarank.json"
+BUNDLE = "bundle.json"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _NUMBERS = re.compile(r"\[\s+-?\d[-+.,eE\d\s]*\]")

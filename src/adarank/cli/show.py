@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
@@ -41,7 +42,7 @@ def clock(seconds: float) -> str:
 
 def note(text: str) -> None:
     """A stage as it begins."""
-    err.print(text, style="dim")
+    err.print(text, style="dim", markup=False)
 
 
 def plan(described: Mapping[str, Any], verbose: bool) -> None:
@@ -118,13 +119,15 @@ def scores(table: Table) -> None:
     for row, values in table.rows.items():
         normal = table.normalised(row)
         grid.add_row(
-            row,
+            escape(f"{row} (task-aware)" if row in table.task_aware else row),
             f"{table.mean(row):.1f}",
             f"{normal:.1f}" if normal is not None else "",
             *(f"{values[t]:.1f}" for t in tasks),
         )
     grid.add_row("inputs", "", "", *(str(table.counts[t]) for t in tasks), style="dim")
     out.print(grid)
+    if table.task_aware:
+        out.print(TASK_AWARE)
 
 
 def points(ranked: Sequence[Point], most: int = 10) -> None:

@@ -16,7 +16,7 @@ from adarank.errors import CheckpointError
 from adarank.models import FAMILIES, kind_of
 from adarank.models.base import quiet_transformers
 from adarank.settings import nearest
-from adarank.writer import RECORD
+from adarank.writer import BUNDLE, RECORD
 
 
 def load_task(out: str | Path, task: str) -> nn.Module:
@@ -35,6 +35,8 @@ def load_task(out: str | Path, task: str) -> nn.Module:
         model = adarank.load_task("merged", "cola")
     """
     folder = Path(out)
+    if (folder / BUNDLE).exists():
+        raise CheckpointError(f"{folder}: a bundle, with weights for each task. Use adarank.from_bundle.")
     heads = folder / "heads"
     known = sorted(p.name for p in heads.iterdir()) if heads.is_dir() else []
     if task not in known:
