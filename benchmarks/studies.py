@@ -34,7 +34,7 @@ from adarank.record import machine, versions
 from adarank.scoring import score_all
 from adarank.writer import write_json
 
-CHECKS = 2
+CHECKS = 4
 SCORED = 200  # test inputs per task
 WATCHED = 128  # select inputs per task that steps are judged on
 SIGNALS = {"agreement": 1, "divergence": -1, "histogram": -1, "entropy": -1}  # which way is better

@@ -23,11 +23,11 @@ LAYERS = [
     {"errors", "settings"},
     {"hub", "checkpoint", "writer", "select", "layers"},
     {"task_vectors", "data", "models"},
-    {"spectrum", "threshold", "election", "bases", "blocks", "masks"},
+    {"spectrum", "threshold", "election", "bases", "blocks", "masks", "bundle"},
     {"methods", "adapt"},
     {"evaluate", "record"},
     {"recipe", "plan", "tasks", "networks", "catalogue", "inspection"},
-    {"experts", "adaptation", "scoring", "pipeline", "api", "demo", "search"},
+    {"experts", "adaptation", "companions", "bundles", "serving", "scoring", "pipeline", "api", "demo", "search"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

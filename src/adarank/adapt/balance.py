@@ -46,7 +46,7 @@ def behind(tasks: Sequence[str], judged: Mapping[int, Judged]) -> list[float]:
     debts = dict.fromkeys(tasks, 0.0)
     for _, own in sorted(judged.items())[1:]:
         fallen = set(worse(own, judged[0], 0.0))
-        for task in tasks:
+        for task in own.keys() & debts.keys():
             first = judged[0][task]
             errors = (first.agreement - own[task].agreement) / standard_error(first)
             debts[task] = max(0.0, debts[task] + (min(max(errors, 1.0), 3.0) if task in fallen else -1.0))

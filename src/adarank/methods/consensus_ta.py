@@ -39,7 +39,7 @@ class Consensus(Method):
         """Mask of the entries of `total` that at least `agree` tasks claim by |τ_t| ≥ α_t·|total - τ_t|."""
         claims = torch.zeros(total.shape, dtype=torch.int16, device=total.device)
         for task in deltas:
-            claims += _claim(total, deltas[task], self.tall.of(task, name))
+            claims += margin(total, deltas[task], self.tall.of(task, name)) >= 0
         return claims >= self.agree
 
     def check(self, network: Network) -> None:
@@ -71,5 +71,6 @@ class ConsensusTA(Consensus):
         return 4
 
 
-def _claim(total: Tensor, delta: Tensor, tall: float) -> Tensor:
-    return delta.abs() >= tall * (total - delta).abs()
+def margin(total: Tensor, delta: Tensor, tall: float) -> Tensor:
+    """|τ_t| - α_t·|total - τ_t|: by how much an entry is the task's rather than the others'."""
+    return delta.abs() - tall * (total - delta).abs()
