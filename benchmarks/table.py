@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from adarank import demo, networks, pipeline, scoring
+from adarank import demo, networks, pipeline, scoring, statistics
 from adarank.adapt.methods import ADAPTIVE
 from adarank.checkpoint import Checkpoint
 from adarank.data.task import TaskData
@@ -76,6 +76,8 @@ STATIC: dict[str, tuple[str, Grid, int]] = {
     "Iso-CTS": ("iso_cts", {"lambda": _WHOLE}, 1),
     "CART, energy": ("cart", {"energy": [0.2, 0.3, 0.4, 0.5], "lambda": [0.7, 1.0, 1.3, 1.6]}, 1),
 }
+# row -> method. Nothing is chosen: their papers' defaults, and statistics of 256 unlabelled adapt inputs per task.
+STATISTICS = {"Fisher": "fisher", "RegMean": "regmean", "RegMean++": "regmean++"}
 MINILM = Bed(
     "minilm-8",
     ROOT / "examples" / "minilm-8" / "average.yaml",
@@ -156,13 +158,15 @@ class Bench:
 
     def static(self, row: str, method: Method, chosen: str, seed: int = 0) -> None:
         clock = Clock()
-        self.models.fill(merge_tensors(method, self.job.network))
+        known, found = statistics.inform(method, self.job, self.models, self.data)
+        self.models.fill(merge_tensors(known, self.job.network))
         spent = clock.spent()
         settings = {
             "merge_method": method.name,
             "parameters": method.model_dump(by_alias=True, exclude={"weights", "masks"}),
         }
-        self.record(row, seed, {"settings": settings, "chosen": chosen, "merge_seconds": spent["seconds"]})
+        content = {"settings": settings, "chosen": chosen, "merge_seconds": spent["seconds"]}
+        self.record(row, seed, content | ({"statistics": found} if found else {}))
 
     def search(self, row: str) -> dict[str, Any]:
         """The settings of a row with the best mean on select; the whole grid is kept in a record of its own."""
@@ -280,6 +284,9 @@ def run(bench: Bench, rows: list[str]) -> None:
                 settings = best[row] | ({"seed": seed} if seeds > 1 else {})
                 chosen = f"{', '.join(axes)} on select, with labels" if axes else "nothing to choose"
                 bench.static(row, parse(METHODS[name], settings, name), chosen, seed)
+    for row, name in STATISTICS.items():
+        if wanted(row):
+            bench.static(row, METHODS[name](), "nothing to choose")
     starts = {"pretrained": {"rank": 1.0, **best["TA"]}, "average": best["CART"]}
     for seed in range(3):
         for row, (_, origin, _, _, seeds) in ADAPTED.items():

@@ -38,7 +38,7 @@ class Entry:
 
 
 def catalogue() -> dict[str, Entry]:
-    """Method name -> entry, data-free methods first."""
+    """Method name -> entry, adaptive methods last."""
     found = {name: _entry(kind, _needs(kind), ()) for name, kind in METHODS.items()}
     found["masked"] = _entry(METHODS["masked"], "base, experts and a masks file", ())
     for name, kind in ADAPTIVE.items():
@@ -66,7 +66,8 @@ def presets() -> dict[str, dict[str, Any]]:
 
 def _needs(kind: type[Method]) -> str:
     inputs = "base and experts" if getattr(kind, "origin", None) == "pretrained" else "experts"
-    return inputs if kind.passes == 1 else f"{inputs}, read {kind.passes} times"
+    read = inputs if kind.passes == 1 else f"{inputs}, read {kind.passes} times"
+    return f"{read} and {kind.data}" if kind.data else read
 
 
 def _entry(

@@ -18,11 +18,12 @@ from adarank.adaptation import Adaptation, adapt_job
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, OutputError
 from adarank.masks import FILE as MASKS_FILE
-from adarank.methods import merge_tensors
+from adarank.methods import Informed, merge_tensors
 from adarank.plan import Job, Note, describe, open_job
 from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
-from adarank.tasks import load_tasks
+from adarank.statistics import inform_job
+from adarank.tasks import load_tasks, sampled
 from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json, write_tensors
 
 
@@ -51,7 +52,9 @@ def merge(
     _check_disk(job, out)
     torch.manual_seed(recipe.seed)
     if data is None:
-        data = load_tasks(job) if recipe.adaptive else {}
+        data = load_tasks(job) if recipe.needs_data else {}
+    if isinstance(job.method, Informed):
+        sampled(job.method, data)  # refused here, before anything is computed
     note("Hashing the inputs")
     record: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -63,12 +66,14 @@ def merge(
     }
     state = out.parent / f".{out.name}.state"
     adapted = None
-    if job.method is None:
-        with _no_leavings(state):
+    with _no_leavings(state):
+        if job.method is None:
             adapted = adapt_job(job, data, record, state / "state.pt", note, progress)
-        tensors = adapted.tensors()
-    else:
-        tensors = merge_tensors(job.method, job.network, recipe.device)
+            tensors = adapted.tensors()
+        else:
+            method, found = inform_job(job, data, record["inputs"], state, note)
+            record |= {"statistics": found} if found else {}
+            tensors = merge_tensors(method, job.network, recipe.device)
     note("Writing the merged model")
     with atomic_folder(out, force) as folder:
         write_checkpoint(folder, job.layout(), tensors)
@@ -82,7 +87,7 @@ def merge(
 
 @contextmanager
 def _no_leavings(state: Path) -> Iterator[None]:
-    """An adaptation that fails before it has saved a state leaves nothing of it behind."""
+    """An adaptation that fails before it has saved a state leaves nothing of it behind, nor do statistics that fail."""
     try:
         yield
     except AdaRankError:

@@ -34,6 +34,7 @@ class Method(Settings):
         spectral: True if it decomposes matrices; the memory plan counts an SVD's workspace then.
         per_model: settings that each model of a recipe may carry.
         passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.
+        data: what it reads of the tasks' data, in words; empty for data-free methods.
     """
 
     name: ClassVar[str]
@@ -43,6 +44,7 @@ class Method(Settings):
     spectral: ClassVar[bool] = False
     per_model: ClassVar[tuple[str, ...]] = ()
     passes: ClassVar[int] = 1
+    data: ClassVar[str] = ""
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """Merge one matrix (`decompose`). `origin` is float32 and may be mapped: never write to it."""
