@@ -23,11 +23,11 @@ LAYERS = [
     {"errors", "settings"},
     {"hub", "checkpoint", "writer", "select"},
     {"task_vectors", "data", "models"},
-    {"spectrum", "bases", "blocks", "masks"},
+    {"spectrum", "bases", "blocks", "masks", "measures"},
     {"methods", "adapt"},
     {"evaluate", "record"},
     {"recipe", "plan", "tasks", "networks", "catalogue", "inspection"},
-    {"experts", "adaptation", "scoring", "pipeline", "api", "demo", "search"},
+    {"experts", "adaptation", "statistics", "scoring", "pipeline", "api", "demo", "search"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -52,19 +52,43 @@ def linear_layers(module: nn.Module, shared: Mapping[str, Tensor], names: Collec
     ]
 
 
-class Grams:
-    """Sums of x xᵀ by layer, in the order in which layers first ran."""
+class Seen(Exception):
+    """Ends a forward pass whose rest is not needed."""
 
-    def __init__(self) -> None:
+
+class Grams:
+    """Sums of x xᵀ over what linear layers are given, by layer, in the order in which layers first ran.
+
+    Arguments:
+        stop: layers after whose first run in a pass the pass is ended by raising `Seen`; none: passes run to their end.
+
+    Attributes:
+        calls: layer -> how often it ran.
+    """
+
+    def __init__(self, stop: Collection[str] = ()) -> None:
+        self.calls: Counter[str] = Counter()
         self._sums: dict[str, Tensor] = {}
         self._rows: Counter[str] = Counter()
+        self._stop, self._missing = frozenset(stop), set(stop)
+        self._mask: Tensor | None = None
 
-    def add(self, name: str, vectors: Tensor) -> None:
-        """Add (n, width) vectors to a layer's sum."""
+    def begin(self, batch: Any) -> None:
+        """Told before each forward pass: its batch, whose `attention_mask`, if it has one, tells what is padding."""
+        self._mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self._missing = set(self._stop)
+
+    def add(self, name: str, given: Tensor) -> None:
+        """Add a layer's input (…, width) to its sum."""
+        vectors = counted(given, self._mask)
         if name not in self._sums:
             self._sums[name] = torch.zeros(vectors.shape[1], vectors.shape[1], device=vectors.device)
         self._sums[name].addmm_(vectors.T, vectors)
         self._rows[name] += len(vectors)
+        self.calls[name] += 1
+        self._missing.discard(name)
+        if self._stop and not self._missing:
+            raise Seen
 
     def means(self) -> dict[str, Tensor]:
         """Layer -> G, (width, width) float32 on the CPU."""
@@ -72,24 +96,18 @@ class Grams:
 
 
 @contextmanager
-def gram_matrices(module: nn.Module, layers: Sequence[LinearLayer]) -> Iterator[Grams]:
-    """While it is open, every forward pass of `module` adds what `layers` are given."""
-    found = Grams()
-    now: dict[str, Tensor | None] = {"mask": None}
-
-    def begin(_: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        now["mask"] = named.get("attention_mask")
+def watched(layers: Sequence[LinearLayer], grams: Grams) -> Iterator[None]:
+    """While it is open, whatever `layers` are given is added to `grams`."""
 
     def taker(name: str) -> Any:
         def take(_: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            found.add(name, counted(next(iter((*arguments, *named.values()))), now["mask"]))
+            grams.add(name, next(iter((*arguments, *named.values()))))
 
         return take
 
-    handles = [module.register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += [layer.module.register_forward_pre_hook(taker(layer.name), with_kwargs=True) for layer in layers]
+    handles = [layer.module.register_forward_pre_hook(taker(layer.name), with_kwargs=True) for layer in layers]
     try:
-        yield found
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -8,13 +8,16 @@ of it find it again, and merging reads one tensor's statistics of one task at a 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pickle
 import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,8 @@ from torch import Tensor, nn
 
 from adarank.checkpoint import DAMAGED, check_finite
 from adarank.data.task import Batch, TaskData
-from adarank.measures import add_squared_gradients, gram_matrices, label_weights, linear_layers
-from adarank.methods import Fisher, Informed, Method, RegMean, RegMeanPlusPlus, merge_tensor, merge_tensors
+from adarank.measures import Grams, Seen, add_squared_gradients, label_weights, linear_layers, watched
+from adarank.methods import Fisher, Informed, Method, RegMean, RegMeanPlusPlus, merge_tensor
 from adarank.methods.informed import Statistics
 from adarank.models import TaskModels
 from adarank.networks import build_models, family_of, member_tensors
@@ -111,12 +114,13 @@ class Gatherer:
     def _fishers(self, method: Fisher) -> Statistics:
         shared = self.models.shared
         parameters = {name: shared[name] for name in self.network.merged() if shared[name].requires_grad}
-        parts = {task: self.store.part(task) or self._fisher(method, task, parameters) for task in self.network.tasks}
+        parts = {
+            task: self._part(task, task, "Squared gradients", None, partial(self._fisher, method, task, parameters))
+            for task in self.network.tasks
+        }
         return Statistics(parameters.keys(), lambda name, task: parts[task][name])
 
-    def _fisher(self, method: Fisher, task: str, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        self.note(f"Squared gradients of {task}")
-        self._fill(task)
+    def _fisher(self, method: Fisher, task: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{method.seed}/{task}".encode()))
         total = {name: torch.zeros_like(own, requires_grad=False) for name, own in parameters.items()}
         count = 0
@@ -124,47 +128,81 @@ class Gatherer:
             logits = self.sample.call(self.models.modules[task], batch)[0]
             add_squared_gradients(total, parameters, logits, label_weights(logits, label, method.classes, generator))
             count += 1
-        return self._keep(task, task, {name: own.div_(count).cpu() for name, own in total.items()})
+        return {name: own.div_(count).cpu() for name, own in total.items()}
 
     def _grams(self) -> Statistics:
-        names = [name for name in self.network.merged() if self.network.choices[name].action == "decompose"]
-        parts = {}
-        for task in self.network.tasks:
-            found = self.store.part(task)
-            if found is None:
-                self.note(f"Gram matrices of {task}")
-                self._fill(task)
-                found = self._keep(task, task, self._measured(task, names))
-            parts[task] = found
-        return self._of_layers(parts)
+        names = self._matrices()
+        return self._of_layers(
+            {
+                task: self._part(task, task, "Gram matrices", None, partial(self._measured, task, names))
+                for task in self.network.tasks
+            }
+        )
 
     def _block_by_block(self, method: RegMeanPlusPlus) -> Informed:
-        network, device = self.network, self._device
-        names = [name for name in network.merged() if network.choices[name].action == "decompose"]
         known = method.knowing(Statistics())
-        self.models.fill(merge_tensors(known, network, device))  # what has no Gram matrix is averaged, now as later
-        parts: dict[str, dict[str, Tensor]] = {task: {} for task in network.tasks}
-        for block, layers in self._blocks(names).items():
-            members = [name for name in network.merged() if block_of(name) == block]
+        self._merge(known, None)  # what has no Gram matrix is averaged, now as in the end
+        parts: dict[str, dict[str, Tensor]] = {task: {} for task in self.network.tasks}
+        calls = self._calls(self._matrices())
+        for block in dict.fromkeys(map(block_of, calls)):
+            layers = [name for name in calls if block_of(name) == block]
+            members = [name for name in self.network.merged() if block_of(name) == block]
+            once = all(calls[name] == 1 for name in layers)
             for task, own in parts.items():
-                key = f"{task}/{block}"
-                found = self.store.part(key)
-                if found is None:
-                    self.note(f"Gram matrices of {block} on {task}")
-                    self._fill(task, members)
-                    found = self._keep(key, task, self._measured(task, layers))
-                own.update(found)
+                measure = partial(self._measured, task, layers, stop=once)
+                own.update(self._part(f"{task}/{block}", task, f"Gram matrices of {block}", members, measure))
             known = method.knowing(self._of_layers(parts))
-            self.models.fill((name, merge_tensor(known, network, name, device)) for name in members)
+            self._merge(known, members)
         return known
 
-    def _blocks(self, names: list[str]) -> dict[str, list[str]]:
-        """Block -> its linear layers, in the order in which blocks first run."""
+    def _part(
+        self, key: str, task: str, what: str, own: list[str] | None, measure: Callable[[], dict[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """A part of the store, measured if it is not there, with the task's own tensors (`own`; None: all) in the networks."""
+        found = self.store.part(key)
+        if found is not None:
+            return found
+        self.note(f"{what} on {task}")
+        self.models.fill(member_tensors(self.network, self.network.experts[task], own))
+        tensors = measure()
+        for name, tensor in tensors.items():
+            check_finite(tensor, name, f"statistics of task '{task}'")
+        return self.store.keep(key, tensors)
+
+    def _merge(self, method: Informed, names: list[str] | None) -> None:
+        """Put merged tensors (of `names`; None: all) into the networks."""
+        device = next(iter(self.models.shared.values())).device
+        chosen = self.network.tensors if names is None else names
+        self.models.fill((name, merge_tensor(method, self.network, name, device)) for name in chosen)
+
+    def _matrices(self) -> list[str]:
+        return [name for name in self.network.merged() if self.network.choices[name].action == "decompose"]
+
+    def _calls(self, names: list[str]) -> Mapping[str, int]:
+        """Linear layer -> how often it runs in a forward pass, in the order in which layers first run."""
         task = self.network.tasks[0]
-        blocks: dict[str, list[str]] = {}
-        for name in self._measured(task, names, first=True):
-            blocks.setdefault(block_of(name), []).append(name)
-        return blocks
+        found = Grams()
+        self._watch(task, names, found, itertools.islice(self.sample.batches(task), 1))
+        return found.calls
+
+    def _measured(self, task: str, names: list[str], stop: bool = False) -> dict[str, Tensor]:
+        """Layer -> Gram matrix of what it is given on a task's inputs, with the weights that the models hold now.
+
+        Arguments:
+            stop: the layers run once in a forward pass, so that it may end behind the last of them.
+        """
+        found = Grams(names if stop else ())
+        self._watch(task, names, found, self.sample.batches(task))
+        return found.means()
+
+    @torch.no_grad()
+    def _watch(self, task: str, names: list[str], grams: Grams, batches: Iterator[Any]) -> None:
+        module = self.models.modules[task]
+        with watched(linear_layers(module, self.models.shared, names), grams):
+            for batch in batches:
+                grams.begin(batch)
+                with suppress(Seen):
+                    self.sample.call(module, batch)
 
     def _of_layers(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Statistics:
         task = self.network.tasks[0]
@@ -172,30 +210,6 @@ class Gatherer:
         layers = linear_layers(self.models.modules[task], self.models.shared, known)
         turned = frozenset(layer.name for layer in layers if layer.inputs_first)
         return Statistics(known, lambda name, task: parts[task][name], turned)
-
-    @torch.no_grad()
-    def _measured(self, task: str, names: list[str], first: bool = False) -> dict[str, Tensor]:
-        """Layer -> Gram matrix of what a task's inputs (`first`: its first batch) make of the weights held now."""
-        module = self.models.modules[task]
-        with gram_matrices(module, linear_layers(module, self.models.shared, names)) as found:
-            for batch in self.sample.batches(task):
-                self.sample.call(module, batch)
-                if first:
-                    break
-        return found.means()
-
-    def _fill(self, task: str, names: list[str] | None = None) -> None:
-        """Put an expert's own tensors (of `names`) into the networks."""
-        self.models.fill(member_tensors(self.network, self.network.experts[task], names))
-
-    def _keep(self, key: str, task: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        for name, tensor in tensors.items():
-            check_finite(tensor, name, f"statistics of task '{task}'")
-        return self.store.keep(key, tensors)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self.models.shared.values())).device
 
 
 def block_of(name: str) -> str:

@@ -75,7 +75,7 @@ class Fisher(Informed):
     def workspace(self, tasks: int, decomposed: bool) -> int:
         return 3
 
-    def held(self, shape: tuple[int, ...]) -> int:
+    def held(self, shape: tuple[int, ...], decomposed: bool) -> int:
         return 3 * math.prod(shape)  # the sum, an input's gradient, and its square
 
     def _scale(self, task: str) -> float:

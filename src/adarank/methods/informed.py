@@ -94,6 +94,6 @@ class Informed(Method):
         """The method's name and the settings that its statistics hang on."""
         return {"method": self.name, **self.model_dump(include=set(self.decides))}
 
-    def held(self, shape: tuple[int, ...]) -> int:
+    def held(self, shape: tuple[int, ...], decomposed: bool) -> int:
         """Numbers of four bytes held for a tensor while one expert's statistics are taken; for the memory plan."""
         raise NotImplementedError

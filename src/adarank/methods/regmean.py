@@ -66,12 +66,12 @@ class RegMean(Informed):
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return origin
 
-    def held(self, shape: tuple[int, ...]) -> int:
-        return shape[1] ** 2 if len(shape) == 2 else 0
+    def held(self, shape: tuple[int, ...], decomposed: bool) -> int:
+        return shape[1] ** 2 if decomposed and len(shape) == 2 else 0
 
     def solving(self, shape: tuple[int, ...]) -> int:
         """Numbers of four bytes held while a linear layer's weight (out, in) is solved for; for the memory plan."""
-        return 2 * (6 * shape[1] ** 2 + 5 * shape[0] * shape[1])
+        return 2 * (6 * shape[1] ** 2 + 5 * shape[0] * shape[1]) if len(shape) == 2 else 0
 
 
 def solve(total: Tensor, right: Tensor, start: Tensor) -> tuple[Tensor, int]:
