@@ -212,10 +212,13 @@ def adapted(found: Mapping[str, Any]) -> None:
 
 def informed(found: Mapping[str, Any]) -> None:
     """What statistics a merge took, and where they left something open."""
-    averaged = f"{found['tensors_averaged']} tensors without any averaged"
-    out.print(f"{_measured(found)}, in {clock(found['seconds'])}; {averaged}")
-    for name, part in found["undetermined"].items():
-        out.print(f"{name}: the inputs determine {part} directions", style="dim")
+    out.print(f"{_measured(found)}, in {clock(found['seconds'])}")
+    out.print(f"{found['tensors_with_statistics']} tensors merged by them, {found['tensors_averaged']} averaged")
+    if found["undetermined"]:
+        out.print(
+            f"{len(found['undetermined'])} tensors are not determined in all directions by so few inputs (the record names them)",
+            style="dim",
+        )
 
 
 def _measured(found: Mapping[str, Any]) -> str:

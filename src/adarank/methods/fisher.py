@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 
 from adarank.methods.base import Deltas
@@ -51,6 +51,11 @@ class Fisher(Informed):
     normalise: bool = Field(True, description="divide by the root mean square over the model")
     floor: float = Field(1e-6, gt=0, description="least weight of an entry")
     _scales: Mapping[str, float] = PrivateAttr(default_factory=dict)
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return "true" if value is True else value  # how YAML reads `kind: true`
 
     @property
     def reads_labels(self) -> bool:

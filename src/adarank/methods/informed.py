@@ -53,7 +53,7 @@ class Informed(Method):
     decides: ClassVar[tuple[str, ...]] = ("examples", "seed")
 
     examples: int = Field(256, ge=1, description="inputs of each task's adapt split that are looked at, at most")
-    seed: int = Field(0, description="of which inputs; by default the recipe's seed")
+    seed: int = Field(0, description="of the choice of inputs, and of draws; by default the recipe's seed")
     _statistics: Statistics | None = PrivateAttr(default=None)
     _undetermined: dict[str, str] = PrivateAttr(default_factory=dict)
 
