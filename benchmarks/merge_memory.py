@@ -48,8 +48,8 @@ MASK_RANK, MASK_LAMBDA = 0.6, 0.3
 PARAMETERS: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.5},
     "sce": {"select_topk": 0.5},
-    **dict.fromkeys(("ties", "dare_linear", "dare_ties"), {"density": 0.5}),
-    **dict.fromkeys(("della", "della_linear"), {"density": 0.5, "epsilon": 0.1}),
+    **{name: {"density": 0.5} for name in ("ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties")},
+    **{name: {"density": 0.5, "epsilon": 0.1} for name in ("della", "della_linear")},
 }
 TAKES = {"slerp": 1, "nuslerp": 2}  # experts; the others take any number
 
