@@ -12,9 +12,11 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import adaptation_tables
 
 from adarank.catalogue import catalogue, presets
 from adarank.cli.main import parser
@@ -42,16 +44,22 @@ ROWS = [
     "Iso-CTS",
     "CART",
     "CART, energy",
+    "AdaMerging, task-wise",
     "AdaMerging",
+    "AdaMerging++",
     "TA+AdaRank",
     "CART++",
     "CART+AdaRank",
-    "TA+AdaRank, self-label",
-    "CART+AdaRank, self-label",
+    "AdaRank about the base",
+    "TSV-M+AdaRank",
+    "Iso-C+AdaRank",
+    "Iso-CTS+AdaRank",
+    "AdaRank",
     "experts",
 ]
+TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing"]
 HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
-        "CART+AdaRank, self-label", "experts"]  # fmt: skip
+        "AdaRank", "experts"]  # fmt: skip
 
 
 def methods_page() -> str:
@@ -152,15 +160,28 @@ def table(bed: str, rows: list[str]) -> list[str]:
     return lines
 
 
+def filled(page: str, fill: Mapping[str, Callable[[], list[str]]]) -> str:
+    """A page's words with what its placeholders stand for."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.sub(r"<!-- (\w+) -->", lambda m: "\n".join(fill[m.group(1)]()), text)
+
+
+def adaptation_page() -> str:
+    """What adaptation does and what its choices come to."""
+    own = adaptation_tables
+    fill = {"steps": own.steps, "studies": own.tables, "signals": own.signals, "subsets": own.subsets}
+    return filled("adaptation.in.md", fill)
+
+
 def results_page() -> str:
-    """The minilm-8 tables with what each number rests on. Its words are in results.in.md."""
-    text = (ROOT / "docs" / "results.in.md").read_text(encoding="utf-8")
+    """The tables of both test beds with what each number rests on."""
     fill: dict[str, Callable[[], list[str]]] = {
         "main": lambda: table("minilm-8", ROWS),
         "ablation": lambda: ablation("minilm-8"),
         "settings": lambda: settings("minilm-8"),
         "collapse": lambda: collapse("minilm-8"),
         "demo": lambda: table("demo-8", ROWS),
+        "demo_task_aware": lambda: task_aware("demo-8"),
         "demo_ablation": lambda: ablation("demo-8"),
         "demo_settings": lambda: settings("demo-8"),
         "demo_collapse": lambda: collapse("demo-8"),
@@ -168,7 +189,31 @@ def results_page() -> str:
         "peers": peers,
         "fusion_bench": fusion_bench,
     }
-    return re.sub(r"<!-- (\w+) -->", lambda m: "\n".join(fill[m.group(1)]()), text)
+    return filled("results.in.md", fill)
+
+
+def task_aware(bed: str) -> list[str]:
+    """Rows whose every task has weights of its own, with their size; nothing before they have records."""
+    found = [records[0] for row in TASK_AWARE if (records := load(bed, row))]
+    if not found:
+        return []
+    experts = load(bed, "experts")[0]["scores"]
+    lines = [
+        "### Task-aware methods",
+        "",
+        "Each task is scored by weights of its own, from one bundle; the task of every test input is known, so these rows are no rivals",
+        "of those above. Sizes are of all weights, heads included, beside all experts whole and beside one network.",
+        "",
+        "| | mean | norm. | of the experts' size | × one model | " + " | ".join(TASKS[bed]) + " |",
+        "|---" * (len(TASKS[bed]) + 5) + "|",
+    ]
+    for record in found:
+        scores, size = record["scores"], record["bytes"]
+        normal = 100 * statistics.mean(scores[task] / experts[task] for task in TASKS[bed])
+        cells = [f"{record['mean']:.1f}", f"{normal:.1f}", f"{100 * size['bundle'] / size['experts']:.0f}%"]
+        cells += [f"{size['bundle'] / size['one']:.1f}", *(f"{scores[task]:.1f}" for task in TASKS[bed])]
+        lines.append(f"| {record['row']} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def ablation(bed: str) -> list[str]:
@@ -218,11 +263,13 @@ def collapse(bed: str) -> list[str]:
         "|---" * (len(TASKS[bed]) + 3) + "|",
     ]
     for row in [
+        "AdaMerging, task-wise",
         "AdaMerging",
+        "AdaMerging++",
         "TA+AdaRank",
         "CART++",
         "CART+AdaRank",
-        "CART+AdaRank, self-label",
+        "AdaRank",
         "TA+AdaRank, masks only",
         "CART+AdaRank, masks only",
     ]:
@@ -298,7 +345,7 @@ def fusion_bench() -> list[str]:
     return lines
 
 
-CHART = ["base", "weight average", "TA", "CART", "AdaMerging", "CART+AdaRank", "CART+AdaRank, self-label", "experts"]
+CHART = ["base", "weight average", "TA", "CART", "AdaMerging", "CART+AdaRank", "AdaRank", "experts"]
 
 
 def chart() -> str:
@@ -348,14 +395,16 @@ def readme() -> str:
     }
     for name, rows in tables.items():
         begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
-        filled = "\n".join([begin, "", *rows, "", end])
-        text = re.sub(f"{begin}.*?{end}", lambda m, filled=filled: filled, text, flags=re.DOTALL)
+        found = "\n".join([begin, "", *rows, "", end])
+        text = re.sub(f"{begin}.*?{end}", lambda m, found=found: found, text, flags=re.DOTALL)
     return text
 
 
 PAGES: dict[str, Callable[[], str]] = {
     "docs/methods.md": methods_page,
     "docs/cli.md": cli_page,
+    "docs/adaptation.md": adaptation_page,
+    "docs/adaptation.svg": adaptation_tables.curves,
     "docs/results.md": results_page,
     "docs/demo-8.svg": chart,
     "README.md": readme,

@@ -15,15 +15,18 @@ import torch
 
 from adarank.adapt.loop import Progress
 from adarank.adaptation import Adaptation, adapt_job
+from adarank.bundles import parts_of, write_bundle
+from adarank.companions import write_head, write_root_files
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, OutputError
 from adarank.masks import FILE as MASKS_FILE
 from adarank.methods import merge_tensors
+from adarank.methods.taskwise import Taskwise
 from adarank.plan import Job, Note, describe, open_job
 from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
 from adarank.tasks import load_tasks
-from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json, write_tensors
+from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json
 
 
 def merge(
@@ -66,13 +69,12 @@ def merge(
     if job.method is None:
         with _no_leavings(state):
             adapted = adapt_job(job, data, record, state / "state.pt", note, progress)
-        tensors = adapted.tensors()
-    else:
-        tensors = merge_tensors(job.method, job.network, recipe.device)
-    note("Writing the merged model")
+    note("Writing the bundle" if isinstance(job.method, Taskwise) else "Writing the merged model")
     with atomic_folder(out, force) as folder:
-        write_checkpoint(folder, job.layout(), tensors)
-        _write_companions(folder, job, adapted)
+        if isinstance(job.method, Taskwise):
+            record["bundle"] = write_bundle(folder, job, parts_of(job, job.method))
+        else:
+            _write_merged(folder, job, adapted)
         record |= {"adaptation": adapted.report} if adapted else {}
         record |= {"plan": describe(job), **clock.spent()}
         write_json(folder / RECORD, record)
@@ -104,21 +106,18 @@ def settings_in_force(job: Job) -> dict[str, Any]:
     }
 
 
-def _write_companions(folder: Path, job: Job, adapted: Adaptation | None) -> None:
-    """Configuration and tokenizer files, each task's head, and the masks."""
-    for file in job.root.side_files():
-        shutil.copyfile(file, folder / file.name)
-    if job.recipe.output_dtype() is not None and (folder / "config.json").exists():
-        config = {**job.root.config}
-        config["dtype" if "dtype" in config else "torch_dtype"] = job.recipe.out_dtype or job.recipe.dtype
-        write_json(folder / "config.json", config)
+def _write_merged(folder: Path, job: Job, adapted: Adaptation | None) -> None:
+    """One model: its weights, what lies beside them, each task's head, and the masks."""
+    if adapted is not None:
+        tensors = adapted.tensors()
+    else:
+        assert job.method is not None  # a recipe adapts or has a data-free method
+        tensors = merge_tensors(job.method, job.network, job.recipe.device)
+    write_checkpoint(folder, job.layout(), tensors)
+    write_root_files(folder, job)
     for task, names in job.network.heads.items():
         if names:
-            target = folder / "heads" / task
-            target.mkdir(parents=True)
-            metadata = {"backbone": job.network.experts[task].backbone}
-            write_tensors(target / "head.safetensors", job.network.head(task), metadata)
-            write_json(target / "config.json", job.experts[task].config)
+            write_head(folder / "heads" / task, job, task)
     if adapted:
         adapted.masks.save(folder / MASKS_FILE)
 

@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adarank.adapt.balance import behind, task_weights
 from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best
 from adarank.adapt.live import LiveWeights
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.start import Grid, Tried, best_of, find_start
 from adarank.checkpoint import DAMAGED
 from adarank.errors import AdaptationError, Interrupted, RecipeError
 from adarank.writer import write_state
 
 _STATE = {"fingerprint", "lam", "logits", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
-          "judged", "judging_seconds", "best", "memory"}  # fmt: skip
+          "judged", "judging_seconds", "best", "starts", "memory"}  # fmt: skip
 Loss = Callable[[int], Tensor]
 """step -> scalar loss of one task, with its graph."""
 Memory = dict[str, Tensor]
@@ -47,6 +49,7 @@ class History:
         judged: step -> task -> signals, without labels.
         judging_seconds: time spent in judging.
         choice: which step's weights were kept, once adaptation is over.
+        starts: the starts that were looked at, if there was a choice.
     """
 
     losses: dict[str, list[float]]
@@ -56,6 +59,7 @@ class History:
     judged: dict[int, dict[str, Signals]] = field(default_factory=dict)
     judging_seconds: float = 0.0
     choice: Choice | None = None
+    starts: list[Tried] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -76,16 +80,18 @@ def adapt(
     progress: Progress | None = None,
     judge: Judge | None = None,
     memory: Memory | None = None,
+    grid: Grid | None = None,
 ) -> History:
     """Learn λ and masks, in place; λ, masks and the network are those of the kept step afterwards.
 
     Arguments:
         live: the merged weights.
-        losses: task -> loss of a step. Their gradients add up.
+        losses: task -> loss of a step. Their gradients add up, weighted as `settings.balance` says.
         state: file in which the state is kept, and from which an interrupted run continues.
         fingerprint: identifies inputs and settings; a state with another one is refused.
         judge: asked at the start, every `check_every` steps and at the end. Without one the last step is kept.
         memory: what the losses remember; filled from the state when a run continues.
+        grid: starts to choose from by the judge, before the first step. Without one the live weights start as they are.
 
     Raises:
         AdaptationError: a loss is not finite; names task and step.
@@ -94,7 +100,8 @@ def adapt(
     """
     history = History({task: [] for task in losses})
     run = _Run(live, settings, history, state, fingerprint, judge, {} if memory is None else memory)
-    run.restore()
+    if not run.restore() and judge is not None and grid is not None and grid.open:
+        run.find_start(grid, judge)
     live.write()
     with _stop_on_signal() as stopped:
         run.judge_if_due()
@@ -138,13 +145,23 @@ class _Run:
             raise RecipeError("adapt: neither λ nor masks are learned. Use a data-free method, or learn one of them.")
         self.optimiser = torch.optim.Adam(groups, betas=self.settings.betas)
 
+    def find_start(self, grid: Grid, judge: Judge) -> None:
+        """Choose a start of the grid; its judgement is that of step 0."""
+        started = time.perf_counter()
+        self.history.starts, judged = find_start(self.live, grid, judge, self.settings.signal)
+        self.history.judged[0] = dict(judged)
+        self.history.judging_seconds += time.perf_counter() - started
+        self._remember()
+
     def take_step(self, losses: Mapping[str, Loss]) -> None:
         step = self.history.step
         self.live.zero_grad()
         values = []
-        for loss in losses.values():
+        past = [self.history.losses[task] for task in losses]
+        weights = task_weights(past, self.settings.balance, behind(list(losses), self.history.judged))
+        for loss, weight in zip(losses.values(), weights, strict=True):
             value = loss(step)
-            value.backward()
+            (weight * value).backward()
             values.append(value.detach())
         found = dict(zip(losses, torch.stack(values).tolist(), strict=True))
         self._check(found)
@@ -167,7 +184,7 @@ class _Run:
         self.history.judged[step] = dict(self.judge(step))
         self.history.judging_seconds += time.perf_counter() - started
         if self._best() == step:
-            self.best = {"lam": self.live.lam.detach().clone(), "logits": self.live.logits.detach().clone()}
+            self._remember()
 
     def over(self) -> bool:
         """True if all steps are taken, or if patience has run out: a function of what was judged, so of the state."""
@@ -193,6 +210,9 @@ class _Run:
                 self.live.lam.copy_(self.best["lam"])
                 self.live.logits.copy_(self.best["logits"])
             self.live.write()
+
+    def _remember(self) -> None:
+        self.best = {"lam": self.live.lam.detach().clone(), "logits": self.live.logits.detach().clone()}
 
     def _best(self) -> int:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
@@ -231,14 +251,19 @@ class _Run:
             "judged": {step: {t: asdict(own) for t, own in seen.items()} for step, seen in self.history.judged.items()},
             "judging_seconds": self.history.judging_seconds,
             "best": self.best,
+            "starts": [asdict(own) for own in self.history.starts],
             "memory": {name: own.cpu() for name, own in self.memory.items()},
         }
         write_state(self.state, content, "the state of adaptation")
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
+        """Take up the saved state; False if there is none."""
         if self.state is None or not self.state.exists():
-            return
+            return False
         content = read_state(self.state, self.fingerprint)
+        starts = [Tried(**own) for own in content["starts"]]
+        if starts:  # which components may return depends on the start
+            self.live.reset(best_of(starts).scale, best_of(starts).rank)
         with torch.no_grad():
             self.live.lam.copy_(content["lam"])
             self.live.logits.copy_(content["logits"])
@@ -249,9 +274,11 @@ class _Run:
         self.history = History(
             content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
         )
+        self.history.starts = starts
         self.best = content["best"]
         self.memory.clear()
         self.memory.update(content["memory"])
+        return True
 
 
 def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
