@@ -30,6 +30,14 @@ _NOT_DONE = {
     "modules": "Module-wise recipes are not merged here; list whole models under models.",
     "tokenizer": "Vocabularies are never resized here; all models must share the base's.",
     "chat_template": "Edit tokenizer_config.json of the output instead.",
+    "tokenizer_source": "Only 'base': vocabularies are never resized here; all models must share the base's.",
+}
+# mergekit's methods that this tool has not, and the nearest that it has.
+_NOT_HERE = {
+    "passthrough": "It copies layers and merges nothing; copy the model, or use mergekit for layer slices.",
+    **dict.fromkeys(("karcher", "multislerp"), "Use 'nuslerp' for two models, 'linear' for more."),
+    **dict.fromkeys(("nearswap", "arcee_fusion"), "Use 'slerp' or 'nuslerp'."),
+    **dict.fromkeys(("ram", "ramplus_tl"), "Use 'ties' or 'sce'."),
 }
 
 
@@ -148,13 +156,19 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
-    refused = [f"'{key}' is not supported. {reason}" for key, reason in _NOT_DONE.items() if key in values]
+    values = {key: value for key, value in values.items() if value is not None or key not in _NOT_DONE}
+    asked = [key for key, value in values.items() if (key, value) != ("tokenizer_source", "base")]
+    refused = [f"'{key}' is not supported. {reason}" for key, reason in _NOT_DONE.items() if key in asked]
     if refused:
         raise RecipeError(f"{where}: {refused[0]}" if len(refused) == 1 else itemise(f"{where}:", refused))
     recipe = parse(Recipe, {**values, "folder": folder}, where)
     if recipe.device == "auto":
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     known = [*METHODS, *ADAPTIVE]
+    if recipe.merge_method in _NOT_HERE:
+        raise RecipeError(
+            f"{where}: mergekit's merge_method '{recipe.merge_method}' is not here. {_NOT_HERE[recipe.merge_method]}"
+        )
     if recipe.merge_method not in known:
         raise RecipeError(
             f"{where}: unknown merge_method '{recipe.merge_method}'.{nearest(recipe.merge_method, known)}"

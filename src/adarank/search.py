@@ -30,7 +30,7 @@ from adarank.settings import nearest
 from adarank.spectrum import stored_spectra
 from adarank.statistics import inform
 from adarank.tasks import load_tasks, sampled
-from adarank.writer import write_json
+from adarank.writer import write_json, write_text
 
 SPLIT: Split = "select"
 _MOST = 100_000
@@ -231,6 +231,4 @@ def _write_best(path: Path, best: Path, recipe: Recipe, point: Point, record: Pa
         f"# The best of {record.name}: mean {point.mean:.2f} on the labelled select split.\n"
         f"extends: {path.name}\n" + yaml.safe_dump({"parameters": parameters}, sort_keys=False)
     )
-    partial = best.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(best)
+    write_text(best, text)
