@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adarank.adapt.loop import Progress
-from adarank.adaptation import Adaptation, adapt_job
+from adarank.adaptation import adapt_job
 from adarank.bundles import parts_of, write_bundle
 from adarank.companions import write_head, write_root_files
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, OutputError
 from adarank.masks import FILE as MASKS_FILE
-from adarank.methods import merge_tensors
+from adarank.methods import Informed, merge_tensors
 from adarank.methods.taskwise import Taskwise
 from adarank.plan import Job, Note, describe, open_job
 from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
-from adarank.tasks import load_tasks
+from adarank.statistics import inform_job
+from adarank.tasks import load_tasks, sampled
 from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json
 
 
@@ -54,7 +56,9 @@ def merge(
     _check_disk(job, out)
     torch.manual_seed(recipe.seed)
     if data is None:
-        data = load_tasks(job) if recipe.adaptive else {}
+        data = load_tasks(job) if recipe.needs_data else {}
+    if isinstance(job.method, Informed):
+        sampled(job.method, data)  # refused here, before anything is computed
     note("Hashing the inputs")
     record: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -66,15 +70,22 @@ def merge(
     }
     state = out.parent / f".{out.name}.state"
     adapted = None
-    if job.method is None:
-        with _no_leavings(state):
+    with _no_leavings(state):
+        if job.method is None:
             adapted = adapt_job(job, data, record, state / "state.pt", note, progress)
+            tensors = adapted.tensors()
+        else:
+            method, found = inform_job(job, data, record["inputs"], state, note)
+            record |= {"statistics": found} if found else {}
+            tensors = merge_tensors(method, job.network, recipe.device)
     note("Writing the bundle" if isinstance(job.method, Taskwise) else "Writing the merged model")
     with atomic_folder(out, force) as folder:
         if isinstance(job.method, Taskwise):
             record["bundle"] = write_bundle(folder, job, parts_of(job, job.method))
         else:
-            _write_merged(folder, job, adapted)
+            _write_merged(folder, job, tensors)
+            if adapted:
+                adapted.masks.save(folder / MASKS_FILE)
         record |= {"adaptation": adapted.report} if adapted else {}
         record |= {"plan": describe(job), **clock.spent()}
         write_json(folder / RECORD, record)
@@ -84,7 +95,7 @@ def merge(
 
 @contextmanager
 def _no_leavings(state: Path) -> Iterator[None]:
-    """An adaptation that fails before it has saved a state leaves nothing of it behind."""
+    """An adaptation that fails before it has saved a state leaves nothing of it behind, nor do statistics that fail."""
     try:
         yield
     except AdaRankError:
@@ -106,20 +117,13 @@ def settings_in_force(job: Job) -> dict[str, Any]:
     }
 
 
-def _write_merged(folder: Path, job: Job, adapted: Adaptation | None) -> None:
-    """One model: its weights, what lies beside them, each task's head, and the masks."""
-    if adapted is not None:
-        tensors = adapted.tensors()
-    else:
-        assert job.method is not None  # a recipe adapts or has a data-free method
-        tensors = merge_tensors(job.method, job.network, job.recipe.device)
+def _write_merged(folder: Path, job: Job, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """One model: its weights, what lies beside them, and each task's head."""
     write_checkpoint(folder, job.layout(), tensors)
     write_root_files(folder, job)
     for task, names in job.network.heads.items():
         if names:
             write_head(folder / "heads" / task, job, task)
-    if adapted:
-        adapted.masks.save(folder / MASKS_FILE)
 
 
 def _check_disk(job: Job, out: Path) -> None:

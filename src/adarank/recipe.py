@@ -86,6 +86,11 @@ class Recipe(Settings):
         return self.merge_method in ADAPTIVE
 
     @property
+    def needs_data(self) -> bool:
+        """Whether merging reads the tasks' data."""
+        return self.adaptive or bool(METHODS[self.merge_method].data)
+
+    @property
     def experts(self) -> dict[str, ModelEntry]:
         """Task name -> model. The base, if it is listed among the models as mergekit allows, is no expert."""
         uses_base = self.merge_method != "linear"
@@ -108,7 +113,7 @@ class Recipe(Settings):
         return with_preset(self.merge_method, self.parameters, given, self.adapt.preset if self.adapt else None)
 
     def method(self, names: list[str]) -> Method:
-        """The data-free method with its settings; `names` are the tensors that it merges."""
+        """The method, if it is not adaptive, with its settings; `names` are the tensors that it merges."""
         kind = METHODS[self.merge_method]
         values = resolve(kind, self.parameters, {t: e.parameters for t, e in self.experts.items()}, names)
         if "seed" in kind.model_fields:
@@ -185,7 +190,7 @@ def _check(recipe: Recipe, where: str) -> None:
         problems.append("models: no expert is given. A merge needs at least one.")
     if recipe.adapt is not None and not recipe.adaptive:
         problems.append(
-            f"adapt: '{recipe.merge_method}' needs no data and does not adapt. Remove the block, or use one of {', '.join(ADAPTIVE)}."
+            f"adapt: '{recipe.merge_method}' does not adapt. Remove the block, or use one of {', '.join(ADAPTIVE)}."
         )
     allowed = () if recipe.adaptive else METHODS[recipe.merge_method].per_model
     for task, entry in recipe.experts.items():
@@ -199,9 +204,11 @@ def _check(recipe: Recipe, where: str) -> None:
     needs_base = recipe.adaptive or getattr(METHODS[recipe.merge_method], "origin", None) == "pretrained"
     if needs_base and recipe.base_model is None:
         problems.append(f"base_model: '{recipe.merge_method}' needs the model that the experts were fine-tuned from.")
-    if recipe.adaptive:
-        problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' adapts on its inputs." for t, e in recipe.experts.items()
+    if recipe.needs_data:
+        use = "adapts on" if recipe.adaptive else "takes statistics of"
+        problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' {use} its inputs." for t, e in recipe.experts.items()
                      if e.task is None or e.task.data is None]  # fmt: skip
+    if recipe.adaptive:
         try:
             strangers = [task for task in recipe.adaptation()[1].objectives if task not in recipe.experts]
             problems += [f"adapt.objectives: unknown task '{t}'.{nearest(t, recipe.experts)}" for t in strangers]

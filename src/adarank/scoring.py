@@ -108,15 +108,18 @@ def _score_each(
 
 
 def _row(path: Path, recipe: Recipe) -> str:
-    """A row's name: the output's path, and what it was adapted on if that may be what is scored."""
+    """A row's name: the output's path, and what it was adapted or informed on if that may be what is scored."""
     file = path / RECORD
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if "adaptation" not in record:
+    used = record.get("adaptation") or record.get("statistics")
+    if not used:
         return str(path)
-    if record["adaptation"]["protocol"] == "transductive":
+    if used["protocol"] == "transductive":
         return f"{path} [transductive]"
-    same = record["settings"]["data"] == recipe.data.model_dump()
-    return str(path) if same else f"{path} [adapted on other splits, which may hold scored inputs]"
+    if record["settings"]["data"] == recipe.data.model_dump():
+        return str(path)
+    use = "adapted on" if "adaptation" in record else "informed by"
+    return f"{path} [{use} other splits, which may hold scored inputs]"
 
 
 def _open_output(path: Path, network: Network) -> Checkpoint | Bundle:
