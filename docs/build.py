@@ -48,6 +48,7 @@ ROWS = [
     "CART+AdaRank",
     "TA+AdaRank, self-label",
     "CART+AdaRank, self-label",
+    "multi-task training",
     "experts",
 ]
 HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",

@@ -24,10 +24,10 @@ LAYERS = [
     {"hub", "checkpoint", "writer", "select"},
     {"task_vectors", "data", "models"},
     {"spectrum", "bases", "blocks", "masks"},
-    {"methods", "adapt"},
+    {"methods", "adapt", "multitask"},
     {"evaluate", "record"},
     {"recipe", "plan", "tasks", "networks", "catalogue", "inspection"},
-    {"experts", "adaptation", "scoring", "pipeline", "api", "demo", "search"},
+    {"experts", "adaptation", "training", "scoring", "pipeline", "api", "demo", "search"},
     {"cli"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

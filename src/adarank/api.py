@@ -24,6 +24,7 @@ from adarank.masks import MaskFile
 from adarank.methods import METHODS, merge_tensors
 from adarank.methods.weights import resolve
 from adarank.models import share
+from adarank.multitask import Multitask
 from adarank.select import Select
 from adarank.settings import nearest, parse
 from adarank.task_vectors import Network, align
@@ -79,6 +80,7 @@ def merge(
     """
     if method not in METHODS:
         hint = " It adapts on data: use adarank.adapt." if method in ADAPTIVE else nearest(method, METHODS)
+        hint = " It trains on labels: give it as a recipe." if method == Multitask.name else hint
         raise RecipeError(f"method: '{method}' is no data-free method.{hint}")
     network = _network(base, experts, select)
     values = resolve(METHODS[method], parameters or {}, {task: {} for task in experts}, network.merged())

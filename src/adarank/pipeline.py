@@ -23,6 +23,7 @@ from adarank.plan import Job, Note, describe, open_job
 from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
 from adarank.tasks import load_tasks
+from adarank.training import Training, train_job
 from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json, write_tensors
 
 
@@ -51,7 +52,7 @@ def merge(
     _check_disk(job, out)
     torch.manual_seed(recipe.seed)
     if data is None:
-        data = load_tasks(job) if recipe.adaptive else {}
+        data = load_tasks(job) if recipe.adaptive or recipe.trains else {}
     note("Hashing the inputs")
     record: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -62,18 +63,19 @@ def merge(
         "inputs": job.inputs(),
     }
     state = out.parent / f".{out.name}.state"
-    adapted = None
+    learned: Adaptation | Training | None = None
     if job.method is None:
         with _no_leavings(state):
-            adapted = adapt_job(job, data, record, state / "state.pt", note, progress)
-        tensors = adapted.tensors()
+            learn = train_job if recipe.trains else adapt_job
+            learned = learn(job, data, record, state / "state.pt", note, progress)
+        tensors = learned.tensors()
     else:
         tensors = merge_tensors(job.method, job.network, recipe.device)
     note("Writing the merged model")
     with atomic_folder(out, force) as folder:
         write_checkpoint(folder, job.layout(), tensors)
-        _write_companions(folder, job, adapted)
-        record |= {"adaptation": adapted.report} if adapted else {}
+        _write_companions(folder, job, learned)
+        record |= {"training" if recipe.trains else "adaptation": learned.report} if learned else {}
         record |= {"plan": describe(job), **clock.spent()}
         write_json(folder / RECORD, record)
     shutil.rmtree(state, ignore_errors=True)
@@ -96,6 +98,8 @@ def settings_in_force(job: Job) -> dict[str, Any]:
     data = job.recipe.data.model_dump()
     if job.method is not None:
         return {"parameters": job.method.model_dump(by_alias=True, exclude={"masks"}), "data": data}
+    if job.recipe.trains:
+        return {"parameters": job.recipe.training().model_dump(), "data": data}
     method, settings = job.recipe.adaptation()
     return {
         "parameters": method.model_dump(by_alias=True),
@@ -104,7 +108,7 @@ def settings_in_force(job: Job) -> dict[str, Any]:
     }
 
 
-def _write_companions(folder: Path, job: Job, adapted: Adaptation | None) -> None:
+def _write_companions(folder: Path, job: Job, learned: Adaptation | Training | None) -> None:
     """Configuration and tokenizer files, each task's head, and the masks."""
     for file in job.root.side_files():
         shutil.copyfile(file, folder / file.name)
@@ -117,10 +121,11 @@ def _write_companions(folder: Path, job: Job, adapted: Adaptation | None) -> Non
             target = folder / "heads" / task
             target.mkdir(parents=True)
             metadata = {"backbone": job.network.experts[task].backbone}
-            write_tensors(target / "head.safetensors", job.network.head(task), metadata)
+            head = learned.head(task) if isinstance(learned, Training) else job.network.head(task)
+            write_tensors(target / "head.safetensors", head, metadata)
             write_json(target / "config.json", job.experts[task].config)
-    if adapted:
-        adapted.masks.save(folder / MASKS_FILE)
+    if isinstance(learned, Adaptation):
+        learned.masks.save(folder / MASKS_FILE)
 
 
 def _check_disk(job: Job, out: Path) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from adarank.checkpoint import Checkpoint
 from adarank.data.spec import Split
@@ -41,10 +46,37 @@ def evaluate(
     for name, checkpoint in opened.items():
         note(f"Scoring {name}")
         models.fill((key, checkpoint.read(key)) for key in job.network.tensors)
-        table.rows[name] = score_all(job, models, data, split)
+        with heads_of(checkpoint.folder, models):
+            table.rows[name] = score_all(job, models, data, split)
     note("Scoring the experts")
     table.rows["experts"] = score_experts(job, models, data, split)
     return table
+
+
+@contextmanager
+def heads_of(out: Path, models: TaskModels) -> Iterator[None]:
+    """While it is open the models have the heads of an output: those of the experts, unless it was trained."""
+    before = {task: {n: own.detach().clone() for n, own in head.items()} for task, head in models.heads.items()}
+    for task, head in models.heads.items():
+        file = out / "heads" / task / "head.safetensors"
+        if file.exists():
+            _fill_head(head, load_file(file), str(file))
+    try:
+        yield
+    finally:
+        for task, head in models.heads.items():
+            _fill_head(head, before[task], "experts")
+
+
+@torch.no_grad()
+def _fill_head(head: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: str) -> None:
+    other = [name for name, own in head.items() if name not in tensors or tensors[name].shape != own.shape]
+    if other:
+        raise MismatchError(
+            f"{file}: lacks tensor '{other[0]}' {tuple(head[other[0]].shape)} of the expert's head, or has another shape. Give an output of this recipe's models."
+        )
+    for name, own in head.items():
+        own.copy_(tensors[name])
 
 
 def score_all(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
@@ -62,15 +94,19 @@ def score_experts(job: Job, models: TaskModels, data: Mapping[str, TaskData], sp
 
 
 def _row(path: Path, recipe: Recipe) -> str:
-    """A row's name: the output's path, and what it was adapted on if that may be what is scored."""
+    """A row's name: the output's path, whether it read labels, and what it was adapted on if that may be what is scored."""
     file = path / RECORD
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if "adaptation" not in record:
+    trained = "training" in record
+    if "adaptation" not in record and not trained:
         return str(path)
-    if record["adaptation"]["protocol"] == "transductive":
+    if not trained and record["adaptation"]["protocol"] == "transductive":
         return f"{path} [transductive]"
     same = record["settings"]["data"] == recipe.data.model_dump()
-    return str(path) if same else f"{path} [adapted on other splits, which may hold scored inputs]"
+    how = "trained with labels" if trained else "adapted"
+    if not same:
+        return f"{path} [{how} on other splits, which may hold scored inputs]"
+    return f"{path} [trained with labels of its adapt split]" if trained else str(path)
 
 
 def _open_output(path: Path, network: Network) -> Checkpoint:

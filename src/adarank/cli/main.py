@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("-v", "--verbose", action="store_true", help="list every tensor with its action")
     plan.set_defaults(run=_plan)
 
-    merge = commands.add_parser("merge", parents=[common], help="merge by a recipe, adapting if its method does")
+    merge = commands.add_parser(
+        "merge", parents=[common], help="merge by a recipe, adapting or training if its method does"
+    )
     merge.add_argument("recipe", help="YAML recipe")
     merge.add_argument("out", type=Path, help="folder to write; the same command continues an interrupted adaptation")
     merge.add_argument("--force", action="store_true", help="replace an existing output of adarank")
@@ -145,7 +147,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     job = open_job(load_recipe(options.recipe))
     described = describe(job)
-    if job.recipe.adaptive:
+    if job.recipe.adaptive or job.recipe.trains:
         described["splits"] = {
             task: {split: len(own) for split, own in rows.splits.rows.items()}
             for task, rows in check_tasks(job).items()
@@ -175,8 +177,10 @@ def _merge(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(record)
         return
-    found = record.get("adaptation", {})
-    if found:
+    found = record.get("training") or record.get("adaptation", {})
+    if "training" in record:
+        show.trained(found)
+    elif found:
         show.adapted(found)
     for line in found.get("notes", ()):
         show.out.print(line, style="dim")
