@@ -9,7 +9,7 @@ From files: `load_recipe` and `merge_recipe`, or the command line (`adarank --he
 from __future__ import annotations
 
 from adarank.adapt.settings import AdaptSettings
-from adarank.api import Adapted, adapt, evaluate, merge
+from adarank.api import Adapted, adapt, evaluate, merge, merge_each
 from adarank.errors import AdaRankError
 from adarank.masks import MaskFile
 from adarank.models.merged import load_task
@@ -18,20 +18,26 @@ from adarank.plan import open_job
 from adarank.recipe import load_recipe
 from adarank.scoring import evaluate as evaluate_recipe
 from adarank.select import Select
+from adarank.serving import Bundle, extract, from_bundle, load_bundle
 
 __version__ = "0.1.0"
 __all__ = [
     "AdaRankError",
     "AdaptSettings",
     "Adapted",
+    "Bundle",
     "MaskFile",
     "Select",
     "adapt",
     "evaluate",
     "evaluate_recipe",
+    "extract",
+    "from_bundle",
+    "load_bundle",
     "load_recipe",
     "load_task",
     "merge",
+    "merge_each",
     "merge_recipe",
     "open_job",
 ]

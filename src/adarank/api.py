@@ -21,7 +21,8 @@ from adarank.checkpoint import MemorySource
 from adarank.errors import DataError, RecipeError
 from adarank.evaluate import score
 from adarank.masks import MaskFile
-from adarank.methods import METHODS, merge_tensors
+from adarank.methods import METHODS, Method, merge_tensors
+from adarank.methods.taskwise import Taskwise, in_memory, rebuilt, sites_of
 from adarank.methods.weights import resolve
 from adarank.models import share
 from adarank.multitask import Multitask
@@ -78,15 +79,41 @@ def merge(
     Example:
         merged = adarank.merge(base.state_dict(), {"a": a.state_dict(), "b": b.state_dict()}, "cart", {"rank": 0.1})
     """
-    if method not in METHODS:
-        hint = " It adapts on data: use adarank.adapt." if method in ADAPTIVE else nearest(method, METHODS)
-        hint = " It trains on labels: give it as a recipe." if method == Multitask.name else hint
-        raise RecipeError(f"method: '{method}' is no data-free method.{hint}")
     network = _network(base, experts, select)
-    values = resolve(METHODS[method], parameters or {}, {task: {} for task in experts}, network.merged())
-    chosen = parse(METHODS[method], values, f"parameters of '{method}'")
-    chosen.check(network)
+    chosen = _method(network, method, parameters)
     return {name: tensor.to(network.tensors[name].dtype) for name, tensor in merge_tensors(chosen, network)}
+
+
+def merge_each(
+    base: nn.Module | State | None,
+    experts: Mapping[str, nn.Module | State],
+    method: str = "emr",
+    parameters: Mapping[str, Any] | None = None,
+    select: Select | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Give each task weights of its own by a task-aware method: what a bundle of it would yield.
+
+    Arguments:
+        base, experts, parameters, select: as for `merge`.
+        method: a task-aware method, such as `emr`, `tall_masks`, `tsv_c` or `cart_indexing`.
+
+    Returns:
+        task -> tensor name -> tensor, in the base's dtypes. Task heads are not in it.
+
+    Raises:
+        AdaRankError: as for `merge`, and if the method is not task-aware.
+
+    Example:
+        each = adarank.merge_each(base.state_dict(), {"a": a.state_dict(), "b": b.state_dict()}, "emr")
+    """
+    network = _network(base, experts, select)
+    chosen = _method(network, method, parameters)
+    if not isinstance(chosen, Taskwise):
+        raise RecipeError(f"method: '{method}' gives one model for all tasks. Use adarank.merge.")
+    sites = sites_of(network)
+    shared, own = in_memory(chosen, network, sites)
+    layout = {site.name: (site.shape, site.dtype) for site in sites}
+    return {task: dict(rebuilt(type(chosen), layout, shared, own[task])) for task in experts}
 
 
 def adapt(
@@ -257,6 +284,18 @@ def evaluate(
         ]
         scores[task] = score([y for _, own in found for y in own], [p for own, _ in found for p in own], metric)
     return scores
+
+
+def _method(network: Network, method: str, parameters: Mapping[str, Any] | None) -> Method:
+    """A data-free method with its settings, checked against the network."""
+    if method not in METHODS:
+        hint = " It adapts on data: use adarank.adapt." if method in ADAPTIVE else nearest(method, METHODS)
+        hint = " It trains on labels: give it as a recipe." if method == Multitask.name else hint
+        raise RecipeError(f"method: '{method}' is no data-free method.{hint}")
+    values = resolve(METHODS[method], parameters or {}, {task: {} for task in network.tasks}, network.merged())
+    chosen = parse(METHODS[method], values, f"parameters of '{method}'")
+    chosen.check(network)
+    return chosen
 
 
 def _network(

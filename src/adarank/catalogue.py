@@ -68,7 +68,8 @@ def presets() -> dict[str, dict[str, Any]]:
 
 def _needs(kind: type[Method]) -> str:
     inputs = "base and experts" if getattr(kind, "origin", None) == "pretrained" else "experts"
-    return inputs if kind.passes == 1 else f"{inputs}, read {kind.passes} times"
+    read = inputs if kind.passes == 1 else f"{inputs}, read {kind.passes} times"
+    return f"{read}; in use, each input's task" if kind.task_aware else read
 
 
 def _entry(

@@ -35,7 +35,7 @@ DAMAGED = (
     AssertionError,
     struct.error,
 )
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -152,11 +152,11 @@ class Checkpoint:
             ) from None
         for name in handle.keys():  # noqa: SIM118 (no iterator)
             view = handle.get_slice(name)
-            if view.get_dtype() not in _DTYPES:
+            if view.get_dtype() not in DTYPES:
                 raise CheckpointError(
-                    f"{file}: tensor '{name}' has dtype {view.get_dtype()}, and adarank reads {', '.join(_DTYPES)}. De-quantise the checkpoint first."
+                    f"{file}: tensor '{name}' has dtype {view.get_dtype()}, and adarank reads {', '.join(DTYPES)}. De-quantise the checkpoint first."
                 )
-            self._add(TensorInfo(name, tuple(view.get_shape()), _DTYPES[view.get_dtype()], str(file)))
+            self._add(TensorInfo(name, tuple(view.get_shape()), DTYPES[view.get_dtype()], str(file)))
         self._handles[str(file)] = handle
 
     def _open_legacy(self, file: Path) -> None:

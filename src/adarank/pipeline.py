@@ -15,16 +15,19 @@ import torch
 
 from adarank.adapt.loop import Progress
 from adarank.adaptation import Adaptation, adapt_job
+from adarank.bundles import parts_of, write_bundle
+from adarank.companions import write_head, write_root_files
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, OutputError
 from adarank.masks import FILE as MASKS_FILE
 from adarank.methods import merge_tensors
+from adarank.methods.taskwise import Taskwise
 from adarank.plan import Job, Note, describe, open_job
 from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
 from adarank.tasks import load_tasks
 from adarank.training import Training, train_job
-from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json, write_tensors
+from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json
 
 
 def merge(
@@ -68,13 +71,12 @@ def merge(
         with _no_leavings(state):
             learn = train_job if recipe.trains else adapt_job
             learned = learn(job, data, record, state / "state.pt", note, progress)
-        tensors = learned.tensors()
-    else:
-        tensors = merge_tensors(job.method, job.network, recipe.device)
-    note("Writing the merged model")
+    note("Writing the bundle" if isinstance(job.method, Taskwise) else "Writing the merged model")
     with atomic_folder(out, force) as folder:
-        write_checkpoint(folder, job.layout(), tensors)
-        _write_companions(folder, job, learned)
+        if isinstance(job.method, Taskwise):
+            record["bundle"] = write_bundle(folder, job, parts_of(job, job.method))
+        else:
+            _write_merged(folder, job, learned)
         record |= {"training" if recipe.trains else "adaptation": learned.report} if learned else {}
         record |= {"plan": describe(job), **clock.spent()}
         write_json(folder / RECORD, record)
@@ -108,22 +110,19 @@ def settings_in_force(job: Job) -> dict[str, Any]:
     }
 
 
-def _write_companions(folder: Path, job: Job, learned: Adaptation | Training | None) -> None:
-    """Configuration and tokenizer files, each task's head, and the masks."""
-    for file in job.root.side_files():
-        shutil.copyfile(file, folder / file.name)
-    if job.recipe.output_dtype() is not None and (folder / "config.json").exists():
-        config = {**job.root.config}
-        config["dtype" if "dtype" in config else "torch_dtype"] = job.recipe.out_dtype or job.recipe.dtype
-        write_json(folder / "config.json", config)
+def _write_merged(folder: Path, job: Job, learned: Adaptation | Training | None) -> None:
+    """One model: its weights, what lies beside them, each task's head, and the masks."""
+    if learned is not None:
+        tensors = learned.tensors()
+    else:
+        assert job.method is not None  # a recipe adapts, trains or has a data-free method
+        tensors = merge_tensors(job.method, job.network, job.recipe.device)
+    write_checkpoint(folder, job.layout(), tensors)
+    write_root_files(folder, job)
     for task, names in job.network.heads.items():
         if names:
-            target = folder / "heads" / task
-            target.mkdir(parents=True)
-            metadata = {"backbone": job.network.experts[task].backbone}
             head = learned.head(task) if isinstance(learned, Training) else job.network.head(task)
-            write_tensors(target / "head.safetensors", head, metadata)
-            write_json(target / "config.json", job.experts[task].config)
+            write_head(folder / "heads" / task, job, task, head)
     if isinstance(learned, Adaptation):
         learned.masks.save(folder / MASKS_FILE)
 

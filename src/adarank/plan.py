@@ -14,9 +14,11 @@ from adarank.checkpoint import Checkpoint
 from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
 from adarank.hub import resolve
 from adarank.methods import Method
+from adarank.methods.taskwise import Site, Taskwise, layouts, sites_of
 from adarank.models import FAMILIES, Family, kind_of
 from adarank.recipe import Recipe, different_kinds
 from adarank.task_vectors import Network, align
+from adarank.writer import Layout, layout_bytes
 
 Note = Callable[[str], None]
 """Told, in a sentence, what stage begins."""
@@ -54,9 +56,22 @@ class Job:
             for name, info in self.network.tensors.items()
         }
 
+    def sites(self) -> list[Site]:
+        """What a task-aware method is told of every tensor."""
+        return sites_of(self.network, self.layout(), self.recipe.output_dtype())
+
+    def part_layouts(self) -> tuple[Layout, dict[str, Layout]]:
+        """Layouts of a bundle's shared parts and of each task's own; nothing if the method is not task-aware."""
+        if not isinstance(self.method, Taskwise):
+            return {}, {}
+        return layouts(self.method, self.sites(), self.network.tasks)
+
     def output_bytes(self) -> int:
-        """Size of the output's tensors."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.layout().values())
+        """Size of the output's tensors, heads not among them."""
+        if isinstance(self.method, Taskwise):
+            shared, own = self.part_layouts()
+            return layout_bytes(shared) + sum(layout_bytes(each) for each in own.values())
+        return layout_bytes(self.layout())
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every input file, by checkpoint."""
@@ -176,7 +191,9 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
         },
         "heads": {task: list(names) for task, names in network.heads.items()},
         "dropped": {name: dict(member.dropped) for name, member in members.items() if member.dropped},
+        "task_aware": isinstance(job.method, Taskwise),
         "output_bytes": job.output_bytes(),
+        "experts_bytes": len(network.tasks) * layout_bytes(layout),
         "peak_bytes": peak_bytes(job),
         "out": str(out) if out else None,
     }

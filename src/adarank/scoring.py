@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,15 +12,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from adarank.bundle import is_bundle
 from adarank.checkpoint import Checkpoint
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import MismatchError
 from adarank.evaluate import Table, evaluate_task
+from adarank.methods import Method, merge_tensors
+from adarank.methods.taskwise import Taskwise, in_memory, rebuilt
 from adarank.models import TaskModels
 from adarank.networks import build_models, family_of, network_tensors
 from adarank.plan import Job, Note, open_job
 from adarank.recipe import Recipe
+from adarank.serving import Bundle
 from adarank.task_vectors import Network
 from adarank.tasks import load_tasks
 from adarank.writer import RECORD
@@ -43,10 +48,14 @@ def evaluate(
     if job.base is not None:
         note("Scoring the base")
         table.rows["base"] = score_all(job, models, data, split)
-    for name, checkpoint in opened.items():
+    for name, found in opened.items():
         note(f"Scoring {name}")
-        models.fill((key, checkpoint.read(key)) for key in job.network.tensors)
-        with heads_of(checkpoint.folder, models):
+        if isinstance(found, Bundle):
+            table.rows[name] = score_bundle(job, models, data, found, split)
+            table.task_aware.append(name)
+            continue
+        models.fill((key, found.read(key)) for key in job.network.tensors)
+        with heads_of(found.folder, models):
             table.rows[name] = score_all(job, models, data, split)
     note("Scoring the experts")
     table.rows["experts"] = score_experts(job, models, data, split)
@@ -86,10 +95,45 @@ def score_all(job: Job, models: TaskModels, data: Mapping[str, TaskData], split:
 
 def score_experts(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
     """Each task's score by its own expert. The models hold the last expert's tensors afterwards."""
+    return _score_each(job, models, data, split, lambda task: network_tensors(job, task))
+
+
+def score_bundle(
+    job: Job, models: TaskModels, data: Mapping[str, TaskData], bundle: Bundle, split: Split
+) -> dict[str, float]:
+    """Each task's score by the network that a bundle has for it."""
+    return _score_each(job, models, data, split, bundle.tensors, bundle if bundle.kind.dress else None)
+
+
+def score_method(
+    job: Job, models: TaskModels, data: Mapping[str, TaskData], method: Method, split: Split
+) -> dict[str, float]:
+    """The score of every task with what a data-free method merges, which is not written anywhere."""
+    device = job.recipe.device
+    if not isinstance(method, Taskwise):
+        models.fill(merge_tensors(method, job.network, device))
+        return score_all(job, models, data, split)
+    shared, own = in_memory(method, job.network, job.sites(), device)
+    layout, kind = job.layout(), type(method)
+    return _score_each(job, models, data, split, lambda task: rebuilt(kind, layout, shared, own[task]))
+
+
+def _score_each(
+    job: Job,
+    models: TaskModels,
+    data: Mapping[str, TaskData],
+    split: Split,
+    tensors: Callable[[str], Iterator[tuple[str, Tensor]]],
+    bundle: Bundle | None = None,
+) -> dict[str, float]:
+    """Each task's score with tensors of its own; a bundle puts more than tensors into a copy of the module."""
     scores = {}
     for task in job.network.tasks:
-        models.fill(network_tensors(job, task))
-        scores[task] = evaluate_task(family_of(job), models.modules[task], data[task], split)
+        models.fill(tensors(task))
+        module = models.modules[task]
+        if bundle is not None:
+            module = bundle.dress(task, copy.deepcopy(module))
+        scores[task] = evaluate_task(family_of(job), module, data[task], split)
     return scores
 
 
@@ -109,11 +153,17 @@ def _row(path: Path, recipe: Recipe) -> str:
     return f"{path} [trained with labels of its adapt split]" if trained else str(path)
 
 
-def _open_output(path: Path, network: Network) -> Checkpoint:
-    checkpoint = Checkpoint(path)
-    lost = [name for name in network.tensors if name not in checkpoint.tensors]
+def _open_output(path: Path, network: Network) -> Checkpoint | Bundle:
+    found = Bundle(path) if is_bundle(path) else Checkpoint(path)
+    held = found.about.tensors if isinstance(found, Bundle) else found.tensors
+    lost = [name for name in network.tensors if name not in held]
     if lost:
         raise MismatchError(
             f"{path}: lacks {len(lost)} tensor(s) of this recipe's network, such as '{lost[0]}'. Give an output of this recipe's models."
         )
-    return checkpoint
+    strangers = [task for task in network.tasks if task not in found.tasks] if isinstance(found, Bundle) else []
+    if strangers:
+        raise MismatchError(
+            f"{path}: has no task {', '.join(map(repr, strangers))} of this recipe. Give a bundle of this recipe's models."
+        )
+    return found

@@ -19,13 +19,13 @@ import yaml
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import OutputError, RecipeError
-from adarank.methods import METHODS, Method, merge_tensors
+from adarank.methods import METHODS, Method
 from adarank.models import TaskModels
 from adarank.networks import build_models
 from adarank.plan import Job, Note, open_job
 from adarank.recipe import Recipe, load_recipe
 from adarank.record import Clock, machine, versions
-from adarank.scoring import score_all
+from adarank.scoring import score_method
 from adarank.settings import nearest
 from adarank.spectrum import stored_spectra
 from adarank.tasks import load_tasks
@@ -120,6 +120,7 @@ def search(
     note("Loading the networks")
     models = build_models(job)
     found = try_points(job, models, data, list(zip(points, methods, strict=True)), state, progress)
+    found += each_tasks_best(METHODS[recipe.merge_method], found)
     ranked = sorted(found, key=lambda point: -point.mean)  # stable: of equals the first of the grid
     record = {
         "split": f"{SPLIT}, with labels; the test split was not read",
@@ -161,12 +162,24 @@ def try_points(
             if kept.exists():
                 scores = json.loads(kept.read_text(encoding="utf-8"))
             else:
-                models.fill(merge_tensors(method, job.network, job.recipe.device))
-                scores = score_all(job, models, data, SPLIT)
+                scores = score_method(job, models, data, method, SPLIT)
                 write_json(kept, scores)
             found.append(Point(settings, scores))
             progress(found[-1], number, len(points))
     return found
+
+
+def each_tasks_best(kind: type[Method], points: Sequence[Point]) -> list[Point]:
+    """The point made of each task's own best settings, where a task-aware method has them per model; else nothing.
+
+    It needs no scoring: its settings change the weights of their own task alone. Of equals the first is taken.
+    """
+    axes = list(points[0].settings)
+    if not (kind.task_aware and set(axes) <= set(kind.per_model)):
+        return []
+    best = {task: max(points, key=lambda point: point.scores[task]) for task in points[0].scores}
+    settings = {axis: {task: point.settings[axis] for task, point in best.items()} for axis in axes}
+    return [Point(settings, {task: point.scores[task] for task, point in best.items()})]
 
 
 def _check_outputs(path: Path, best: Path, record: Path, force: bool) -> None:

@@ -19,14 +19,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from adarank.checkpoint import DTYPES
 from adarank.errors import OutputError
 
 RECORD = "adarank.json"
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
+BUNDLE = "bundle.json"
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _NUMBERS = re.compile(r"\[\s+-?\d[-+.,eE\d\s]*\]")
 
@@ -148,28 +146,57 @@ def write_checkpoint(
         OutputError: the tensors do not follow the layout (a bug, not a user's mistake).
     """
     shards = _shard_names(layout, max_shard_bytes)
-    weight_map: dict[str, str] = {}
     for file, names in shards.items():
-        with (folder / file).open("wb") as handle:
-            _write_header(handle, {name: layout[name] for name in names})
-            for name in names:
+        with TensorFile(folder / file, {name: layout[name] for name in names}) as handle:
+            for _ in names:
                 written, tensor = next(tensors, ("nothing", torch.zeros(0)))
-                if written != name or tuple(tensor.shape) != layout[name][0]:
-                    raise OutputError(
-                        f"{file}: expected tensor '{name}' {layout[name][0]}, got '{written}' {tuple(tensor.shape)}."
-                    )
-                cast = tensor.to(dtype=layout[name][1], device="cpu")
-                if cast.dtype != tensor.dtype:
-                    _check_cast(cast, name)
-                _write_tensor(handle, cast)
-                del tensor, cast  # the next one is made before these names are bound again
-                weight_map[name] = file
+                handle.write(written, tensor)
+                del tensor  # the next one is made before this name is bound again
+    weight_map = {name: file for file, names in shards.items() for name in names}
     if len(shards) > 1:
-        total = sum(_nbytes(spec) for spec in layout.values())
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        index = {"metadata": {"total_size": layout_bytes(layout)}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
     return [folder / file for file in shards]
+
+
+class TensorFile:
+    """One safetensors file, written tensor by tensor: the header first, then each tensor's bytes as it comes.
+
+    Arguments:
+        layout: name -> (shape, dtype) of every tensor, in the order in which they will be written.
+
+    Raises:
+        OutputError: the tensors do not follow the layout (a bug, not a user's mistake), or the layout's dtype cannot
+            hold a value.
+    """
+
+    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+        self._path, self._layout = path, layout
+        self._expected = iter(layout)
+        self._handle = path.open("wb")
+        _write_header(self._handle, layout, metadata)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._handle.close()
+        missing = next(self._expected, None)
+        if kind is None and missing is not None:
+            raise OutputError(f"{self._path.name}: tensor '{missing}' was never written.")
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """The next tensor: cast to the layout's dtype, moved to the CPU and written."""
+        wanted = next(self._expected, "nothing")
+        shape, dtype = self._layout.get(wanted, ((), tensor.dtype))
+        if name != wanted or tuple(tensor.shape) != shape:
+            raise OutputError(
+                f"{self._path.name}: expected tensor '{wanted}' {shape}, got '{name}' {tuple(tensor.shape)}."
+            )
+        cast = tensor.to(dtype=dtype, device="cpu")
+        if cast.dtype != tensor.dtype:
+            _check_cast(cast, name)
+        _write_tensor(self._handle, cast)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -184,7 +211,7 @@ def _check_cast(tensor: Tensor, name: str) -> None:
     """A float16 ends at 65,504: what is beyond it would become infinite without a word."""
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise OutputError(
-            f"'{name}' has values that {_NAMES[tensor.dtype]} cannot hold. Give another out_dtype, such as bfloat16."
+            f"'{name}' has values that {NAMES[tensor.dtype]} cannot hold. Give another out_dtype, such as bfloat16."
         )
 
 
@@ -202,6 +229,11 @@ def _shard_names(layout: Layout, limit: int) -> dict[str, list[str]]:
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups)}
 
 
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of all tensors of a layout, headers not among them."""
+    return sum(_nbytes(spec) for spec in layout.values())
+
+
 def _nbytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:
     return torch.Size(spec[0]).numel() * spec[1].itemsize
 
@@ -212,7 +244,7 @@ def _write_header(handle: IO[bytes], layout: Layout, metadata: Mapping[str, str]
     offset = 0
     for name, spec in layout.items():
         end = offset + _nbytes(spec)
-        header[name] = {"dtype": _NAMES[spec[1]], "shape": list(spec[0]), "data_offsets": [offset, end]}
+        header[name] = {"dtype": NAMES[spec[1]], "shape": list(spec[0]), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

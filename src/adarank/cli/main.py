@@ -94,8 +94,17 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
     search.set_defaults(run=_search)
 
+    extract = commands.add_parser("extract", parents=[common], help="one task of a bundle as an ordinary checkpoint")
+    extract.add_argument("bundle", type=Path, help="folder that merge wrote with a task-aware method")
+    extract.add_argument("out", type=Path, help="folder to write")
+    extract.add_argument("--task", required=True, metavar="NAME", help="one of the bundle's tasks")
+    extract.add_argument("--force", action="store_true", help="replace an existing output of adarank")
+    extract.set_defaults(run=_extract)
+
     inspect = commands.add_parser(
-        "inspect", parents=[common], help="tensors, task-vector norms and ranks; λ and masks of an output"
+        "inspect",
+        parents=[common],
+        help="tensors, task-vector norms and ranks; λ and masks of an output; sizes of a bundle",
     )
     inspect.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder written by merge")
     inspect.add_argument("--base", type=Path, help="the base to take the task vector from")
@@ -184,9 +193,12 @@ def _merge(options: argparse.Namespace) -> None:
         show.adapted(found)
     for line in found.get("notes", ()):
         show.out.print(line, style="dim")
-    show.out.print(
-        f"[bold]{options.out}[/] written in {show.clock(record['seconds'])}, {show.size(record['plan']['output_bytes'])}"
-    )
+    written = f"[bold]{options.out}[/] written in {show.clock(record['seconds'])}"
+    if "bundle" in record:
+        show.out.print(f"{written}: {show.bundle_size(record['bundle'])}")
+        show.out.print(show.TASK_AWARE)
+    else:
+        show.out.print(f"{written}, {show.size(record['plan']['output_bytes'])}")
     show.out.print(f"next: adarank evaluate {options.recipe} {options.out}", style="dim")
 
 
@@ -222,10 +234,32 @@ def _print_scores(table: Table) -> None:
     _print_json({**dataclasses.asdict(table), "summary": means})
 
 
+def _extract(options: argparse.Namespace) -> None:
+    from adarank.cli import show
+    from adarank.serving import extract
+
+    record = extract(options.bundle, options.task, options.out, options.force)
+    if options.json:
+        _print_json(record)
+    else:
+        show.out.print(f"[bold]{options.out}[/] written: task {options.task} of {options.bundle}")
+
+
 def _inspect(options: argparse.Namespace) -> None:
     from adarank import inspection
+    from adarank.bundle import BundleFolder, is_bundle
     from adarank.cli import show
 
+    if is_bundle(options.checkpoint) and options.base is None:
+        bundle = BundleFolder(options.checkpoint)
+        if options.json:
+            about = bundle.about
+            _print_json(
+                {"kind": about.kind, "settings": about.settings, "tasks": list(about.tasks), "bytes": bundle.sizes}
+            )
+        else:
+            show.bundle(bundle.about, bundle.sizes)
+        return
     if inspection.is_adapted(options.checkpoint) and options.base is None:
         tasks, layers = inspection.inspect_output(options.checkpoint)
         if options.json:

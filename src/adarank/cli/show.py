@@ -8,17 +8,20 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
 from adarank.adapt.loop import History
+from adarank.bundle import About
 from adarank.catalogue import Entry
 from adarank.evaluate import Table
 from adarank.inspection import LayerRow, TensorRow
 from adarank.search import Point
 
+TASK_AWARE = "Task-aware: each task has weights of its own, so whoever uses them must know the task of every input."
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False)
 
@@ -39,7 +42,7 @@ def clock(seconds: float) -> str:
 
 def note(text: str) -> None:
     """A stage as it begins."""
-    err.print(text, style="dim")
+    err.print(text, style="dim", markup=False)
 
 
 def plan(described: Mapping[str, Any], verbose: bool) -> None:
@@ -67,7 +70,34 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
         for name, row in described["tensors"].items():
             grid.add_row(name, "×".join(map(str, row["shape"])), row["dtype"], row["action"], row["reason"])
         out.print(grid)
+    if described["task_aware"]:
+        out.print(f"  {TASK_AWARE}")
+        out.print(
+            f"  {len(described['tasks'])} whole experts would take {size(described['experts_bytes'])}, heads apart"
+        )
     out.print(f"  output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}")
+
+
+def bundle_size(sizes: Mapping[str, Any]) -> str:
+    """A bundle's size beside that of one model and of all experts."""
+    count, experts = len(sizes["tasks"]), sizes["experts"]
+    return (
+        f"{size(sizes['bundle'])} for {count} tasks, {100 * sizes['bundle'] / experts:.0f}% of the {size(experts)} of "
+        f"{count} whole experts and {sizes['bundle'] / sizes['one']:.1f} times one model"
+    )
+
+
+def bundle(about: About, sizes: Mapping[str, Any]) -> None:
+    """What a bundle is, and the size of each of its parts."""
+    out.print(f"[bold]{about.kind}[/] bundle: {bundle_size(sizes)}")
+    out.print(TASK_AWARE)
+    grid = Grid(box=None, header_style="bold", pad_edge=False)
+    grid.add_column("weights")
+    grid.add_column("size", justify="right")
+    grid.add_row("shared by all tasks", size(sizes["shared"]))
+    for task, count in sizes["tasks"].items():
+        grid.add_row(f"{task}, with its head", size(count))
+    out.print(grid)
 
 
 def _same_heads(heads: Mapping[str, list[str]]) -> dict[tuple[str, ...], str]:
@@ -92,13 +122,15 @@ def scores(table: Table) -> None:
     for row, values in table.rows.items():
         normal = table.normalised(row)
         grid.add_row(
-            row,
+            escape(f"{row} (task-aware)" if row in table.task_aware else row),
             f"{table.mean(row):.1f}",
             f"{normal:.1f}" if normal is not None else "",
             *(f"{values[t]:.1f}" for t in tasks),
         )
     grid.add_row("inputs", "", "", *(str(table.counts[t]) for t in tasks), style="dim")
     out.print(grid)
+    if table.task_aware:
+        out.print(TASK_AWARE)
 
 
 def points(ranked: Sequence[Point], most: int = 10) -> None:

@@ -7,6 +7,7 @@ from adarank.methods.base import Method, merge_tensor, merge_tensors
 from adarank.methods.breadcrumbs import Breadcrumbs
 from adarank.methods.breadcrumbs_ties import BreadcrumbsTies
 from adarank.methods.cart import CART
+from adarank.methods.cart_indexing import CARTIndexing
 from adarank.methods.consensus_ta import ConsensusTA
 from adarank.methods.consensus_ties import ConsensusTies
 from adarank.methods.dare import Dare
@@ -15,6 +16,7 @@ from adarank.methods.dare_ties import DareTies
 from adarank.methods.dare_ties_merging import DareTiesMerging
 from adarank.methods.della import Della
 from adarank.methods.della_linear import DellaLinear
+from adarank.methods.emr import EMR
 from adarank.methods.iso_c import IsoC
 from adarank.methods.iso_cts import IsoCTS
 from adarank.methods.linear import Linear
@@ -25,9 +27,11 @@ from adarank.methods.sce import SCE
 from adarank.methods.slerp import Slerp
 from adarank.methods.star import STAR
 from adarank.methods.svd_k import SVDk
+from adarank.methods.tall_masks import TallMasks
 from adarank.methods.task_arithmetic import TaskArithmetic
 from adarank.methods.ties import Ties
 from adarank.methods.ties_merging import TiesMerging
+from adarank.methods.tsv_c import TSVC
 from adarank.methods.tsv_m import TSVM
 
 ALL: tuple[type[Method], ...] = (
@@ -57,6 +61,10 @@ ALL: tuple[type[Method], ...] = (
     IsoCTS,
     CART,
     Masked,
+    TallMasks,
+    EMR,
+    TSVC,
+    CARTIndexing,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in ALL}
 

@@ -33,6 +33,7 @@ class Method(Settings):
         formula, source: one line each for the catalogue.
         spectral: True if it decomposes matrices; the memory plan counts an SVD's workspace then.
         per_model: settings that each model of a recipe may carry.
+        task_aware: True if each task gets weights of its own (`taskwise.py`).
         passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.
     """
 
@@ -42,6 +43,7 @@ class Method(Settings):
     source: ClassVar[str]
     spectral: ClassVar[bool] = False
     per_model: ClassVar[tuple[str, ...]] = ()
+    task_aware: ClassVar[bool] = False
     passes: ClassVar[int] = 1
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
@@ -85,7 +87,15 @@ def scaled_mean(origin: Tensor, deltas: Deltas, scale: float) -> Tensor:
 
 
 def merge_tensors(method: Method, network: Network, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the merged model that is not a head, in the network's order, one in memory at a time."""
+    """Every tensor of the merged model that is not a head, in the network's order, one in memory at a time.
+
+    Raises:
+        RecipeError: the method is task-aware: it merges into no single model.
+    """
+    if method.task_aware:
+        raise RecipeError(
+            f"'{method.name}' gives each task weights of its own, not one model. Write a bundle of them by a recipe, or use adarank.merge_each."
+        )
     with torch.no_grad():  # never around a yield: the caller's code would run without gradients too
         prepared = method.prepare(network, device)
     for name in network.tensors:

@@ -57,7 +57,7 @@ def claimed(total: Tensor, deltas: Deltas, tall: Callable[[str], float], agree: 
     """Mask of the entries of `total` that at least `agree` tasks claim by |τ_t| ≥ α_t·|total - τ_t|."""
     claims = torch.zeros(total.shape, dtype=torch.int16, device=total.device)
     for task in deltas:
-        claims += _claim(total, deltas[task], tall(task))
+        claims += margin(total, deltas[task], tall(task)) >= 0
     return claims >= agree
 
 
@@ -69,5 +69,6 @@ def check_agree(method: str, agree: int, network: Network) -> None:
         )
 
 
-def _claim(total: Tensor, delta: Tensor, tall: float) -> Tensor:
-    return delta.abs() >= tall * (total - delta).abs()
+def margin(total: Tensor, delta: Tensor, tall: float) -> Tensor:
+    """|τ_t| - α_t·|total - τ_t|: by how much an entry is the task's rather than the others'."""
+    return delta.abs() - tall * (total - delta).abs()
