@@ -51,6 +51,7 @@ ROWS = [
     "multi-task training",
     "experts",
 ]
+TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing"]
 HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
         "CART+AdaRank, self-label", "experts"]  # fmt: skip
 
@@ -162,6 +163,7 @@ def results_page() -> str:
         "settings": lambda: settings("minilm-8"),
         "collapse": lambda: collapse("minilm-8"),
         "demo": lambda: table("demo-8", ROWS),
+        "demo_task_aware": lambda: task_aware("demo-8"),
         "demo_ablation": lambda: ablation("demo-8"),
         "demo_settings": lambda: settings("demo-8"),
         "demo_collapse": lambda: collapse("demo-8"),
@@ -169,6 +171,30 @@ def results_page() -> str:
         "peers": peers,
     }
     return re.sub(r"<!-- (\w+) -->", lambda m: "\n".join(fill[m.group(1)]()), text)
+
+
+def task_aware(bed: str) -> list[str]:
+    """Rows whose every task has weights of its own, with their size; nothing before they have records."""
+    found = [records[0] for row in TASK_AWARE if (records := load(bed, row))]
+    if not found:
+        return []
+    experts = load(bed, "experts")[0]["scores"]
+    lines = [
+        "### Task-aware methods",
+        "",
+        "Each task is scored by weights of its own, from one bundle; the task of every test input is known, so these rows are no rivals",
+        "of those above. Sizes are of all weights, heads included, beside all experts whole and beside one network.",
+        "",
+        "| | mean | norm. | of the experts' size | × one model | " + " | ".join(TASKS[bed]) + " |",
+        "|---" * (len(TASKS[bed]) + 5) + "|",
+    ]
+    for record in found:
+        scores, size = record["scores"], record["bytes"]
+        normal = 100 * statistics.mean(scores[task] / experts[task] for task in TASKS[bed])
+        cells = [f"{record['mean']:.1f}", f"{normal:.1f}", f"{100 * size['bundle'] / size['experts']:.0f}%"]
+        cells += [f"{size['bundle'] / size['one']:.1f}", *(f"{scores[task]:.1f}" for task in TASKS[bed])]
+        lines.append(f"| {record['row']} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def ablation(bed: str) -> list[str]:
