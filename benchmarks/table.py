@@ -18,14 +18,13 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adarank import demo, networks, pipeline, scoring
-from adarank.adapt.methods import ADAPTIVE
 from adarank.checkpoint import Checkpoint
 from adarank.data.task import TaskData
 from adarank.evaluate import Table
@@ -105,16 +104,40 @@ DEMO = Bed(
     {"steps": 600, "batch_size": 32, "lr": 1e-3, "heads": "fixed"},  # its experts' heads are the base's, and were fixed
 )
 BEDS = {bed.name: bed for bed in (MINILM, DEMO)}
-# row -> (adaptive method, origin, learns masks, learns λ, seeds)
-ADAPTED: dict[str, tuple[str, str, bool, bool, int]] = {
-    "CART+AdaRank": ("adarank", "average", True, True, 3),
-    "TA+AdaRank": ("adarank", "pretrained", True, True, 3),
-    "CART++": ("cart++", "average", False, True, 1),
-    "AdaMerging": ("adamerging", "pretrained", False, True, 3),
-    "CART+AdaRank, self-label": ("adarank", "average", True, True, 3),
-    "TA+AdaRank, self-label": ("adarank", "pretrained", True, True, 1),
-    "CART+AdaRank, masks only": ("adarank", "average", True, False, 1),
-    "TA+AdaRank, masks only": ("adarank", "pretrained", True, False, 1),
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A row of an adaptive method.
+
+    Attributes:
+        start: the static row whose settings, chosen on select with labels, it starts from, with entropy and the last step
+            kept as in the papers. None: all is as adarank does by default, with no label anywhere.
+        parameters: all its others.
+        seeds: how many.
+    """
+
+    method: str
+    start: str | None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 1
+
+
+_AVERAGE, _BASE = {"origin": "average"}, {"origin": "pretrained", "rank": 1.0}
+ADAPTED: dict[str, Adapted] = {
+    "AdaRank": Adapted("adarank", None, seeds=3),
+    "AdaRank about the base": Adapted("adarank", None, {"origin": "pretrained"}),
+    "TSV-M+AdaRank": Adapted("adarank", None, {"basis": "tsv_m"}),
+    "Iso-C+AdaRank": Adapted("adarank", None, {"basis": "iso_c"}),
+    "Iso-CTS+AdaRank": Adapted("adarank", None, {"basis": "iso_cts"}),
+    "CART+AdaRank": Adapted("adarank", "CART", _AVERAGE, seeds=3),
+    "TA+AdaRank": Adapted("adarank", "TA", _BASE, seeds=3),
+    "CART++": Adapted("cart++", "CART", _AVERAGE),
+    "AdaMerging": Adapted("adamerging", "TA", _BASE, seeds=3),
+    "AdaMerging, task-wise": Adapted("adamerging", "TA", {**_BASE, "lambda_per": "task"}),
+    "AdaMerging++": Adapted("adamerging++", "TIES", _BASE),
+    "CART+AdaRank, masks only": Adapted("adarank", "CART", {**_AVERAGE, "learn_lambda": False}),
+    "TA+AdaRank, masks only": Adapted("adarank", "TA", {**_BASE, "learn_lambda": False}),
 }
 
 
@@ -177,11 +200,12 @@ class Bench:
         clock = Clock()
         self.models.fill(merge_tensors(method, self.job.network))
         spent = clock.spent()
+        spent = {"merge_seconds": spent["seconds"], "peak_resident_bytes": spent["peak_resident_bytes"]}
         settings = {
             "merge_method": method.name,
             "parameters": method.model_dump(by_alias=True, exclude={"weights", "masks"}),
         }
-        self.record(row, seed, {"settings": settings, "chosen": chosen, "merge_seconds": spent["seconds"]})
+        self.record(row, seed, {"settings": settings, "chosen": chosen, **spent})
 
     def search(self, row: str) -> dict[str, Any]:
         """The settings of a row with the best mean on select; the whole grid is kept in a record of its own."""
@@ -232,20 +256,15 @@ class Bench:
         self.record(row, 0, content)
 
     def adapted(self, row: str, seed: int, start: Mapping[str, float]) -> None:
-        method, origin, learn_masks, learn_lambda, _ = ADAPTED[row]
+        own = ADAPTED[row]
         out = self.folder / "out" / self.path(row, seed).stem
-        given = {"origin": origin, **start, "learn_masks": learn_masks, "learn_lambda": learn_lambda}
-        changes = {
-            "merge_method": method,
-            "parameters": given,
-            "adapt": {
-                **self.bed.adapt[origin],
-                # with entropy as in the papers: the last step; else as adarank does by default
-                **({} if "self-label" in row else {"objective": "entropy", "keep": "last"}),
-            },
-            "seed": seed,
-        }
-        assert method in ADAPTIVE
+        parameters = {**start, **own.parameters}
+        changes = {"merge_method": own.method, "parameters": parameters, "seed": seed}
+        chosen = "nothing: as adarank does by default, without labels"
+        if own.start:
+            loop = self.bed.adapt[parameters.get("origin", "pretrained")]
+            changes["adapt"] = {"preset": "paper", **loop}
+            chosen = "start: λ and rank on select, with labels; adaptation: no labels"
         if not out.exists():
             progress = _Printer(row, seed)
             pipeline.merge(self.recipe(changes), out, progress=progress, data=self._data_of(seed))
@@ -254,7 +273,7 @@ class Bench:
         self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
         content = {"settings": merged["settings"], "adaptation": merged["adaptation"], "merge_seconds": merged["seconds"],
                    "peak_resident_bytes": merged["peak_resident_bytes"],
-                   "chosen": "start: λ and rank on select, with labels; adaptation: no labels"}  # fmt: skip
+                   "chosen": chosen}  # fmt: skip
         self.record(row, seed, content)
 
     def trained(self, row: str, seed: int) -> None:
@@ -280,9 +299,7 @@ class Bench:
         learned = MaskFile.load(self.folder / "out" / self.path(of, 0).stem / FILE)
         generator = torch.Generator().manual_seed(seed)
         shuffled = {n: random_mask(m, learned.sizes[n], generator) for n, m in learned.masks.items()}
-        method = Masked(
-            masks=MaskFile(learned.origin, learned.tasks, learned.lam, shuffled, learned.sizes, learned.about)
-        )
+        method = Masked(masks=replace(learned, masks=shuffled))
         self.models.fill(merge_tensors(method, self.job.network))
         self.record(
             row,
@@ -329,9 +346,10 @@ def run(bench: Bench, rows: list[str]) -> None:
         if wanted(TRAINED, seed):
             bench.trained(TRAINED, seed)
     best = {}
+    needed = {own.start for row, own in ADAPTED.items() if any(wanted(row, seed) for seed in range(own.seeds))}
     for row, (name, axes, seeds) in STATIC.items():
         for seed in range(seeds):
-            if wanted(row, seed) or row in ("TA", "CART"):  # adaptation starts from these two
+            if wanted(row, seed) or row in needed:
                 best[row] = bench.search(row) if axes else {}
             if wanted(row, seed):
                 settings = best[row] | ({"seed": seed} if seeds > 1 else {})
@@ -340,11 +358,10 @@ def run(bench: Bench, rows: list[str]) -> None:
     for row in TASK_AWARE:
         if wanted(row):
             bench.bundle(row)
-    starts = {"pretrained": {"rank": 1.0, **best["TA"]}, "average": best["CART"]}
     for seed in range(3):
-        for row, (_, origin, _, _, seeds) in ADAPTED.items():
-            if seed < seeds and wanted(row, seed):
-                bench.adapted(row, seed, starts[origin])
+        for row, own in ADAPTED.items():
+            if seed < own.seeds and wanted(row, seed):
+                bench.adapted(row, seed, best[own.start] if own.start else {})
         for of in ("CART+AdaRank", "TA+AdaRank"):
             if seed == 0 and wanted(f"{of}, random masks") and bench.path(of, 0).exists():
                 bench.random_masks(f"{of}, random masks", of, seed)

@@ -12,9 +12,11 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import adaptation_tables
 
 from adarank.catalogue import catalogue, presets
 from adarank.cli.main import parser
@@ -42,18 +44,23 @@ ROWS = [
     "Iso-CTS",
     "CART",
     "CART, energy",
+    "AdaMerging, task-wise",
     "AdaMerging",
+    "AdaMerging++",
     "TA+AdaRank",
     "CART++",
     "CART+AdaRank",
-    "TA+AdaRank, self-label",
-    "CART+AdaRank, self-label",
+    "AdaRank about the base",
+    "TSV-M+AdaRank",
+    "Iso-C+AdaRank",
+    "Iso-CTS+AdaRank",
+    "AdaRank",
     "multi-task training",
     "experts",
 ]
 TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing"]
 HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
-        "CART+AdaRank, self-label", "experts"]  # fmt: skip
+        "AdaRank", "experts"]  # fmt: skip
 
 
 def methods_page() -> str:
@@ -154,9 +161,21 @@ def table(bed: str, rows: list[str]) -> list[str]:
     return lines
 
 
+def filled(page: str, fill: Mapping[str, Callable[[], list[str]]]) -> str:
+    """A page's words with what its placeholders stand for."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.sub(r"<!-- (\w+) -->", lambda m: "\n".join(fill[m.group(1)]()), text)
+
+
+def adaptation_page() -> str:
+    """What adaptation does and what its choices come to."""
+    own = adaptation_tables
+    fill = {"steps": own.steps, "studies": own.tables, "signals": own.signals, "subsets": own.subsets}
+    return filled("adaptation.in.md", fill)
+
+
 def results_page() -> str:
-    """The minilm-8 tables with what each number rests on. Its words are in results.in.md."""
-    text = (ROOT / "docs" / "results.in.md").read_text(encoding="utf-8")
+    """The tables of both test beds with what each number rests on."""
     fill: dict[str, Callable[[], list[str]]] = {
         "main": lambda: table("minilm-8", ROWS),
         "ablation": lambda: ablation("minilm-8"),
@@ -170,7 +189,7 @@ def results_page() -> str:
         "costs": costs,
         "peers": peers,
     }
-    return re.sub(r"<!-- (\w+) -->", lambda m: "\n".join(fill[m.group(1)]()), text)
+    return filled("results.in.md", fill)
 
 
 def task_aware(bed: str) -> list[str]:
@@ -244,11 +263,13 @@ def collapse(bed: str) -> list[str]:
         "|---" * (len(TASKS[bed]) + 3) + "|",
     ]
     for row in [
+        "AdaMerging, task-wise",
         "AdaMerging",
+        "AdaMerging++",
         "TA+AdaRank",
         "CART++",
         "CART+AdaRank",
-        "CART+AdaRank, self-label",
+        "AdaRank",
         "TA+AdaRank, masks only",
         "CART+AdaRank, masks only",
     ]:
@@ -307,7 +328,7 @@ def peers() -> list[str]:
     return lines
 
 
-CHART = ["base", "weight average", "TA", "CART", "AdaMerging", "CART+AdaRank", "CART+AdaRank, self-label", "experts"]
+CHART = ["base", "weight average", "TA", "CART", "AdaMerging", "CART+AdaRank", "AdaRank", "experts"]
 
 
 def chart() -> str:
@@ -357,14 +378,16 @@ def readme() -> str:
     }
     for name, rows in tables.items():
         begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
-        filled = "\n".join([begin, "", *rows, "", end])
-        text = re.sub(f"{begin}.*?{end}", lambda m, filled=filled: filled, text, flags=re.DOTALL)
+        found = "\n".join([begin, "", *rows, "", end])
+        text = re.sub(f"{begin}.*?{end}", lambda m, found=found: found, text, flags=re.DOTALL)
     return text
 
 
 PAGES: dict[str, Callable[[], str]] = {
     "docs/methods.md": methods_page,
     "docs/cli.md": cli_page,
+    "docs/adaptation.md": adaptation_page,
+    "docs/adaptation.svg": adaptation_tables.curves,
     "docs/results.md": results_page,
     "docs/demo-8.svg": chart,
     "README.md": readme,

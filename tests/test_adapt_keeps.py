@@ -18,7 +18,9 @@ from adarank.errors import Interrupted
 from make import randn
 from test_adapt_loop import Problem, assert_same, boom, told
 
-SETTINGS = AdaptSettings(steps=12, lr_masks=0.05, lr_lambda=0.05, save_every=3, check_every=2, tolerance=1.0)
+SETTINGS = AdaptSettings(
+    steps=12, lr_masks=0.05, lr_lambda=0.05, schedule="constant", save_every=3, check_every=2, tolerance=1.0
+)
 
 
 class Judged(Problem):

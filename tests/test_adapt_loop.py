@@ -21,7 +21,7 @@ from adarank.blocks import scaled_block, task_vector_blocks
 from adarank.errors import AdaptationError, Interrupted, RecipeError
 from make import generator, randn
 
-SETTINGS = AdaptSettings(steps=9, lr_masks=0.05, lr_lambda=0.02, save_every=3)
+SETTINGS = AdaptSettings(steps=9, lr_masks=0.05, lr_lambda=0.02, schedule="constant", balance=0.0, save_every=3)
 
 
 class Problem:
@@ -307,7 +307,7 @@ def test_the_cosine_factor_falls_from_one_to_near_zero(steps: int) -> None:
     assert all(a > b for a, b in pairwise(factors))
     assert steps == 1 or factors[-1] < 6 / steps**2 + 1e-9
     assert settings.factor(steps) == pytest.approx(0, abs=1e-12)
-    assert AdaptSettings(steps=steps).factor(steps - 1) == 1
+    assert AdaptSettings(steps=steps, schedule="constant").factor(steps - 1) == 1
 
 
 def test_clamped_lambda_is_used_within_its_range() -> None:

@@ -91,7 +91,8 @@ def test_self_label_asks_each_expert_once_per_batch(problem) -> None:
         return module(x)
 
     settings = adarank.AdaptSettings(steps=6, check_every=10)
-    adarank.adapt(base, experts, batches, settings=settings, forward=forward)
+    start = {"rank": 0.16, "lambda": 1.0}  # given, so that none is looked for
+    adarank.adapt(base, experts, batches, parameters=start, settings=settings, forward=forward)
     graphs = sum(grad for _, grad in calls)
     assert graphs == 6 * 2
     assert len(calls) - graphs == 4 * 2 + 2 * 4 * 2  # each expert on 4 batches; judged at the start and at the end

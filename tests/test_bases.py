@@ -108,12 +108,13 @@ def test_adarank_starts_from_the_static_method_and_its_masks_merge_to_what_was_a
         experts[task] = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3))
         experts[task].load_state_dict({k: v + 0.3 * torch.randn_like(v) for k, v in base.state_dict().items()})
     batches = {task: [torch.randn(8, 6)] for task in experts}
-    still = adarank.adapt(base, experts, batches, settings=adarank.AdaptSettings(steps=0), parameters={"basis": name})
+    start = {"basis": name, "lambda": 1.0}
+    still = adarank.adapt(base, experts, batches, settings=adarank.AdaptSettings(steps=0), parameters=start)
     static = adarank.merge(base, experts, name)
     for key, value in static.items():
         torch.testing.assert_close(still.state[key], value, atol=1e-5, rtol=1e-4)
     loop = adarank.AdaptSettings(steps=15, lr_masks=0.05, lr_lambda=0.02, keep="last")
-    moved = adarank.adapt(base, experts, batches, settings=loop, parameters={"basis": name})
+    moved = adarank.adapt(base, experts, batches, settings=loop, parameters=start)
     assert moved.masks.kept_share() < 1
     again = adarank.merge(base, experts, "masked", {"masks": moved.masks})
     for key, value in again.items():

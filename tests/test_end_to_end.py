@@ -344,7 +344,7 @@ def test_masks_weights_and_record_are_of_the_kept_step(
         real = experts.judge_of(*given)
         return lambda step: {t: replace(s, agreement=1 - abs(step - 4) / 20) for t, s in real(step).items()}
 
-    settings = {**ADAPT["adapt"], "check_every": 2, "objective": "infomax"}
+    settings = {**ADAPT["adapt"], "schedule": "constant", "check_every": 2, "objective": "infomax"}
     monkeypatch.setattr(adaptation, "judge_of", judge_of)
     long = recipe(zoo, "long.yaml", **{**ADAPT, "adapt": settings})
     record = adarank.merge_recipe(load_recipe(long), tmp_path / "long")["adaptation"]

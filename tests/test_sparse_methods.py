@@ -17,8 +17,8 @@ from adarank.errors import RecipeError
 from adarank.methods import METHODS
 from adarank.methods.sparse import SparseSum
 from adarank.methods.sparsify import by_rank, largest, middle, noise, smallest
-from adarank.methods.threshold import kth_largest
 from adarank.select import Select
+from adarank.threshold import kth_largest
 
 FAMILY = [name for name, kind in METHODS.items() if issubclass(kind, SparseSum)]
 RANDOM = ["dare_linear", "dare_ties", "della", "della_linear"]

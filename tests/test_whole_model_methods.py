@@ -17,8 +17,8 @@ from adarank.checkpoint import MemorySource
 from adarank.errors import RecipeError
 from adarank.methods import METHODS, merge_tensors
 from adarank.methods.taskwise import Taskwise, sites_of, task_parts
-from adarank.methods.threshold import global_thresholds
 from adarank.task_vectors import align
+from adarank.threshold import global_thresholds
 from make import SHAPES, State, close, family, floats, network
 
 WHOLE = [name for name, kind in METHODS.items() if kind.passes > 1 and not kind.task_aware]

@@ -76,10 +76,8 @@ def adapt_job(
     losses = task_losses(job, models, data, settings, experts, memory)
     judge = judge_of(job, models, data, settings, experts)
     note("Adapting")
-    history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory)
-    masks = live.mask_file(
-        job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")}, method.blocks_of
-    )
+    history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory, method.grid)
+    masks = live.mask_file(job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")})
     return Adaptation(job, live, masks, _report(history, live, job, settings, data))
 
 
@@ -135,6 +133,7 @@ def _report(
     start, kept = history.judged[0], history.judged[choice.step]
     return {
         "protocol": job.recipe.data.protocol,
+        "starts": [own.named() for own in history.starts],
         "steps": history.step,
         "stopped_early": history.step < settings.steps,
         "step_kept": choice.step,

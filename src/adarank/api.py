@@ -135,7 +135,7 @@ def adapt(
         base: the model that the experts were fine-tuned from.
         experts: task -> fine-tuned module with its head.
         batches: task -> its unlabelled batches; step i uses batch i, from the start again when they are used up.
-        method: `adarank`, `adamerging` or `cart++`.
+        method: `adarank`, `adamerging`, `adamerging++` or `cart++`.
         parameters: the method's settings, such as `{"origin": "average", "rank": 0.16, "lambda": 2.0}`.
         settings: steps and step sizes. Its `batch_size` is not used: batches come as they are.
         forward: (module, batch) -> logits of shape (batch, classes). By default the module is called with the
@@ -186,9 +186,9 @@ def adapt(
 
     losses = {task: loss_of(task) for task in experts}
     judge = asked.judge(models.modules)
-    history = run_adaptation(live, losses, settings, progress=progress, judge=judge, memory=memory)
+    history = run_adaptation(live, losses, settings, progress=progress, judge=judge, memory=memory, grid=chosen.grid)
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
-    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}, chosen.blocks_of), history)
+    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}), history)
 
 
 @dataclass

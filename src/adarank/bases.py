@@ -8,16 +8,19 @@ task_vectors   U_t, s_t, V_t = SVD(τ_t)                                        
 tsv_m          the top ⌊r/T⌋ of each task vector, made orthogonal together      Gargiulo et al., arXiv:2412.00081
 iso_c          one common block: U, V of Σ_t τ_t, every s its mean              Marczak et al., arXiv:2502.04959
 iso_cts        iso_c's top c, and (r - c)/T of each task's rest, orthogonal     the same
+
+With thresholds the task vectors are first processed as TIES does (`election.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from adarank.election import Agreeing
 from adarank.spectrum import Spectrum, as_matrix, decompose, orthogonalise
 
 Deltas = Mapping[str, Tensor]
@@ -33,15 +36,22 @@ class Basis:
         spectra: (task vectors of one matrix, its name) -> a spectrum per task, then the common one if there is one.
         common: there is a common block.
         scaled: what task vectors of all other tensors are multiplied by, given the number of tasks.
+        thresholds: task -> magnitude below which TIES trims its task vector's entries; none: they are taken whole.
     """
 
+    name: str
     spectra: Callable[[Deltas, str], list[Spectrum]]
     common: bool = False
     scaled: Callable[[int], float] = lambda tasks: 1 / tasks
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def groups(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """Whom the blocks belong to, in their order."""
         return (*tasks, *([COMMON] if self.common else []))
+
+    def processed(self, deltas: Deltas) -> Deltas:
+        """The task vectors of one tensor that the blocks are of."""
+        return Agreeing(deltas, self.thresholds) if self.thresholds else deltas
 
 
 def task_vectors(deltas: Deltas, name: str) -> list[Spectrum]:
@@ -83,10 +93,13 @@ def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
 
 
 BASES: dict[str, Basis] = {
-    "task_vectors": Basis(task_vectors, scaled=lambda tasks: 1.0),
-    "tsv_m": Basis(tsv_m),
-    "iso_c": Basis(iso_c, common=True),
-    "iso_cts": Basis(iso_cts, common=True),
+    basis.name: basis
+    for basis in (
+        Basis("task_vectors", task_vectors, scaled=lambda tasks: 1.0),
+        Basis("tsv_m", tsv_m),
+        Basis("iso_c", iso_c, common=True),
+        Basis("iso_cts", iso_cts, common=True),
+    )
 }
 
 

@@ -158,7 +158,8 @@ def build_blocks(
 def scaled_block(origin: Tensor, deltas: Mapping[str, Tensor], basis: Basis = BASES["task_vectors"]) -> Blocks:
     """Blocks of a tensor that is only scaled: origin + Σ λ_t δ_t, or its mean where the basis says so."""
     factor = basis.scaled(len(deltas))
-    wholes: list[Tensor | None] = [as_matrix(d if factor == 1 else d * factor) for d in deltas.values()]
+    vectors = basis.processed(deltas)
+    wholes: list[Tensor | None] = [as_matrix(d if factor == 1 else d * factor) for d in vectors.values()]
     rows, columns = as_matrix(origin).shape
     if basis.common:  # nothing is common to tensors without components
         wholes.append(origin.new_zeros(()).expand(rows, columns))
@@ -170,7 +171,7 @@ def task_vector_blocks(
     origin: Tensor, deltas: Mapping[str, Tensor], name: str = "matrix", basis: Basis = BASES["task_vectors"]
 ) -> Blocks:
     """Blocks of a matrix; by default from the plain SVD of each task vector, as for Task Arithmetic and CART."""
-    return from_spectra(origin, basis.spectra(deltas, name))
+    return from_spectra(origin, basis.spectra(basis.processed(deltas), name))
 
 
 def from_spectra(origin: Tensor, spectra: Sequence[Spectrum]) -> Blocks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adarank.bases import COMMON
 from adarank.errors import CheckpointError
 from adarank.spectrum import top_count
 from adarank.writer import write_tensors
@@ -61,6 +62,7 @@ class MaskFile:
         sizes: matrix name -> components per task.
         about: how it was made: settings, input hashes.
         basis: how matrices were decomposed.
+        thresholds: task -> magnitude at which its task vector was trimmed, where they were processed as by TIES.
     """
 
     origin: str
@@ -70,6 +72,7 @@ class MaskFile:
     sizes: Mapping[str, tuple[int, ...]]
     about: Mapping[str, Any]
     basis: str = "task_vectors"
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def kept_share(self) -> float:
         """Share of all components that are kept."""
@@ -87,7 +90,8 @@ class MaskFile:
         for name, mask in self.masks.items():
             tensors[f"mask.{name}"] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
         header = {"origin": self.origin, "tasks": list(self.tasks), "tensors": names, "about": dict(self.about), "basis": self.basis,
-                  "sizes": {name: list(sizes) for name, sizes in self.sizes.items()}}  # fmt: skip
+                  "sizes": {name: list(sizes) for name, sizes in self.sizes.items()},
+                  **({"thresholds": dict(self.thresholds)} if self.thresholds else {})}  # fmt: skip
         write_tensors(path, tensors, {"format": _FORMAT, "header": json.dumps(header)})
 
     @classmethod
@@ -124,7 +128,11 @@ class MaskFile:
         lam = dict(zip(header["tensors"], tensors["lambda"], strict=True))
         sizes = {name: tuple(parts) for name, parts in header["sizes"].items()}
         masks = {n: _unpack(tensors[f"mask.{n}"], sum(parts)) for n, parts in sizes.items()}
-        return cls(header["origin"], tasks, lam, masks, sizes, header["about"], header.get("basis", "task_vectors"))
+        thresholds = {task: float(value) for task, value in header.get("thresholds", {}).items()}
+        if thresholds and not thresholds.keys() >= set(tasks) - {COMMON}:
+            raise ValueError(f"thresholds for {len(thresholds)} of {len(tasks)} tasks")
+        basis = header.get("basis", "task_vectors")
+        return cls(header["origin"], tasks, lam, masks, sizes, header["about"], basis, thresholds)
 
 
 def _unpack(bits: Tensor, count: int) -> Tensor:

@@ -55,6 +55,7 @@ class Multitask(Settings):
             schedule="linear",
             warmup=self.warmup,
             keep="last",
+            balance=0.0,
             save_every=self.save_every,
         )
 

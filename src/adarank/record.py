@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -9,6 +10,7 @@ import resource
 import sys
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,17 +44,26 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds since it was made, and the process's peak memory."""
+    """Seconds since it was made, and the process's peak memory since then (on Linux; elsewhere, since it began)."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self.begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._linux = False
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now (proc(5))
+            self._linux = True
 
     def spent(self) -> dict[str, Any]:
         """Seconds, and the peak resident memory in bytes, mapped input files included."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
             "begun": self.begun,
             "seconds": round(time.perf_counter() - self._started, 3),
-            "peak_resident_bytes": peak,
+            "peak_resident_bytes": self._peak(),
         }
+
+    def _peak(self) -> int:
+        if self._linux:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -88,19 +88,20 @@ def mean_signal(judged: Judged, signal: Signal) -> float:
     return round(mean, 12) if math.isfinite(mean) else -math.inf  # rounded, so that equal shares are equal
 
 
-def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
-    """Tasks whose agreement is below the start's by more than `tolerance` standard errors of it.
+def standard_error(own: Signals) -> float:
+    """Of the agreement, a share a of n inputs: √(a(1-a)/n), with one agreeing and one other input added, so that it is not 0
+    for a task that agrees everywhere."""
+    share = (own.agreement * own.inputs + 1) / (own.inputs + 2)
+    return math.sqrt(share * (1 - share) / (own.inputs + 2))
 
-    The error of a share a of n inputs is √(a(1-a)/n), with one agreeing and one other input added, so that it is not 0
-    for a task that agrees everywhere.
-    """
-    found = []
-    for task, first in start.items():
-        share = (first.agreement * first.inputs + 1) / (first.inputs + 2)
-        slack = tolerance * math.sqrt(share * (1 - share) / (first.inputs + 2))
-        if judged[task].agreement < first.agreement - slack - 1e-12:
-            found.append(task)
-    return found
+
+def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
+    """Tasks whose agreement is below the start's by more than `tolerance` standard errors of it."""
+    return [
+        task
+        for task, first in start.items()
+        if judged[task].agreement < first.agreement - tolerance * standard_error(first) - 1e-12
+    ]
 
 
 def best_step(judged: Mapping[int, Judged], signal: Signal, tolerance: float) -> int:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from adarank.adapt.settings import AdaptSettings
-from adarank.bases import BASES
+from adarank.adapt.tying import LambdaPer, tie
+from adarank.bases import BASES, Basis
 from adarank.blocks import Blocks
 from adarank.errors import RecipeError
 from adarank.masks import MaskFile, hard, straight_through, top_mask
@@ -29,12 +30,16 @@ class Learn:
         masks, lam: learn the masks, learn the coefficients.
         temperature: τ of the mask's sigmoid.
         clamp: λ is used clamped to this range; its gradient is zero outside.
+        per: what has a λ of its own.
+        returnable: components pruned at the start may come back. If not, their logits have no gradient.
     """
 
     masks: bool = True
     lam: bool = True
     temperature: float = 10.0
     clamp: tuple[float, float] | None = None
+    per: LambdaPer = "tensor"
+    returnable: bool = True
 
 
 class LiveWeights:
@@ -45,9 +50,10 @@ class LiveWeights:
         blocks: the same names -> origin, task vectors and spectra, on the parameter's device.
         scale: λ at the start, for every task and tensor.
         rank: share of components kept at the start; their logits are +`logit`, all others -`logit`.
+        basis: what the blocks are of.
 
     Attributes:
-        lam: (tensors, tasks) coefficients, on the CPU.
+        lam: the coefficients, on the CPU: (tensors, tasks), or fewer rows and columns where they are tied.
         logits: (all components,) mask logits, on the CPU, matrix after matrix in the order of `blocks`.
     """
 
@@ -59,14 +65,17 @@ class LiveWeights:
         scale: float,
         rank: float = 1.0,
         logit: float = 0.1,
+        basis: Basis = BASES["task_vectors"],
     ) -> None:
-        self.parameters, self.blocks, self.learn = dict(parameters), dict(blocks), learn
+        self.parameters, self.blocks, self.learn, self.basis = dict(parameters), dict(blocks), learn, basis
         first = next(iter(self.blocks.values()))
         dtype = first.origin.dtype
-        self.lam = torch.full((len(self.blocks), len(first.sizes)), scale, dtype=dtype)
-        masks = [top_mask(block.sizes, rank) for block in self.blocks.values()]
-        self.logits = torch.where(torch.cat(masks), logit, -logit).to(dtype)
-        self._parts = [mask.numel() for mask in masks]
+        self._tying = tie(list(self.blocks), len(first.sizes), learn.per)
+        self.lam = torch.empty(self._tying.shape, dtype=dtype)
+        self._parts = [sum(block.sizes) for block in self.blocks.values()]
+        self.logits = torch.empty(sum(self._parts), dtype=dtype)
+        self._logit = logit
+        self.reset(scale, rank)
         for (
             parameter
         ) in self.parameters.values():  # buffers such as running statistics are written, but have no gradient
@@ -88,6 +97,14 @@ class LiveWeights:
         return {"lam": self.lam, "logits": self.logits}
 
     @torch.no_grad()
+    def reset(self, scale: float, rank: float) -> None:
+        """Go back to a start: λ `scale` everywhere, the first `rank` of each matrix's and task's components kept."""
+        kept = torch.cat([top_mask(block.sizes, rank) for block in self.blocks.values()])
+        self.lam.fill_(scale)
+        self.logits.copy_(torch.where(kept, self._logit, -self._logit))
+        self._free = kept | self.learn.returnable
+
+    @torch.no_grad()
     def write(self) -> None:
         """Compose every merged tensor from the current λ and masks, into the network's parameters."""
         lam = self.used_lam()
@@ -99,7 +116,7 @@ class LiveWeights:
         """Set `lam.grad` and `logits.grad` from the parameters' accumulated gradients."""
         lam = self.used_lam()
         device = next(iter(self.blocks.values())).s.device
-        grad_lam = torch.zeros_like(self.lam, device=device)
+        grad_lam = torch.zeros_like(lam, device=device)
         grad_mask = torch.zeros_like(self.logits, device=device)
         slots = grad_mask.split(self._parts)
         for row, (name, mask) in enumerate(self.masks().items()):
@@ -117,31 +134,31 @@ class LiveWeights:
             parameter.grad = None
 
     def used_lam(self) -> Tensor:
-        """λ as the merged weights use it: clamped if a range is set."""
-        return self.lam.clamp(*self.learn.clamp) if self.learn.clamp else self.lam
+        """λ as the merged weights use it, (tensors, tasks): clamped if a range is set."""
+        return self._tying.spread(self.lam.clamp(*self.learn.clamp) if self.learn.clamp else self.lam)
 
     def masks(self) -> dict[str, Tensor]:
         """Tensor name -> (components,) bool."""
         return dict(zip(self.blocks, hard(self.logits).split(self._parts), strict=True))
 
-    def mask_file(
-        self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any], basis: str = "task_vectors"
-    ) -> MaskFile:
+    def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile:
         """The masks and λ of this moment, as the file that the method `masked` applies."""
         lam = dict(zip(self.blocks, self.used_lam().detach().float().clone(), strict=True))
         sizes = {name: block.sizes for name, block in self.blocks.items() if block.components}
         masks = {name: mask.clone() for name, mask in self.masks().items() if name in sizes}
-        return MaskFile(origin, BASES[basis].groups(tasks), lam, masks, sizes, about, basis)
+        basis = self.basis
+        return MaskFile(origin, basis.groups(tasks), lam, masks, sizes, about, basis.name, basis.thresholds)
 
     def kept_share(self) -> float:
         """Share of all components that are kept now; 1 if there are none."""
         return float(hard(self.logits).double().mean()) if self.logits.numel() else 1.0
 
     def _set_gradients(self, grad_lam: Tensor, grad_mask: Tensor) -> None:
+        grad_lam = self._tying.gather(grad_lam)
         if self.learn.clamp:
             low, high = self.learn.clamp
             grad_lam = grad_lam * ((self.lam >= low) & (self.lam <= high))
         if self.learn.lam:
             self.lam.grad = grad_lam
         if self.learn.masks:
-            self.logits.grad = straight_through(grad_mask, self.logits, self.learn.temperature)
+            self.logits.grad = straight_through(grad_mask.where(self._free, 0.0), self.logits, self.learn.temperature)

@@ -1,8 +1,9 @@
 """The loop: one forward and backward per task, one pull-back of the gradients, one step of the optimiser.
 
 The loop knows no data, no model and no objective: a task is a function from the step's number to a scalar loss, the
-judge one from the step's number to signals, and what is learned a `Learner`. What losses remember lies in a memory that is saved with the state. That
-makes every step a pure function of (settings, saved state), so an interrupted run continues exactly where it was.
+judge one from the step's number to signals, and what is learned a `Learner`. What losses remember lies in a memory
+that is saved with the state. That makes every step a pure function of (settings, saved state), so an interrupted run
+continues exactly where it was.
 """
 
 from __future__ import annotations
@@ -15,51 +16,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adarank.adapt.balance import behind, task_weights
 from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best
+from adarank.adapt.learner import Learner
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.start import Grid, Tried, best_of, find_start
 from adarank.checkpoint import DAMAGED
 from adarank.errors import AdaptationError, Interrupted, RecipeError
 from adarank.writer import write_state
 
 _STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
-          "judged", "judging_seconds", "best", "memory"}  # fmt: skip
+          "judged", "judging_seconds", "best", "starts", "memory"}  # fmt: skip
 Loss = Callable[[int], Tensor]
 """step -> scalar loss of one task, with its graph."""
 Memory = dict[str, Tensor]
 """What losses remember from step to step, such as running means. It is saved and restored with the state."""
-
-
-class Learner(Protocol):
-    """What the loop steps: live merged weights, or any other numbers that losses depend on."""
-
-    def optimiser(self, settings: AdaptSettings) -> torch.optim.Optimizer:
-        """An optimiser over what is learned; `start` of each group is its step size before the schedule."""
-        ...
-
-    def learned(self) -> Mapping[str, Tensor]:
-        """Everything that a step changes, by name: what a state holds and what the best step's copy is made of."""
-        ...
-
-    def write(self) -> None:
-        """Bring the networks to the numbers of this moment."""
-        ...
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        ...
-
-    def pull_back(self) -> None:
-        """Turn the gradients that backward passes accumulated into those of what is learned."""
-        ...
-
-    def kept_share(self) -> float | None:
-        """Share of components kept now; None where there are none to keep."""
-        ...
 
 
 @dataclass
@@ -74,6 +50,7 @@ class History:
         judged: step -> task -> signals, without labels.
         judging_seconds: time spent in judging.
         choice: which step's weights were kept, once adaptation is over.
+        starts: the starts that were looked at, if there was a choice.
     """
 
     losses: dict[str, list[float]]
@@ -83,6 +60,7 @@ class History:
     judged: dict[int, dict[str, Signals]] = field(default_factory=dict)
     judging_seconds: float = 0.0
     choice: Choice | None = None
+    starts: list[Tried] = field(default_factory=list)
 
     @property
     def step(self) -> int:
@@ -103,16 +81,18 @@ def adapt(
     progress: Progress | None = None,
     judge: Judge | None = None,
     memory: Memory | None = None,
+    grid: Grid | None = None,
 ) -> History:
     """Learn in place; what is learned and the network are those of the kept step afterwards.
 
     Arguments:
         live: what is learned, such as the λ and masks of live merged weights.
-        losses: task -> loss of a step. Their gradients add up.
+        losses: task -> loss of a step. Their gradients add up, weighted as `settings.balance` says.
         state: file in which the state is kept, and from which an interrupted run continues.
         fingerprint: identifies inputs and settings; a state with another one is refused.
         judge: asked at the start, every `check_every` steps and at the end. Without one the last step is kept.
         memory: what the losses remember; filled from the state when a run continues.
+        grid: starts to choose from by the judge, before the first step. Without one the live weights start as they are.
 
     Raises:
         AdaptationError: a loss is not finite; names task and step.
@@ -121,7 +101,8 @@ def adapt(
     """
     history = History({task: [] for task in losses})
     run = _Run(live, settings, history, state, fingerprint, judge, {} if memory is None else memory)
-    run.restore()
+    if not run.restore() and judge is not None and grid is not None and grid.open:
+        run.find_start(grid, judge)
     live.write()
     with _stop_on_signal() as stopped:
         run.judge_if_due()
@@ -158,13 +139,23 @@ class _Run:
     def __post_init__(self) -> None:
         self.optimiser = self.live.optimiser(self.settings)
 
+    def find_start(self, grid: Grid, judge: Judge) -> None:
+        """Choose a start of the grid; its judgement is that of step 0."""
+        started = time.perf_counter()
+        self.history.starts, judged = find_start(self.live, grid, judge, self.settings.signal)
+        self.history.judged[0] = dict(judged)
+        self.history.judging_seconds += time.perf_counter() - started
+        self._remember()
+
     def take_step(self, losses: Mapping[str, Loss]) -> None:
         step = self.history.step
         self.live.zero_grad()
         values = []
-        for loss in losses.values():
+        past = [self.history.losses[task] for task in losses]
+        weights = task_weights(past, self.settings.balance, behind(list(losses), self.history.judged))
+        for loss, weight in zip(losses.values(), weights, strict=True):
             value = loss(step)
-            value.backward()
+            (weight * value).backward()
             values.append(value.detach())
         found = dict(zip(losses, torch.stack(values).tolist(), strict=True))
         self._check(found)
@@ -189,7 +180,7 @@ class _Run:
         self.history.judged[step] = dict(self.judge(step))
         self.history.judging_seconds += time.perf_counter() - started
         if self._best() == step:
-            self.best = {name: own.detach().clone() for name, own in self.live.learned().items()}
+            self._remember()
 
     def over(self) -> bool:
         """True if all steps are taken, or if patience has run out: a function of what was judged, so of the state."""
@@ -213,6 +204,9 @@ class _Run:
         if self.history.choice.step != last:
             self._set(self.best)
             self.live.write()
+
+    def _remember(self) -> None:
+        self.best = {name: own.detach().clone() for name, own in self.live.learned().items()}
 
     def _best(self) -> int:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
@@ -250,14 +244,19 @@ class _Run:
             "judged": {step: {t: asdict(own) for t, own in seen.items()} for step, seen in self.history.judged.items()},
             "judging_seconds": self.history.judging_seconds,
             "best": self.best,
+            "starts": [asdict(own) for own in self.history.starts],
             "memory": {name: own.cpu() for name, own in self.memory.items()},
         }
         write_state(self.state, content, "the state")
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
+        """Take up the saved state; False if there is none."""
         if self.state is None or not self.state.exists():
-            return
+            return False
         content = read_state(self.state, self.fingerprint)
+        starts = [Tried(**own) for own in content["starts"]]
+        if starts:  # which components may return depends on the start
+            self.live.reset(best_of(starts).scale, best_of(starts).rank)
         self._set(content["learned"])
         self.optimiser.load_state_dict(content["optimiser"])
         own, *others = content["rng"]
@@ -269,9 +268,11 @@ class _Run:
         self.history = History(
             content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
         )
+        self.history.starts = starts
         self.best = content["best"]
         self.memory.clear()
         self.memory.update(content["memory"])
+        return True
 
     @torch.no_grad()
     def _set(self, numbers: Mapping[str, Tensor]) -> None:

@@ -1,26 +1,49 @@
 """The adaptive methods: a start and two switches over one engine, with the settings that their papers released.
 
-adamerging   λ only, task vectors about the base       W = W₀ + Σ_t λ_t τ_t
-cart++       λ only, on CART                            W = W̄ + Σ_t λ_t SVD_k(W_t - W̄)
-adarank      λ and masks, about either origin           W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ
+adamerging     λ only, task vectors about the base       W = W₀ + Σ_t λ_t τ_t
+adamerging++   λ only, on what TIES leaves of them       W = W₀ + Σ_t λ_t τ̂_t
+cart++         λ only, on CART                           W = W̄ + Σ_t λ_t SVD_k(W_t - W̄)
+adarank        λ and masks, about either origin          W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ
+
+λ_t has a value of its own in every tensor, or in every layer, or one for the model (`lambda_per`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.live import Learn, LiveWeights
 from adarank.adapt.settings import AdaptSettings
-from adarank.bases import BASES
+from adarank.adapt.start import AUTO, Grid, grid_of
+from adarank.adapt.tying import LambdaPer
+from adarank.bases import BASES, Basis
 from adarank.blocks import build_blocks
 from adarank.errors import RecipeError
 from adarank.settings import Settings, nearest, parse
 from adarank.task_vectors import Network
+from adarank.threshold import global_thresholds
+
+
+def _number_or_auto(given: Any) -> Any:
+    if given != AUTO and (isinstance(given, bool) or not isinstance(given, (int, float))):
+        raise ValueError("a number or auto was needed")
+    return given
+
+
+def _share_or_auto(given: Any) -> Any:
+    if _number_or_auto(given) != AUTO and not 0 < given <= 1:
+        raise ValueError("a share above 0 and at most 1, or auto, was needed")
+    return given
+
+
+Number = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
+Share = Annotated[float | Literal["auto"], BeforeValidator(_share_or_auto)]
 
 
 class AdaptiveMethod(Settings):
@@ -28,42 +51,62 @@ class AdaptiveMethod(Settings):
 
     Arguments:
         origin: what task vectors are counted from: `pretrained` (the base) or `average` (the experts' mean).
-        rank: share of singular components kept at the start, in (0, 1].
-        scale: λ at the start, for every task and tensor.
+        rank: share of singular components kept at the start, in (0, 1]; `auto`: found without labels.
+        scale: λ at the start, for every task and tensor; `auto`: found without labels.
+        lambda_per: what has a λ of its own: every `tensor` of every task (what the papers call layer-wise); every
+            `layer` of every task, as tensors' names number them; every `task`; or only the `model`.
         learn_masks, learn_lambda: the two switches.
+
+    Class attributes:
+        paper: settings of the method that `preset: paper` gives, where they differ from the defaults.
     """
 
     name: ClassVar[str]
     formula: ClassVar[str]
     source: ClassVar[str]
+    paper: ClassVar[Mapping[str, Any]] = {}
 
     origin: Literal["pretrained", "average"] = Field("pretrained", description="what task vectors are counted from")
-    rank: float = Field(1.0, gt=0, le=1, description="share of components kept at the start")
-    scale: float = Field(0.3, alias="lambda", description="λ at the start")
+    rank: Share = Field(1.0, description="share of components kept at the start, in (0, 1], or auto")
+    scale: Number = Field(0.3, alias="lambda", description="λ at the start, or auto")
+    lambda_per: LambdaPer = Field(
+        "tensor",
+        description="what has a λ of its own: each tensor or layer of each task, each task, or the model alone",
+    )
     learn_masks: bool = Field(True, description="learn the masks")
     learn_lambda: bool = Field(True, description="learn λ")
 
     @property
     def spectra(self) -> bool:
         """False if every component stays kept, so that nothing needs decomposing."""
-        return self.learn_masks or self.rank < 1
+        return self.learn_masks or self.rank != 1
 
     @property
-    def blocks_of(self) -> str:
-        """The name of the spectral basis."""
-        return "task_vectors"
+    def grid(self) -> Grid:
+        """The starts that are left open. The climb begins at what the papers use about either origin."""
+        return grid_of(self.rank, self.scale, (0.08, 1.0) if self.origin == "average" else (1.0, 0.3))
+
+    def decomposition(self, network: Network, device: torch.device | str) -> Basis:
+        """What the blocks are of. May read every tensor, one at a time."""
+        return BASES["task_vectors"]
+
+    def learn(self, settings: AdaptSettings) -> Learn:
+        """What is learned, and how its gradient is taken."""
+        return Learn(self.learn_masks, self.learn_lambda, settings.temperature, settings.clamp, self.lambda_per)
 
     def start(
         self, network: Network, shared: Mapping[str, Tensor], settings: AdaptSettings, device: torch.device | str
     ) -> LiveWeights:
         """The live weights at the method's start, over the parameters that the networks share."""
+        basis = self.decomposition(network, device)
         return LiveWeights(
             {name: shared[name] for name in network.merged()},
-            build_blocks(network, self.origin, device, self.spectra, BASES[self.blocks_of]),
-            Learn(self.learn_masks, self.learn_lambda, settings.temperature, settings.clamp),
-            self.scale,
-            self.rank,
+            build_blocks(network, self.origin, device, self.spectra, basis),
+            self.learn(settings),
+            self.grid.scales[self.grid.first[1]],
+            self.grid.ranks[self.grid.first[0]],
             settings.logit,
+            basis,
         )
 
 
@@ -72,26 +115,29 @@ class AdaRank(AdaptiveMethod):
 
     Arguments:
         basis: what the components are of. The bases of TSV-M, Iso-C and Iso-CTS are about the base, and start with
-            all components and λ 1, which is their static method.
+            all components, as their static methods do.
+        returnable: components that are pruned at the start may come back. If not, adaptation chooses among the top
+            ones that are kept there (the paper's ablation).
     """
 
     name: ClassVar[str] = "adarank"
     formula: ClassVar[str] = "W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ; b, λ = argmin Σ_t H(f(W, x_t))"
     source: ClassVar[str] = "Lee et al. 2025, arXiv:2503.22178"
+    paper: ClassVar[Mapping[str, Any]] = {"rank": 0.16, "lambda": 2.0}
 
     basis: Literal["task_vectors", "tsv_m", "iso_c", "iso_cts"] = Field(
         "task_vectors", description="what the components are of"
     )
     origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")
-    rank: float = Field(0.16, gt=0, le=1, description="share of components kept at the start")
-    scale: float = Field(2.0, alias="lambda", description="λ at the start")
+    rank: Share = Field(AUTO, description="share of components kept at the start, in (0, 1], or auto")
+    scale: Number = Field(AUTO, alias="lambda", description="λ at the start, or auto")
+    returnable: bool = Field(True, description="components pruned at the start may come back")
 
     @model_validator(mode="before")
     @classmethod
     def _start_of_basis(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("basis", "task_vectors") != "task_vectors":
-            given = {"scale"} & set(values)
-            return {"origin": "pretrained", "rank": 1.0, **({} if given else {"lambda": 1.0}), **values}
+            return {"origin": "pretrained", "rank": 1.0, **values}
         return values
 
     @model_validator(mode="after")
@@ -101,22 +147,47 @@ class AdaRank(AdaptiveMethod):
         return self
 
     @property
+    def grid(self) -> Grid:
+        return grid_of(self.rank, self.scale, (1.0, 1.0)) if self.basis != "task_vectors" else super().grid
+
+    @property
     def spectra(self) -> bool:
         return super().spectra or self.basis != "task_vectors"
 
-    @property
-    def blocks_of(self) -> str:
-        return self.basis
+    def decomposition(self, network: Network, device: torch.device | str) -> Basis:
+        return BASES[self.basis]
+
+    def learn(self, settings: AdaptSettings) -> Learn:
+        return replace(super().learn(settings), returnable=self.returnable)
 
 
 class AdaMerging(AdaptiveMethod):
-    """Learns λ per task and tensor about the base (layer-wise AdaMerging)."""
+    """Learns λ per task and tensor about the base (layer-wise AdaMerging), or per task (task-wise)."""
 
     name: ClassVar[str] = "adamerging"
     formula: ClassVar[str] = "W = W₀ + Σ_t λ_t τ_t; λ = argmin Σ_t H(f(W, x_t))"
     source: ClassVar[str] = "Yang et al. 2024, arXiv:2310.02575"
 
     learn_masks: Literal[False] = Field(False, description="learn the masks")
+
+
+class AdaMergingPP(AdaMerging):
+    """Learns λ per task and tensor, or per task, on what TIES leaves of each task vector (AdaMerging++).
+
+    Arguments:
+        density: share of the model's entries that are kept of each task vector before signs are elected.
+    """
+
+    name: ClassVar[str] = "adamerging++"
+    formula: ClassVar[str] = (
+        "W = W₀ + Σ_t λ_t a_t∘s_t; s_t = top_density(τ_t) of the model, a_t = [sign(s_t) = sign(Σ s)]; λ = argmin Σ_t H(f(W, x_t))"
+    )
+
+    density: float = Field(0.2, gt=0, le=1, description="share of the model's entries kept")
+
+    def decomposition(self, network: Network, device: torch.device | str) -> Basis:
+        thresholds = global_thresholds(network, self.origin, self.density, device)
+        return replace(BASES["task_vectors"], thresholds=thresholds)
 
 
 class CARTpp(AdaptiveMethod):
@@ -127,16 +198,21 @@ class CARTpp(AdaptiveMethod):
     source: ClassVar[str] = "Choi et al. 2024, arXiv:2412.12153, Eq. 6"
 
     origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")
-    rank: float = Field(0.08, gt=0, le=1, description="share of components kept")
-    scale: float = Field(1.0, alias="lambda", description="λ at the start")
+    rank: Share = Field(0.08, description="share of components kept, in (0, 1], or auto")
+    scale: Number = Field(1.0, alias="lambda", description="λ at the start, or auto")
     learn_masks: Literal[False] = Field(False, description="learn the masks")
 
 
-ADAPTIVE: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (AdaRank, AdaMerging, CARTpp)}
+ADAPTIVE: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (AdaRank, AdaMerging, AdaMergingPP, CARTpp)}
 
 
 # What all the papers do: entropy, constant step sizes, as many steps as were asked for, the last one kept.
-_PAPER: dict[str, Any] = {"objective": "entropy", "schedule": "constant", "keep": "last", "patience": None}
+_PAPER: dict[str, Any] = {
+    "objective": "entropy", "schedule": "constant", "keep": "last", "patience": None, "lr_masks": 1e-3, "lr_lambda": 1e-3,
+    "balance": 0.0,
+}  # fmt: skip
+# Two batches of 16 a step, as the released loop really uses. AdaMerging++ takes the same.
+_ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500, "clamp": [0.0, 1.0]}
 
 
 def _preset(
@@ -168,11 +244,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "roberta-7-cart": _preset("average", 1.6, 0.04, 8, 5_000, 1e-4),
     "gpt2-7-ta": _preset("pretrained", 0.3, 1.0, 8, 5_000, 5e-5),
     "gpt2-7-cart": _preset("average", 1.3, 0.01, 8, 5_000, 5e-5),
-    "adamerging": {
-        "parameters": {"lambda": 0.3},
-        # two batches of 16 a step, as the released loop really uses
-        "adapt": {**_PAPER, "batch_size": 32, "steps": 500, "lr_lambda": 1e-3, "clamp": [0.0, 1.0]},
-    },
+    "adamerging": {"parameters": {"lambda": 0.3}, "adapt": _ADAMERGING},
+    "adamerging-task": {"parameters": {"lambda": 0.3, "lambda_per": "task"}, "adapt": _ADAMERGING},
 }
 
 
@@ -188,7 +261,8 @@ def with_preset(
         raise RecipeError(f"adapt: unknown preset '{preset}'.{nearest(preset, PRESETS)}")
     values = PRESETS[preset] if preset else {"parameters": {}, "adapt": {}}
     kind = ADAPTIVE[name]
+    start = kind.paper if preset == "paper" else values["parameters"]
     preferred = {key: field.alias for key, field in kind.model_fields.items() if field.alias}
     given = {preferred.get(key, key): value for key, value in parameters.items()}
-    method = parse(kind, {**values["parameters"], **given}, f"parameters of '{name}'")
+    method = parse(kind, {**start, **given}, f"parameters of '{name}'")
     return method, parse(AdaptSettings, {**values["adapt"], **adapt}, "adapt")

@@ -15,7 +15,7 @@ _NAMES = ", ".join(OBJECTIVES)
 
 
 class AdaptSettings(Settings):
-    """How adaptation runs. Step sizes are those released with AdaRank for vision models.
+    """How adaptation runs. The defaults were chosen without labels (docs/adaptation.md); `preset: paper` has the papers'.
 
     Arguments:
         steps: Adam steps; each sees one batch of every task.
@@ -24,8 +24,9 @@ class AdaptSettings(Settings):
         objective: what every task minimises: a name, or a mapping from names to weights.
         objectives: task -> its own objective, instead of `objective`.
         self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
+        balance: κ: how much more a task's loss counts, the less it has fallen since the start; 0 is the papers' sum.
         momentum: of the running mean prediction that `infomax` and `filtered-entropy` look at.
-        schedule: `constant` (the papers'), or `cosine` or `linear` down to zero.
+        schedule: `cosine` or `linear` down to zero, or `constant` (the papers').
         warmup: share of the steps over which step sizes first rise linearly.
         betas: Adam's decay rates.
         temperature: τ of the mask's sigmoid.
@@ -41,20 +42,23 @@ class AdaptSettings(Settings):
         patience: stop after so many judgements without a better step.
     """
 
-    steps: int = Field(500, ge=0, description="Adam steps")
+    steps: int = Field(100, ge=0, description="Adam steps")
     batch_size: int = Field(16, ge=1, description="inputs per task and step")
-    lr_masks: float = Field(1e-3, ge=0, description="Adam step size of the mask logits")
-    lr_lambda: float = Field(1e-3, ge=0, description="Adam step size of λ")
+    lr_masks: float = Field(5e-3, ge=0, description="Adam step size of the mask logits")
+    lr_lambda: float = Field(2e-2, ge=0, description="Adam step size of λ")
     objective: str | Weights = Field(
         "self-label", description=f"what is minimised: {_NAMES}; or name: weight of several"
     )
     objectives: dict[str, str | Weights] = Field({}, description="task: its own objective")
     self_label: SelfLabel = SelfLabel()
     filter: Filter = Filter()
+    balance: float = Field(
+        4.0, ge=0, description="κ: how much more tasks count whose loss has fallen less; 0 is the papers' sum"
+    )
     momentum: float = Field(
         0.9, ge=0, lt=1, description="of the running mean prediction of infomax and filtered-entropy"
     )
-    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of all step sizes")
+    schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="of all step sizes")
     warmup: float = Field(0.0, ge=0, le=1, description="share of the steps over which step sizes first rise linearly")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
     temperature: float = Field(10.0, gt=0, description="τ of the mask's sigmoid")

@@ -225,6 +225,12 @@ def method(entry: Entry) -> None:
 
 def adapted(found: Mapping[str, Any]) -> None:
     """What adaptation came to: steps, the one kept and why, and which tasks collapsed."""
+    if found["starts"]:
+        best = max(found["starts"], key=lambda own: own["value"])
+        out.print(
+            f"start: rank {best['rank']:g}, λ {best['lambda']:g}: nearest to the experts on unlabelled inputs, "
+            f"of {len(found['starts'])} looked at"
+        )
     taken = f"{found['steps']} steps" + (", stopped early" if found["stopped_early"] else "")
     out.print(f"{taken}, {100 * found['components_kept']:.2f}% of the components kept")
     if found["rolled_back"]:

@@ -46,7 +46,7 @@ class CART(Method):
     scale: float = Field(1.0, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        return low_rank_sum(name, origin, deltas, self._count, self.scale)
+        return low_rank_sum(name, origin, deltas, lambda s: (self._count(s), self.scale))
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return origin

@@ -10,7 +10,6 @@ Wang et al., "Localizing Task Information for Improved Model Merging and Compres
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -23,12 +22,37 @@ from adarank.methods.weights import PerTensor, rest
 from adarank.task_vectors import Network, OriginKind
 
 
-class ConsensusTA(Method):
-    """Task Arithmetic without the entries that matter to fewer than k tasks.
+class Consensus(Method):
+    """Base of the consensus methods: of a merged task vector, what enough tasks find useful.
 
     Arguments:
         tall: α_t, per model. The larger, the fewer entries a task claims.
-        agree: k, how many tasks must claim an entry. With 0 this is Task Arithmetic.
+        agree: k, how many tasks must claim an entry. With 0 none is left out.
+    """
+
+    per_model: ClassVar[tuple[str, ...]] = ("tall",)
+
+    tall: PerTensor = Field(rest(0.4), ge=0, description="α_t; per model: a number, a list over the layers, or filters")
+    agree: int = Field(2, ge=0, description="k, tasks that must claim an entry")
+
+    def useful(self, name: str, total: Tensor, deltas: Deltas) -> Tensor:
+        """Mask of the entries of `total` that at least `agree` tasks claim by |τ_t| ≥ α_t·|total - τ_t|."""
+        claims = torch.zeros(total.shape, dtype=torch.int16, device=total.device)
+        for task in deltas:
+            claims += margin(total, deltas[task], self.tall.of(task, name)) >= 0
+        return claims >= self.agree
+
+    def check(self, network: Network) -> None:
+        if self.agree > len(network.experts):  # it would return the base
+            raise RecipeError(
+                f"{self.name}: agree must be at most the number of experts, {len(network.experts)}, got {self.agree}. Lower it."
+            )
+
+
+class ConsensusTA(Consensus):
+    """Task Arithmetic without the entries that matter to fewer than k tasks.
+
+    Arguments:
         scale: λ, multiplies the summed task vectors.
     """
 
@@ -36,37 +60,15 @@ class ConsensusTA(Method):
     origin: ClassVar[OriginKind] = "pretrained"
     formula: ClassVar[str] = "W = W₀ + λ τ∘[Σ_t m_t ≥ k]; τ = Σ_t τ_t, m_t = [|τ_t| ≥ α_t |τ - τ_t|]"
     source: ClassVar[str] = "Wang et al. 2024, arXiv:2405.07813"
-    per_model: ClassVar[tuple[str, ...]] = ("tall",)
 
-    tall: PerTensor = Field(rest(0.4), ge=0, description="α_t; per model: a number, a list over the layers, or filters")
-    agree: int = Field(2, ge=0, description="k, tasks that must claim an entry")
     scale: float = Field(0.3, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         total = weighted_sum(torch.zeros_like(origin), deltas, lambda task: 1.0)
-        return origin + self.scale * total * claimed(total, deltas, lambda task: self.tall.of(task, name), self.agree)
-
-    def check(self, network: Network) -> None:
-        check_agree(self.name, self.agree, network)
+        return origin + self.scale * total * self.useful(name, total, deltas)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         return 4
-
-
-def claimed(total: Tensor, deltas: Deltas, tall: Callable[[str], float], agree: int) -> Tensor:
-    """Mask of the entries of `total` that at least `agree` tasks claim by |τ_t| ≥ α_t·|total - τ_t|."""
-    claims = torch.zeros(total.shape, dtype=torch.int16, device=total.device)
-    for task in deltas:
-        claims += margin(total, deltas[task], tall(task)) >= 0
-    return claims >= agree
-
-
-def check_agree(method: str, agree: int, network: Network) -> None:
-    """Refuse a consensus of more tasks than there are: it would return the base."""
-    if agree > len(network.experts):
-        raise RecipeError(
-            f"{method}: agree must be at most the number of experts, {len(network.experts)}, got {agree}. Lower it."
-        )
 
 
 def margin(total: Tensor, delta: Tensor, tall: float) -> Tensor:

@@ -3,18 +3,20 @@
     merged = origin + Σ_t λ_t · U_t diag(b_t ∘ s_t) V_tᵀ        matrices
     merged = origin + Σ_t λ_t · δ_t                             all other tensors
 
+Where the file has thresholds, task vectors are first trimmed and cut to the elected signs, as in TIES (`election.py`).
 The masks b and coefficients λ are those that adaptation saved; the result is what adaptation evaluated.
 AdaRank (arXiv:2503.22178), Equation 5.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from adarank.bases import BASES
+from adarank.bases import BASES, Basis
 from adarank.blocks import task_vector_blocks
 from adarank.errors import MismatchError, itemise
 from adarank.masks import MaskFile
@@ -42,7 +44,7 @@ class Masked(Method):
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         if name not in self.masks.masks:  # adapted without spectra: all components kept
             return self.merge_other(name, origin, deltas)
-        blocks = task_vector_blocks(origin, deltas, name, BASES[self.masks.basis])
+        blocks = task_vector_blocks(origin, deltas, name, self._basis())
         if blocks.sizes != self.masks.sizes[name]:
             raise MismatchError(
                 f"{name}: {self.masks.sizes[name]} components in the masks file, {blocks.sizes} here. Use the recipe that it was made with."
@@ -51,11 +53,13 @@ class Masked(Method):
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         lam = dict(zip(self.masks.tasks, self.masks.lam[name].tolist(), strict=True))
-        factor = BASES[self.masks.basis].scaled(len(deltas))
-        return weighted_sum(origin, deltas, lambda task: lam[task] * factor)
+        basis = self._basis()
+        factor = basis.scaled(len(deltas))
+        return weighted_sum(origin, basis.processed(deltas), lambda task: lam[task] * factor)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
-        return 5 + 3 * tasks if decomposed else 0  # every task's factors at once
+        elected = 3 if self.masks.thresholds else 0  # the signs, and what trims
+        return elected + (5 + 3 * tasks if decomposed else 0)  # every task's factors at once
 
     def check(self, network: Network) -> None:
         problems = []
@@ -81,6 +85,9 @@ class Masked(Method):
             raise MismatchError(
                 itemise("The masks file is of another merge.", problems[:20], "Use the recipe that it was made with.")
             )
+
+    def _basis(self) -> Basis:
+        return replace(BASES[self.masks.basis], thresholds=self.masks.thresholds)
 
     def _fit(self, network: Network, name: str) -> list[str]:
         if name not in self.masks.lam:

@@ -11,7 +11,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from adarank.methods.threshold import kth_largest
+from adarank.threshold import kth_largest
 
 _BLOCK = 2**20  # entries ranked at a time by `by_rank`: sorting takes several copies
 

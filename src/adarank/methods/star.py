@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.methods.base import Deltas, Method, scaled_mean
-from adarank.spectrum import Spectrum, decompose
+from adarank.methods.svd_k import low_rank_sum
 from adarank.task_vectors import OriginKind
 
 
@@ -37,20 +37,18 @@ class STAR(Method):
     scale: float = Field(1.0, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        total = origin.clone()
-        for task in deltas:  # not values(): its variable would hold one task vector while the next is made
-            spectrum = decompose(deltas[task], name)
-            k = smallest_rank(spectrum, self.share)
-            kept = spectrum.s[:k].sum()
-            rescale = float(spectrum.s.sum() / kept) if kept > 0 else 1.0
-            total.add_(spectrum.reconstruct(k).reshape(origin.shape), alpha=self.scale * rescale / len(deltas))
-        return total
+        def cut(s: Tensor) -> tuple[int, float]:
+            k = smallest_rank(s, self.share)
+            kept = s[:k].sum()
+            return k, self.scale * (float(s.sum() / kept) if kept > 0 else 1.0) / len(deltas)
+
+        return low_rank_sum(name, origin, deltas, cut)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return scaled_mean(origin, deltas, self.scale)
 
 
-def smallest_rank(spectrum: Spectrum, share: float) -> int:
+def smallest_rank(s: Tensor, share: float) -> int:
     """The fewest top components whose singular values sum to `share` of all."""
-    cumulative = spectrum.s.double().cumsum(0)
-    return min(spectrum.s.numel(), int((cumulative < share * cumulative[-1]).sum()) + 1)
+    cumulative = s.double().cumsum(0)
+    return min(s.numel(), int((cumulative < share * cumulative[-1]).sum()) + 1)

@@ -36,16 +36,17 @@ class SVDk(Method):
     scale: float = Field(0.3, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
-        return low_rank_sum(name, origin, deltas, lambda s: top_count(self.rank, s.numel()), self.scale)
+        return low_rank_sum(name, origin, deltas, lambda s: (top_count(self.rank, s.numel()), self.scale))
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return weighted_sum(origin, deltas, lambda task: self.scale)
 
 
-def low_rank_sum(name: str, origin: Tensor, deltas: Deltas, count: Callable[[Tensor], int], scale: float) -> Tensor:
-    """origin + scale · Σ_t top_k(δ_t), with one SVD in memory at a time. `count` gives k from the singular values."""
+def low_rank_sum(name: str, origin: Tensor, deltas: Deltas, cut: Callable[[Tensor], tuple[int, float]]) -> Tensor:
+    """origin + Σ_t c_t · top_k(δ_t), with one SVD in memory at a time. `cut` gives k and c_t from the singular values."""
     total = origin.clone()
     for task in deltas:  # not values(): its variable would hold one task vector while the next is made
         spectrum = decompose(deltas[task], name)
-        total.add_(spectrum.reconstruct(count(spectrum.s)).reshape(origin.shape), alpha=scale)
+        k, scale = cut(spectrum.s)
+        total.add_(spectrum.reconstruct(k).reshape(origin.shape), alpha=scale)
     return total

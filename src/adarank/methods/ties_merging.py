@@ -23,8 +23,8 @@ from torch import Tensor
 
 from adarank.methods.base import Deltas, Method
 from adarank.methods.sparse import Election
-from adarank.methods.threshold import global_thresholds
 from adarank.task_vectors import Network, OriginKind
+from adarank.threshold import global_thresholds, trimmed
 
 
 class TiesMerging(Method):
@@ -66,12 +66,9 @@ class TiesMerging(Method):
         """The merged task vector before λ."""
         election = Election(origin, zero_is_positive=False)
         for task in deltas:
-            election.add(self._trimmed(self.changed(task, name, deltas[task]), task))
+            election.add(trimmed(self.changed(task, name, deltas[task]), self._thresholds[task]))
         total, voters = election.result()
         return total if self.combine == "sum" else total / voters.clamp(min=1)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         return 7  # an election's five sums, and what trims
-
-    def _trimmed(self, delta: Tensor, task: str) -> Tensor:
-        return delta * (delta.abs().float() >= self._thresholds[task])

@@ -10,7 +10,6 @@ weight: [{filter: mlp, value: 0.5}, {value: 1}] the first entry whose filter is 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, get_args
 
@@ -18,9 +17,8 @@ from pydantic import BeforeValidator, PlainSerializer
 from pydantic.fields import FieldInfo
 
 from adarank.errors import RecipeError
+from adarank.layers import layer_number
 from adarank.settings import Settings
-
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 class TensorWeights:
@@ -47,8 +45,7 @@ class TensorWeights:
         rest: float | None = None,
     ) -> None:
         self._settings, self._fallback, self._key, self._rest = settings, fallback, key, rest
-        layers = [int(match.group(1)) for name in names if (match := _LAYER.search(name))]
-        self._last = max(layers, default=0)
+        self._last = max((layer_number(name) or 0 for name in names), default=0)
         self._values = {self.of(task, name) for task in settings or ("",) for name in names}
 
     def of(self, task: str, name: str) -> float:
@@ -116,8 +113,8 @@ class TensorWeights:
         return None
 
     def _gradient(self, values: list[float], name: str) -> float:
-        match = _LAYER.search(name)
-        position = 0.0 if match is None else int(match.group(1)) / self._last if self._last else 1.0
+        layer = layer_number(name)
+        position = 0.0 if layer is None else layer / self._last if self._last else 1.0
         scaled = position * (len(values) - 1)
         low = int(scaled)
         high = min(low + 1, len(values) - 1)

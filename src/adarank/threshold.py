@@ -57,6 +57,11 @@ def global_thresholds(
     return {task: _number(upper[task], lower[task]) for task in network.tasks}
 
 
+def trimmed(delta: Tensor, threshold: float) -> Tensor:
+    """A task vector with the entries below a magnitude set to 0: a new tensor."""
+    return delta * (delta.abs().float() >= threshold)
+
+
 def _count(flat: Tensor, upper: int | None = None) -> Tensor:
     """How many numbers have each value of the upper 16 bits or, of those with `upper` there, of the lower 16."""
     bits = flat.view(torch.int32)

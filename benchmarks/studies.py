@@ -1,0 +1,326 @@
+"""What adaptation's choices come to: objectives, bases, what is learned, data budgets, faults, numbers of tasks.
+
+    python benchmarks/studies.py minilm-8|demo-8 FOLDER [--studies NAME …] [--steps 50] [--threads 2]
+
+FOLDER as for table.py. Every run is judged at its checks as the tool does, on unlabelled select inputs; beside that, and
+seen by nothing but this study, test inputs are scored there with labels. A run that the record has is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from table import BEDS, ROOT, Bench
+
+from adarank.adapt.judge import Judged, first_collapse, worse
+from adarank.adapt.loop import History, Loss, Memory, adapt
+from adarank.adaptation import task_losses
+from adarank.data.splits import Splits
+from adarank.data.task import Batch, Examples, TaskData
+from adarank.experts import Outputs, expert_outputs, judge_of
+from adarank.networks import build_models
+from adarank.plan import open_job
+from adarank.record import machine, versions
+from adarank.scoring import score_all
+from adarank.writer import write_json
+
+CHECKS = 4
+SCORED = 200  # test inputs per task
+WATCHED = 128  # select inputs per task that steps are judged on
+SIGNALS = {"agreement": 1, "divergence": -1, "histogram": -1, "entropy": -1}  # which way is better
+Data = dict[str, TaskData]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a study: what differs from the default.
+
+    Attributes:
+        change: the adaptation inputs that it sees, made from all of them.
+        fresh: tasks whose inputs it alters, so that their experts must be asked again.
+        silent: tasks without adaptation data.
+        tasks: the tasks merged; None is all.
+        paper: step sizes, schedule and objective of the papers.
+    """
+
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    adapt: Mapping[str, Any] = field(default_factory=dict)
+    change: Callable[[Data], Data] = lambda data: data
+    fresh: bool = False
+    silent: tuple[int, ...] = ()
+    tasks: tuple[str, ...] | None = None
+    checks: int = CHECKS
+
+
+def budget(count: int) -> Callable[[Data], Data]:
+    """At most `count` adaptation inputs of each task."""
+    return lambda data: {task: own.spread("adapt", count) for task, own in data.items()}
+
+
+def share(part: float) -> Callable[[Data], Data]:
+    """That share of each task's adaptation inputs, one at least."""
+    return lambda data: {t: own.spread("adapt", max(1, round(part * len(own.splits.rows["adapt"])))) for t, own in data.items()}  # fmt: skip
+
+
+def imbalanced(data: Data) -> Data:
+    """Of each task, a tenth of the inputs of every class but its most frequent one."""
+    found = {}
+    for task, own in data.items():
+        rows = own.splits.rows["adapt"]
+        most = statistics.mode(own.labels[row] for row in rows)
+        rare = [row for row in rows if own.labels[row] != most]
+        kept = {row for row in rows if own.labels[row] == most} | set(rare[::10])
+        found[task] = adapting_on(own, tuple(row for row in rows if row in kept))
+    return found
+
+
+def adapting_on(own: TaskData, rows: tuple[int, ...]) -> TaskData:
+    return replace(own, splits=Splits({**own.splits.rows, "adapt": rows}, own.splits.dropped))
+
+
+class Noisy:
+    """Examples with noise: pixels plus normal noise of standard deviation 1, or three tokens of ten replaced at random."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples, self.lengths = examples, examples.lengths
+
+    def batch(self, rows: Any) -> Batch:
+        batch = dict(self.examples.batch(rows))
+        generator = torch.Generator().manual_seed(sum(rows))
+        if "pixel_values" in batch:
+            pixels = batch["pixel_values"]
+            batch["pixel_values"] = pixels + torch.randn(pixels.shape, generator=generator)
+            return batch
+        ids = batch["input_ids"]
+        hit = (torch.rand(ids.shape, generator=generator) < 0.3) & (ids > 999)  # below are special tokens
+        batch["input_ids"] = torch.where(hit, torch.randint(1000, 30_000, ids.shape, generator=generator), ids)
+        return batch
+
+    def content(self) -> bytes:
+        return self.examples.content()
+
+
+def noisy(data: Data) -> Data:
+    """Every adaptation input with noise."""
+    return {task: replace(own, examples=Noisy(own.examples)) for task, own in data.items()}
+
+
+def foreign(data: Data) -> Data:
+    """The last task's adaptation inputs are another task's."""
+    *_, other, task = data
+    return {**data, task: replace(data[other], name=task)}
+
+
+def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
+    """study -> run -> what differs."""
+    chooser = random.Random(0)
+    subsets = [tuple(t for t in tasks if t in chosen)
+               for chosen in (chooser.sample(tasks, chooser.randint(2, 6)) for _ in range(20))]  # fmt: skip
+    dense = {"origin": "pretrained", "rank": 1.0, "lambda": 0.3}
+    return {
+        "objectives": {
+            "self-label": Variant(),
+            "self-label, hard": Variant(adapt={"self_label": {"hard": True}}),
+            "self-label, T = 2": Variant(adapt={"self_label": {"temperature": 2.0}}),
+            "self-label and features": Variant(adapt={"objective": {"self-label": 1.0, "features": 0.5}}),
+            "features": Variant(adapt={"objective": "features"}),
+            "self-label and infomax": Variant(adapt={"objective": {"self-label": 1.0, "infomax": 0.2}}),
+            "infomax": Variant(adapt={"objective": "infomax"}),
+            "filtered-entropy": Variant(adapt={"objective": "filtered-entropy"}),
+            "entropy": Variant(adapt={"objective": "entropy"}, checks=5),
+        },
+        "learned": {
+            "λ alone": Variant({"learn_masks": False}),
+            "masks alone": Variant({"learn_lambda": False}),
+            "top components alone": Variant({"returnable": False}),
+        },
+        "λ shared": {f"per {own}": Variant({"lambda_per": own}) for own in ("layer", "task", "model")},
+        "bases": {
+            "TA, its usual start": Variant(dense),
+            "TA": Variant({"origin": "pretrained", "rank": "auto", "lambda": "auto"}),
+            "TSV-M": Variant({"basis": "tsv_m"}),
+            "Iso-C": Variant({"basis": "iso_c"}),
+            "Iso-CTS": Variant({"basis": "iso_cts"}),
+        },
+        "step sizes": {
+            "masks 1e-3, λ 1e-3": Variant(adapt={"lr_masks": 1e-3, "lr_lambda": 1e-3}),
+            "masks 5e-3, λ 5e-3": Variant(adapt={"lr_masks": 5e-3, "lr_lambda": 5e-3}),
+            "masks 1e-2, λ 2e-2": Variant(adapt={"lr_masks": 1e-2, "lr_lambda": 2e-2}),
+            "constant": Variant(adapt={"schedule": "constant"}),
+        },
+        "data": {
+            "16 inputs a task": Variant(change=budget(16)),
+            "1%": Variant(change=share(0.01)),
+            "10%": Variant(change=share(0.1)),
+        },
+        "batch": {f"{size} inputs": Variant(adapt={"batch_size": size}) for size in (4, 32)},
+        "faults": {
+            "noise on every input": Variant(change=noisy, fresh=True),
+            "classes out of balance": Variant(change=imbalanced),
+            "last task without data": Variant(silent=(-1,)),
+            "last task with another's inputs": Variant(change=foreign, fresh=True),
+        },
+        "tasks": {f"first {count}": Variant(tasks=tuple(tasks[:count])) for count in (2, 4)},
+        "subsets": {f"{i:02d}": Variant(tasks=own, checks=1) for i, own in enumerate(subsets)},
+    }
+
+
+class Studies:
+    """All runs of a test bed, in one record."""
+
+    def __init__(self, bench: Bench, steps: int, path: Path) -> None:
+        self.bench, self.steps, self.path = bench, steps, path
+        self.record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+        self.asked = bench.folder / "studies"
+        self.asked.mkdir(parents=True, exist_ok=True)
+
+    def run(self, study: str, label: str, variant: Variant) -> None:
+        if label in self.record["runs"].get(study, {}):
+            return
+        tasks = list(variant.tasks or self.bench.data)
+        start = {} if variant.tasks else self.record.get("start", {})
+        based = "basis" in variant.parameters
+        parameters = {**({} if based else start), **variant.parameters}
+        steps = max(1, self.steps // 2) if study == "subsets" else self.steps
+        loop = {"batch_size": 8 if self.bench.bed.name == "minilm-8" else 16, "steps": steps, "check_inputs": WATCHED,
+                "check_every": max(1, steps // variant.checks), **variant.adapt}  # fmt: skip
+        content = self._adapt(label, tasks, parameters, loop, variant)
+        if not self.record["runs"] and study == "objectives":
+            self.record["start"] = content["start"]
+        self.record["runs"].setdefault(study, {})[label] = content
+        self.record |= {
+            "correlations": correlations([run for own in self.record["runs"].values() for run in own.values()]),
+            "command": f"python benchmarks/studies.py {self.bench.bed.name} FOLDER --steps {self.steps}",
+            "scored_per_task": SCORED, "seed": 0, "inputs": self.bench.inputs, "versions": versions(), "machine": machine(),
+        }  # fmt: skip
+        write_json(self.path, self.record)
+        kept = next(own for own in content["checks"] if own["step"] == content["step_kept"])
+        print(f"{study} / {label}: agreement {mean(content['checks'][0], 'agreement'):.3f} -> {mean(kept, 'agreement'):.3f}, "
+              f"test {score(content['checks'][0]):.1f} -> {score(kept):.1f} (last {score(content['checks'][-1]):.1f})",
+              flush=True)  # fmt: skip
+
+    def _adapt(self, label: str, tasks: list[str], parameters: Any, loop: Any, variant: Variant) -> dict[str, Any]:
+        recipe = self.bench.recipe({"merge_method": "adarank", "parameters": parameters, "adapt": loop})
+        if variant.tasks:
+            recipe = recipe.model_copy(update={"models": [m for m, t in zip(recipe.models, recipe.experts, strict=True) if t in tasks]})  # fmt: skip
+        job = open_job(recipe)
+        models = build_models(job) if variant.tasks else self.bench.models
+        method, settings = job.recipe.adaptation()
+        whole = {task: self.bench.data[task] for task in tasks}
+        data = variant.change(whole)
+        experts = self._experts(settings) if not variant.fresh else expert_outputs(job, models, data, settings)
+        live = method.start(job.network, models.shared, settings, "cpu")
+        memory: Memory = {}
+        losses: dict[str, Loss] = task_losses(job, models, data, settings, experts, memory)
+        for place in variant.silent:
+            del losses[tasks[place]]
+        watched = self._experts(settings)
+        plain = judge_of(job, models, whole, settings, watched)
+        test = {task: own.spread("test", SCORED) for task, own in whole.items()}
+        scores: dict[tuple[float, ...], dict[str, float]] = {}
+
+        def judge(step: int) -> Judged:
+            if step or not method.grid.open:
+                scores[(step,)] = score_all(job, models, test, "test")
+            return plain(step)
+
+        history = adapt(live, losses, settings, judge=judge, memory=memory, grid=method.grid)
+        if (0,) not in scores:  # a start that was found is scored once it is known
+            best = max(history.starts, key=lambda own: own.value)
+            live.reset(best.scale, best.rank)
+            live.write()
+            scores[(0,)] = score_all(job, models, test, "test")
+        return report(history, {step: own for (step,), own in scores.items()}, parameters, loop, tasks)
+
+    def _experts(self, settings: Any) -> dict[str, Outputs]:
+        """All experts' outputs, features too, on all inputs: asked once per test bed."""
+        job, models = self.bench.job, self.bench.models
+        wide = settings.model_copy(update={"objective": {"self-label": 1.0, "features": 1.0}})
+        return expert_outputs(job, models, self.bench.data, wide, self.bench.inputs, self.asked)
+
+
+def report(history: History, scores: Mapping[int, Any], parameters: Any, loop: Any, tasks: list[str]) -> dict[str, Any]:
+    """A run as the record has it."""
+    choice = history.choice
+    assert choice is not None
+    best = max(history.starts, key=lambda own: own.value, default=None)
+    checks = []
+    for step, judged in sorted(history.judged.items()):
+        signals = {task: {name: round(v, 4) for name, v in asdict(own).items()} for task, own in judged.items()}
+        checks.append({"step": step, "signals": signals, "scores": {t: round(v, 2) for t, v in scores[step].items()}})
+    kept = history.judged[choice.step]
+    return {
+        "settings": {"parameters": dict(parameters), "adapt": dict(loop)},
+        "tasks": tasks,
+        "start": {"rank": best.rank, "lambda": best.scale} if best else {},
+        "starts_tried": len(history.starts),
+        "checks": checks,
+        "step_kept": choice.step,
+        "rolled_back": choice.rolled_back,
+        "worse_at_kept": worse(kept, history.judged[0], 0.0),
+        "collapse_seen": first_collapse(history.judged),
+        "components_kept": round(history.kept[-1], 5),
+        "seconds_in_steps": round(history.seconds, 1),
+    }
+
+
+def mean(check: Mapping[str, Any], name: str) -> float:
+    return statistics.mean(own[name] for own in check["signals"].values())
+
+
+def score(check: Mapping[str, Any]) -> float:
+    return statistics.mean(check["scores"].values())
+
+
+def correlations(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Spearman's ρ between each signal and the labelled score.
+
+    `all_checks`: means over tasks, all runs' checks together, runs of all tasks alone. `per_task`: for each task, over all
+    checks of those runs; the mean of these.
+    """
+    found = {}
+    whole = [run for run in runs if len(run["tasks"]) == max(len(own["tasks"]) for own in runs)]
+    checks = [check for run in whole for check in run["checks"]]
+    for name, sign in SIGNALS.items() if len(checks) > 2 else ():
+        all_checks = spearmanr([sign * mean(own, name) for own in checks], [score(own) for own in checks])
+        own_tasks = []
+        for task in checks[0]["scores"]:
+            x = [sign * own["signals"][task][name] for own in checks]
+            y = [own["scores"][task] for own in checks]
+            if len(set(x)) > 1 and len(set(y)) > 1:
+                own_tasks.append(float(spearmanr(x, y).statistic))
+        found[name] = {"all_checks": float(all_checks.statistic), "per_task": statistics.mean(own_tasks or [0.0]),
+                       "checks": len(checks)}  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bed", choices=BEDS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--records", type=Path, default=ROOT / "records")
+    parser.add_argument("--studies", nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bench = Bench(BEDS[options.bed], options.folder, options.records / options.bed)
+    own = Studies(bench, options.steps, options.records / options.bed / "studies.json")
+    for study, variants in studies(list(bench.data)).items():
+        for label, variant in variants.items():
+            if not options.studies or study in options.studies:
+                own.run(study, label, variant)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

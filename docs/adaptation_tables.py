@@ -1,0 +1,134 @@
+"""The tables and curves of adaptation.md, from records/BED/studies.json."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).resolve().parent.parent / "records"
+BEDS = ("demo-8", "minilm-8")
+Run = Mapping[str, Any]
+
+
+def studies_of(bed: str) -> dict[str, Any]:
+    path = RECORDS / bed / "studies.json"
+    return json.loads(path.read_text()) if path.exists() else {"runs": {}, "correlations": {}}
+
+
+def agreement(check: Run) -> float:
+    return 100 * statistics.mean(own["agreement"] for own in check["signals"].values())
+
+
+def score(check: Run) -> float:
+    return statistics.mean(check["scores"].values())
+
+
+def kept(run: Run) -> Run:
+    return next(own for own in run["checks"] if own["step"] == run["step_kept"])
+
+
+def steps() -> list[str]:
+    """How long the runs are."""
+    found = {bed: next(iter(studies_of(bed)["runs"]["objectives"].values())) for bed in BEDS if studies_of(bed)["runs"]}
+    return [", ".join(f"{run['settings']['adapt']['steps']} steps on {bed}" for bed, run in found.items())]
+
+
+def tables() -> list[str]:
+    """A table per study: one row per run, the columns of both test beds."""
+    lines = []
+    names = dict.fromkeys(name for bed in BEDS for name in studies_of(bed)["runs"] if name != "subsets")
+    for name in names:
+        beds = [bed for bed in BEDS if name in studies_of(bed)["runs"]]
+        lines += [f"### {name[0].upper()}{name[1:]}", "",
+                  "| | " + " | ".join(f"{bed}: agreement, start → kept | test, start → kept | test, last" for bed in beds) + " |",
+                  "|---" * (1 + 3 * len(beds)) + "|"]  # fmt: skip
+        default = {bed: studies_of(bed)["runs"]["objectives"]["self-label"] for bed in beds}
+        rows = dict.fromkeys(row for bed in beds for row in studies_of(bed)["runs"][name])
+        if name != "objectives":
+            lines.append("| default | " + " | ".join(_cells(default[bed]) for bed in beds) + " |")
+        for row in rows:
+            own = [studies_of(bed)["runs"][name].get(row) for bed in beds]
+            lines.append(f"| {row} | " + " | ".join(_cells(run) if run else "| |" for run in own) + " |")
+        lines.append("")
+    return lines[:-1]
+
+
+def _cells(run: Run) -> str:
+    first, best, last = run["checks"][0], kept(run), run["checks"][-1]
+    gone = f", {len(run['collapse_seen'])} tasks collapsed" if run["collapse_seen"] else ""
+    back = " (rolled back)" if run["rolled_back"] else ""
+    return (f"{agreement(first):.1f} → {agreement(best):.1f}{back} | {score(first):.1f} → {score(best):.1f} | {score(last):.1f}{gone}")  # fmt: skip
+
+
+def signals() -> list[str]:
+    beds = [bed for bed in BEDS if studies_of(bed)["correlations"]]
+    lines = ["| signal | " + " | ".join(f"{bed}: means | {bed}: per task" for bed in beds) + " |",
+             "|---" * (1 + 2 * len(beds)) + "|"]  # fmt: skip
+    found = {bed: studies_of(bed)["correlations"] for bed in beds}
+    for name in found[beds[0]] if beds else ():
+        lines.append(f"| {name} | " + " | ".join(f"{found[b][name]['all_checks']:.2f} | {found[b][name]['per_task']:.2f}" for b in beds) + " |")  # fmt: skip
+    counts = ", ".join(f"{found[bed]['agreement']['checks']} checks on {bed}" for bed in beds)
+    return [*lines, "", f"{counts}."]
+
+
+def subsets() -> list[str]:
+    """Every subset's least change of agreement and its change of the mean test score, and how many fell."""
+    lines = ["| test bed | subsets | rolled back | least change of a task's agreement | test: worst, median, best change | test mean below the start |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for bed in BEDS:
+        runs = list(studies_of(bed)["runs"].get("subsets", {}).values())
+        if not runs:
+            continue
+        least = min(_least(run) for run in runs)
+        changes = sorted(score(kept(run)) - score(run["checks"][0]) for run in runs)
+        lines.append(f"| {bed} | {len(runs)} | {sum(run['rolled_back'] for run in runs)} | {100 * least:+.1f} points | "
+                     f"{changes[0]:+.1f}, {statistics.median(changes):+.1f}, {changes[-1]:+.1f} | {sum(c < 0 for c in changes)} |")  # fmt: skip
+    return lines
+
+
+def _least(run: Run) -> float:
+    first, best = run["checks"][0]["signals"], kept(run)["signals"]
+    return min(best[task]["agreement"] - first[task]["agreement"] for task in first)
+
+
+LINES = {"self-label": "#e4572e", "features": "#76b041", "infomax": "#f2a541", "filtered-entropy": "#4c78a8", "entropy": "#555555"}  # fmt: skip
+
+
+def curves() -> str:
+    """Two panels per test bed: agreement with the experts and test score at each check, a line per objective."""
+    beds = [bed for bed in BEDS if "objectives" in studies_of(bed)["runs"]]
+    width, height, gap = 300, 170, 60
+    total = (2 * (width + gap) + 140, len(beds) * (height + gap) + 30)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{total[0]}" height="{total[1]}" font-family="sans-serif" font-size="12">',
+             f'<rect width="{total[0]}" height="{total[1]}" fill="#ffffff"/>']  # fmt: skip
+    for row, bed in enumerate(beds):
+        runs = studies_of(bed)["runs"]["objectives"]
+        for column, (title, value) in enumerate((("agreement with the experts, %", agreement), ("test score", score))):
+            left, top = gap + column * (width + gap), 30 + row * (height + gap)
+            parts += _panel(runs, f"{bed}: {title}", value, (left, top, width, height))
+    for number, (name, colour) in enumerate(LINES.items()):
+        x, y = total[0] - 135, 44 + 20 * number
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + 18}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{x + 24}" y="{y + 4}" fill="#333">{name}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(runs: Mapping[str, Run], title: str, value: Any, box: tuple[int, int, int, int]) -> list[str]:
+    left, top, width, height = box
+    most = max(own["step"] for run in runs.values() for own in run["checks"])
+    parts = [f'<text x="{left}" y="{top - 8}" fill="#333">{title}</text>']
+    for tick in range(0, 101, 25):
+        y = top + height * (1 - tick / 100)
+        parts.append(f'<line x1="{left}" y1="{y:g}" x2="{left + width}" y2="{y:g}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:g}" fill="#666" text-anchor="end">{tick}</text>')
+    parts.append(f'<text x="{left}" y="{top + height + 16}" fill="#666">0</text>')
+    parts.append(f'<text x="{left + width}" y="{top + height + 16}" fill="#666" text-anchor="end">step {most}</text>')
+    for name, colour in LINES.items():
+        if name in runs:
+            points = [(left + width * own["step"] / most, top + height * (1 - value(own) / 100)) for own in runs[name]["checks"]]  # fmt: skip
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    return parts

@@ -1,0 +1,60 @@
+"""How much each task's loss counts in a step: more, the less it has fallen since the start.
+
+    r_t = (m_t - m_t⁰) / |m_t⁰|            m_t: running mean of the task's losses, m_t⁰: mean of its first ones
+    w_t = T · softmax(κ r + d)_t           d_t: how far judgements found the task behind its start
+
+With d = 0 these are the slopes of (T/κ) log Σ_t exp(κ r_t), a smooth maximum: a task that gets worse pulls the harder, the
+worse it gets, so that no task pays for the others. d answers for what is promised, agreement with the expert, where the
+loss does not tell. κ = 0 is the papers' plain sum. A function of what was seen so far: no label, no state of its own.
+
+The weights by loss are those of group DRO (Sagawa et al. 2020, arXiv:1911.08731), with progress in the place of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from adarank.adapt.judge import Judged, standard_error, worse
+
+FIRST = 8  # losses that m_t⁰ is the mean of; until then all tasks count alike
+MOMENTUM = 0.9
+
+
+def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequence[float]) -> list[float]:
+    """The weight of each task in the next step; their mean is 1.
+
+    Arguments:
+        losses: one sequence of past losses per task, all of one length.
+        strength: κ, 0 or more.
+        debts: d_t of each task.
+    """
+    if strength == 0 or len(losses[0]) < FIRST:  # too early to tell
+        return [1.0] * len(losses)
+    exponents = [strength * _relative(own) + debt for own, debt in zip(losses, debts, strict=True)]
+    weights: list[float] = (torch.tensor(exponents, dtype=torch.float64).softmax(dim=0) * len(losses)).tolist()
+    return weights
+
+
+def behind(tasks: Sequence[str], judged: Mapping[int, Judged]) -> list[float]:
+    """d_t of each task: what judgements so far found it behind its start, in standard errors.
+
+    A judgement at which it agreed less with its expert than at the start adds how many errors less, 1 to 3; any other takes
+    1 off, down to 0.
+    """
+    debts = dict.fromkeys(tasks, 0.0)
+    for _, own in sorted(judged.items())[1:]:
+        fallen = set(worse(own, judged[0], 0.0))
+        for task in own.keys() & debts.keys():
+            first = judged[0][task]
+            errors = (first.agreement - own[task].agreement) / standard_error(first)
+            debts[task] = max(0.0, debts[task] + (min(max(errors, 1.0), 3.0) if task in fallen else -1.0))
+    return list(debts.values())
+
+
+def _relative(losses: Sequence[float]) -> float:
+    start = now = sum(losses[:FIRST]) / FIRST
+    for loss in losses[FIRST:]:
+        now = MOMENTUM * now + (1 - MOMENTUM) * loss
+    return (now - start) / max(abs(start), 1e-3)

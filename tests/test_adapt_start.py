@@ -1,0 +1,108 @@
+"""The start that adaptation finds without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adarank.adapt.judge import Signals
+from adarank.adapt.loop import History, adapt
+from adarank.adapt.methods import AdaRank
+from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.start import RANKS, SCALES, Grid, climb, find_start, grid_of
+from adarank.errors import RecipeError
+from adarank.settings import parse
+from test_adapt_keeps import SETTINGS, Judged
+from test_adapt_loop import Problem, assert_same
+
+USUAL = (0.08, 1.0)
+
+
+@given(st.randoms(use_true_random=False))
+def test_a_climb_ends_where_no_neighbour_is_better(random) -> None:
+    grid = grid_of("auto", "auto", USUAL)
+    values = {(r, s): random.randint(0, 5) for r in RANKS for s in SCALES}
+    tried = climb(grid, lambda rank, scale: values[rank, scale])
+    assert len({(own.rank, own.scale) for own in tried}) == len(tried)  # none twice
+    assert (tried[0].rank, tried[0].scale) == USUAL
+    best = max(tried, key=lambda own: own.value)
+    at = RANKS.index(best.rank), SCALES.index(best.scale)
+    assert all(values[RANKS[i], SCALES[j]] <= best.value for i, j in grid.neighbours(at))
+
+
+@given(st.integers(0, len(RANKS) - 1), st.integers(0, len(SCALES) - 1))
+def test_one_hill_is_climbed_to_its_top(i: int, j: int) -> None:
+    tried = climb(
+        grid_of("auto", "auto", USUAL), lambda rank, scale: -abs(RANKS.index(rank) - i) - abs(SCALES.index(scale) - j)
+    )
+    best = max(tried, key=lambda own: own.value)
+    assert (best.rank, best.scale) == (RANKS[i], SCALES[j])
+
+
+@pytest.mark.parametrize(
+    ("rank", "scale", "shape"),
+    [(0.3, 0.5, (1, 1)), ("auto", 0.5, (len(RANKS), 1)), (0.3, "auto", (1, len(SCALES)))],
+)
+def test_what_is_given_is_not_looked_for(rank: float | str, scale: float | str, shape: tuple[int, int]) -> None:
+    grid = grid_of(rank, scale, USUAL)
+    assert (len(grid.ranks), len(grid.scales)) == shape
+    assert grid.open == (max(shape) > 1)
+    tried = climb(grid, lambda *_: 0.0)
+    assert rank == "auto" or {own.rank for own in tried} == {rank}
+    assert scale == "auto" or {own.scale for own in tried} == {scale}
+
+
+def liking(live, rank: float, scale: float):
+    """A judge that agrees most at one start, whatever the networks hold."""
+    wanted_lam, share = scale, rank
+
+    def judge(step: int) -> dict[str, Signals]:
+        off = abs(float(live.lam.mean()) - wanted_lam) + abs(live.kept_share() - share)
+        return {"a": Signals(1 / (1 + off), off, 0.0, 0.1, 0.5, 0.5, 10)}
+
+    return judge
+
+
+def test_the_live_weights_are_left_at_the_best_start() -> None:
+    problem, other = Problem(), Problem()
+    grid = Grid((0.25, 0.5, 1.0), (0.2, 0.4, 0.8), (1, 1))
+    tried, judged = find_start(problem.live, grid, liking(problem.live, 1.0, 0.2), "agreement")
+    best = max(tried, key=lambda own: own.value)
+    assert (best.rank, best.scale) == (1.0, 0.2)
+    assert judged["a"].agreement == pytest.approx(best.value)
+    other.live.reset(0.2, 1.0)
+    other.live.write()
+    assert torch.equal(problem.live.lam, other.live.lam)
+    assert torch.equal(problem.live.logits, other.live.logits)
+    for own, wanted in zip(problem.net.parameters(), other.net.parameters(), strict=True):
+        assert torch.equal(own, wanted)
+
+
+def test_a_stopped_run_keeps_the_start_that_it_found(tmp_path: Path) -> None:
+    grid = Grid((0.25, 0.5, 1.0), (0.1, 0.4), (0, 0))
+
+    def go(settings: AdaptSettings, state: Path | None = None) -> tuple[Judged, History]:
+        torch.manual_seed(0)
+        own = Judged()
+        return own, adapt(own.live, own.losses, settings, state, judge=own.judge, memory=own.memory, grid=grid)
+
+    whole, history = go(SETTINGS)
+    assert len(history.starts) > 1
+    go(SETTINGS.model_copy(update={"steps": 6}), tmp_path / "state.pt")
+    again, taken_up = go(SETTINGS, tmp_path / "state.pt")
+    assert taken_up.starts == history.starts
+    assert taken_up.judged == history.judged
+    assert_same(whole, again)
+
+
+def test_a_start_may_be_a_share_or_auto_and_nothing_else() -> None:
+    for bad in (0, 1.5, "none", True, None):
+        with pytest.raises(RecipeError, match=r"rank: .*(share|number).*auto"):
+            parse(AdaRank, {"rank": bad}, "parameters")
+    with pytest.raises(RecipeError, match=r"lambda: .*number or auto"):
+        parse(AdaRank, {"lambda": "most"}, "parameters")
+    assert parse(AdaRank, {}, "parameters").rank == "auto"

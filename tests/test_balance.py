@@ -1,0 +1,70 @@
+"""How much each task's loss counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adarank.adapt.balance import FIRST, MOMENTUM, behind, task_weights
+from adarank.adapt.judge import Signals
+
+
+@given(st.integers(1, 6), st.integers(FIRST, 30), st.floats(0.1, 8.0), st.integers(0, 99))
+def test_weights_are_the_slopes_of_the_smooth_maximum(tasks: int, steps: int, strength: float, seed: int) -> None:
+    losses = np.random.default_rng(seed).uniform(0.1, 3.0, (tasks, steps))
+    start = losses[:, :FIRST].mean(axis=1)
+    decay = MOMENTUM ** np.arange(steps - FIRST - 1, -1, -1) * (1 - MOMENTUM)
+    mean = start * MOMENTUM ** (steps - FIRST) + losses[:, FIRST:] @ decay
+    ratio = torch.tensor((mean - start) / start, requires_grad=True)
+    (tasks / strength * torch.logsumexp(strength * ratio, dim=0)).backward()
+    assert ratio.grad is not None
+    assert task_weights(losses.tolist(), strength, [0] * tasks) == pytest.approx(ratio.grad.tolist())
+
+
+def test_a_task_that_gets_worse_counts_more() -> None:
+    better, worse = [1.0] * FIRST + [0.5] * 20, [1.0] * FIRST + [1.2] * 20
+    own = task_weights([better, worse, better], 4.0, [0, 0, 0])
+    assert own[1] > 5 * own[0] == 5 * own[2]
+    assert sum(own) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("length", [0, 1, FIRST - 1])
+def test_the_first_steps_and_strength_0_are_the_plain_sum(length: int) -> None:
+    assert task_weights([[1.0] * length, [5.0] * length], 4.0, [0, 3]) == [1.0, 1.0]
+    assert task_weights([[1.0] * 40, [5.0] * 20 + [9.0] * 20], 0.0, [0, 3]) == [1.0, 1.0]
+
+
+def test_it_does_not_depend_on_the_unit_of_a_loss() -> None:
+    fall, rise = [1.0, 0.9] * 10, [1.0, 1.1] * 10
+    assert task_weights([[100 * v for v in fall], rise], 3.0, [0, 0]) == pytest.approx(
+        task_weights([fall, rise], 3.0, [0, 0])
+    )
+
+
+def test_losses_below_0_that_fall_have_fallen() -> None:
+    sinking, rising = [-1.0] * FIRST + [-1.5] * 9, [-1.0] * FIRST + [-0.5] * 9
+    first, second = task_weights([sinking, rising], 4.0, [0, 0])
+    assert first < 1 < second
+
+
+def agreeing(**shares: float) -> dict[str, Signals]:
+    return {task: Signals(share, 0.0, 0.0, 0.0, 0.5, 0.5, 100) for task, share in shares.items()}
+
+
+def test_a_debt_multiplies_a_tasks_weight_by_e() -> None:
+    losses = [[1.0] * 20, [1.0] * 20]
+    first, second = task_weights(losses, 4.0, [0, 1])
+    assert second / first == pytest.approx(np.e)
+
+
+def test_debts_are_made_by_falling_behind_the_start_and_paid_back_after() -> None:
+    start = agreeing(a=0.5, b=0.5)
+    error = (0.25 / 102) ** 0.5
+    judged = {0: start, 5: agreeing(a=0.4, b=0.6), 10: agreeing(a=0.49, b=0.5), 15: agreeing(a=0.5, b=0.1)}
+    found = [behind(["a", "b"], dict(list(judged.items())[: n + 1])) for n in range(4)]
+    first = 0.1 / error  # 2 errors behind
+    assert found == [[0, 0], pytest.approx([first, 0]), pytest.approx([first + 1, 0]), pytest.approx([first, 3])]
+    assert behind(["a", "b"], {}) == [0, 0]
