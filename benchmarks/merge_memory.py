@@ -2,6 +2,8 @@
 
     python benchmarks/merge_memory.py --folder FOLDER [--dtype float32] [--methods average task_arithmetic cart …]
 
+All data-free methods are measured unless some are named.
+
 FOLDER gets the inputs (seeded random weights, sharded safetensors) and the merged models; both are deleted after.
 Every merge is `adarank.pipeline.merge` in a process of its own, whose RssAnon (from /proc/PID/status: what it holds
 beside mapped files) is sampled every 20 ms. PyTorch and transformers are in it; `imported` is their share.
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from adarank import pipeline
 from adarank.masks import MaskFile, top_mask
+from adarank.methods import METHODS
 from adarank.plan import open_job
 from adarank.recipe import DTYPES, parse_recipe
 from adarank.record import machine, versions
@@ -39,9 +42,16 @@ NOISE = 0.01
 SHARD_BYTES = 400 * 10**6
 SAMPLE_SECONDS = 0.02
 LIMIT = 10**9
-SPECTRAL = ("svd_k", "cart", "masked")
-METHODS = ("average", "linear", "task_arithmetic", *SPECTRAL)
+SPECTRAL = tuple(name for name, kind in METHODS.items() if kind.spectral)
 MASK_RANK, MASK_LAMBDA = 0.6, 0.3
+# What a method must be told, or else does nothing that costs memory.
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "slerp": {"t": 0.5},
+    "sce": {"select_topk": 0.5},
+    **{name: {"density": 0.5} for name in ("ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties")},
+    **{name: {"density": 0.5, "epsilon": 0.1} for name in ("della", "della_linear")},
+}
+TAKES = {"slerp": 1, "nuslerp": 2}  # experts; the others take any number
 
 
 def layout(layers: int, dtype: torch.dtype) -> Layout:
@@ -85,8 +95,9 @@ def _tensors(of: Layout, seed: int, number: int) -> Iterator[tuple[str, Tensor]]
 
 
 def recipe(folder: Path, method: str) -> dict[str, Any]:
-    """A recipe of the method with its defaults; `masked` gets a masks file that keeps the top components."""
-    values = {"merge_method": method, "models": [{"model": name} for name in EXPERTS]}
+    """A recipe of the method; `masked` gets a masks file that keeps the top components."""
+    models = [{"model": name} for name in EXPERTS[: TAKES.get(method)]]
+    values = {"merge_method": method, "models": models, "parameters": PARAMETERS.get(method, {})}
     if method != "linear":
         values["base_model"] = "base"
     if method == "masked":
@@ -206,7 +217,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for inputs and outputs; about 6 GB")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="as stored")
     parser.add_argument("--gigabytes", type=float, default=1.1, help="size of each model")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["average", "task_arithmetic", "cart"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--layers", type=int, default=2, help="for methods with spectra")
     parser.add_argument("--all-layers", action="store_true", help="methods with spectra on all layers, too")
     parser.add_argument("--repeats", type=int, default=1)
@@ -214,7 +225,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--note", default="", help="kept in the record, such as what else the machine did")
     parser.add_argument("--record", type=Path, help="default: records/costs/merge-memory-DTYPE.json")
-    parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=list(METHODS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.worker:

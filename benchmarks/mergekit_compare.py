@@ -1,12 +1,12 @@
 """adarank beside mergekit: the same recipe file, unchanged, merged by both, compared tensor by tensor.
 
-    python benchmarks/mergekit_compare.py --mergekit-python VENV/bin/python [--record records/peers/mergekit.json]
-    python benchmarks/mergekit_compare.py --mergekit-python VENV/bin/python --values tests/test_mergekit_values.py
+    python benchmarks/mergekit_compare.py --venv VENV [--record records/peers/mergekit.json]
+    python benchmarks/mergekit_compare.py --venv VENV --values tests/test_mergekit_values.py
 
-VENV is an environment of its own with torch and mergekit in it. Its command `mergekit-yaml` is called there once for
-every recipe, all calls in one process, because loading it takes longer than the merges. The models are small Llamas made here: a base and
-three experts, which are the base plus seeded noise. The second form prints mergekit's merges of the tiny models that
-a test holds expected values of.
+VENV is an environment of its own; it is made, with torch and mergekit from the registry, if it is not there yet.
+mergekit's command `mergekit-yaml` is called there once for every recipe, all calls in one process, because loading it
+takes longer than the merges. The models are small Llamas made here: a base and three experts, which are the base plus
+seeded noise. The second form prints mergekit's merges of the tiny models that a test holds expected values of.
 
 `dare_*` and `della*` drop at random, each tool from numbers of its own, so their recipes here drop nothing. Those of
 `ties` and `breadcrumbs*` agree because seeded noise has hardly two equal magnitudes at a threshold: mergekit's
@@ -23,7 +23,6 @@ import argparse
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -33,16 +32,16 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from peers import environment, head, largest, last_line, relative
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adarank import pipeline
 from adarank.checkpoint import Checkpoint
 from adarank.errors import AdaRankError
 from adarank.recipe import load_recipe
-from adarank.record import machine, versions
 from adarank.writer import write_json
 
+REQUIREMENTS = ("torch==2.13.0", "mergekit==0.1.5")
 EXPERTS = ("code", "chat", "maths")
 NOISE = 0.02
 GRADIENT = [0.0, 0.25, 1.0]
@@ -222,9 +221,8 @@ def mergekit(python: Path, files: Mapping[str, Path], out: str) -> dict[str, str
     """
     folder = next(iter(files.values())).parent
     calls = [[file.name, file.with_suffix(out).name, "--quiet", "--no-copy-tokenizer"] for file in files.values()]
-    command = [str(python.absolute()), "-c", DRIVER, json.dumps(calls)]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
-    return dict(zip(files, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    errors = last_line([str(python), "-c", DRIVER, json.dumps(calls)], folder)
+    return dict(zip(files, errors, strict=True))
 
 
 def adarank(file: Path, out: Path) -> str | None:
@@ -237,23 +235,15 @@ def adarank(file: Path, out: Path) -> str | None:
 
 def difference(ours: Checkpoint, theirs: Checkpoint) -> dict[str, Any]:
     """Largest difference of any tensor, relative to that tensor's largest value, and how many values differ at all."""
-    worst, where, unequal, total = 0.0, "", 0, 0
-    for name in theirs.tensors:
-        a, b = ours.read(name), theirs.read(name)
-        relative = float(_worst(a, b))
-        if not relative <= worst:
-            worst, where = relative, name
-        unequal += int((a != b).sum())
-        total += a.numel()
+    a, b = ({name: merged.read(name) for name in theirs.tensors} for merged in (ours, theirs))
+    worst, where = largest(a, b)
     same = set(ours.tensors) == set(theirs.tensors)
     dtypes = all(ours.tensors[n].dtype == theirs.tensors[n].dtype for n in theirs.tensors)
     written = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in ours.tensors.values()}))
-    return {"max_relative_difference": worst, "in": where, "output_dtype": written, "values_unequal": unequal, "values": total,
+    return {"max_relative_difference": worst, "in": where, "output_dtype": written,
+            "values_unequal": sum(int((a[name] != b[name]).sum()) for name in b),
+            "values": sum(tensor.numel() for tensor in b.values()),
             "same_names": same, "same_dtypes": dtypes}  # fmt: skip
-
-
-def _worst(ours: Tensor, theirs: Tensor) -> Tensor:
-    return (ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp(min=1e-30)
 
 
 def compare(folder: Path, recipes: Mapping[str, dict[str, Any]], python: Path) -> list[dict[str, Any]]:
@@ -292,29 +282,17 @@ def _rounding(merged: Checkpoint, exact: Checkpoint) -> dict[str, float]:
     pairs = [(merged.read(name).double(), exact.read(name)) for name in exact.tensors]
     missed = sum(int((ours != theirs.bfloat16().double()).sum()) for ours, theirs in pairs)
     total = sum(ours.numel() for ours, _ in pairs)
-    worst = max(float(_worst(ours, theirs)) for ours, theirs in pairs)
+    worst = max(relative(ours, theirs) for ours, theirs in pairs)
     return {"max_relative_error": worst, "share_not_the_nearest_bfloat16": missed / total}
 
 
-def package_versions(python: Path) -> dict[str, str]:
-    """Versions in mergekit's environment."""
-    code = "import importlib.metadata as m, json; print(json.dumps({p: m.version(p) for p in ('mergekit', 'torch')}))"
-    listed = subprocess.run([str(python.absolute()), "-c", code], capture_output=True, text=True, check=True)
-    found: dict[str, str] = json.loads(listed.stdout)
-    return found
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    python, seed = arguments.mergekit_python, arguments.seed
-    record: dict[str, Any] = {
-        "what": "the same recipe file merged by adarank and by mergekit's command line",
-        "command": "python benchmarks/mergekit_compare.py --mergekit-python VENV/bin/python",
-        "settings": {"model": SHAPE, "experts": len(EXPERTS), "noise": NOISE},
-        "seed": seed,
-        "versions": versions(),
-        "mergekit_environment": package_versions(python),
-        "machine": machine(),
-    }
+    python, seed = environment(arguments.venv, REQUIREMENTS), arguments.seed
+    record = head(
+        "the same recipe file merged by adarank and by mergekit's command line",
+        "python benchmarks/mergekit_compare.py --venv VENV",
+        {"model": SHAPE, "experts": len(EXPERTS), "noise": NOISE}, seed, python, ("mergekit", "torch"),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         for dtype in (torch.float32, torch.bfloat16):
             label = str(dtype).removeprefix("torch.")
@@ -355,7 +333,7 @@ def print_values(test: Path, python: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mergekit-python", type=Path, required=True, help="python of mergekit's environment")
+    parser.add_argument("--venv", type=Path, required=True, help="mergekit's environment; made if it is not there")
     parser.add_argument("--record", type=Path, default=Path("records/peers/mergekit.json"))
     parser.add_argument("--values", type=Path, help="print expected values for this test file instead")
     parser.add_argument("--seed", type=int, default=0)
@@ -363,7 +341,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.values:
-        print_values(arguments.values, arguments.mergekit_python)
+        print_values(arguments.values, environment(arguments.venv, REQUIREMENTS))
         return
     record = run(arguments)
     arguments.record.parent.mkdir(parents=True, exist_ok=True)

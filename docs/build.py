@@ -44,6 +44,9 @@ ROWS = [
     "Iso-CTS",
     "CART",
     "CART, energy",
+    "Fisher",
+    "RegMean",
+    "RegMean++",
     "AdaMerging, task-wise",
     "AdaMerging",
     "AdaMerging++",
@@ -188,6 +191,7 @@ def results_page() -> str:
         "demo_collapse": lambda: collapse("demo-8"),
         "costs": costs,
         "peers": peers,
+        "fusion_bench": fusion_bench,
     }
     return filled("results.in.md", fill)
 
@@ -325,6 +329,23 @@ def peers() -> list[str]:
     for stored in ("float32", "bfloat16"):
         for written, found in record[stored]["max_relative_difference_by_output_dtype"].items():
             lines.append(f"| {stored} | {written} | {found['min']:.1e} | {found['median']:.1e} | {found['max']:.1e} |")
+    return lines
+
+
+def fusion_bench() -> list[str]:
+    """Largest relative differences from FusionBench, method by method, and why they are what they are."""
+    record = json.loads((ROOT / "records" / "peers" / "fusion-bench.json").read_text())
+    lines = [
+        "| method | largest relative difference | values that differ | with FusionBench's rule | whose choice, with the formula |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        if "refused" in row:
+            cells = ["not to be had", "", ""]
+        else:
+            rule = f"{row['with_their_rule']:.1e}" if "why" in row and "with_their_rule" in row else ""
+            cells = [f"{row['max_relative_difference']:.1e}", f"{row['values_unequal']} of {row['values']:,}", rule]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row.get('why') or row.get('note', '')} |")
     return lines
 
 

@@ -143,6 +143,15 @@ def test_model_stock_by_numpy(tasks: int, seed: int, filter_wise: bool) -> None:
     )
 
 
+def test_model_stocks_angle_is_exact_on_large_tensors() -> None:
+    a, b = (torch.randn(2000, 2000, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    b = a + 0.1 * b
+    x, y = (m.flatten().double() for m in (a, b))
+    cosine = float(x @ y / (x @ x * (y @ y)).sqrt())
+    found = adarank.merge({"w": torch.zeros_like(a)}, {"a": {"w": a}, "b": {"w": b}}, "model_stock")["w"]
+    torch.testing.assert_close(found, 2 * cosine / (1 + cosine) * (a + b) / 2, rtol=1e-5, atol=1e-5)
+
+
 def test_model_stock_of_one_expert_twice_is_that_expert_and_of_orthogonal_ones_the_base() -> None:
     base, experts = family(1)
     twice = {"a": experts["task0"], "b": experts["task0"]}

@@ -1,6 +1,7 @@
-"""Numbers that mergekit 0.1.5 (torch 2.13.0) computed, from the same recipes and models.
+"""A recipe file of every method that mergekit has and adarank has too, unchanged, and the numbers that mergekit gives.
 
-`python benchmarks/mergekit_compare.py --mergekit-python … --values tests/test_mergekit_values.py` prints them anew.
+They are those of mergekit 0.1.5 (torch 2.13.0) from the same recipes and models;
+`python benchmarks/mergekit_compare.py --venv VENV --values tests/test_mergekit_values.py` prints them anew.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import adarank
 from adarank import pipeline
 from adarank.checkpoint import Checkpoint
+from adarank.methods import METHODS
 from adarank.recipe import load_recipe
 
 HIDDEN, FFN, VOCABULARY, LAYERS = 4, 6, 5, 3
@@ -26,15 +29,15 @@ CONFIG = {
     "num_hidden_layers": LAYERS, "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": VOCABULARY,
     "tie_word_embeddings": False,
 }  # fmt: skip
-# An embedding, a matrix of the first, the middle and the last layer, a norm, and the head: one value of each.
-PICKED = {
-    "model.embed_tokens.weight": 7,
-    "model.layers.0.mlp.up_proj.weight": 3,
-    "model.layers.1.self_attn.q_proj.weight": 5,
-    "model.layers.2.mlp.down_proj.weight": 11,
-    "model.norm.weight": 2,
-    "lm_head.weight": 19,
-}
+# An embedding, a matrix of the first, the middle and the last layer, a norm, and the head.
+SHOWN = (
+    "model.embed_tokens.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.layers.2.mlp.down_proj.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+)
 
 
 def entries(*weights: Any) -> list[dict[str, Any]]:
@@ -43,8 +46,218 @@ def entries(*weights: Any) -> list[dict[str, Any]]:
 
 FILTERS = [{"filter": "mlp", "value": 0.9}, {"filter": "self_attn", "value": [0.1, 0.7]}, {"value": 0.4}]
 TA: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "./base"}
+FILES = {
+    "linear": """
+models:
+  - model: ./a
+    parameters:
+      weight: 1.0
+  - model: ./b
+    parameters:
+      weight: 0.3
+  - model: ./c
+    parameters:
+      weight: 0.5
+merge_method: linear
+dtype: float32
+""",
+    "slerp": """
+models:
+  - model: ./base
+  - model: ./a
+merge_method: slerp
+base_model: ./base
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5 # fallback for rest of tensors
+dtype: float32
+""",
+    "nuslerp": """
+models:
+  - model: ./a
+    parameters:
+      weight: 0.5
+  - model: ./b
+    parameters:
+      weight: 0.3
+merge_method: nuslerp
+base_model: ./base
+parameters:
+  nuslerp_row_wise: false
+  nuslerp_flatten: false
+dtype: float32
+""",
+    "task_arithmetic": """
+models:
+  - model: ./a
+    parameters:
+      weight: 0.6
+  - model: ./b
+    parameters:
+      weight: 0.25
+merge_method: task_arithmetic
+base_model: ./base
+parameters:
+  lambda: 0.8
+dtype: float32
+""",
+    "ties": """
+models:
+  - model: ./base
+    # no parameters necessary for base model
+  - model: ./a
+    parameters:
+      density: [1, 0.7, 0.1] # density gradient
+      weight: 1.0
+  - model: ./b
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1] # weight gradient
+  - model: ./c
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: ./base
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: float32
+""",
+    "dare_linear": """
+models:
+  - model: ./a
+    parameters:
+      weight: 0.4
+      density: 1.0
+  - model: ./b
+    parameters:
+      weight: 0.7
+merge_method: dare_linear
+base_model: ./base
+parameters:
+  int8_mask: true
+dtype: float32
+""",
+    "dare_ties": """
+models:
+  - model: ./base
+  - model: ./a
+    parameters:
+      density: 1.0
+      weight: 0.4
+  - model: ./b
+    parameters:
+      density: 1.0
+      weight: 0.3
+  - model: ./c
+    parameters:
+      density: 1.0
+      weight: 0.3
+merge_method: dare_ties
+base_model: ./base
+parameters:
+  int8_mask: true
+  normalize: true
+dtype: float32
+out_dtype: float32
+""",
+    "breadcrumbs": """
+models:
+  - model: ./a
+    parameters:
+      density: 0.6
+      gamma: 0.1
+      weight: 0.5
+  - model: ./b
+    parameters:
+      density: 0.4
+      gamma: 0.05
+      weight: 1.0
+merge_method: breadcrumbs
+base_model: ./base
+dtype: float32
+""",
+    "breadcrumbs_ties": """
+models:
+  - model: ./a
+    parameters: {weight: 0.5}
+  - model: ./b
+    parameters: {weight: 1.0}
+  - model: ./c
+    parameters: {weight: 0.25}
+merge_method: breadcrumbs_ties
+base_model: ./base
+parameters:
+  density: 0.7
+  gamma: 0.1
+  lambda: 1.2
+dtype: float32
+""",
+    "della": """
+models:
+  - model: ./a
+    parameters:
+      weight: 0.5
+  - model: ./b
+    parameters:
+      weight: 0.8
+merge_method: della
+base_model: ./base
+parameters:
+  density: 1.0
+  epsilon: 0.05
+  lambda: 1.1
+dtype: float32
+""",
+    "della_linear": """
+models:
+  - model: ./a
+    parameters:
+      weight: 0.5
+  - model: ./b
+    parameters:
+      weight: 0.8
+merge_method: della_linear
+base_model: ./base
+parameters:
+  density: 1.0
+  epsilon: 0.05
+dtype: float32
+""",
+    "model_stock": """
+models:
+  - model: ./a
+  - model: ./b
+  - model: ./c
+base_model: ./base
+merge_method: model_stock
+parameters:
+  filter_wise: false
+dtype: float32
+""",
+    "sce": """
+models:
+  - model: ./a
+  - model: ./b
+  - model: ./c
+merge_method: sce
+base_model: ./base
+parameters:
+  select_topk: 0.5
+dtype: float32
+""",
+}
 RECIPES: dict[str, dict[str, Any]] = {
-    "linear": {"merge_method": "linear", "models": entries(0.2, 0.5, 1.0)},
+    **{name: yaml.safe_load(text) for name, text in FILES.items()},
+    "linear-weights": {"merge_method": "linear", "models": entries(0.2, 0.5, 1.0)},
     "linear-sum": {"merge_method": "linear", "models": entries(0.2, 0.5, 1.0), "parameters": {"normalize": False}},
     "linear-gradient": {"merge_method": "linear", "models": entries([0.0, 0.25, 1.0], [1.0, 0.0], 0.5)},
     "linear-filters": {"merge_method": "linear", "models": entries(FILTERS, 0.5, 1.0)},
@@ -55,15 +268,28 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ta-gradient": {**TA, "models": entries([0.0, 0.25, 1.0], [1.0, 0.0], 0.5)},
 }
 EXPECTED = {
-    "linear": [0.7720588, 0.7389706, 0.6507353, -0.1323529, -0.0661765, -0.2573529],
-    "linear-sum": [1.3125, 1.25625, 1.10625, -0.225, -0.1125, -0.4375],
-    "linear-gradient": [0.7291667, 0.6875, 0.6, -0.3333333, 0.4166667, 0.2083333],
-    "linear-filters": [0.7236842, 0.578125, 0.6217105, -0.2395833, 0.0131579, -0.1973684],
-    "ta": [1.3125, 1.3875, 0.975, 0.3, -0.375, -0.35],
-    "ta-lambda": [0.525, 0.4425, 0.5025001, -0.33, 0.075, -0.215],
-    "ta-normalised": [1.1580882, 1.2022059, 0.8823529, 0.1764705, -0.2867647, -0.3235294],
-    "ta-filters": [1.1, 1.2825, 0.8475, 0.23, -0.175, -0.235],
-    "ta-gradient": [1.09375, 1.125, 0.703125, -0.125, 0.4375, 0.375],
+    "linear": [-0.079138, -1.029611, -0.229469, -0.639156, -0.616718, -0.24464],
+    "slerp": [0.8314, -2.012917, -0.458657, -0.516579, 1.174007, 1.336358],
+    "nuslerp": [0.70461, -0.69561, -0.762279, -1.129278, -0.440956, 0.837154],
+    "task_arithmetic": [0.64514, -1.653596, -0.591849, -0.956545, 0.094957, 1.141709],
+    "ties": [0.187144, -1.434694, -0.645414, -2.542878, -0.750336, -0.256071],
+    "dare_linear": [1.199578, 0.843187, -1.11489, -1.17414, -0.287016, 1.606167],
+    "dare_ties": [-1.037335, 0.468813, -1.020204, -0.490952, -0.881352, -0.966773],
+    "breadcrumbs": [0.889463, 0.582204, -2.55381, -2.536481, -0.435665, 1.118778],
+    "breadcrumbs_ties": [2.638144, 2.712559, 0.054099, 0.947619, -1.035847, 2.959236],
+    "della": [-0.532768, 0.984613, -0.269977, -0.981788, -0.999901, 0.633606],
+    "della_linear": [1.254315, 1.49453, -1.293326, -1.29762, -0.60066, 1.410962],
+    "model_stock": [0.212135, -1.169135, -0.179837, -0.508056, -0.307752, 0.663468],
+    "sce": [-0.091266, -0.786648, -0.492218, -1.402593, 1.620152, 1.481113],
+    "linear-weights": [-0.465895, -0.15962, 0.318923, -0.014207, -0.523503, -0.409225],
+    "linear-sum": [-0.792021, -0.271354, 0.542169, -0.024152, -0.889954, -0.695683],
+    "linear-gradient": [0.574831, 0.983771, -0.107256, -0.554575, -0.144765, 1.164712],
+    "linear-filters": [-0.397154, -0.700165, 0.212382, -0.361782, -0.54738, -0.393104],
+    "ta": [-1.261863, 2.054849, 0.581911, 0.337453, -1.796394, -2.254953],
+    "ta-lambda": [-0.102024, -1.171949, 0.1987, -0.174966, 0.058391, 0.434536],
+    "ta-normalised": [-1.034443, 1.422144, 0.506771, 0.236978, -1.432711, -1.727602],
+    "ta-filters": [-0.952699, 1.712979, 0.352343, -0.219368, -1.505373, -1.755833],
+    "ta-gradient": [0.526646, 3.13723, -0.119876, -0.573573, -0.864605, 0.633304],
 }
 
 
@@ -79,9 +305,9 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def value(number: int, position: int, shape: tuple[int, ...]) -> Tensor:
-    """Sixteenths between -1 and 1 that no two models or tensors share: the same on every machine."""
+    """Numbers between -1 and 1, exact in float32 and the same on every machine, whose differences hardly repeat."""
     index = torch.arange(torch.Size(shape).numel())
-    return (((index * 7 + position * 5 + number * (index % 5 + 3)) % 33 - 16) / 16).reshape(shape)
+    return (((index + 3) ** 2 * (2749 * number + 5171) + position * 9377) % 65521 / 32768 - 1).reshape(shape)
 
 
 def write_models(folder: Path) -> None:
@@ -93,7 +319,9 @@ def write_models(folder: Path) -> None:
 
 
 def picked(merged: Checkpoint) -> list[float]:
-    return [round(float(merged.read(name).flatten()[index]), 7) for name, index in PICKED.items()]
+    """A number for each tensor shown that every entry and its place have a part in: mean_i i·x_i."""
+    flat = [merged.read(name).double().flatten() for name in SHOWN]
+    return [round(float((torch.arange(1, x.numel() + 1) * x).mean()), 6) for x in flat]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +334,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RECIPES)
 def test_same_numbers_as_mergekit(name: str, folder: Path) -> None:
     file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(RECIPES[name]))
-    pipeline.merge(load_recipe(file), folder / name)
-    assert picked(Checkpoint(folder / name)) == pytest.approx(EXPECTED[name], abs=1e-6)
+    file.write_text(FILES.get(name) or yaml.safe_dump(RECIPES[name]))
+    pipeline.merge(load_recipe(file), folder / f"{name}-merged")
+    assert picked(Checkpoint(folder / f"{name}-merged")) == pytest.approx(EXPECTED[name], abs=1e-5)
+
+
+def test_every_method_that_is_mergekits_has_a_file() -> None:
+    assert {name for name, kind in METHODS.items() if "mergekit" in kind.source} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_a_file_that_drops_at_random_gives_what_the_same_settings_give_in_python(name: str, folder: Path) -> None:
+    values = {**RECIPES[name], "seed": 3, "tokenizer_source": "base", "out_dtype": "bfloat16"}
+    own = {Path(m["model"]).name: {**m["parameters"], "density": 0.53} for m in values["models"] if "parameters" in m}
+    values["models"] = [{"model": f"./{task}", "parameters": given} for task, given in own.items()]
+    values["parameters"] = {k: v for k, v in values["parameters"].items() if k != "density"}
+    file = folder / f"{name}-random.yaml"
+    file.write_text(yaml.safe_dump(values))
+    pipeline.merge(load_recipe(file), folder / f"{name}-random")
+    states = {model: load_file(folder / model / "model.safetensors") for model in ("base", *own)}
+    per_model = {key: {task: given[key] for task, given in own.items()} for key in ("weight", "density")}
+    experts, settings = {task: states[task] for task in own}, {**values["parameters"], **per_model, "seed": 3}
+    wanted = adarank.merge(states["base"], experts, name, settings)
+    del wanted["lm_head.weight"]  # from Python a task's head, kept
+    found = load_file(folder / f"{name}-random" / "model.safetensors")
+    assert all(torch.equal(found[key], tensor.bfloat16()) for key, tensor in wanted.items())
+    assert not any(torch.equal(found[key], states["base"][key].bfloat16()) for key in wanted)

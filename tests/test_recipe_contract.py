@@ -109,11 +109,34 @@ def test_a_global_weight_is_the_default_of_models_that_give_none() -> None:
     assert [method.weight.of(task, NAMES[0]) for task in "ab"] == [2.0, 0.5]
 
 
-@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "chat_template"])
-def test_what_mergekit_has_and_this_has_not_is_refused_by_name(key: str) -> None:
-    text = message({**plain(), key: []})
+@pytest.mark.parametrize(("key", "value", "remedy"), [
+    ("slices", [{"sources": [{"model": "a", "layer_range": [0, 4]}]}], "list whole models under models"),
+    ("slices", [], "list whole models under models"),
+    ("modules", {"text_decoder": {"slices": []}}, "list whole models under models"),
+    ("tokenizer", {"source": "union", "tokens": {}}, "all models must share the base's"),
+    ("tokenizer_source", "union", "Only 'base'"), ("tokenizer_source", "model:a", "Only 'base'"),
+    ("chat_template", "auto", "Edit tokenizer_config.json"),
+])  # fmt: skip
+def test_what_mergekit_has_and_this_has_not_is_refused_by_name(key: str, value: Any, remedy: str) -> None:
+    text = message({**plain(), key: value})
     assert f"'{key}' is not supported" in text
+    assert remedy in text
     assert "unknown key" not in text
+
+
+@pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "tokenizer_source", "chat_template"])
+def test_keys_of_mergekit_without_a_value_ask_for_nothing(key: str) -> None:
+    assert parsed(plain(**{key: None})).tokenizer_source is None
+
+
+@pytest.mark.parametrize(("name", "remedy"), [
+    ("passthrough", "copy the model, or use mergekit"), ("karcher", "'nuslerp'"), ("multislerp", "'nuslerp'"),
+    ("nearswap", "'slerp'"), ("arcee_fusion", "'slerp'"), ("ram", "'ties'"), ("ramplus_tl", "'ties'"),
+])  # fmt: skip
+def test_mergekits_other_methods_are_refused_with_the_nearest_here(name: str, remedy: str) -> None:
+    text = message(plain(name))
+    assert f"mergekit's merge_method '{name}' is not here" in text
+    assert remedy in text
 
 
 def test_all_of_mergekits_unsupported_keys_come_at_once() -> None:
@@ -138,7 +161,7 @@ def test_a_task_is_called_by_the_last_part_of_its_model(reference: str, name: st
     assert list(named.experts) == ["mine"]
 
 
-@pytest.mark.parametrize("name", ["../../x", "a/b", "/tmp/x", "..", ""])
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/x", "..", ""])
 def test_a_task_name_that_is_no_folder_name_is_refused(name: str) -> None:
     """Outputs hold a folder heads/NAME per task."""
     try:
@@ -191,7 +214,7 @@ def test_problems_of_an_adaptive_method_come_with_all_others() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_adapt_block_on_a_data_free_method_is_refused(method: str) -> None:
+def test_an_adapt_block_on_a_method_that_does_not_adapt_is_refused(method: str) -> None:
     text = message(plain(method, adapt={"steps": 3}))
     assert f"'{method}' does not adapt" in text
     assert all(name in text for name in ADAPTIVE)
@@ -218,7 +241,7 @@ def test_parameters_of_wrong_type_or_name_are_refused(method: str, parameters: d
 
 @pytest.mark.parametrize("values", [
     {"models": []}, {"models": None}, {"models": "a"}, {"models": ["a"]}, {"models": [{"model": "base"}]}, {"models": {}},
-    {"merge_method": 3}, {"dtype": "int8"}, {"seed": "x"}, {"parameters": [1]}, {"tokenizer_source": "union"},
+    {"merge_method": 3}, {"dtype": "int8"}, {"seed": "x"}, {"parameters": [1]},
     {"data": {"adapt": 0.9}}, {"select": {"keep": "x"}}, {"device": 3},
 ])  # fmt: skip
 def test_values_of_the_wrong_kind_are_refused(values: dict[str, Any]) -> None:
@@ -315,12 +338,12 @@ def models_on_disk(folder: Path, names: tuple[str, ...] = ("a", "b")) -> Path:
 
 
 def test_relative_paths_count_from_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models_on_disk(tmp_path / "work")
+    models_on_disk(tmp_path / "other")
     values = plain("cart", base_model="models/base", models=[{"model": "experts/a"}, {"model": "./experts/b"}])
-    file = write(tmp_path / "work" / "recipe.yaml", values)
+    file = write(tmp_path / "other" / "recipe.yaml", values)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    for path in (file, Path("../work/recipe.yaml")):
+    for path in (file, Path("../other/recipe.yaml")):
         job = open_job(load_recipe(path))
         assert job.network.tasks == ("a", "b")
         assert isinstance(job.recipe.method([]), CART)

@@ -16,7 +16,7 @@ import adarank
 from adarank.errors import RecipeError
 from adarank.methods import METHODS
 from adarank.methods.sparse import SparseSum
-from adarank.methods.sparsify import by_rank, largest, middle, noise, smallest
+from adarank.methods.sparsify import by_rank, largest, middle, noise, norm_ratio, smallest
 from adarank.select import Select
 from adarank.threshold import kth_largest
 
@@ -186,6 +186,14 @@ def test_masks_keep_exactly_what_was_asked_the_first_of_equals(values: list[floa
     tensor, array = torch.tensor(values), np.array(values)
     for function, sign in ((largest, -1), (smallest, 1)):
         assert torch.equal(function(tensor, count), torch.from_numpy(mask(order(array, sign)[:count], array.shape) > 0))
+
+
+def test_rescaling_is_exact_on_large_tensors() -> None:
+    whole = torch.randn(4_000_000, generator=torch.Generator().manual_seed(0))
+    part = whole * (whole.abs() > 1)
+    assert norm_ratio(whole, part) == pytest.approx(
+        float(whole.double().abs().sum() / part.double().abs().sum()), rel=1e-6
+    )
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 40))

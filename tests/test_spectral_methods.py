@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adarank.bases import own_components
 from adarank.methods import METHODS
 
 SHAPES = st.sampled_from([(12, 8), (8, 12), (9, 9), (6, 2, 2, 2)])
@@ -50,6 +51,32 @@ def test_iso_cts_has_a_flat_spectrum_of_full_rank(shape: tuple[int, ...], tasks:
 def test_iso_cts_all_common_is_iso_c(shape: tuple[int, ...], tasks: int, seed: int) -> None:
     origin, deltas = problem(shape, tasks, seed)
     assert np.allclose(merged("iso_cts", origin, deltas, common=1.0), merged("iso_c", origin, deltas), atol=1e-4)
+
+
+@given(SHAPES, st.integers(1, 6), st.integers(0, 99), st.sampled_from([0.1, 0.5, 0.8]))
+def test_iso_cts_by_numpy(shape: tuple[int, ...], tasks: int, seed: int, common: float) -> None:
+    origin, deltas = problem(shape, tasks, seed)
+    u, s, vh = np.linalg.svd(total(deltas), full_matrices=False)
+    own = min(round((len(s) - int(common * len(s))) / tasks), len(s) // tasks)
+    first = len(s) - own * tasks
+    parts = [(u[:, :first], s[:first], vh[:first])]
+    for delta in deltas.values():
+        left = delta.flatten(1).double().numpy()
+        left = left - u[:, :first] @ (u[:, :first].T @ left)
+        parts.append(
+            tuple(np.take(x, range(own), axis) for x, axis in zip(np.linalg.svd(left), (1, 0, 0), strict=True))
+        )
+    bases = [
+        np.linalg.svd(np.concatenate(x, axis), full_matrices=False)
+        for x, axis in ((([p[0] for p in parts]), 1), ([p[2] for p in parts], 0))
+    ]
+    wanted = np.concatenate([p[1] for p in parts]).mean() * (bases[0][0] @ bases[0][2]) @ (bases[1][0] @ bases[1][2])
+    np.testing.assert_allclose(merged("iso_cts", origin, deltas, common=common), wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize(("rank", "tasks", "own"), [(768, 8, 19), (768, 14, 11), (768, 20, 8), (16, 4, 1), (5, 3, 0)])
+def test_iso_cts_gives_each_task_the_nearest_whole_number_of_components(rank: int, tasks: int, own: int) -> None:
+    assert own_components(rank, tasks, 0.8) == own
 
 
 @given(SHAPES, st.integers(0, 99))

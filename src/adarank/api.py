@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,16 +18,17 @@ from adarank.adapt.objective import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View,
 from adarank.adapt.objective import objective as combined
 from adarank.adapt.settings import AdaptSettings
 from adarank.checkpoint import MemorySource
-from adarank.errors import DataError, RecipeError
+from adarank.errors import DataError, RecipeError, itemise
 from adarank.evaluate import score
 from adarank.masks import MaskFile
-from adarank.methods import METHODS, Method, merge_tensors
+from adarank.methods import METHODS, Informed, Method, merge_tensors
 from adarank.methods.taskwise import Taskwise, in_memory, rebuilt, sites_of
 from adarank.methods.weights import resolve
 from adarank.models import share
 from adarank.multitask import Multitask
 from adarank.select import Select
 from adarank.settings import nearest, parse
+from adarank.statistics import Gatherer, Sample, Store
 from adarank.task_vectors import Network, align
 
 State = Mapping[str, Tensor]
@@ -58,29 +59,39 @@ def merge(
     method: str = "cart",
     parameters: Mapping[str, Any] | None = None,
     select: Select | None = None,
+    batches: Mapping[str, Sequence[Any]] | None = None,
+    forward: Forward | None = None,
 ) -> dict[str, Tensor]:
-    """Merge experts by a data-free method.
+    """Merge experts by a method that does not adapt.
 
     Arguments:
         base: the model that the experts were fine-tuned from (None for methods that need none).
-        experts: task -> fine-tuned model.
+        experts: task -> fine-tuned model; modules with their heads for methods that take statistics.
         method: a name that `adarank methods` lists.
         parameters: the method's settings, such as `{"rank": 0.08, "lambda": 1.0}`. Those that a recipe gives per
             model are one value for all or {task: value}.
         select: overrides of what happens to which tensor.
+        batches: task -> its unlabelled batches, for `fisher`, `regmean` and `regmean++`; pairs of (batch, labels) for
+            `fisher` of kind `empirical`. All are used, as they come: `examples` and `batch_size` are for recipes. Of
+            batches that are mappings, `attention_mask` tells `regmean` what is padding.
+        forward: as for `adapt`.
 
     Returns:
         Tensor name -> merged tensor, in the base's dtypes. Task heads are not in it.
 
     Raises:
         RecipeError: an unknown method or setting.
+        DataError: the method takes statistics, and a task has no batches or none that it can use.
         MismatchError: tensors that cannot be paired; all are listed.
 
     Example:
         merged = adarank.merge(base.state_dict(), {"a": a.state_dict(), "b": b.state_dict()}, "cart", {"rank": 0.1})
+        merged = adarank.merge(None, {"a": a, "b": b}, "regmean", batches={"a": [x_a], "b": [x_b]})
     """
     network = _network(base, experts, select)
     chosen = _method(network, method, parameters)
+    if isinstance(chosen, Informed):
+        chosen = _informed(chosen, network, experts, batches or {}, forward or _call)
     return {name: tensor.to(network.tensors[name].dtype) for name, tensor in merge_tensors(chosen, network)}
 
 
@@ -255,6 +266,64 @@ def _settled(
             "adapt: objective 'features' is for recipes. Use self-label, or give a function of the logits."
         )
     return settings, function
+
+
+def _informed(
+    method: Informed,
+    network: Network,
+    experts: Mapping[str, nn.Module | State],
+    batches: Mapping[str, Sequence[Any]],
+    call: Forward,
+) -> Informed:
+    """The method with statistics of copies of the experts on the batches given."""
+    problems = [
+        f"experts: '{task}' is no module, and '{method.name}' runs it."
+        for task, expert in experts.items()
+        if not isinstance(expert, nn.Module)
+    ]
+    problems += [f"batches: none for '{task}', and '{method.name}' takes statistics of {method.data}." for task in experts
+                 if not batches.get(task)]  # fmt: skip
+    if method.reads_labels:
+        problems += [f"batches: one of '{task}' is no pair of (batch, labels), and labels are to be read." for task, own in batches.items()
+                     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in own)]  # fmt: skip
+    if problems:
+        raise DataError(itemise("The experts cannot be measured.", problems))
+    copies = ((task, copy.deepcopy(own).float().eval()) for task, own in experts.items() if isinstance(own, nn.Module))
+    models = share(copies, network)
+    models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
+    return Gatherer(network, models, _sample(batches, call, method.reads_labels), Store()).inform(method)
+
+
+def _sample(batches: Mapping[str, Sequence[Any]], call: Forward, labelled: bool) -> Sample:
+    """The batches given, as what statistics are taken of; `labelled`: they are pairs of (batch, labels)."""
+
+    def whole(task: str) -> Iterator[Any]:
+        return (own[0] if labelled else own for own in batches[task])
+
+    def singles(task: str) -> Iterator[tuple[Any, int | None]]:
+        for own in batches[task]:
+            batch, labels = own if labelled else (own, None)
+            for number, single in enumerate(_singles(batch)):
+                yield single, None if labels is None else int(labels[number])
+
+    return Sample(call, whole, singles)
+
+
+def _singles(batch: Any) -> Iterator[Any]:
+    """A batch's inputs one by one: every tensor in it is cut along its first axis."""
+    if isinstance(batch, Tensor):
+        yield from batch.split(1)
+        return
+    named = isinstance(batch, Mapping)
+    items = list(batch.items() if named else enumerate(batch) if isinstance(batch, (tuple, list)) else ())
+    cut = {key: value.split(1) for key, value in items if isinstance(value, Tensor) and value.dim()}
+    if not cut:
+        raise DataError(
+            f"batches: Fisher information is of single inputs, and a {type(batch).__name__} cannot be cut into them. Give tensors, or tuples or mappings of them."
+        )
+    for number in range(len(next(iter(cut.values())))):
+        single = {key: cut[key][number] if key in cut else value for key, value in items}
+        yield single if named else tuple(single.values())
 
 
 @torch.no_grad()

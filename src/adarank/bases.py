@@ -78,10 +78,10 @@ def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
     """A common subspace and one of its own for every task, orthonormal together, all singular values equal.
 
     Arguments:
-        common: share of the components in the common subspace; it takes what does not divide by the tasks too.
+        common: share of the components in the common subspace, up to what makes the rest divide by the tasks.
     """
     shared = decompose(_sum(deltas), name)
-    own = int((1 - common) * shared.s.numel() + 1e-9) // len(deltas)
+    own = own_components(shared.s.numel(), len(deltas), common)
     first = _top(shared, shared.s.numel() - own * len(deltas))
     parts = []
     for task in deltas:
@@ -90,6 +90,11 @@ def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
     # the common ones come first where vectors are made orthogonal, as the paper lays them
     shared_first = _together([first, *parts])
     return _flat([*shared_first[1:], shared_first[0]])
+
+
+def own_components(rank: int, tasks: int, common: float) -> int:
+    """How many components of `rank` each task has for itself: (r - ⌊common·r⌋) / T, rounded as Iso-CTS' authors do."""
+    return min(round((rank - int(common * rank)) / tasks), rank // tasks)
 
 
 BASES: dict[str, Basis] = {

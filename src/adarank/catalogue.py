@@ -39,7 +39,7 @@ class Entry:
 
 
 def catalogue() -> dict[str, Entry]:
-    """Method name -> entry: data-free methods, adaptive ones, the reference."""
+    """Method name -> entry; adaptive methods and the reference last."""
     found = {name: _entry(kind, _needs(kind), ()) for name, kind in METHODS.items()}
     found["masked"] = _entry(METHODS["masked"], "base, experts and a masks file", ())
     for name, kind in ADAPTIVE.items():
@@ -69,6 +69,7 @@ def presets() -> dict[str, dict[str, Any]]:
 def _needs(kind: type[Method]) -> str:
     inputs = "base and experts" if getattr(kind, "origin", None) == "pretrained" else "experts"
     read = inputs if kind.passes == 1 else f"{inputs}, read {kind.passes} times"
+    read += f" and {kind.data}" if kind.data else ""
     return f"{read}; in use, each input's task" if kind.task_aware else read
 
 

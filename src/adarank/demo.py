@@ -106,9 +106,8 @@ def run(
     models = build_models(job)
     table = Table("test", "disjoint", {task: len(own.splits.rows["test"]) for task, own in data.items()})
 
-    def score(row: str, tensors: Iterator[tuple[str, Tensor]] | None) -> None:
-        if tensors is not None:
-            models.fill(tensors)
+    def score(row: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        models.fill(tensors)
         table.rows[row] = score_all(job, models, data, "test")
         note(f"{row}: mean accuracy {table.mean(row):.1f}")
 

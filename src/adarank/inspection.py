@@ -84,21 +84,26 @@ def is_adapted(path: Path) -> bool:
 def _plain(checkpoint: Checkpoint, name: str) -> TensorRow:
     info = checkpoint.tensors[name]
     tensor = check_finite(checkpoint.read(name), name, info.file)
-    return TensorRow(name, info.shape, _dtype(info.dtype), float(tensor.double().norm()))
+    return TensorRow(name, info.shape, _dtype(info.dtype), _norm(tensor))
 
 
 def _against(name: str, origin: torch.Tensor, own: torch.Tensor, dtype: torch.dtype) -> TensorRow:
     delta = own - origin
-    share = float(delta.norm() / origin.norm()) if origin.norm() > 0 else 0.0
+    norm, start = _norm(own), _norm(origin)
+    share = _norm(delta) / start if start > 0 else 0.0
     matrix = as_matrix(delta)
     if min(matrix.shape) < 2 or delta.dim() < 2:
-        return TensorRow(name, tuple(own.shape), _dtype(dtype), float(own.norm()), share)
+        return TensorRow(name, tuple(own.shape), _dtype(dtype), norm, share)
     if (
         max(matrix.shape) > 16 * min(matrix.shape) and min(matrix.shape) > 512
     ):  # a vocabulary: its SVD would take minutes
-        return TensorRow(name, tuple(own.shape), _dtype(dtype), float(own.norm()), share, min(matrix.shape))
+        return TensorRow(name, tuple(own.shape), _dtype(dtype), norm, share, min(matrix.shape))
     s = decompose(matrix, name).s
-    return TensorRow(name, tuple(own.shape), _dtype(dtype), float(own.norm()), share, s.numel(), effective_rank(s))
+    return TensorRow(name, tuple(own.shape), _dtype(dtype), norm, share, s.numel(), effective_rank(s))
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(tensor.double().norm())  # in float32 a norm is 0.1% off at 10⁷ entries
 
 
 def _dtype(dtype: torch.dtype) -> str:

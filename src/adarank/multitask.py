@@ -90,6 +90,10 @@ class JointTraining:
         """All of the body, and the heads that are trained."""
         return self._tensors
 
+    def reset(self, scale: float, rank: float) -> None:
+        """There is no grid of λ and rank."""
+        raise TypeError("a network's own weights have one start")
+
     def write(self) -> None:
         """Nothing: the networks hold what is learned."""
 

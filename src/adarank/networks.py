@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from adarank.checkpoint import check_finite
 from adarank.errors import RecipeError
 from adarank.models import Family, TaskModels, share
 from adarank.plan import Job
+from adarank.task_vectors import Member, Network
 
 
 def build_models(job: Job) -> TaskModels:
@@ -24,8 +25,14 @@ def build_models(job: Job) -> TaskModels:
 def network_tensors(job: Job, which: str) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the base or of one expert, for every tensor it shares with the network."""
     network = job.network
-    member = network.reference() if which == "base" else network.experts[which]
-    for name in network.tensors:
+    return member_tensors(network, network.reference() if which == "base" else network.experts[which])
+
+
+def member_tensors(
+    network: Network, member: Member, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one checkpoint of a network, for every tensor (of `names`) that it shares with it."""
+    for name in network.tensors if names is None else names:
         if name in member.names:
             info = member.info(name)
             yield name, check_finite(member.source.read(info.name), info.name, info.file)

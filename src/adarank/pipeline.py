@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adarank.adapt.loop import Progress
 from adarank.adaptation import Adaptation, adapt_job
@@ -20,12 +21,13 @@ from adarank.companions import write_head, write_root_files
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, OutputError
 from adarank.masks import FILE as MASKS_FILE
-from adarank.methods import merge_tensors
+from adarank.methods import Informed, merge_tensors
 from adarank.methods.taskwise import Taskwise
 from adarank.plan import Job, Note, describe, open_job
 from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
-from adarank.tasks import load_tasks
+from adarank.statistics import inform_job
+from adarank.tasks import load_tasks, sampled
 from adarank.training import Training, train_job
 from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json
 
@@ -55,7 +57,9 @@ def merge(
     _check_disk(job, out)
     torch.manual_seed(recipe.seed)
     if data is None:
-        data = load_tasks(job) if recipe.adaptive or recipe.trains else {}
+        data = load_tasks(job) if recipe.needs_data else {}
+    if isinstance(job.method, Informed):
+        sampled(job.method, data)  # refused here, before anything is computed
     note("Hashing the inputs")
     record: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -67,16 +71,21 @@ def merge(
     }
     state = out.parent / f".{out.name}.state"
     learned: Adaptation | Training | None = None
-    if job.method is None:
-        with _no_leavings(state):
+    with _no_leavings(state):
+        if job.method is None:
             learn = train_job if recipe.trains else adapt_job
             learned = learn(job, data, record, state / "state.pt", note, progress)
+            tensors = learned.tensors()
+        else:
+            method, found = inform_job(job, data, record["inputs"], state, note)
+            record |= {"statistics": found} if found else {}
+            tensors = merge_tensors(method, job.network, recipe.device)
     note("Writing the bundle" if isinstance(job.method, Taskwise) else "Writing the merged model")
     with atomic_folder(out, force) as folder:
         if isinstance(job.method, Taskwise):
             record["bundle"] = write_bundle(folder, job, parts_of(job, job.method))
         else:
-            _write_merged(folder, job, learned)
+            _write_merged(folder, job, tensors, learned)
         record |= {"training" if recipe.trains else "adaptation": learned.report} if learned else {}
         record |= {"plan": describe(job), **clock.spent()}
         write_json(folder / RECORD, record)
@@ -86,7 +95,7 @@ def merge(
 
 @contextmanager
 def _no_leavings(state: Path) -> Iterator[None]:
-    """An adaptation that fails before it has saved a state leaves nothing of it behind."""
+    """An adaptation that fails before it has saved a state leaves nothing of it behind, nor do statistics that fail."""
     try:
         yield
     except AdaRankError:
@@ -110,13 +119,10 @@ def settings_in_force(job: Job) -> dict[str, Any]:
     }
 
 
-def _write_merged(folder: Path, job: Job, learned: Adaptation | Training | None) -> None:
+def _write_merged(
+    folder: Path, job: Job, tensors: Iterator[tuple[str, Tensor]], learned: Adaptation | Training | None
+) -> None:
     """One model: its weights, what lies beside them, each task's head, and the masks."""
-    if learned is not None:
-        tensors = learned.tensors()
-    else:
-        assert job.method is not None  # a recipe adapts, trains or has a data-free method
-        tensors = merge_tensors(job.method, job.network, job.recipe.device)
     write_checkpoint(folder, job.layout(), tensors)
     write_root_files(folder, job)
     for task, names in job.network.heads.items():

@@ -13,7 +13,7 @@ import torch
 from adarank.checkpoint import Checkpoint
 from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
 from adarank.hub import resolve
-from adarank.methods import Method
+from adarank.methods import Informed, Method, RegMean
 from adarank.methods.taskwise import Site, Taskwise, layouts, sites_of
 from adarank.models import FAMILIES, Family, kind_of
 from adarank.recipe import Recipe, different_kinds
@@ -33,7 +33,7 @@ class Job:
     Attributes:
         folders: task -> folder of its expert.
         family: the kind of model, if the recipe's models have tasks.
-        method: the data-free method with its settings, checked against the network; None if the recipe adapts or trains.
+        method: the method with its settings, checked against the network; None if the recipe adapts or trains.
     """
 
     recipe: Recipe
@@ -104,7 +104,7 @@ def open_job(recipe: Recipe) -> Job:
     family = _family(recipe, opened)
     keep_embeddings = bool(family and family.keep_embeddings) and not recipe.trains  # fine-tuning trains them too
     network = align(base, opened, recipe.select, keep_embeddings, family is not None)
-    method = None if recipe.adaptive or recipe.trains else recipe.method(network.merged())
+    method = None if recipe.learns else recipe.method(network.merged())
     if method is not None:
         method.check(network)
     return Job(recipe, base, opened, network, family, method)
@@ -129,11 +129,12 @@ def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
 
 
 def peak_bytes(job: Job) -> int:
-    """Predicted peak of anonymous memory in bytes, without the activations of adaptation's batches."""
+    """Predicted peak of anonymous memory in bytes, without the activations of a network's batches."""
     if job.recipe.trains:
-        return _RUNTIME_BYTES + 4 * _trained_numbers(job)
+        return _RUNTIME_BYTES + 4 * _trained_numel(job)
     if not job.recipe.adaptive:
-        return _RUNTIME_BYTES + max((_streamed_bytes(job, name) for name in job.network.merged()), default=0)
+        merging = max((_streamed_bytes(job, name) for name in job.network.merged()), default=0)
+        return _RUNTIME_BYTES + max(merging, _measuring_bytes(job))
     spectra = job.recipe.adaptation()[0].spectra
     tasks = len(job.experts)
     total = 0
@@ -145,27 +146,38 @@ def peak_bytes(job: Job) -> int:
         total += 3 * info.numel  # origin, live weight, gradient
         total += tasks * (min(rows, columns) * (rows + columns) if decomposed else info.numel)
     kept = sum(i.numel for n, i in job.network.tensors.items() if job.network.choices[n].action == "keep")
-    return _RUNTIME_BYTES + 4 * (total + kept + _head_numbers(job))
+    return _RUNTIME_BYTES + 4 * (total + kept + _head_numel(job))
 
 
-def _head_numbers(job: Job) -> int:
+def _head_numel(job: Job) -> int:
     return sum(job.network.experts[t].info(n).numel for t in job.experts for n in job.network.heads[t])
 
 
-def _trained_numbers(job: Job) -> int:
+def _measuring_bytes(job: Job) -> int:
+    """What taking one expert's statistics holds: the network, every head, and the statistics. 0 for data-free methods."""
+    if not isinstance(job.method, Informed):
+        return 0
+    tensors = job.network.tensors
+    held = sum(job.method.held(tensors[n].shape, job.network.choices[n].action == "decompose") for n in job.network.merged())  # fmt: skip
+    return 4 * (sum(info.numel for info in tensors.values()) + _head_numel(job) + held)
+
+
+def _trained_numel(job: Job) -> int:
     """Weights, gradients and AdamW's two moments; what is kept once; a second network while one is loaded."""
     body = sum(info.numel for info in job.network.tensors.values())
     trained = sum(job.network.tensors[name].numel for name in job.network.merged())
-    return 4 * (trained + _head_numbers(job)) + (body - trained) + body
+    return 4 * (trained + _head_numel(job)) + (body - trained) + body
 
 
 def _streamed_bytes(job: Job, name: str) -> int:
     """What merging one tensor holds at a time: origin, sum, one task vector; casts; the method's workspace."""
     info = job.network.tensors[name]
     copies = 4 + (info.dtype.itemsize < 4)
+    decomposed = job.network.choices[name].action == "decompose"
     if job.method is not None:
-        copies += job.method.workspace(len(job.experts), job.network.choices[name].action == "decompose")
-    return 4 * copies * info.numel
+        copies += job.method.workspace(len(job.experts), decomposed)
+    solving = job.method.solving(info.shape) if isinstance(job.method, RegMean) and decomposed else 0
+    return 4 * (copies * info.numel + solving)
 
 
 def describe(job: Job, out: Path | None = None) -> dict[str, Any]:

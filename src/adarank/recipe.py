@@ -31,6 +31,14 @@ _NOT_DONE = {
     "modules": "Module-wise recipes are not merged here; list whole models under models.",
     "tokenizer": "Vocabularies are never resized here; all models must share the base's.",
     "chat_template": "Edit tokenizer_config.json of the output instead.",
+    "tokenizer_source": "Only 'base': vocabularies are never resized here; all models must share the base's.",
+}
+# mergekit's methods that this tool has not, and the nearest that it has.
+_NOT_HERE = {
+    "passthrough": "It copies layers and merges nothing; copy the model, or use mergekit for layer slices.",
+    **dict.fromkeys(("karcher", "multislerp"), "Use 'nuslerp' for two models, 'linear' for more."),
+    **dict.fromkeys(("nearswap", "arcee_fusion"), "Use 'slerp' or 'nuslerp'."),
+    **dict.fromkeys(("ram", "ramplus_tl"), "Use 'ties' or 'sce'."),
 }
 
 
@@ -84,6 +92,16 @@ class Recipe(Settings):
         return self.merge_method == Multitask.name
 
     @property
+    def learns(self) -> bool:
+        """True if what is written is learned step by step: by adaptation, or by training."""
+        return self.adaptive or self.trains
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether merging reads the tasks' data."""
+        return self.learns or bool(METHODS[self.merge_method].data)
+
+    @property
     def experts(self) -> dict[str, ModelEntry]:
         """Task name -> model. The base, if it is listed among the models as mergekit allows, is no expert."""
         uses_base = self.merge_method != "linear"
@@ -110,7 +128,7 @@ class Recipe(Settings):
         return parse(Multitask, self.parameters, f"parameters of '{self.merge_method}'")
 
     def method(self, names: list[str]) -> Method:
-        """The data-free method with its settings; `names` are the tensors that it merges."""
+        """The method, if it is not adaptive, with its settings; `names` are the tensors that it merges."""
         kind = METHODS[self.merge_method]
         values = resolve(kind, self.parameters, {t: e.parameters for t, e in self.experts.items()}, names)
         if "seed" in kind.model_fields:
@@ -153,13 +171,19 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
-    refused = [f"'{key}' is not supported. {reason}" for key, reason in _NOT_DONE.items() if key in values]
+    values = {key: value for key, value in values.items() if value is not None or key not in _NOT_DONE}
+    asked = [key for key, value in values.items() if (key, value) != ("tokenizer_source", "base")]
+    refused = [f"'{key}' is not supported. {reason}" for key, reason in _NOT_DONE.items() if key in asked]
     if refused:
         raise RecipeError(f"{where}: {refused[0]}" if len(refused) == 1 else itemise(f"{where}:", refused))
     recipe = parse(Recipe, {**values, "folder": folder}, where)
     if recipe.device == "auto":
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     known = [*METHODS, *ADAPTIVE, Multitask.name]
+    if recipe.merge_method in _NOT_HERE:
+        raise RecipeError(
+            f"{where}: mergekit's merge_method '{recipe.merge_method}' is not here. {_NOT_HERE[recipe.merge_method]}"
+        )
     if recipe.merge_method not in known:
         raise RecipeError(
             f"{where}: unknown merge_method '{recipe.merge_method}'.{nearest(recipe.merge_method, known)}"
@@ -183,7 +207,7 @@ def _check(recipe: Recipe, where: str) -> None:
         problems.append(
             f"adapt: '{recipe.merge_method}' does not adapt. Remove the block, or use one of {', '.join(ADAPTIVE)}."
         )
-    allowed = () if recipe.adaptive or recipe.trains else METHODS[recipe.merge_method].per_model
+    allowed = () if recipe.learns else METHODS[recipe.merge_method].per_model
     for task, entry in recipe.experts.items():
         for key in entry.parameters:
             if key not in allowed:
@@ -192,13 +216,12 @@ def _check(recipe: Recipe, where: str) -> None:
                 )
     if len(recipe.kinds) > 1:
         problems.append(different_kinds(recipe.kinds))
-    learns = recipe.adaptive or recipe.trains
-    needs_base = learns or getattr(METHODS[recipe.merge_method], "origin", None) == "pretrained"
+    needs_base = recipe.learns or getattr(METHODS[recipe.merge_method], "origin", None) == "pretrained"
     if needs_base and recipe.base_model is None:
         problems.append(f"base_model: '{recipe.merge_method}' needs the model that the experts were fine-tuned from.")
-    if learns:
-        does = "adapts on its inputs" if recipe.adaptive else "trains on its inputs and labels"
-        problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' {does}." for t, e in recipe.experts.items()
+    if recipe.needs_data:
+        use = "adapts on" if recipe.adaptive else "trains on" if recipe.trains else "takes statistics of"
+        problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' {use} its inputs." for t, e in recipe.experts.items()
                      if e.task is None or e.task.data is None]  # fmt: skip
     if recipe.trains:
         problems += _training_problems(recipe)

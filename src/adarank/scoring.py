@@ -138,19 +138,24 @@ def _score_each(
 
 
 def _row(path: Path, recipe: Recipe) -> str:
-    """A row's name: the output's path, whether it read labels, and what it was adapted on if that may be what is scored."""
+    """A row's name: the output's path, whether it was trained on labels, and whether what it learned from may be scored."""
     file = path / RECORD
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    trained = "training" in record
-    if "adaptation" not in record and not trained:
+    used = record.get("adaptation") or record.get("statistics") or record.get("training")
+    if not used:
         return str(path)
-    if not trained and record["adaptation"]["protocol"] == "transductive":
+    if used["protocol"] == "transductive":
         return f"{path} [transductive]"
-    same = record["settings"]["data"] == recipe.data.model_dump()
-    how = "trained with labels" if trained else "adapted"
-    if not same:
-        return f"{path} [{how} on other splits, which may hold scored inputs]"
-    return f"{path} [trained with labels of its adapt split]" if trained else str(path)
+    if record["settings"]["data"] == recipe.data.model_dump():
+        return f"{path} [trained with labels of its adapt split]" if "training" in record else str(path)
+    use = (
+        "adapted on"
+        if "adaptation" in record
+        else "informed by"
+        if "statistics" in record
+        else "trained with labels of"
+    )
+    return f"{path} [{use} other splits, which may hold scored inputs]"
 
 
 def _open_output(path: Path, network: Network) -> Checkpoint | Bundle:

@@ -19,7 +19,7 @@ import yaml
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import OutputError, RecipeError
-from adarank.methods import METHODS, Method
+from adarank.methods import METHODS, Informed, Method
 from adarank.models import TaskModels
 from adarank.networks import build_models
 from adarank.plan import Job, Note, open_job
@@ -28,8 +28,9 @@ from adarank.record import Clock, machine, versions
 from adarank.scoring import score_method
 from adarank.settings import nearest
 from adarank.spectrum import stored_spectra
-from adarank.tasks import load_tasks
-from adarank.writer import write_json
+from adarank.statistics import inform
+from adarank.tasks import load_tasks, sampled
+from adarank.writer import write_json, write_text
 
 SPLIT: Split = "select"
 _MOST = 100_000
@@ -91,7 +92,7 @@ def search(
     """Score every point of a grid; write the best one as a recipe and all of them as its record.
 
     Arguments:
-        path: the recipe, with a data-free method and tasks.
+        path: the recipe, with a method that does not adapt, and tasks.
         best: recipe to write, in the same folder; its record goes beside it as `NAME.search.json`.
         axes: settings of the method's `parameters` to vary. Points are their product.
         progress: called with each point and how many are done.
@@ -112,6 +113,9 @@ def search(
     data = load_tasks(job)
     for own in data.values():
         own.targets(own.splits.rows[SPLIT])
+    for method in methods:
+        if isinstance(method, Informed):
+            sampled(method, data)
     note("Hashing the inputs")
     inputs = job.inputs()
     prints = {task: own.fingerprint() for task, own in data.items()}
@@ -153,7 +157,7 @@ def try_points(
 
     Arguments:
         points: (settings, the method with them).
-        state: folder of the spectra and of the points done: those are not tried again.
+        state: folder of the spectra, of statistics, and of the points done: those are not tried again.
     """
     found: list[Point] = []
     with stored_spectra(state / "spectra"):
@@ -162,7 +166,8 @@ def try_points(
             if kept.exists():
                 scores = json.loads(kept.read_text(encoding="utf-8"))
             else:
-                scores = score_method(job, models, data, method, SPLIT)
+                known, _ = inform(method, job, models, data, state / "statistics")
+                scores = score_method(job, models, data, known, SPLIT)
                 write_json(kept, scores)
             found.append(Point(settings, scores))
             progress(found[-1], number, len(points))
@@ -197,7 +202,7 @@ def _check_outputs(path: Path, best: Path, record: Path, force: bool) -> None:
 def _grid(recipe: Recipe, axes: Sequence[Axis]) -> list[dict[str, Any]]:
     if recipe.merge_method not in METHODS:
         raise RecipeError(
-            f"merge_method: '{recipe.merge_method}' learns what it writes; a search tries those of data-free methods, such as {', '.join(list(METHODS)[:4])}."
+            f"merge_method: '{recipe.merge_method}' learns what it writes; a search tries those of methods that do not adapt, such as {', '.join(list(METHODS)[:4])}."
         )
     if not axes:
         raise RecipeError("search: nothing to vary. Give --over name=first:last:step or --over name=a,b,c.")
@@ -226,6 +231,4 @@ def _write_best(path: Path, best: Path, recipe: Recipe, point: Point, record: Pa
         f"# The best of {record.name}: mean {point.mean:.2f} on the labelled select split.\n"
         f"extends: {path.name}\n" + yaml.safe_dump({"parameters": parameters}, sort_keys=False)
     )
-    partial = best.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(best)
+    write_text(best, text)

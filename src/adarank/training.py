@@ -129,6 +129,7 @@ def _loss(job: Job, models: TaskModels, data: TaskData, labels: Mapping[int, int
 def _report(history: History, method: Multitask, data: Mapping[str, TaskData]) -> dict[str, Any]:
     return {
         "what": "a reference, not a merge: trained jointly from the base",
+        "protocol": "disjoint",  # no other is allowed
         "reads": "labels of the adapt split of every task; none of select and test",
         "steps": history.step,
         "heads": method.heads,

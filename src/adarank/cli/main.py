@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     search = commands.add_parser(
-        "search", parents=[common], help="try a data-free method's settings on the labelled select split"
+        "search", parents=[common], help="try a method's settings on the labelled select split"
     )
     search.add_argument("recipe", type=Path, help="YAML recipe")
     search.add_argument("best", type=Path, help="recipe to write with the best settings, in the same folder")
@@ -150,17 +150,24 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import show
+    from adarank.methods import Informed
     from adarank.plan import describe, open_job
     from adarank.recipe import load_recipe
-    from adarank.tasks import check_tasks
+    from adarank.tasks import check_tasks, sampled
 
     job = open_job(load_recipe(options.recipe))
     described = describe(job)
-    if job.recipe.adaptive or job.recipe.trains:
+    if job.recipe.needs_data:
+        tasks = check_tasks(job)
         described["splits"] = {
-            task: {split: len(own) for split, own in rows.splits.rows.items()}
-            for task, rows in check_tasks(job).items()
+            task: {split: len(own) for split, own in rows.splits.rows.items()} for task, rows in tasks.items()
         }
+        if isinstance(job.method, Informed):
+            rows = sampled(job.method, tasks)
+            described["statistics"] = {
+                "inputs": {task: len(own) for task, own in rows.items()},
+                "labels_read": job.method.reads_labels,
+            }
     if options.json:
         _print_json(described)
     else:
@@ -186,13 +193,15 @@ def _merge(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(record)
         return
-    found = record.get("training") or record.get("adaptation", {})
+    if "adaptation" in record:
+        show.adapted(record["adaptation"])
     if "training" in record:
-        show.trained(found)
-    elif found:
-        show.adapted(found)
-    for line in found.get("notes", ()):
-        show.out.print(line, style="dim")
+        show.trained(record["training"])
+    if "statistics" in record:
+        show.informed(record["statistics"])
+    for kind in ("adaptation", "training", "statistics"):
+        for line in record.get(kind, {}).get("notes", ()):
+            show.out.print(line, style="dim")
     written = f"[bold]{options.out}[/] written in {show.clock(record['seconds'])}"
     if "bundle" in record:
         show.out.print(f"{written}: {show.bundle_size(record['bundle'])}")

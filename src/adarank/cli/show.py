@@ -65,6 +65,8 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
             out.print(f"        not used from {member}: {name} ({reason})")
     for task, splits in described.get("splits", {}).items():
         out.print(f"        inputs of {task}: " + ", ".join(f"{count} to {split}" for split, count in splits.items()))
+    if "statistics" in described:
+        out.print(f"        {_measured(described['statistics'])}")
     if verbose:
         grid = Grid("tensor", "shape", "dtype", "action", "why", box=None)
         for name, row in described["tensors"].items():
@@ -255,6 +257,24 @@ def trained(found: Mapping[str, Any]) -> None:
     out.print(f"{found['what']}, {found['steps']} steps; reads {found['reads']}")
     if ends:
         out.print(f"mean loss of the last steps: {ends}")
+
+
+def informed(found: Mapping[str, Any]) -> None:
+    """What statistics a merge took, and where they left something open."""
+    out.print(f"{_measured(found)}, in {clock(found['seconds'])}")
+    out.print(f"{found['tensors_with_statistics']} tensors merged by them, {found['tensors_averaged']} averaged")
+    if found["undetermined"]:
+        out.print(
+            f"{len(found['undetermined'])} tensors are not determined in all directions by so few inputs (the record names them)",
+            style="dim",
+        )
+
+
+def _measured(found: Mapping[str, Any]) -> str:
+    counts = found["inputs"].values()
+    number = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    labels = "their labels are read" if found["labels_read"] else "no label is read"
+    return f"statistics of {number} adapt inputs per task, {labels}"
 
 
 class Adapting:

@@ -1,4 +1,4 @@
-"""The data-free methods. A new one is one file here and one line below."""
+"""The methods that are one pass over the tensors. A new one is one file here and one line below."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from adarank.methods.dare_ties_merging import DareTiesMerging
 from adarank.methods.della import Della
 from adarank.methods.della_linear import DellaLinear
 from adarank.methods.emr import EMR
+from adarank.methods.fisher import Fisher
+from adarank.methods.informed import Informed
 from adarank.methods.iso_c import IsoC
 from adarank.methods.iso_cts import IsoCTS
 from adarank.methods.linear import Linear
 from adarank.methods.masked import Masked
 from adarank.methods.model_stock import ModelStock
 from adarank.methods.nuslerp import NuSlerp
+from adarank.methods.regmean import RegMean
+from adarank.methods.regmean_plus_plus import RegMeanPlusPlus
 from adarank.methods.sce import SCE
 from adarank.methods.slerp import Slerp
 from adarank.methods.star import STAR
@@ -60,6 +64,9 @@ ALL: tuple[type[Method], ...] = (
     IsoC,
     IsoCTS,
     CART,
+    Fisher,
+    RegMean,
+    RegMeanPlusPlus,
     Masked,
     TallMasks,
     EMR,
@@ -71,8 +78,12 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in ALL}
 __all__ = [
     "CART",
     "METHODS",
+    "Fisher",
+    "Informed",
     "Masked",
     "Method",
+    "RegMean",
+    "RegMeanPlusPlus",
     "SVDk",
     "TaskArithmetic",
     "WeightAverage",

@@ -35,6 +35,7 @@ class Method(Settings):
         per_model: settings that each model of a recipe may carry.
         task_aware: True if each task gets weights of its own (`taskwise.py`).
         passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.
+        data: what it reads of the tasks' data, in words; empty for data-free methods.
     """
 
     name: ClassVar[str]
@@ -45,6 +46,7 @@ class Method(Settings):
     per_model: ClassVar[tuple[str, ...]] = ()
     task_aware: ClassVar[bool] = False
     passes: ClassVar[int] = 1
+    data: ClassVar[str] = ""
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """Merge one matrix (`decompose`). `origin` is float32 and may be mapped: never write to it."""

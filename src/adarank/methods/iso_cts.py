@@ -1,6 +1,6 @@
 """Iso-CTS: a common subspace and one of its own for every task, all with equal singular values.
 
-    U_c, s_c, V_c = top c of Σ_t τ_t                 c ≈ common · r, such that T divides r - c
+    U_c, s_c, V_c = top c of Σ_t τ_t                 r - c = T · round((r - ⌊common · r⌋) / T), as the authors' code
     U_t, s_t, V_t = top (r - c) / T of τ_t - U_c U_cᵀ τ_t
     U = [U_c U_1 … U_T], and V, s alike
     merged = base + λ · mean(s) · U⊥ V⊥ᵀ             X⊥: nearest orthonormal matrix to X

@@ -55,6 +55,7 @@ class ModelStock(Method):
     def _cosine(self, deltas: Deltas, first: str, second: str) -> Tensor:
         """cos(τ_a, τ_b) of whole tensors, shape (); filter-wise one for each row, shape (…, 1)."""
         a, b = (deltas[task] if self.filter_wise else deltas[task].flatten() for task in (first, second))
-        norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+        # by sum, which adds in pairs: PyTorch's float32 norms add one by one, and are 0.1% off at 10⁷ entries
+        norms = (a * a).sum(dim=-1).sqrt() * (b * b).sum(dim=-1).sqrt()
         cosine: Tensor = ((a * b).sum(dim=-1) / norms.clamp(min=1e-6)).clamp(-1, 1)
         return cosine.unsqueeze(-1) if self.filter_wise and a.dim() else cosine

@@ -78,8 +78,11 @@ def noise(like: Tensor, seed: int, task: str, name: str) -> Tensor:
 
 
 def norm_ratio(whole: Tensor, part: Tensor) -> float:
-    """‖whole‖₁ / ‖part‖₁, or 1 if either is almost zero."""
-    before, after = (float(torch.linalg.vector_norm(x, 1)) for x in (whole, part))
+    """‖whole‖₁ / ‖part‖₁, or 1 if either is almost zero.
+
+    By `sum`, which adds in pairs: PyTorch's float32 norms add one by one, and are 1% off at 10⁷ entries.
+    """
+    before, after = (float(x.abs().sum()) for x in (whole, part))
     return 1.0 if min(before, after) < 1e-7 else before / after
 
 
