@@ -44,6 +44,7 @@ ROWS = [
     "Iso-C+AdaRank",
     "Iso-CTS+AdaRank",
     "AdaRank",
+    "multi-task training",
     "experts",
 ]
 TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing"]
