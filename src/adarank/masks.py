@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adarank.bundle import pack, unpack
 from adarank.errors import CheckpointError
 from adarank.spectrum import top_count
 from adarank.writer import write_tensors
@@ -85,7 +85,7 @@ class MaskFile:
         names = list(self.lam)
         tensors = {"lambda": torch.stack([self.lam[name].float().cpu() for name in names])}
         for name, mask in self.masks.items():
-            tensors[f"mask.{name}"] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
+            tensors[f"mask.{name}"] = pack(mask)
         header = {"origin": self.origin, "tasks": list(self.tasks), "tensors": names, "about": dict(self.about), "basis": self.basis,
                   "sizes": {name: list(sizes) for name, sizes in self.sizes.items()}}  # fmt: skip
         write_tensors(path, tensors, {"format": _FORMAT, "header": json.dumps(header)})
@@ -123,11 +123,5 @@ class MaskFile:
             raise ValueError(f"λ of shape {tuple(tensors['lambda'].shape)} for {len(tasks)} tasks")
         lam = dict(zip(header["tensors"], tensors["lambda"], strict=True))
         sizes = {name: tuple(parts) for name, parts in header["sizes"].items()}
-        masks = {n: _unpack(tensors[f"mask.{n}"], sum(parts)) for n, parts in sizes.items()}
+        masks = {n: unpack(tensors[f"mask.{n}"], (sum(parts),)) for n, parts in sizes.items()}
         return cls(header["origin"], tasks, lam, masks, sizes, header["about"], header.get("basis", "task_vectors"))
-
-
-def _unpack(bits: Tensor, count: int) -> Tensor:
-    if bits.numel() != -(-count // 8):  # numpy would fill up with zeros
-        raise ValueError(f"{bits.numel()} bytes for {count} components")
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()
