@@ -68,7 +68,7 @@ def adapt_job(
         read_state(state, fingerprint)  # refused here, before anything is computed
     note("Loading the networks")
     models = build_models(job)
-    asked = [_choices(job), about["inputs"], marks]
+    asked = [choices_of(job), about["inputs"], marks]
     experts = expert_outputs(job, models, data, settings, asked, state.parent, note)
     note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
     live = method.start(job.network, models.shared, settings, job.recipe.device)
@@ -78,7 +78,8 @@ def adapt_job(
     note("Adapting")
     history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory, method.grid)
     masks = live.mask_file(job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")})
-    return Adaptation(job, live, masks, _report(history, live, job, settings, data))
+    own = {"components_kept": live.kept_share(), "kept": [round(v, 5) for v in history.kept]}
+    return Adaptation(job, live, masks, report(history, job, settings, data) | own)
 
 
 def task_losses(
@@ -124,9 +125,8 @@ def task_losses(
     return {task: loss_of(task) for task in job.network.tasks}
 
 
-def _report(
-    history: History, live: LiveWeights, job: Job, settings: AdaptSettings, data: Mapping[str, TaskData]
-) -> dict[str, Any]:
+def report(history: History, job: Job, settings: AdaptSettings, data: Mapping[str, TaskData]) -> dict[str, Any]:
+    """What a record says of a run of the loop with a judge."""
     choice = history.choice
     assert choice is not None  # the engine has ended
     # with keep: best only judged steps are kept, and the last one always is judged
@@ -142,9 +142,7 @@ def _report(
         "seconds_in_steps": round(history.seconds, 3),
         "seconds_judging": round(history.judging_seconds, 3),
         "resumed_from": history.resumed_from,
-        "components_kept": live.kept_share(),
         "losses": {task: [round(v, 5) for v in values] for task, values in history.losses.items()},
-        "kept": [round(v, 5) for v in history.kept],
         "judged_on": {task: watched(own, settings)[1] for task, own in data.items()},
         "judged": {
             str(step): {task: {k: round(v, 5) for k, v in asdict(own).items()} for task, own in seen.items()}
@@ -161,7 +159,8 @@ def _report(
     }
 
 
-def _choices(job: Job) -> dict[str, str]:
+def choices_of(job: Job) -> dict[str, str]:
+    """Tensor -> what happens to it."""
     return {name: choice.action for name, choice in job.network.choices.items()}
 
 
@@ -173,5 +172,5 @@ def run_fingerprint(job: Job, about: Mapping[str, Any], marks: Mapping[str, Any]
         block: the settings that hold `save_every`, which decides no number.
     """
     settings = {**about["settings"], block: {k: v for k, v in about["settings"][block].items() if k != "save_every"}}
-    text = json.dumps([settings, about["inputs"], about["seed"], _choices(job), marks], sort_keys=True)
+    text = json.dumps([settings, about["inputs"], about["seed"], choices_of(job), marks], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -209,6 +209,10 @@ class PartFile:
             part, _, name = stored.partition(":")
             self._index.setdefault(name, []).append(part)
 
+    def names(self) -> list[str]:
+        """The tensors that have parts here."""
+        return [name for name in self._index if name]
+
     def of(self, name: str = "") -> dict[str, Tensor]:
         """Part -> stored tensor, of one tensor or of the whole model. They may be mapped: never write to them."""
         return {part: self._source.read(key(part, name)) for part in self._index.get(name, ())}

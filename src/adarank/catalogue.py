@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import annotated_types  # pydantic's own vocabulary of bounds
@@ -12,6 +12,7 @@ from adarank.adapt.methods import ADAPTIVE, PRESETS, AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings
 from adarank.errors import RecipeError
 from adarank.methods import METHODS, Method
+from adarank.modular import MODULAR, Modular
 from adarank.multitask import Multitask
 from adarank.settings import Settings, nearest
 
@@ -45,6 +46,9 @@ def catalogue() -> dict[str, Entry]:
     for name, kind in ADAPTIVE.items():
         fixed = {"learn_masks"} if name != "adarank" else set()
         found[name] = _entry(kind, "base, experts and unlabelled inputs of each task", (AdaptSettings,), fixed)
+    for name, module in MODULAR.items():
+        needs = f"base, experts and unlabelled inputs of each task; in use it must know {module.knows}"
+        found[name] = _entry(module, needs, (AdaptSettings,), None, module)
     found[Multitask.name] = _entry(Multitask, Multitask.needs, ())
     return found
 
@@ -74,12 +78,18 @@ def _needs(kind: type[Method]) -> str:
 
 
 def _entry(
-    kind: type[Method] | type[AdaptiveMethod] | type[Multitask],
+    kind: type[Method] | type[AdaptiveMethod] | type[Modular] | type[Multitask],
     needs: str,
     more: tuple[type[Settings], ...],
     fixed: set[str] | None = None,
+    module: type[Modular] | None = None,
 ) -> Entry:
-    settings = [*_settings(kind, fixed or set()), *(s for extra in more for s in _settings(extra, set(), "adapt."))]
+    unused = set(module.unused) if module else set()
+    loop = [s for extra in more for s in _settings(extra, unused, "adapt.")]
+    if module:  # which has defaults of its own
+        own = {f"adapt.{key}": str(value) for key, value in module.defaults.items()}
+        loop = [replace(s, default=own.get(s.name, s.default)) for s in loop]
+    settings = [*_settings(kind, fixed or set()), *loop]
     summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
     return Entry(kind.name, summary, kind.formula, needs, tuple(settings), kind.source)
 

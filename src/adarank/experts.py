@@ -21,7 +21,7 @@ from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.evaluate import predict
 from adarank.models import TaskModels
-from adarank.models.features import head_inputs, head_parts
+from adarank.models.features import Pool, head_inputs, head_parts
 from adarank.networks import family_of, network_tensors
 from adarank.plan import Job, Note
 from adarank.writer import write_state
@@ -76,7 +76,7 @@ def expert_outputs(
     found = {}
     for task, parts in wanted.items():
         models.fill(network_tensors(job, task))
-        found[task] = _ask(job, models, task, parts, kinds[task])
+        found[task] = ask(job, models, task, parts, kinds[task])
     models.fill(network_tensors(job, "base"))
     if folder:
         outputs = {task: {"logits": own.logits, "features": own.features} for task, own in found.items()}
@@ -112,13 +112,26 @@ def _wanted(data: TaskData, settings: AdaptSettings) -> list[tuple[TaskData, Spl
     return [(data, "adapt")] if split == "adapt" else [(data, "adapt"), (own, split)]
 
 
-def _ask(job: Job, models: TaskModels, task: str, parts: list[tuple[TaskData, Split]], features: bool) -> Outputs:
+def ask(
+    job: Job,
+    models: TaskModels,
+    task: str,
+    parts: list[tuple[TaskData, Split]],
+    features: bool,
+    pool: Pool | None = None,
+) -> Outputs:
+    """What a task's network, as the models hold it now, says of some inputs.
+
+    Arguments:
+        parts: splits of the task, or of a part of its rows.
+        features: keep what its head is given, too, brought to one vector per input by `pool`.
+    """
     module = models.modules[task]
     heads = head_parts(models, task) if features else []
     logits, widths = [], []
     rows: list[int] = []
     for own, split in parts:
-        with head_inputs(module, heads) as seen:
+        with head_inputs(module, heads, pool) as seen:
             asked, answers = predict(family_of(job), module, own, split)
         rows += asked
         logits.append(answers)

@@ -15,8 +15,9 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from adarank.adapt.parameters import Parameters
 from adarank.adapt.settings import AdaptSettings
 from adarank.settings import Settings
 
@@ -60,53 +61,31 @@ class Multitask(Settings):
         )
 
 
-class JointTraining:
-    """A network's own weights as what the loop learns.
+class JointTraining(Parameters):
+    """A network's own weights as what the loop learns, by the mean over tasks of their losses.
 
     Arguments:
         tensors: name -> every tensor that a step may change: parameters, and buffers such as running statistics.
-        tasks: how many tasks' losses add up; their mean is what is minimised.
+        tasks: how many tasks' losses add up.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], method: Multitask, tasks: int) -> None:
-        self._tensors, self._method, self._tasks = dict(tensors), method, tasks
-        self._parameters = [own for own in self._tensors.values() if isinstance(own, nn.Parameter)]
-        for parameter in self._parameters:
-            parameter.requires_grad_(True)
+        super().__init__(tensors, method.lr)
+        self._decay, self._tasks = method.weight_decay, tasks
 
     def optimiser(self, settings: AdaptSettings) -> torch.optim.Optimizer:
         """AdamW; what has fewer than two dimensions does not decay."""
+        matrices = [own for own in self.parameters if own.dim() > 1]
+        others = [own for own in self.parameters if own.dim() < 2]
         groups = [
-            {"params": own, "lr": self._method.lr, "start": self._method.lr, "weight_decay": decay}
-            for decay, own in (
-                (self._method.weight_decay, [p for p in self._parameters if p.dim() > 1]),
-                (0.0, [p for p in self._parameters if p.dim() < 2]),
-            )
+            {"params": own, "lr": self.lr, "start": self.lr, "weight_decay": decay}
+            for decay, own in ((self._decay, matrices), (0.0, others))
             if own
         ]
         return torch.optim.AdamW(groups, betas=settings.betas)
 
-    def learned(self) -> Mapping[str, Tensor]:
-        """All of the body, and the heads that are trained."""
-        return self._tensors
-
-    def reset(self, scale: float, rank: float) -> None:
-        """There is no grid of λ and rank."""
-        raise TypeError("a network's own weights have one start")
-
-    def write(self) -> None:
-        """Nothing: the networks hold what is learned."""
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for parameter in self._parameters:
-            parameter.grad = None
-
     def pull_back(self) -> None:
         """From the gradient of the sum over tasks to that of their mean."""
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad /= self._tasks
-
-    def kept_share(self) -> None:
-        """There are no components."""

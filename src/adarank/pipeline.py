@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adarank.adapt.loop import Progress
 from adarank.adaptation import Adaptation, adapt_job
+from adarank.assembly import Assembly, assemble_job
 from adarank.bundles import parts_of, write_bundle
 from adarank.companions import write_head, write_root_files
 from adarank.data.task import TaskData
@@ -23,7 +24,7 @@ from adarank.errors import AdaRankError, OutputError
 from adarank.masks import FILE as MASKS_FILE
 from adarank.methods import Informed, merge_tensors
 from adarank.methods.taskwise import Taskwise
-from adarank.plan import Job, Note, describe, open_job
+from adarank.plan import Job, Note, describe, open_job, settings_in_force
 from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
 from adarank.statistics import inform_job
@@ -70,19 +71,21 @@ def merge(
         "inputs": job.inputs(),
     }
     state = out.parent / f".{out.name}.state"
-    learned: Adaptation | Training | None = None
+    learned: Adaptation | Training | Assembly | None = None
     with _no_leavings(state):
         if job.method is None:
-            learn = train_job if recipe.trains else adapt_job
+            learn = train_job if recipe.trains else assemble_job if recipe.modular else adapt_job
             learned = learn(job, data, record, state / "state.pt", note, progress)
             tensors = learned.tensors()
         else:
             method, found = inform_job(job, data, record["inputs"], state, note)
             record |= {"statistics": found} if found else {}
             tensors = merge_tensors(method, job.network, recipe.device)
-    note("Writing the bundle" if isinstance(job.method, Taskwise) else "Writing the merged model")
+    note("Writing the bundle" if job.task_aware else "Writing the merged model")
     with atomic_folder(out, force) as folder:
-        if isinstance(job.method, Taskwise):
+        if isinstance(learned, Assembly):
+            record["bundle"] = write_bundle(folder, job, learned.parts())
+        elif isinstance(job.method, Taskwise):
             record["bundle"] = write_bundle(folder, job, parts_of(job, job.method))
         else:
             _write_merged(folder, job, tensors, learned)
@@ -104,23 +107,8 @@ def _no_leavings(state: Path) -> Iterator[None]:
         raise
 
 
-def settings_in_force(job: Job) -> dict[str, Any]:
-    """Every setting with its value, defaults included."""
-    data = job.recipe.data.model_dump()
-    if job.method is not None:
-        return {"parameters": job.method.model_dump(by_alias=True, exclude={"masks"}), "data": data}
-    if job.recipe.trains:
-        return {"parameters": job.recipe.training().model_dump(), "data": data}
-    method, settings = job.recipe.adaptation()
-    return {
-        "parameters": method.model_dump(by_alias=True),
-        "adapt": settings.model_dump(mode="json"),
-        "data": data,
-    }
-
-
 def _write_merged(
-    folder: Path, job: Job, tensors: Iterator[tuple[str, Tensor]], learned: Adaptation | Training | None
+    folder: Path, job: Job, tensors: Iterator[tuple[str, Tensor]], learned: Adaptation | Training | Assembly | None
 ) -> None:
     """One model: its weights, what lies beside them, each task's head, and the masks."""
     write_checkpoint(folder, job.layout(), tensors)

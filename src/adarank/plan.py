@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ class Job:
         """The base, or the first expert when there is none."""
         return self.base or next(iter(self.experts.values()))
 
+    @property
+    def task_aware(self) -> bool:
+        """True if a bundle is written, with a network for each task, instead of one model."""
+        return self.recipe.modular or isinstance(self.method, Taskwise)
+
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The output's tensors: name -> (shape, dtype). Floats take the asked dtype, by default the base's own."""
         asked = self.recipe.output_dtype()
@@ -62,13 +67,22 @@ class Job:
 
     def part_layouts(self) -> tuple[Layout, dict[str, Layout]]:
         """Layouts of a bundle's shared parts and of each task's own; nothing if the method is not task-aware."""
+        if self.recipe.modular and self.family is not None:
+            method, _ = self.recipe.modules()
+            widths = {task: self._head_width(task) for task in self.network.tasks}
+            return method.layouts({site.name: site for site in self.sites()}, self.family, widths)
         if not isinstance(self.method, Taskwise):
             return {}, {}
         return layouts(self.method, self.sites(), self.network.tasks)
 
+    def _head_width(self, task: str) -> int:
+        """The length of what a task's head is given, as far as headers tell: the columns of its first matrix."""
+        shapes = [self.network.experts[task].info(name).shape for name in self.network.heads[task]]
+        return next((shape[1] for shape in shapes if len(shape) == 2), 0)
+
     def output_bytes(self) -> int:
         """Size of the output's tensors, heads not among them."""
-        if isinstance(self.method, Taskwise):
+        if self.task_aware:
             shared, own = self.part_layouts()
             return layout_bytes(shared) + sum(layout_bytes(each) for each in own.values())
         return layout_bytes(self.layout())
@@ -132,6 +146,8 @@ def peak_bytes(job: Job) -> int:
     """Predicted peak of anonymous memory in bytes, without the activations of a network's batches."""
     if job.recipe.trains:
         return _RUNTIME_BYTES + 4 * _trained_numel(job)
+    if job.recipe.modular:
+        return _RUNTIME_BYTES + _modular_bytes(job)
     if not job.recipe.adaptive:
         merging = max((_streamed_bytes(job, name) for name in job.network.merged()), default=0)
         return _RUNTIME_BYTES + max(merging, _measuring_bytes(job))
@@ -162,6 +178,15 @@ def _measuring_bytes(job: Job) -> int:
     return 4 * (sum(info.numel for info in tensors.values()) + _head_numel(job) + held)
 
 
+def _modular_bytes(job: Job) -> int:
+    """The network twice while one is loaded, the heads, and what modules hold; the start that is adapted, if it is."""
+    start = job.recipe.start()
+    before = peak_bytes(replace(job, recipe=start)) - _RUNTIME_BYTES if start is not None and start.adaptive else 0
+    body = sum(info.numel for info in job.network.tensors.values())
+    own = sum(layout_bytes(each) for each in job.part_layouts()[1].values())
+    return max(before, 4 * (2 * body + _head_numel(job)) + own)
+
+
 def _trained_numel(job: Job) -> int:
     """Weights, gradients and AdamW's two moments; what is kept once; a second network while one is loaded."""
     body = sum(info.numel for info in job.network.tensors.values())
@@ -178,6 +203,21 @@ def _streamed_bytes(job: Job, name: str) -> int:
         copies += job.method.workspace(len(job.experts), decomposed)
     solving = job.method.solving(info.shape) if isinstance(job.method, RegMean) and decomposed else 0
     return 4 * (copies * info.numel + solving)
+
+
+def settings_in_force(job: Job) -> dict[str, Any]:
+    """Every setting with its value, defaults included."""
+    data = job.recipe.data.model_dump()
+    if job.method is not None:
+        return {"parameters": job.method.model_dump(by_alias=True, exclude={"masks"}), "data": data}
+    if job.recipe.trains:
+        return {"parameters": job.recipe.training().model_dump(), "data": data}
+    method, settings = job.recipe.modules() if job.recipe.modular else job.recipe.adaptation()
+    return {
+        "parameters": method.model_dump(by_alias=True),
+        "adapt": settings.model_dump(mode="json"),
+        "data": data,
+    }
 
 
 def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
@@ -203,7 +243,7 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
         },
         "heads": {task: list(names) for task, names in network.heads.items()},
         "dropped": {name: dict(member.dropped) for name, member in members.items() if member.dropped},
-        "task_aware": isinstance(job.method, Taskwise),
+        "task_aware": job.task_aware,
         "output_bytes": job.output_bytes(),
         "experts_bytes": len(network.tasks) * layout_bytes(layout),
         "peak_bytes": peak_bytes(job),

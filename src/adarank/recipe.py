@@ -19,6 +19,8 @@ from adarank.errors import RecipeError, itemise
 from adarank.masks import MaskFile
 from adarank.methods import METHODS, Method
 from adarank.methods.weights import resolve
+from adarank.modular import MODULAR, Modular, Surgery
+from adarank.modular.base import settled
 from adarank.multitask import Multitask
 from adarank.select import Select
 from adarank.settings import Settings, nearest, parse
@@ -87,14 +89,19 @@ class Recipe(Settings):
         return self.merge_method in ADAPTIVE
 
     @property
+    def modular(self) -> bool:
+        """True if small modules are trained beside the weights: adapters, routers."""
+        return self.merge_method in MODULAR
+
+    @property
     def trains(self) -> bool:
         """True for the reference that is trained on labels: no merge at all."""
         return self.merge_method == Multitask.name
 
     @property
     def learns(self) -> bool:
-        """True if what is written is learned step by step: by adaptation, or by training."""
-        return self.adaptive or self.trains
+        """True if what is written is learned step by step: λ and masks, modules, or a whole network."""
+        return self.adaptive or self.modular or self.trains
 
     @property
     def needs_data(self) -> bool:
@@ -120,8 +127,28 @@ class Recipe(Settings):
 
     def adaptation(self) -> tuple[AdaptiveMethod, AdaptSettings]:
         """The adaptive method and its loop's settings."""
-        given = self.adapt.model_dump(exclude_unset=True, exclude={"preset"}) if self.adapt else {}
-        return with_preset(self.merge_method, self.parameters, given, self.adapt.preset if self.adapt else None)
+        return with_preset(self.merge_method, self.parameters, *self._adapt())
+
+    def modules(self) -> tuple[Modular, AdaptSettings]:
+        """The modular method and its loop's settings."""
+        return settled(MODULAR[self.merge_method], self.parameters, *self._adapt())
+
+    def start(self) -> Recipe | None:
+        """What the modules of this recipe are put on, as a recipe of its own; None if the method settles it itself."""
+        method = self.modules()[0] if self.modular else None
+        if not isinstance(method, Surgery):
+            return None
+        given = method.start
+        adapt = None if given.adapt is None else parse(AdaptBlock, given.adapt, "parameters.start.adapt")
+        return self.model_copy(
+            update={"merge_method": given.merge_method, "parameters": dict(given.parameters), "adapt": adapt}
+        )
+
+    def _adapt(self) -> tuple[dict[str, Any], str | None]:
+        """What the adapt block says itself, and its preset."""
+        if self.adapt is None:
+            return {}, None
+        return self.adapt.model_dump(exclude_unset=True, exclude={"preset"}), self.adapt.preset
 
     def training(self) -> Multitask:
         """The settings of multi-task training."""
@@ -179,7 +206,7 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
     recipe = parse(Recipe, {**values, "folder": folder}, where)
     if recipe.device == "auto":
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
-    known = [*METHODS, *ADAPTIVE, Multitask.name]
+    known = [*METHODS, *ADAPTIVE, *MODULAR, Multitask.name]
     if recipe.merge_method in _NOT_HERE:
         raise RecipeError(
             f"{where}: mergekit's merge_method '{recipe.merge_method}' is not here. {_NOT_HERE[recipe.merge_method]}"
@@ -194,6 +221,12 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
 
 def _check(recipe: Recipe, where: str) -> None:
     """What single fields cannot know of each other. All problems at once."""
+    problems = _problems(recipe)
+    if problems:
+        raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems))
+
+
+def _problems(recipe: Recipe) -> list[str]:
     problems = []
     problems += [f"models: '{task}' cannot name a task here (a folder heads/{task} is made, and 'base' is the base). Give task: name." for task in recipe.experts
                  if task in ("", ".", "..") or (task == "base" and recipe.base_model) or "/" in task or "\\" in task]  # fmt: skip
@@ -203,9 +236,9 @@ def _check(recipe: Recipe, where: str) -> None:
         )
     if not recipe.experts:
         problems.append("models: no expert is given. A merge needs at least one.")
-    if recipe.adapt is not None and not recipe.adaptive:
+    if recipe.adapt is not None and not (recipe.adaptive or recipe.modular):
         problems.append(
-            f"adapt: '{recipe.merge_method}' does not adapt. Remove the block, or use one of {', '.join(ADAPTIVE)}."
+            f"adapt: '{recipe.merge_method}' does not adapt. Remove the block, or use one of {', '.join([*ADAPTIVE, *MODULAR])}."
         )
     allowed = () if recipe.learns else METHODS[recipe.merge_method].per_model
     for task, entry in recipe.experts.items():
@@ -220,19 +253,37 @@ def _check(recipe: Recipe, where: str) -> None:
     if needs_base and recipe.base_model is None:
         problems.append(f"base_model: '{recipe.merge_method}' needs the model that the experts were fine-tuned from.")
     if recipe.needs_data:
-        use = "adapts on" if recipe.adaptive else "trains on" if recipe.trains else "takes statistics of"
+        use = "trains on" if recipe.trains else "adapts on" if recipe.learns else "takes statistics of"
         problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' {use} its inputs." for t, e in recipe.experts.items()
                      if e.task is None or e.task.data is None]  # fmt: skip
     if recipe.trains:
         problems += _training_problems(recipe)
+    if recipe.modular:
+        problems += _modular_problems(recipe)
     if recipe.adaptive:
         try:
             strangers = [task for task in recipe.adaptation()[1].objectives if task not in recipe.experts]
             problems += [f"adapt.objectives: unknown task '{t}'.{nearest(t, recipe.experts)}" for t in strangers]
         except RecipeError as error:
             problems += str(error).split("\n")
-    if problems:
-        raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems))
+    return problems
+
+
+def _modular_problems(recipe: Recipe) -> list[str]:
+    """Of settings, and of the start that modules are put on."""
+    try:
+        strangers = [task for task in recipe.modules()[1].objectives if task not in recipe.experts]
+        start = recipe.start()
+    except RecipeError as error:
+        return str(error).split("\n")
+    problems = [f"adapt.objectives: unknown task '{t}'.{nearest(t, recipe.experts)}" for t in strangers]
+    if start is None:
+        return problems
+    one_model = [name for name, kind in METHODS.items() if not kind.task_aware]
+    if start.merge_method not in (*one_model, *ADAPTIVE):
+        hint = nearest(start.merge_method, [*one_model, *ADAPTIVE])
+        return [*problems, f"parameters.start: '{start.merge_method}' gives no single merged model.{hint}"]
+    return problems + [f"parameters.start: {problem}" for problem in _problems(start)]
 
 
 def _training_problems(recipe: Recipe) -> list[str]:

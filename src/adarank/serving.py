@@ -19,6 +19,8 @@ from adarank.errors import CheckpointError
 from adarank.methods import METHODS
 from adarank.methods.taskwise import Taskwise, rebuilt
 from adarank.models.merged import empty, filled
+from adarank.modular import Surgery, TwinMerging, WEMoE, surgery, twin_merging, wemoe
+from adarank.modular.base import whole_tensors
 from adarank.record import versions
 from adarank.settings import nearest
 from adarank.writer import BUNDLE, RECORD, Layout, atomic_folder, write_checkpoint, write_json
@@ -45,6 +47,11 @@ def _taskwise(method: type[Taskwise], bundle: BundleFolder, task: str) -> Iterat
 
 KINDS: dict[str, Kind] = {
     name: Kind(partial(_taskwise, method)) for name, method in METHODS.items() if issubclass(method, Taskwise)
+}
+KINDS |= {
+    Surgery.name: Kind(whole_tensors, surgery.dress),
+    WEMoE.name: Kind(whole_tensors, wemoe.dress),
+    TwinMerging.name: Kind(whole_tensors, twin_merging.dress),
 }
 
 

@@ -234,7 +234,8 @@ def adapted(found: Mapping[str, Any]) -> None:
             f"of {len(found['starts'])} looked at"
         )
     taken = f"{found['steps']} steps" + (", stopped early" if found["stopped_early"] else "")
-    out.print(f"{taken}, {100 * found['components_kept']:.2f}% of the components kept")
+    kept = f", {100 * found['components_kept']:.2f}% of the components kept" if "components_kept" in found else ""
+    out.print(taken + kept)
     if found["rolled_back"]:
         out.print(f"[bold]rolled back to the start:[/] {found['why_kept']}.")
     else:

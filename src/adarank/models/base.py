@@ -32,6 +32,8 @@ class Family(Protocol):
         keep_embeddings: embedding tables are kept from the base by default.
         paths: text in an input column is the path of a file that holds the input.
         token_budget: padded tokens (or their like) in one batch when scoring.
+        mlps: what the two linear layers of a block's MLP are called in checkpoints, after the block's own name.
+        expanded: parameters of shape (1, ...) that networks of the family expand over the batch.
     """
 
     kind: str
@@ -39,6 +41,8 @@ class Family(Protocol):
     keep_embeddings: bool
     paths: bool
     token_budget: int
+    mlps: tuple[tuple[str, str], ...]
+    expanded: tuple[str, ...]
 
     def auto_class(self) -> Any:
         """The class of `transformers` that finds a model's own class by its configuration."""
@@ -102,10 +106,7 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
     heads: dict[str, dict[str, Tensor]] = {}
     for task, module in pairs:
         modules[task] = module
-        held = {
-            **dict(module.named_parameters(remove_duplicate=False)),
-            **dict(module.named_buffers(remove_duplicate=False)),
-        }
+        held = held_tensors(module)
         own = [name for name in network.tensors if name not in network.heads[task]]
         keys = module_keys(network, task, own, module, held)
         own_keys = module_keys(network, task, network.heads[task], module, held)
@@ -138,21 +139,45 @@ def module_keys(
     network: Network, task: str, names: Sequence[str], module: nn.Module, held: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """Tensor of the network -> its name in a task's module, for those that it has."""
+    member = network.experts[task]
+    stored = {name: member.names.get(name, name) for name in names}
+    floats = {n: member.info(n).shape for n in names if n in member.names and member.info(n).dtype.is_floating_point}
+    return stored_keys(stored, floats, module, held, member.backbone)
+
+
+def stored_keys(
+    stored: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]],
+    module: nn.Module,
+    held: Mapping[str, Tensor],
+    backbone: str = "",
+) -> dict[str, str]:
+    """Name -> name in a module of the tensor that a checkpoint has under another, for those that the module has.
+
+    Arguments:
+        stored: name -> name in the checkpoint.
+        shapes: name -> shape, of tensors that the loader may have renamed.
+        held: the module's tensors by name.
+    """
     found: dict[str, str] = {}
     lost: dict[str, str] = {}
-    for name in names:
-        stored = network.experts[task].names.get(name, name)
-        renamed = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        candidates = [stored, renamed, network.experts[task].backbone + name]
-        key = next((key for key in candidates if key in held), None)
+    for name, own in stored.items():
+        renamed = own.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        key = next((key for key in (own, renamed, backbone + name) if key in held), None)
         if key is not None:
             found[name] = key
-        elif name in network.experts[task].names and network.tensors[name].dtype.is_floating_point:
-            lost[name] = stored
+        elif name in shapes:
+            lost[name] = own
     if lost and hasattr(module, "config"):
-        loaded = loaded_names(module, {key: network.tensors[name].shape for name, key in lost.items()})
+        loaded = loaded_names(module, {key: shapes[name] for name, key in lost.items()})
         found.update({name: loaded[key] for name, key in lost.items() if key in loaded})
     return found
+
+
+def held_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter or buffer of a module, every name of a tied one."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:

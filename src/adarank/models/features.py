@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,31 +11,41 @@ from torch import Tensor, nn
 from adarank.errors import RecipeError
 from adarank.models.base import TaskModels
 
+Pool = Callable[[Tensor, Tensor | None], Tensor]
+"""(what a head is given, attention mask or None) -> (batch, width)."""
+
 
 def head_parts(models: TaskModels, task: str) -> list[nn.Module]:
-    """The parts of a task's module that hold parameters of its own.
+    """The parts of a task's module that hold tensors of its head.
 
     Raises:
         RecipeError: it has none: all its tensors are merged ones.
     """
-    shared = {id(tensor) for tensor in models.shared.values()}
-    parts = [part for part in models.modules[task].modules()
-             if any(id(own) not in shared for own in part._parameters.values() if own is not None)]  # fmt: skip
+    parts = owners(models.modules[task], models.heads[task].values())
     if not parts:
         raise RecipeError(
-            f"adapt: objective 'features' compares what heads are given, and task '{task}' has no head. "
-            "Use self-label, or name the head's tensors under select: head."
+            f"What heads are given is asked for, and task '{task}' has no head. Use another objective or method, or "
+            "name the head's tensors under select: head."
         )
     return parts
 
 
+def owners(module: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
+    """The parts of a module that hold one of its tensors themselves."""
+    wanted = {id(tensor) for tensor in tensors}
+    return [part for part in module.modules() if any(id(own) in wanted for own in part._parameters.values())]
+
+
 @contextmanager
-def head_inputs(module: nn.Module, parts: list[nn.Module]) -> Iterator[list[Tensor]]:
+def head_inputs(module: nn.Module, parts: list[nn.Module], pool: Pool | None = None) -> Iterator[list[Tensor]]:
     """While it is open, every forward pass appends the (batch, width) input of the part of the head that runs first.
 
-    Inputs with a position axis are averaged over the positions that the attention mask names (all without one), images
-    of features over their pixels. Without parts nothing is appended.
+    Without parts nothing is appended.
+
+    Arguments:
+        pool: by default `pooled`.
     """
+    pool = pool or pooled
     seen: list[Tensor] = []
     if not parts:
         yield seen
@@ -49,7 +59,7 @@ def head_inputs(module: nn.Module, parts: list[nn.Module]) -> Iterator[list[Tens
     def take(_: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         if now.get("open"):
             now["open"] = False
-            seen.append(_pooled(next(v for v in (*arguments, *named.values()) if isinstance(v, Tensor)), now["mask"]))
+            seen.append(pool(next(v for v in (*arguments, *named.values()) if isinstance(v, Tensor)), now["mask"]))
 
     handles = [module.register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [part.register_forward_pre_hook(take, with_kwargs=True) for part in parts]
@@ -60,8 +70,11 @@ def head_inputs(module: nn.Module, parts: list[nn.Module]) -> Iterator[list[Tens
             handle.remove()
 
 
-def _pooled(given: Tensor, mask: Tensor | None) -> Tensor:
-    """(batch, width) float32 of (batch, width), (batch, positions, width) or (batch, width, height, width)."""
+def pooled(given: Tensor, mask: Tensor | None) -> Tensor:
+    """(batch, width) float32 of (batch, width), (batch, positions, width) or (batch, width, height, width).
+
+    Positions are averaged over those that the mask names (all without one), images of features over their pixels.
+    """
     if given.dim() == 3:
         if mask is None or mask.shape != given.shape[:2]:
             return given.float().mean(dim=1)

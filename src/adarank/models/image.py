@@ -86,6 +86,13 @@ class ImageClassifiers:
     keep_embeddings = False
     paths = True
     token_budget = 2**20  # pixels: about 20 images of 224×224
+    # ViT and Swin as they are stored; as some versions name them, DINOv2 and CLIP; ConvNeXt
+    mlps: tuple[tuple[str, str], ...] = (
+        ("intermediate.dense", "output.dense"),
+        ("mlp.fc1", "mlp.fc2"),
+        ("pwconv1", "pwconv2"),
+    )
+    expanded: tuple[str, ...] = ("cls_token", "distillation_token", "position_embeddings")
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForImageClassification

@@ -40,6 +40,13 @@ class TextClassifiers:
     keep_embeddings = True
     paths = False
     token_budget = 8192
+    # BERT and its kin; DistilBERT; GPT-2
+    mlps: tuple[tuple[str, str], ...] = (
+        ("intermediate.dense", "output.dense"),
+        ("ffn.lin1", "ffn.lin2"),
+        ("mlp.c_fc", "mlp.c_proj"),
+    )
+    expanded: tuple[str, ...] = ()
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForSequenceClassification

@@ -1,0 +1,242 @@
+"""Layers that merge anew for every input of a batch, without forming any input's own weights.
+
+    linear        y(x) = x W₀ᵀ + b₀ + Σ_t λ_t(x) (x τ_tᵀ + β_t)        τ_t whole, or U_t V_tᵀ and then (x V_t) U_tᵀ
+    convolution   the same, as it too is linear in its weights
+    layer norm    y(x) = n(x) ∘ (g₀ + Σ_t λ_t(x) γ_t) + b₀ + Σ_t λ_t(x) β_t
+    expanded      v(x) = v₀ + Σ_t λ_t(x) ν_t        parameters that a network expands over the batch, such as class tokens
+
+These are what the layer gives with the weights W₀ + Σ_t λ_t(x) τ_t, by linearity; rounding apart, it is the same number.
+They are forward hooks on the layers as they are, so that the network keeps its parts and their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
+
+from adarank.errors import MismatchError
+
+
+class Route:
+    """The weights of one forward pass's inputs.
+
+    Attributes:
+        weights: (batch, tasks) λ; None where the shared weights alone are meant.
+    """
+
+    def __init__(self) -> None:
+        self.weights: Tensor | None = None
+
+    def over(self, x: Tensor) -> Tensor | None:
+        """λ as (rows, 1, …, 1, tasks), to be multiplied with what a layer gives; None for the shared weights.
+
+        A layer may be given an input's windows as rows of their own, one input's after another's.
+        """
+        if self.weights is None:
+            return None
+        batch, rows = len(self.weights), len(x)
+        if rows % batch:
+            raise MismatchError(
+                f"A layer was given {rows} rows of a batch of {batch}: it cannot be told which input each belongs to. "
+                "This architecture cannot be merged input by input."
+            )
+        weights = self.weights.repeat_interleave(rows // batch, dim=0).to(x)
+        return weights.reshape(rows, *[1] * (x.dim() - 2), weights.shape[1])
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """What each task adds to one tensor, whole or as factors.
+
+    Attributes:
+        full: (tasks, *shape), or None.
+        u, v: (tasks, rows, k) and (tasks, columns, k) of U Vᵀ, where `full` is None.
+    """
+
+    full: Tensor | None = None
+    u: Tensor | None = None
+    v: Tensor | None = None
+
+    def part(self, name: str) -> Tensor:
+        """What bundles store as `delta`, `u` or `v`, of all tasks."""
+        found = {"delta": self.full, "u": self.u, "v": self.v}[name]
+        assert found is not None  # nobody asks for what is not there
+        return found
+
+    def whole(self, shape: Sequence[int]) -> Tensor:
+        """(tasks, *shape), factors multiplied."""
+        if self.full is not None:
+            return self.full
+        assert self.u is not None and self.v is not None  # noqa: PT018 (one or the other is there)
+        return (self.u @ self.v.mT).reshape(-1, *shape)
+
+
+class _Merge(nn.Module):
+    """A forward hook with tensors: those of `deltas` that are for one layer, by the parameter's own name."""
+
+    def __init__(self, layer: nn.Module, deltas: Mapping[str, Deltas], route: Route) -> None:
+        super().__init__()
+        self.route = route
+        self._shared: dict[str, nn.Parameter | None] = {}
+        self.keep(layer, deltas)
+
+    def keep(self, layer: nn.Module, deltas: Mapping[str, Deltas]) -> None:
+        """Every delta whole, as a buffer (tasks, *shape) under its parameter's name."""
+        for name in layer._parameters:
+            own = deltas.get(name)
+            found = own.whole(layer.get_parameter(name).shape) if own else None
+            self.register_buffer(f"delta_{name}", found)
+
+    def delta(self, name: str) -> Tensor | None:
+        """The buffer of a parameter's deltas; None if it has none."""
+        found: Tensor | None = self._buffers.get(f"delta_{name}")
+        return found
+
+
+class _Linear(_Merge):
+    """On nn.Linear and on transformers' Conv1D, which stores its matrix the other way round."""
+
+    def keep(self, layer: nn.Module, deltas: Mapping[str, Deltas]) -> None:
+        super().keep(layer, {name: own for name, own in deltas.items() if own.full is not None})
+        own, turned = deltas.get("weight"), not isinstance(layer, nn.Linear)
+        if own is not None and own.full is not None and turned:
+            self._buffers["delta_weight"] = own.full.mT
+        if own is not None and own.u is not None and own.v is not None:
+            up, down = (own.v, own.u) if turned else (own.u, own.v)
+            self.register_buffer("up", up.transpose(0, 1).flatten(1))  # (out, tasks·k)
+            self.register_buffer("down", down.mT.flatten(0, 1))  # (tasks·k, in)
+
+    def forward(self, layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        weights = self.route.over(given[0])
+        if weights is None:
+            return out
+        matrix, bias = self.delta("weight"), self.delta("bias")
+        up, down = self._buffers.get("up"), self._buffers.get("down")
+        if up is not None and down is not None:
+            inner = linear(given[0], down)
+            out = out + linear(inner * weights.repeat_interleave(inner.shape[-1] // weights.shape[-1], dim=-1), up)
+        if matrix is not None:
+            for task, own in enumerate(matrix):
+                out = out + weights[..., task, None] * linear(given[0], own)
+        return out if bias is None else out + weights @ bias
+
+
+class _Conv(_Merge):
+    def forward(self, layer: nn.Conv2d, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        weights = self.route.over(given[0])
+        if weights is None:
+            return out
+        kernel, bias = self.delta("weight"), self.delta("bias")
+        for task in range(weights.shape[-1]):
+            if kernel is not None:
+                out = out + weights[..., task, None] * layer._conv_forward(given[0], kernel[task], None)
+            if bias is not None:
+                out = out + weights[..., task, None] * bias[task][:, None, None]
+        return out
+
+
+class _Norm(_Merge):
+    def forward(self, layer: nn.LayerNorm, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        weights = self.route.over(given[0])
+        if weights is None:
+            return out
+        gain, bias = self.delta("weight"), self.delta("bias")
+        if gain is not None:
+            out = out + layer_norm(given[0], layer.normalized_shape, eps=layer.eps) * (weights @ gain)
+        return out if bias is None else out + weights @ bias
+
+
+class _Expanded(_Merge):
+    """Before and after a part that expands parameters of its own over the batch: there each input has its own."""
+
+    def forward(self, part: nn.Module, given: tuple[Any, ...]) -> None:
+        self._shared = dict(part._parameters)
+        weights = self.route.weights
+        for name, shared in self._shared.items() if weights is not None else ():
+            delta = self.delta(name)
+            if delta is not None and shared is not None and weights is not None:
+                own = shared + torch.tensordot(weights.to(delta), delta, dims=1)[:, 0]
+                part._parameters[name] = own
+
+    def restore(self, part: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        """Give the part its own parameters back."""
+        part._parameters.update(self._shared)
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """Merges of one network's layers, which may be put on several networks of the same architecture.
+
+    Attributes:
+        merges: tuple of the network's tensors that a layer has -> its merge.
+        left: tensors with deltas that are in no layer of a known kind: they stay as they are, the same for all inputs.
+    """
+
+    merges: Mapping[tuple[str, ...], nn.Module]
+    left: tuple[str, ...]
+
+    def attach(self, module: nn.Module, keys: Mapping[str, str]) -> None:
+        """Hook the merges to the layers of a network.
+
+        Arguments:
+            keys: tensor of the network -> its name in the module.
+        """
+        for names, merge in self.merges.items():
+            layer = module.get_submodule(keys[names[0]].rpartition(".")[0])
+            if isinstance(merge, _Expanded):
+                layer.register_forward_pre_hook(merge)
+                layer.register_forward_hook(merge.restore, always_call=True)
+            else:
+                layer.register_forward_hook(merge)
+
+
+def carry(module: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Make hooked parts a network's own, so that they follow it to a device."""
+    module.add_module("per_input", nn.ModuleList(parts))
+
+
+def mounted(
+    module: nn.Module, keys: Mapping[str, str], deltas: Mapping[str, Deltas], route: Route, expanded: Sequence[str]
+) -> Mounted:
+    """The merges that a network's layers need.
+
+    Arguments:
+        keys: tensor of the network -> its name in the module.
+        deltas: what tasks add, by the network's names.
+        expanded: names of parameters that networks of the family expand over the batch.
+    """
+    layers: dict[str, dict[str, str]] = {}
+    for name in (name for name in keys if name in deltas):
+        path, _, leaf = keys[name].rpartition(".")
+        layers.setdefault(path, {})[leaf] = name
+    merges: dict[tuple[str, ...], nn.Module] = {}
+    for path, names in layers.items():
+        layer = module.get_submodule(path)
+        kind = _kind(layer)
+        if kind is _Expanded:
+            names = {leaf: n for leaf, n in names.items() if leaf in expanded and len(layer.get_parameter(leaf)) == 1}
+        if kind is not None and names:
+            own = {leaf: deltas[name] for leaf, name in names.items()}
+            merges[tuple(names.values())] = kind(layer, own, route)
+    placed = {name for names in merges for name in names}
+    return Mounted(merges, tuple(name for name in deltas if name not in placed))
+
+
+def _kind(layer: nn.Module) -> type[_Merge] | None:
+    """What merges a layer; None if nothing does. Subclasses may do more than their class, so the class itself is asked."""
+    from transformers.pytorch_utils import Conv1D  # imported on use: it is slow
+
+    known: dict[type[nn.Module], type[_Merge]] = {
+        nn.Linear: _Linear,
+        Conv1D: _Linear,
+        nn.Conv2d: _Conv,
+        nn.LayerNorm: _Norm,
+    }
+    if next(layer.children(), None) is not None:
+        return _Expanded
+    return known.get(type(layer))

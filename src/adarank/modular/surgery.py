@@ -1,0 +1,139 @@
+"""Representation Surgery: a small adapter per task between a merged body and the task's head.
+
+    z'_t = z_t - U_t relu(D_t z_t)                            z_t: what the head of t is given; D_t: (r, d), U_t: (d, r)
+    D, U = argmin Σ_t mean_x ‖z'_t(x) - z*_t(x)‖₁ / d         z*_t: what it is given in the expert; starts with U = 0
+
+Needs unlabelled inputs, on which merged body and experts are asked once. The start may be any merge of one body.
+
+Yang et al., "Representation Surgery for Multi-Task Model Merging", arXiv:2402.02705.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from adarank.bundle import BundleFolder, key
+from adarank.errors import RecipeError
+from adarank.methods.taskwise import Site
+from adarank.models.base import Family
+from adarank.modular.base import OF_COMPONENTS, OF_LOGITS, Modular, head_of, whole
+from adarank.modular.merging import carry
+from adarank.settings import Settings
+from adarank.writer import Layout
+
+
+class Start(Settings):
+    """What is adapted: any method of recipes that gives one merged body.
+
+    Arguments:
+        merge_method, parameters, adapt: as in a recipe of their own.
+    """
+
+    merge_method: str = Field("task_arithmetic", description="the merge that adapters are put on")
+    parameters: dict[str, Any] = Field({}, description="its settings")
+    adapt: dict[str, Any] | None = Field(None, description="its adapt block, if it adapts")
+
+
+class Surgery(Modular):
+    """Brings the representations of a merged body back to each expert's, by a low-rank adapter per task.
+
+    Arguments:
+        rank: r.
+    """
+
+    name: ClassVar[str] = "surgery"
+    formula: ClassVar[str] = "z'_t = z_t - U_t relu(D_t z_t); D, U = argmin Σ_t |z'_t - z*_t|₁"
+    source: ClassVar[str] = "Yang et al. 2024, arXiv:2402.02705"
+    knows: ClassVar[str] = "the task of every input"
+    unused: ClassVar[frozenset[str]] = OF_COMPONENTS | OF_LOGITS
+
+    rank: int = Field(16, ge=1, description="width r of each adapter")
+    start: Start = Start()
+
+    def layouts(
+        self, sites: Mapping[str, Site], family: Family, widths: Mapping[str, int]
+    ) -> tuple[Layout, dict[str, Layout]]:
+        def own(width: int) -> Layout:
+            down, up = (self.rank, width), (width, self.rank)
+            return {key("down"): (down, torch.float32), key("up"): (up, torch.float32)}
+
+        return whole(sites), {task: own(width) for task, width in widths.items()}
+
+
+class Adapter(nn.Module):
+    """z - U relu(D z), for the vector that a head is given."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, width))
+        self.up = nn.Parameter(torch.zeros(width, rank))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(batch, d) -> (batch, d)."""
+        found: Tensor = z - linear(linear(z, self.down).relu(), self.up)
+        return found
+
+
+def distance(adapter: Adapter, z: Tensor, expert: Tensor) -> Tensor:
+    """Mean absolute difference to the expert's representations, a scalar. Both are (batch, d)."""
+    return (adapter(z) - expert).abs().mean()
+
+
+def one_vector(given: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What a head is given, if it is one vector per input."""
+    if given.dim() != 2:
+        raise RecipeError(
+            f"surgery: a head is given {tuple(given.shape[1:])} per input, and an adapter needs one vector. "
+            "This architecture, whose head looks at every position, cannot be adapted so."
+        )
+    return given.float()
+
+
+class _Operate(nn.Module):
+    """Pre-hook of a network (`begin`) and of its head's parts: the first of these to run is given the adapted vector."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter, self._open = adapter, False
+
+    def begin(self, module: nn.Module, given: tuple[Any, ...]) -> None:
+        """A forward pass begins."""
+        self._open = True
+
+    def forward(self, part: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if not self._open:
+            return None
+        self._open = False
+        z = next(own for own in (*given, *named.values()) if isinstance(own, Tensor))
+        adapted = self.adapter(one_vector(z)).to(z.dtype)
+        swapped = {name: adapted if own is z else own for name, own in named.items()}
+        return tuple(adapted if own is z else own for own in given), swapped
+
+
+def mount(module: nn.Module, head: Sequence[nn.Module], adapter: Adapter) -> None:
+    """Put an adapter before the head of a network.
+
+    Arguments:
+        head: the parts of the module that hold the head's tensors.
+    """
+    operate = _Operate(adapter)
+    module.register_forward_pre_hook(operate.begin)
+    for part in head:
+        part.register_forward_pre_hook(operate, with_kwargs=True)
+    carry(module, [operate])
+
+
+def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
+    """Put a task's adapter on a network that holds the merged body and the task's head."""
+    parts = bundle.own(task).of()
+    adapter = Adapter(parts["down"].shape[1], parts["down"].shape[0])
+    adapter.load_state_dict({name: parts[name] for name in ("down", "up")})
+    mount(module, head_of(bundle, task, module), adapter)
+    return module.to(next(module.parameters()).device).eval()
