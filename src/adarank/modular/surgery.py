@@ -83,7 +83,8 @@ class Adapter(nn.Module):
 
 def distance(adapter: Adapter, z: Tensor, expert: Tensor) -> Tensor:
     """Mean absolute difference to the expert's representations, a scalar. Both are (batch, d)."""
-    return (adapter(z) - expert).abs().mean()
+    found: Tensor = (adapter(z) - expert).abs().mean()
+    return found
 
 
 def one_vector(given: Tensor, mask: Tensor | None = None) -> Tensor:
