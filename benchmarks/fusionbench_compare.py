@@ -141,7 +141,7 @@ ROWS = (
     Row("ties_merging, sum", EXPERTS, "ties", fixed(scaling_factor=0.3, merge_func="sum", **TIES_SETTINGS),
         by("ties_merging", density=DENSITY), rules.ties(DENSITY, 0.3), ONE_MORE),
     Row("ties_merging, mean", EXPERTS, "ties", fixed(scaling_factor=1.0, merge_func="mean", **TIES_SETTINGS),
-        by("ties_merging", density=DENSITY, combine="mean"), rules.ties(DENSITY, 1.0, mean=True), ONE_MORE),
+        by("ties_merging", density=DENSITY, combine="mean"), rules.ties(DENSITY, 1.0, mean=True), "As for the sum."),
     Row("ties_merging, entries that cancel", ("cancelling",), "ties",
         fixed(scaling_factor=0.3, merge_func="sum", **TIES_SETTINGS), by("ties_merging", density=DENSITY), rules.ties(DENSITY, 0.3),
         "Where Σ_t s_t = 0, FusionBench, like the TIES authors' code, takes the sign that most entries of the model have;"
@@ -154,7 +154,7 @@ ROWS = (
     Row("dare_ties_merging, nothing dropped", EXPERTS, "dare_ties",
         fixed(sparsity_ratio=0.0, only_on_linear_weights=False, rescale=True, scaling_factor=0.3, merge_func="sum",
               **TIES_SETTINGS),
-        by("dare_ties_merging", drop=0.0, density=DENSITY, scale=0.3), rules.ties(DENSITY, 0.3), ONE_MORE),
+        by("dare_ties_merging", drop=0.0, density=DENSITY, scale=0.3), rules.ties(DENSITY, 0.3), "As for ties_merging."),
     Row("tsv_m", EXPERTS, "tsv_m", fixed(alpha=1.0), by("tsv_m")),
     Row("tsv_m, rank below the number of tasks", ("narrow",), "tsv_m", fixed(alpha=1.0), by("tsv_m"), rules.tsv_m,
         "k = ⌊r/T⌋ = 0: FusionBench, like the authors' code, leaves such a matrix at the base. adarank keeps max(1, k)"
@@ -171,7 +171,8 @@ ROWS = (
         each("tall_masks", lambda_mask=TALL), rules.tall_masks(TALL),
         "FusionBench's mask is [|θ₀ - τ_t| > α |τ - τ_t|]: it hands the pretrained weights θ₀ to a formula in task vectors,"
         " where the base is 0. adarank's is the paper's [|τ_t| > α |τ - τ_t|]."),
-    Row("regmean", ("classifier",), "regmean", fixed(reduce_non_diagonal_ratio=0.95), informed("regmean", off_diagonal=0.95)),
+    Row("regmean", ("classifier",), "regmean", fixed(reduce_non_diagonal_ratio=0.95), informed("regmean", off_diagonal=0.95),
+        why="FusionBench inverts Σ Ĝ_t in float32, adarank solves in float64."),
     Row("regmean, an input that is always 0", ("classifier",), "regmean, silent", fixed(reduce_non_diagonal_ratio=0.95),
         informed("regmean", True, off_diagonal=0.95),
         why="Σ Ĝ_t has a row of zeros, and FusionBench inverts it. adarank keeps the mean of the experts there."),
@@ -244,8 +245,8 @@ def summary(row: Row, given: Mapping[str, Models], theirs: Mapping[str, tuple[Pa
                 result[key] = sum(every) if key.startswith("values") else max(every)
         result["by_models"] = by_models
         for shares in (found["share_kept"] for found in by_models.values() if "share_kept" in found):
-            seen = ", ".join(f"{side} {100 * share:.1f}%" for side, share in shares.items())
-            result["note"] = f"Each draws entries of its own; kept are {seen}, and expected {100 * (1 - DROP):.0f}%."
+            seen = " and ".join(f"{100 * share:.1f}% by {side}" for side, share in shares.items())
+            result["note"] = f"Each draws its own entries: kept are {seen}, {100 * (1 - DROP):.0f}% expected."
     if refused or result["max_relative_difference"] > ROUNDING:
         result["why"] = row.why
     print(

@@ -227,7 +227,7 @@ def test_a_loss_that_is_no_number_names_task_and_step_and_changes_nothing(
     with pytest.raises(AdaptationError, match=rf"task '{task}'.* at step 6.*state\.pt"):
         problem.run(state=tmp_path / "state.pt")
     assert_same(good, problem)
-    assert torch.load(tmp_path / "state.pt")["lam"].isfinite().all()
+    assert torch.load(tmp_path / "state.pt")["learned"]["lam"].isfinite().all()
 
 
 def test_a_gradient_that_is_no_number_is_refused_and_changes_nothing() -> None:

@@ -118,7 +118,7 @@ def test_the_test_split_is_never_read(zoo: Path, monkeypatch: pytest.MonkeyPatch
         (["rnak=0.1,0.2"], {}, "has no such setting.*rank"),
         (["rank=0.1,7"], {}, "rank"),
         ([], {}, "nothing to vary"),
-        (["rank=0.1,0.2"], {"merge_method": "adarank"}, "learns its coefficients"),
+        (["rank=0.1,0.2"], {"merge_method": "adarank"}, "learns what it writes"),
     ],
 )
 def test_mistakes_are_sentences_before_anything_is_done(zoo: Path, capsys, axes, changes, message) -> None:

@@ -63,7 +63,7 @@ def adapt_job(
     """
     method, settings = job.recipe.adaptation()
     marks = {task: own.fingerprint() for task, own in data.items()}
-    fingerprint = _fingerprint(job, about, marks)
+    fingerprint = run_fingerprint(job, about, marks)
     if state.exists():
         read_state(state, fingerprint)  # refused here, before anything is computed
     note("Loading the networks")
@@ -165,11 +165,13 @@ def _choices(job: Job) -> dict[str, str]:
     return {name: choice.action for name, choice in job.network.choices.items()}
 
 
-def _fingerprint(job: Job, about: Mapping[str, Any], marks: Mapping[str, str]) -> str:
-    """Identifies what an adaptation is of. Not the machine: a run may be taken elsewhere, at the cost of its last bits."""
-    settings = {
-        **about["settings"],
-        "adapt": {k: v for k, v in about["settings"]["adapt"].items() if k != "save_every"},
-    }
+def run_fingerprint(job: Job, about: Mapping[str, Any], marks: Mapping[str, Any], block: str = "adapt") -> str:
+    """Identifies what a run of the loop is of. Not the machine: it may be taken elsewhere, at the cost of its last bits.
+
+    Arguments:
+        marks: task -> what tells its data from others, as plain data.
+        block: the settings that hold `save_every`, which decides no number.
+    """
+    settings = {**about["settings"], block: {k: v for k, v in about["settings"][block].items() if k != "save_every"}}
     text = json.dumps([settings, about["inputs"], about["seed"], _choices(job), marks], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -25,6 +25,7 @@ from adarank.methods import METHODS, Informed, Method, merge_tensors
 from adarank.methods.taskwise import Taskwise, in_memory, rebuilt, sites_of
 from adarank.methods.weights import resolve
 from adarank.models import share
+from adarank.multitask import Multitask
 from adarank.select import Select
 from adarank.settings import nearest, parse
 from adarank.statistics import Gatherer, Sample, Store
@@ -358,6 +359,7 @@ def _method(network: Network, method: str, parameters: Mapping[str, Any] | None)
     """A data-free method with its settings, checked against the network."""
     if method not in METHODS:
         hint = " It adapts on data: use adarank.adapt." if method in ADAPTIVE else nearest(method, METHODS)
+        hint = " It trains on labels: give it as a recipe." if method == Multitask.name else hint
         raise RecipeError(f"method: '{method}' is no data-free method.{hint}")
     values = resolve(METHODS[method], parameters or {}, {task: {} for task in network.tasks}, network.merged())
     chosen = parse(METHODS[method], values, f"parameters of '{method}'")

@@ -12,6 +12,7 @@ from adarank.adapt.methods import ADAPTIVE, PRESETS, AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings
 from adarank.errors import RecipeError
 from adarank.methods import METHODS, Method
+from adarank.multitask import Multitask
 from adarank.settings import Settings, nearest
 
 
@@ -38,12 +39,13 @@ class Entry:
 
 
 def catalogue() -> dict[str, Entry]:
-    """Method name -> entry, adaptive methods last."""
+    """Method name -> entry; adaptive methods and the reference last."""
     found = {name: _entry(kind, _needs(kind), ()) for name, kind in METHODS.items()}
     found["masked"] = _entry(METHODS["masked"], "base, experts and a masks file", ())
     for name, kind in ADAPTIVE.items():
         fixed = {"learn_masks"} if name != "adarank" else set()
         found[name] = _entry(kind, "base, experts and unlabelled inputs of each task", (AdaptSettings,), fixed)
+    found[Multitask.name] = _entry(Multitask, Multitask.needs, ())
     return found
 
 
@@ -72,7 +74,7 @@ def _needs(kind: type[Method]) -> str:
 
 
 def _entry(
-    kind: type[Method] | type[AdaptiveMethod],
+    kind: type[Method] | type[AdaptiveMethod] | type[Multitask],
     needs: str,
     more: tuple[type[Settings], ...],
     fixed: set[str] | None = None,

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from adarank.bundle import HEAD
 from adarank.plan import Job
 from adarank.writer import write_json, write_tensors
@@ -22,11 +24,11 @@ def write_root_files(folder: Path, job: Job) -> None:
         write_json(folder / CONFIG, _in_dtype(job.root.config, job))
 
 
-def write_head(target: Path, job: Job, task: str) -> None:
-    """A task's head, under its expert's own names, and its expert's configuration."""
+def write_head(target: Path, job: Job, task: str, head: Mapping[str, Tensor] | None = None) -> None:
+    """A task's head, its expert's if none is given, under its expert's own names, and its expert's configuration."""
     target.mkdir(parents=True, exist_ok=True)
     metadata = {"backbone": job.network.experts[task].backbone}
-    write_tensors(target / HEAD, job.network.head(task), metadata)
+    write_tensors(target / HEAD, job.network.head(task) if head is None else head, metadata)
     write_json(target / CONFIG, job.experts[task].config)
 
 

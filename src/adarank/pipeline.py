@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adarank.adapt.loop import Progress
-from adarank.adaptation import adapt_job
+from adarank.adaptation import Adaptation, adapt_job
 from adarank.bundles import parts_of, write_bundle
 from adarank.companions import write_head, write_root_files
 from adarank.data.task import TaskData
@@ -28,6 +28,7 @@ from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
 from adarank.statistics import inform_job
 from adarank.tasks import load_tasks, sampled
+from adarank.training import Training, train_job
 from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json
 
 
@@ -69,11 +70,12 @@ def merge(
         "inputs": job.inputs(),
     }
     state = out.parent / f".{out.name}.state"
-    adapted = None
+    learned: Adaptation | Training | None = None
     with _no_leavings(state):
         if job.method is None:
-            adapted = adapt_job(job, data, record, state / "state.pt", note, progress)
-            tensors = adapted.tensors()
+            learn = train_job if recipe.trains else adapt_job
+            learned = learn(job, data, record, state / "state.pt", note, progress)
+            tensors = learned.tensors()
         else:
             method, found = inform_job(job, data, record["inputs"], state, note)
             record |= {"statistics": found} if found else {}
@@ -83,10 +85,8 @@ def merge(
         if isinstance(job.method, Taskwise):
             record["bundle"] = write_bundle(folder, job, parts_of(job, job.method))
         else:
-            _write_merged(folder, job, tensors)
-            if adapted:
-                adapted.masks.save(folder / MASKS_FILE)
-        record |= {"adaptation": adapted.report} if adapted else {}
+            _write_merged(folder, job, tensors, learned)
+        record |= {"training" if recipe.trains else "adaptation": learned.report} if learned else {}
         record |= {"plan": describe(job), **clock.spent()}
         write_json(folder / RECORD, record)
     shutil.rmtree(state, ignore_errors=True)
@@ -109,6 +109,8 @@ def settings_in_force(job: Job) -> dict[str, Any]:
     data = job.recipe.data.model_dump()
     if job.method is not None:
         return {"parameters": job.method.model_dump(by_alias=True, exclude={"masks"}), "data": data}
+    if job.recipe.trains:
+        return {"parameters": job.recipe.training().model_dump(), "data": data}
     method, settings = job.recipe.adaptation()
     return {
         "parameters": method.model_dump(by_alias=True),
@@ -117,13 +119,18 @@ def settings_in_force(job: Job) -> dict[str, Any]:
     }
 
 
-def _write_merged(folder: Path, job: Job, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """One model: its weights, what lies beside them, and each task's head."""
+def _write_merged(
+    folder: Path, job: Job, tensors: Iterator[tuple[str, Tensor]], learned: Adaptation | Training | None
+) -> None:
+    """One model: its weights, what lies beside them, each task's head, and the masks."""
     write_checkpoint(folder, job.layout(), tensors)
     write_root_files(folder, job)
     for task, names in job.network.heads.items():
         if names:
-            write_head(folder / "heads" / task, job, task)
+            head = learned.head(task) if isinstance(learned, Training) else job.network.head(task)
+            write_head(folder / "heads" / task, job, task, head)
+    if isinstance(learned, Adaptation):
+        learned.masks.save(folder / MASKS_FILE)
 
 
 def _check_disk(job: Job, out: Path) -> None:

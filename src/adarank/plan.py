@@ -33,7 +33,7 @@ class Job:
     Attributes:
         folders: task -> folder of its expert.
         family: the kind of model, if the recipe's models have tasks.
-        method: the method with its settings, checked against the network; None if the recipe adapts.
+        method: the method with its settings, checked against the network; None if the recipe adapts or trains.
     """
 
     recipe: Recipe
@@ -102,8 +102,9 @@ def open_job(recipe: Recipe) -> Job:
         raise CheckpointError(itemise(f"{len(problems)} checkpoints cannot be read:", problems))
     base = opened.pop("base", None) if recipe.base_model else None
     family = _family(recipe, opened)
-    network = align(base, opened, recipe.select, bool(family and family.keep_embeddings), family is not None)
-    method = None if recipe.adaptive else recipe.method(network.merged())
+    keep_embeddings = bool(family and family.keep_embeddings) and not recipe.trains  # fine-tuning trains them too
+    network = align(base, opened, recipe.select, keep_embeddings, family is not None)
+    method = None if recipe.learns else recipe.method(network.merged())
     if method is not None:
         method.check(network)
     return Job(recipe, base, opened, network, family, method)
@@ -129,6 +130,8 @@ def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
 
 def peak_bytes(job: Job) -> int:
     """Predicted peak of anonymous memory in bytes, without the activations of a network's batches."""
+    if job.recipe.trains:
+        return _RUNTIME_BYTES + 4 * _trained_numel(job)
     if not job.recipe.adaptive:
         merging = max((_streamed_bytes(job, name) for name in job.network.merged()), default=0)
         return _RUNTIME_BYTES + max(merging, _measuring_bytes(job))
@@ -159,6 +162,13 @@ def _measuring_bytes(job: Job) -> int:
     return 4 * (sum(info.numel for info in tensors.values()) + _head_numel(job) + held)
 
 
+def _trained_numel(job: Job) -> int:
+    """Weights, gradients and AdamW's two moments; what is kept once; a second network while one is loaded."""
+    body = sum(info.numel for info in job.network.tensors.values())
+    trained = sum(job.network.tensors[name].numel for name in job.network.merged())
+    return 4 * (trained + _head_numel(job)) + (body - trained) + body
+
+
 def _streamed_bytes(job: Job, name: str) -> int:
     """What merging one tensor holds at a time: origin, sum, one task vector; casts; the method's workspace."""
     info = job.network.tensors[name]
@@ -174,16 +184,17 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
     """The plan as plain data: what `adarank plan` shows and what a record keeps."""
     network = job.network
     layout = job.layout()
-    actions = Counter(choice.action for choice in network.choices.values())
+    shown = {n: "train" if job.recipe.trains and c.action != "keep" else c.action for n, c in network.choices.items()}
     members = {**({"base": network.base} if network.base else {}), **network.experts}
     return {
         "merge_method": job.recipe.merge_method,
         "tasks": list(network.tasks),
         "kind": job.family.kind if job.family else None,
-        "actions": dict(actions),
+        "reads": "labels of the adapt split" if job.recipe.trains else None,
+        "actions": dict(Counter(shown.values())),
         "tensors": {
             name: {
-                "action": choice.action,
+                "action": shown[name],
                 "reason": choice.reason,
                 "shape": list(layout[name][0]),
                 "dtype": str(layout[name][1]).removeprefix("torch."),

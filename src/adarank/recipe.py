@@ -19,6 +19,7 @@ from adarank.errors import RecipeError, itemise
 from adarank.masks import MaskFile
 from adarank.methods import METHODS, Method
 from adarank.methods.weights import resolve
+from adarank.multitask import Multitask
 from adarank.select import Select
 from adarank.settings import Settings, nearest, parse
 
@@ -86,9 +87,19 @@ class Recipe(Settings):
         return self.merge_method in ADAPTIVE
 
     @property
+    def trains(self) -> bool:
+        """True for the reference that is trained on labels: no merge at all."""
+        return self.merge_method == Multitask.name
+
+    @property
+    def learns(self) -> bool:
+        """True if what is written is learned step by step: by adaptation, or by training."""
+        return self.adaptive or self.trains
+
+    @property
     def needs_data(self) -> bool:
         """Whether merging reads the tasks' data."""
-        return self.adaptive or bool(METHODS[self.merge_method].data)
+        return self.learns or bool(METHODS[self.merge_method].data)
 
     @property
     def experts(self) -> dict[str, ModelEntry]:
@@ -111,6 +122,10 @@ class Recipe(Settings):
         """The adaptive method and its loop's settings."""
         given = self.adapt.model_dump(exclude_unset=True, exclude={"preset"}) if self.adapt else {}
         return with_preset(self.merge_method, self.parameters, given, self.adapt.preset if self.adapt else None)
+
+    def training(self) -> Multitask:
+        """The settings of multi-task training."""
+        return parse(Multitask, self.parameters, f"parameters of '{self.merge_method}'")
 
     def method(self, names: list[str]) -> Method:
         """The method, if it is not adaptive, with its settings; `names` are the tensors that it merges."""
@@ -164,7 +179,7 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
     recipe = parse(Recipe, {**values, "folder": folder}, where)
     if recipe.device == "auto":
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
-    known = [*METHODS, *ADAPTIVE]
+    known = [*METHODS, *ADAPTIVE, Multitask.name]
     if recipe.merge_method in _NOT_HERE:
         raise RecipeError(
             f"{where}: mergekit's merge_method '{recipe.merge_method}' is not here. {_NOT_HERE[recipe.merge_method]}"
@@ -192,7 +207,7 @@ def _check(recipe: Recipe, where: str) -> None:
         problems.append(
             f"adapt: '{recipe.merge_method}' does not adapt. Remove the block, or use one of {', '.join(ADAPTIVE)}."
         )
-    allowed = () if recipe.adaptive else METHODS[recipe.merge_method].per_model
+    allowed = () if recipe.learns else METHODS[recipe.merge_method].per_model
     for task, entry in recipe.experts.items():
         for key in entry.parameters:
             if key not in allowed:
@@ -201,13 +216,15 @@ def _check(recipe: Recipe, where: str) -> None:
                 )
     if len(recipe.kinds) > 1:
         problems.append(different_kinds(recipe.kinds))
-    needs_base = recipe.adaptive or getattr(METHODS[recipe.merge_method], "origin", None) == "pretrained"
+    needs_base = recipe.learns or getattr(METHODS[recipe.merge_method], "origin", None) == "pretrained"
     if needs_base and recipe.base_model is None:
         problems.append(f"base_model: '{recipe.merge_method}' needs the model that the experts were fine-tuned from.")
     if recipe.needs_data:
-        use = "adapts on" if recipe.adaptive else "takes statistics of"
+        use = "adapts on" if recipe.adaptive else "trains on" if recipe.trains else "takes statistics of"
         problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' {use} its inputs." for t, e in recipe.experts.items()
                      if e.task is None or e.task.data is None]  # fmt: skip
+    if recipe.trains:
+        problems += _training_problems(recipe)
     if recipe.adaptive:
         try:
             strangers = [task for task in recipe.adaptation()[1].objectives if task not in recipe.experts]
@@ -216,6 +233,19 @@ def _check(recipe: Recipe, where: str) -> None:
             problems += str(error).split("\n")
     if problems:
         raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems))
+
+
+def _training_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    if recipe.data.protocol == "transductive":
+        problems.append(
+            f"data.protocol: '{recipe.merge_method}' reads labels, and under 'transductive' they would be those that are scored. Use disjoint."
+        )
+    try:
+        recipe.training()
+    except RecipeError as error:
+        problems += str(error).split("\n")
+    return problems
 
 
 def different_kinds(kinds: Iterable[str]) -> str:

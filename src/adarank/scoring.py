@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adarank.bundle import is_bundle
@@ -52,10 +55,37 @@ def evaluate(
             table.task_aware.append(name)
             continue
         models.fill((key, found.read(key)) for key in job.network.tensors)
-        table.rows[name] = score_all(job, models, data, split)
+        with heads_of(found.folder, models):
+            table.rows[name] = score_all(job, models, data, split)
     note("Scoring the experts")
     table.rows["experts"] = score_experts(job, models, data, split)
     return table
+
+
+@contextmanager
+def heads_of(out: Path, models: TaskModels) -> Iterator[None]:
+    """While it is open the models have the heads of an output: those of the experts, unless it was trained."""
+    before = {task: {n: own.detach().clone() for n, own in head.items()} for task, head in models.heads.items()}
+    for task, head in models.heads.items():
+        file = out / "heads" / task / "head.safetensors"
+        if file.exists():
+            _fill_head(head, load_file(file), str(file))
+    try:
+        yield
+    finally:
+        for task, head in models.heads.items():
+            _fill_head(head, before[task], "experts")
+
+
+@torch.no_grad()
+def _fill_head(head: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: str) -> None:
+    other = [name for name, own in head.items() if name not in tensors or tensors[name].shape != own.shape]
+    if other:
+        raise MismatchError(
+            f"{file}: lacks tensor '{other[0]}' {tuple(head[other[0]].shape)} of the expert's head, or has another shape. Give an output of this recipe's models."
+        )
+    for name, own in head.items():
+        own.copy_(tensors[name])
 
 
 def score_all(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
@@ -108,17 +138,23 @@ def _score_each(
 
 
 def _row(path: Path, recipe: Recipe) -> str:
-    """A row's name: the output's path, and what it was adapted or informed on if that may be what is scored."""
+    """A row's name: the output's path, whether it was trained on labels, and whether what it learned from may be scored."""
     file = path / RECORD
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    used = record.get("adaptation") or record.get("statistics")
+    used = record.get("adaptation") or record.get("statistics") or record.get("training")
     if not used:
         return str(path)
     if used["protocol"] == "transductive":
         return f"{path} [transductive]"
     if record["settings"]["data"] == recipe.data.model_dump():
-        return str(path)
-    use = "adapted on" if "adaptation" in record else "informed by"
+        return f"{path} [trained with labels of its adapt split]" if "training" in record else str(path)
+    use = (
+        "adapted on"
+        if "adaptation" in record
+        else "informed by"
+        if "statistics" in record
+        else "trained with labels of"
+    )
     return f"{path} [{use} other splits, which may hold scored inputs]"
 
 

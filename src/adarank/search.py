@@ -200,9 +200,9 @@ def _check_outputs(path: Path, best: Path, record: Path, force: bool) -> None:
 
 
 def _grid(recipe: Recipe, axes: Sequence[Axis]) -> list[dict[str, Any]]:
-    if recipe.adaptive:
+    if recipe.merge_method not in METHODS:
         raise RecipeError(
-            f"merge_method: '{recipe.merge_method}' learns its coefficients; a search tries those of methods that do not adapt, such as {', '.join(list(METHODS)[:4])}."
+            f"merge_method: '{recipe.merge_method}' learns what it writes; a search tries those of methods that do not adapt, such as {', '.join(list(METHODS)[:4])}."
         )
     if not axes:
         raise RecipeError("search: nothing to vary. Give --over name=first:last:step or --over name=a,b,c.")

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.tying import LambdaPer, tie
 from adarank.bases import BASES, Basis
 from adarank.blocks import Blocks
+from adarank.errors import RecipeError
 from adarank.masks import MaskFile, hard, straight_through, top_mask
 
 
@@ -78,6 +80,21 @@ class LiveWeights:
             parameter
         ) in self.parameters.values():  # buffers such as running statistics are written, but have no gradient
             parameter.requires_grad_(isinstance(parameter, nn.Parameter))
+
+    def optimiser(self, settings: AdaptSettings) -> torch.optim.Optimizer:
+        """Adam over λ and mask logits, each with its own step size."""
+        groups = []
+        if self.learn.lam:
+            groups.append({"params": [self.lam], "lr": settings.lr_lambda, "start": settings.lr_lambda})
+        if self.learn.masks and self.logits.numel():
+            groups.append({"params": [self.logits], "lr": settings.lr_masks, "start": settings.lr_masks})
+        if not groups:
+            raise RecipeError("adapt: neither λ nor masks are learned. Use a data-free method, or learn one of them.")
+        return torch.optim.Adam(groups, betas=settings.betas)
+
+    def learned(self) -> dict[str, Tensor]:
+        """λ and mask logits, the ones that are not learned too."""
+        return {"lam": self.lam, "logits": self.logits}
 
     @torch.no_grad()
     def reset(self, scale: float, rank: float) -> None:

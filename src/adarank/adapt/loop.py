@@ -1,8 +1,9 @@
-"""The adaptation loop: one forward and backward per task, one closed-form pull-back, one Adam step.
+"""The loop: one forward and backward per task, one pull-back of the gradients, one step of the optimiser.
 
-The loop knows no data, no model and no objective: a task is a function from the step's number to a scalar loss, and the
-judge one from the step's number to signals. What losses remember lies in a memory that is saved with the state. That
-makes every step a pure function of (settings, saved state), so an interrupted run continues exactly where it was.
+The loop knows no data, no model and no objective: a task is a function from the step's number to a scalar loss, the
+judge one from the step's number to signals, and what is learned a `Learner`. What losses remember lies in a memory
+that is saved with the state. That makes every step a pure function of (settings, saved state), so an interrupted run
+continues exactly where it was.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from torch import Tensor
 
 from adarank.adapt.balance import behind, task_weights
 from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best
-from adarank.adapt.live import LiveWeights
+from adarank.adapt.learner import Learner
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start import Grid, Tried, best_of, find_start
 from adarank.checkpoint import DAMAGED
 from adarank.errors import AdaptationError, Interrupted, RecipeError
 from adarank.writer import write_state
 
-_STATE = {"fingerprint", "lam", "logits", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
+_STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
           "judged", "judging_seconds", "best", "starts", "memory"}  # fmt: skip
 Loss = Callable[[int], Tensor]
 """step -> scalar loss of one task, with its graph."""
@@ -43,7 +44,7 @@ class History:
 
     Attributes:
         losses: task -> loss at each step.
-        kept: share of components kept after each step.
+        kept: share of components kept after each step, if that is learned.
         seconds: time spent in steps, over all the runs that a resumed adaptation took.
         resumed_from: steps at which runs took up a saved state.
         judged: step -> task -> signals, without labels.
@@ -64,7 +65,7 @@ class History:
     @property
     def step(self) -> int:
         """How many steps have been taken."""
-        return len(self.kept)
+        return len(next(iter(self.losses.values()), ()))
 
 
 Progress = Callable[[History, int], None]
@@ -72,7 +73,7 @@ Progress = Callable[[History, int], None]
 
 
 def adapt(
-    live: LiveWeights,
+    live: Learner,
     losses: Mapping[str, Loss],
     settings: AdaptSettings,
     state: Path | None = None,
@@ -82,10 +83,10 @@ def adapt(
     memory: Memory | None = None,
     grid: Grid | None = None,
 ) -> History:
-    """Learn λ and masks, in place; λ, masks and the network are those of the kept step afterwards.
+    """Learn in place; what is learned and the network are those of the kept step afterwards.
 
     Arguments:
-        live: the merged weights.
+        live: what is learned, such as the λ and masks of live merged weights.
         losses: task -> loss of a step. Their gradients add up, weighted as `settings.balance` says.
         state: file in which the state is kept, and from which an interrupted run continues.
         fingerprint: identifies inputs and settings; a state with another one is refused.
@@ -126,24 +127,17 @@ def adapt(
 class _Run:
     """An optimiser over the live weights, with its state on disk."""
 
-    live: LiveWeights
+    live: Learner
     settings: AdaptSettings
     history: History
     state: Path | None
     fingerprint: str
     judge: Judge | None
     memory: Memory
-    best: dict[str, Tensor] = field(default_factory=dict)  # λ and logits of the best judged step so far
+    best: dict[str, Tensor] = field(default_factory=dict)  # what was learned at the best judged step so far
 
     def __post_init__(self) -> None:
-        groups = []
-        if self.live.learn.lam:
-            groups.append({"params": [self.live.lam], "lr": self.settings.lr_lambda, "start": self.settings.lr_lambda})
-        if self.live.learn.masks and self.live.logits.numel():
-            groups.append({"params": [self.live.logits], "lr": self.settings.lr_masks, "start": self.settings.lr_masks})
-        if not groups:
-            raise RecipeError("adapt: neither λ nor masks are learned. Use a data-free method, or learn one of them.")
-        self.optimiser = torch.optim.Adam(groups, betas=self.settings.betas)
+        self.optimiser = self.live.optimiser(self.settings)
 
     def find_start(self, grid: Grid, judge: Judge) -> None:
         """Choose a start of the grid; its judgement is that of step 0."""
@@ -173,10 +167,12 @@ class _Run:
             group["lr"] = group["start"] * self.settings.factor(step)
         self.optimiser.step()
         self.live.write()
-        self.history.kept.append(self.live.kept_share())
+        share = self.live.kept_share()
+        if share is not None:
+            self.history.kept.append(share)
 
     def judge_if_due(self) -> None:
-        """Judge the weights of this moment, and remember their λ and logits if they are the best so far."""
+        """Judge the weights of this moment, and remember what was learned if they are the best so far."""
         step = self.history.step
         if self.judge is None or not self.settings.due(step) or step in self.history.judged:
             return
@@ -194,7 +190,7 @@ class _Run:
         return self.history.step >= self.settings.steps
 
     def keep(self) -> None:
-        """Make λ, masks and network those of the kept step, and say which it is."""
+        """Make what is learned and the network those of the kept step, and say which it is."""
         last = self.history.step
         if self.settings.keep == "last" or not self.history.judged:
             why = (
@@ -206,13 +202,11 @@ class _Run:
             return
         self.history.choice = choose_best(self.history.judged, self.settings.signal, self.settings.tolerance)
         if self.history.choice.step != last:
-            with torch.no_grad():
-                self.live.lam.copy_(self.best["lam"])
-                self.live.logits.copy_(self.best["logits"])
+            self._set(self.best)
             self.live.write()
 
     def _remember(self) -> None:
-        self.best = {"lam": self.live.lam.detach().clone(), "logits": self.live.logits.detach().clone()}
+        self.best = {name: own.detach().clone() for name, own in self.live.learned().items()}
 
     def _best(self) -> int:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
@@ -222,7 +216,7 @@ class _Run:
         if bad:
             where = f"; the last good state is {self.state}" if self.state and self.state.exists() else ""
             raise AdaptationError(
-                f"Adaptation stopped: the loss of task '{bad[0]}' is {values[bad[0]]} at step {self.history.step + 1}{where}. "
+                f"Stopped: the loss of task '{bad[0]}' is {values[bad[0]]} at step {self.history.step + 1}{where}. "
                 "Lower the step sizes, or check that task's inputs."
             )
 
@@ -231,7 +225,7 @@ class _Run:
         gradients = [p.grad for group in self.optimiser.param_groups for p in group["params"] if p.grad is not None]
         if not all(bool(gradient.isfinite().all()) for gradient in gradients):
             raise AdaptationError(
-                f"Adaptation stopped: the losses of step {self.history.step + 1} are finite, but their gradient is not. "
+                f"Stopped: the losses of step {self.history.step + 1} are finite, but their gradient is not. "
                 "Lower the step sizes, or check the tasks' inputs."
             )
 
@@ -240,10 +234,9 @@ class _Run:
             return
         content: dict[str, Any] = {
             "fingerprint": self.fingerprint,
-            "lam": self.live.lam.detach(),
-            "logits": self.live.logits.detach(),
+            "learned": {name: own.detach() for name, own in self.live.learned().items()},
             "optimiser": self.optimiser.state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
             "losses": self.history.losses,
             "kept": self.history.kept,
             "seconds": self.history.seconds,
@@ -254,7 +247,7 @@ class _Run:
             "starts": [asdict(own) for own in self.history.starts],
             "memory": {name: own.cpu() for name, own in self.memory.items()},
         }
-        write_state(self.state, content, "the state of adaptation")
+        write_state(self.state, content, "the state")
 
     def restore(self) -> bool:
         """Take up the saved state; False if there is none."""
@@ -264,12 +257,13 @@ class _Run:
         starts = [Tried(**own) for own in content["starts"]]
         if starts:  # which components may return depends on the start
             self.live.reset(best_of(starts).scale, best_of(starts).rank)
-        with torch.no_grad():
-            self.live.lam.copy_(content["lam"])
-            self.live.logits.copy_(content["logits"])
+        self._set(content["learned"])
         self.optimiser.load_state_dict(content["optimiser"])
-        torch.set_rng_state(content["rng"])
-        past = [*content["resumed_from"], len(content["kept"])]
+        own, *others = content["rng"]
+        torch.set_rng_state(own)
+        if others and len(others) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(others)
+        past = [*content["resumed_from"], len(next(iter(content["losses"].values())))]
         judged = {step: {t: Signals(**own) for t, own in seen.items()} for step, seen in content["judged"].items()}
         self.history = History(
             content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
@@ -279,6 +273,11 @@ class _Run:
         self.memory.clear()
         self.memory.update(content["memory"])
         return True
+
+    @torch.no_grad()
+    def _set(self, numbers: Mapping[str, Tensor]) -> None:
+        for name, own in self.live.learned().items():
+            own.copy_(numbers[name])
 
 
 def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
@@ -292,7 +291,7 @@ def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
     except (pickle.UnpicklingError, *DAMAGED) as error:
         raise RecipeError(f"{path}: the saved state is damaged ({error}). Delete it to start anew.") from None
     if not isinstance(content, dict) or not content.keys() >= _STATE:
-        raise RecipeError(f"{path}: not a saved state of adaptation. Delete it to start anew.")
+        raise RecipeError(f"{path}: not a saved state of this version. Delete it to start anew.")
     if content["fingerprint"] != fingerprint:
         raise RecipeError(
             f"{path}: the saved state belongs to another run (inputs or settings differ). Delete it to start anew, or give another output path."

@@ -26,7 +26,8 @@ class AdaptSettings(Settings):
         self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
         balance: κ: how much more a task's loss counts, the less it has fallen since the start; 0 is the papers' sum.
         momentum: of the running mean prediction that `infomax` and `filtered-entropy` look at.
-        schedule: `cosine` down to zero, or `constant` (the papers').
+        schedule: `cosine` or `linear` down to zero, or `constant` (the papers').
+        warmup: share of the steps over which step sizes first rise linearly.
         betas: Adam's decay rates.
         temperature: τ of the mask's sigmoid.
         logit: mask logits start at plus and minus this.
@@ -57,7 +58,8 @@ class AdaptSettings(Settings):
     momentum: float = Field(
         0.9, ge=0, lt=1, description="of the running mean prediction of infomax and filtered-entropy"
     )
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="of both step sizes")
+    schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="of all step sizes")
+    warmup: float = Field(0.0, ge=0, le=1, description="share of the steps over which step sizes first rise linearly")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
     temperature: float = Field(10.0, gt=0, description="τ of the mask's sigmoid")
     logit: float = Field(0.1, gt=0, description="mask logits start at ±this")
@@ -97,7 +99,12 @@ class AdaptSettings(Settings):
 
     def factor(self, step: int) -> float:
         """What step sizes are multiplied by at a step, counted from 0."""
-        return 1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / max(1, self.steps)))
+        rise = round(self.warmup * self.steps)
+        if step < rise:
+            return (step + 1) / rise
+        done, whole = step - rise, max(1, self.steps - rise)
+        falls = {"constant": 1.0, "linear": 1 - done / whole, "cosine": 0.5 * (1 + math.cos(math.pi * done / whole))}
+        return falls[self.schedule]
 
     def weights(self, task: str) -> Weights:
         """objective -> weight, for one task."""

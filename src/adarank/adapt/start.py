@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from adarank.adapt.judge import Judge, Judged, Signal, mean_signal
-from adarank.adapt.live import LiveWeights
+from adarank.adapt.learner import Learner
 
 AUTO: Literal["auto"] = "auto"
 # Coarse: what adaptation reaches depends little on the start within a step of this grid, and each point costs a judgement.
@@ -98,7 +98,7 @@ def best_of(tried: list[Tried]) -> Tried:
     return max(tried, key=lambda own: own.value)
 
 
-def find_start(live: LiveWeights, grid: Grid, judge: Judge, signal: Signal) -> tuple[list[Tried], Judged]:
+def find_start(live: Learner, grid: Grid, judge: Judge, signal: Signal) -> tuple[list[Tried], Judged]:
     """Put the live weights at the best start of the grid; returns what was tried and the judgement there."""
     judged: dict[tuple[float, float], Judged] = {}
 

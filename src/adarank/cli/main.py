@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("-v", "--verbose", action="store_true", help="list every tensor with its action")
     plan.set_defaults(run=_plan)
 
-    merge = commands.add_parser("merge", parents=[common], help="merge by a recipe, adapting if its method does")
+    merge = commands.add_parser(
+        "merge", parents=[common], help="merge by a recipe, adapting or training if its method does"
+    )
     merge.add_argument("recipe", help="YAML recipe")
     merge.add_argument("out", type=Path, help="folder to write; the same command continues an interrupted adaptation")
     merge.add_argument("--force", action="store_true", help="replace an existing output of adarank")
@@ -193,10 +195,13 @@ def _merge(options: argparse.Namespace) -> None:
         return
     if "adaptation" in record:
         show.adapted(record["adaptation"])
+    if "training" in record:
+        show.trained(record["training"])
     if "statistics" in record:
         show.informed(record["statistics"])
-    for line in {**record.get("adaptation", {}), **record.get("statistics", {})}.get("notes", ()):
-        show.out.print(line, style="dim")
+    for kind in ("adaptation", "training", "statistics"):
+        for line in record.get(kind, {}).get("notes", ()):
+            show.out.print(line, style="dim")
     written = f"[bold]{options.out}[/] written in {show.clock(record['seconds'])}"
     if "bundle" in record:
         show.out.print(f"{written}: {show.bundle_size(record['bundle'])}")

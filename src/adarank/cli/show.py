@@ -48,10 +48,13 @@ def note(text: str) -> None:
 def plan(described: Mapping[str, Any], verbose: bool) -> None:
     """What a merge will do."""
     actions = described["actions"]
-    words = {"decompose": "decomposed", "scale": "merged by λ·delta", "keep": "kept from the base"}
+    words = {"decompose": "decomposed", "scale": "merged by λ·delta", "train": "trained", "keep": "kept from the base"}
+    of = "tasks" if described["reads"] else "experts"
     out.print(
-        f"[bold]{described['merge_method']}[/] of {len(described['tasks'])} experts: {', '.join(described['tasks'])}"
+        f"[bold]{described['merge_method']}[/] of {len(described['tasks'])} {of}: {', '.join(described['tasks'])}"
     )
+    if described["reads"]:
+        out.print(f"  reads {described['reads']}: a reference, not a merge")
     for action, word in words.items():
         if actions.get(action):
             out.print(f"  {actions[action]:5d} tensors {word}")
@@ -248,6 +251,14 @@ def adapted(found: Mapping[str, Any]) -> None:
             out.print(f"{task} had collapsed to one class at step {step}; what was kept has not.", style="dim")
 
 
+def trained(found: Mapping[str, Any]) -> None:
+    """What training came to, and what it read."""
+    ends = ", ".join(f"{task} {_recent(values):.3f}" for task, values in found["losses"].items() if values)
+    out.print(f"{found['what']}, {found['steps']} steps; reads {found['reads']}")
+    if ends:
+        out.print(f"mean loss of the last steps: {ends}")
+
+
 def informed(found: Mapping[str, Any]) -> None:
     """What statistics a merge took, and where they left something open."""
     out.print(f"{_measured(found)}, in {clock(found['seconds'])}")
@@ -288,7 +299,7 @@ class Adapting:
         elif history.step in (1, steps) or history.step % max(1, steps // 10) == 0:
             losses = ", ".join(f"{task} {values[-1]:.3f}" for task, values in history.losses.items())
             print(
-                f"step {history.step}/{steps}, kept {100 * history.kept[-1]:.2f}%, {speed:.2f} steps/s; loss: {losses}"
+                f"step {history.step}/{steps}{_kept(history, ', ')}, {speed:.2f} steps/s; loss: {losses}"
                 + _last_check(history),
                 file=sys.stderr,
             )
@@ -301,9 +312,7 @@ class Adapting:
 
     def _draw(self, history: History, steps: int, speed: float) -> None:
         left = clock((steps - history.step) / speed) if speed else "…"
-        line = Text(
-            f"step {history.step}/{steps}  kept {100 * history.kept[-1]:.2f}%  {speed:.2f} steps/s  {left} left"
-        )
+        line = Text(f"step {history.step}/{steps}{_kept(history, '  ')}  {speed:.2f} steps/s  {left} left")
         grid = Grid(box=None, show_header=False, pad_edge=False)
         seen = history.judged[max(history.judged)] if history.judged else {}
         for task, values in history.losses.items():
@@ -314,6 +323,11 @@ class Adapting:
             self._live = Live(view, console=err, refresh_per_second=4)
             self._live.start()
         self._live.update(view)
+
+
+def _kept(history: History, before: str) -> str:
+    """Share of components kept, in words; nothing where there are none."""
+    return f"{before}kept {100 * history.kept[-1]:.2f}%" if history.kept else ""
 
 
 def _last_check(history: History) -> str:

@@ -41,7 +41,8 @@ class TaskData:
     """A task's inputs, labels and splits.
 
     Attributes:
-        labels: class number of each row, or None where the file gives none; read for scoring only.
+        labels: class number of each row, or None where the file gives none; read for scoring and for the reference
+            that is trained.
         notes: sentences about what was cut, dropped or odd, for the plan and the record.
     """
 
@@ -109,7 +110,7 @@ class TaskData:
         found = [self.labels[row] for row in rows]
         if any(label is None for label in found):
             raise DataError(
-                f"task '{self.name}': these rows carry no labels, so they cannot be scored. Name the label column under task: columns."
+                f"task '{self.name}': these rows carry no labels, so they can be neither scored nor trained on. Name the label column under task: columns."
             )
         return [label for label in found if label is not None]
 

@@ -72,10 +72,12 @@ class TaskModels:
     Attributes:
         modules: task -> module; each has its own head.
         shared: tensor name (as in the base) -> the parameter or buffer that all modules use.
+        heads: task -> the tensors of its head in its module, under the names that the expert's own files use.
     """
 
     modules: Mapping[str, nn.Module]
     shared: Mapping[str, Tensor]
+    heads: Mapping[str, Mapping[str, Tensor]]
 
     @torch.no_grad()
     def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -97,6 +99,7 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
     shared: dict[str, Tensor] = {}
     problems: list[str] = []
     modules: dict[str, nn.Module] = {}
+    heads: dict[str, dict[str, Tensor]] = {}
     for task, module in pairs:
         modules[task] = module
         held = {
@@ -105,6 +108,8 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
         }
         own = [name for name in network.tensors if name not in network.heads[task]]
         keys = module_keys(network, task, own, module, held)
+        own_keys = module_keys(network, task, network.heads[task], module, held)
+        heads[task] = {network.experts[task].names[name]: held[key] for name, key in own_keys.items()}
         for name in own:
             key = keys.get(name)
             if key is not None:
@@ -126,7 +131,7 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
         for parameter in module.parameters():
             if id(parameter) not in shared_ids:
                 parameter.requires_grad_(False)
-    return TaskModels(modules, shared)
+    return TaskModels(modules, shared, heads)
 
 
 def module_keys(

@@ -1,0 +1,43 @@
+"""What the loop steps: live merged weights, a network's own weights, adapters, routers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adarank.adapt.settings import AdaptSettings
+
+
+class Learner(Protocol):
+    """Numbers that losses depend on, and how a step changes them."""
+
+    def optimiser(self, settings: AdaptSettings) -> torch.optim.Optimizer:
+        """An optimiser over what is learned; `start` of each group is its step size before the schedule."""
+        ...
+
+    def learned(self) -> Mapping[str, Tensor]:
+        """Everything that a step changes, by name: what a state holds and what the best step's copy is made of."""
+        ...
+
+    def reset(self, scale: float, rank: float) -> None:
+        """Go to a start of a grid of λ and rank. Only asked of what has such starts."""
+        ...
+
+    def write(self) -> None:
+        """Bring the networks to the numbers of this moment."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        ...
+
+    def pull_back(self) -> None:
+        """Turn the gradients that backward passes accumulated into those of what is learned."""
+        ...
+
+    def kept_share(self) -> float | None:
+        """Share of components kept now; None where there are none to keep."""
+        ...
