@@ -2,7 +2,7 @@
 
     python benchmarks/fusionbench_driver.py FOLDER
 
-FOLDER holds models as MODELS/NAME.safetensors and jobs.json, a list of {"models", "call", "settings", "out"}. Every
+FOLDER holds models as MODELS/NAME.safetensors, the classifiers' squared gradients as information/NAME, and jobs.json, a list of {"models", "call", "settings", "out"}. Every
 job's merge is written to `out`, where each task has weights of its own as TASK::TENSOR; the last line printed is a list
 with each job's error, or null.
 """
@@ -21,9 +21,11 @@ from fusion_bench import BaseModelPool
 from fusion_bench.method.dare.task_arithmetic import DareTaskArithmetic
 from fusion_bench.method.dare.ties_merging import DareTiesMerging
 from fusion_bench.method.emr_merging.emr_merging import EMRMerging
+from fusion_bench.method.fisher_merging.fisher_merging import fisher_merging, merging_with_fisher_weights
 from fusion_bench.method.isotropic_merging.iso import ISO_C_Merge, ISO_CTS_Merge
 from fusion_bench.method.linear.linear_interpolation import LinearInterpolationAlgorithm
 from fusion_bench.method.model_stock.model_stock import ModelStock
+from fusion_bench.method.regmean.regmean import regmean_merging
 from fusion_bench.method.simple_average import SimpleAverageAlgorithm
 from fusion_bench.method.slerp.slerp import SlerpMergeAlgorithm
 from fusion_bench.method.tall_mask.task_arithmetic import TallMaskTaskArithmeticAlgorithm
@@ -34,6 +36,7 @@ from fusion_bench.method.ties_merging.ties_merging import TiesMergingAlgorithm
 from fusion_bench.method.weighted_average.weighted_average import WeightedAverageAlgorithm
 from fusion_bench.models.wrappers.layer_wise_fusion import LayerWiseMergedModel
 from fusion_bench.models.wrappers.task_wise_fusion import TaskWiseMergedModel
+from fusionbench_models import BATCH, INPUTS, Classifier, State, inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -55,7 +58,6 @@ ALGORITHMS = {
     "tall_masks, buffers": TallMaskTaskArithmeticAlgorithm,
     "emr": EMRMerging,
 }
-State = Mapping[str, Tensor]
 Modules = Mapping[str, nn.Module]
 
 
@@ -85,6 +87,39 @@ def wrapped(models: Modules, call: str, weights: Any) -> nn.Module:
     return LayerWiseMergedModel(matrix, base, experts).merge_and_unload()
 
 
+class Trainer:
+    """What FusionBench asks of `transformers`' trainers: the batches of one expert."""
+
+    _train_batch_size = BATCH
+
+    def __init__(self, number: int, silent: bool) -> None:
+        self._inputs = inputs(number, silent)
+
+    def get_train_dataloader(self) -> list[dict[str, Tensor]]:
+        return [{"inputs": batch} for batch in self._inputs.split(BATCH)]
+
+    def _prepare_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
+
+
+def from_statistics(folder: Path, states: Mapping[str, State], call: str, settings: Mapping[str, Any]) -> State:
+    """Fisher and RegMean of classifiers. FusionBench's classes of them are for CLIP and GPT-2; these are what they call."""
+    experts = [Classifier() for _ in list(states)[1:]]
+    for module, state in zip(experts, list(states.values())[1:], strict=True):
+        module.load_state_dict(dict(state))
+    trainers, counts = (
+        [Trainer(number, call.endswith("silent")) for number in range(len(experts))],
+        [INPUTS] * len(experts),
+    )
+    if call.startswith("regmean"):
+        return regmean_merging(experts, trainers, [], counts, **settings)
+    if call == "fisher":
+        return fisher_merging(experts, trainers, [], counts, **settings)
+    information = [load_file(folder / "information" / f"{task}.safetensors") for task in list(states)[1:]]
+    parameters = {name: [module.get_parameter(name).data for module in experts] for name in information[0]}
+    return merging_with_fisher_weights(parameters, information, torch.ones(len(experts)) / len(experts), **settings)
+
+
 def algorithm(models: Modules, call: str, settings: Mapping[str, Any]) -> Any:
     names = ["_pretrained_", *list(models)[1:]]
     torch.manual_seed(0)  # DARE draws from the global generator
@@ -111,9 +146,13 @@ def merged(models: Modules, call: str, settings: Mapping[str, Any]) -> dict[str,
 
 def run(folder: Path, job: Mapping[str, Any]) -> str | None:
     files = sorted((folder / job["models"]).glob("*.safetensors"))  # base sorts before expert…
-    models = {file.stem: network(load_file(file), job["call"].endswith("buffers")) for file in files}
+    states, call = {file.stem: load_file(file) for file in files}, job["call"]
     try:
-        found = merged(models, job["call"], job["settings"])
+        if call.startswith(("regmean", "fisher")):
+            found = from_statistics(folder, states, call, job["settings"])
+        else:
+            models = {name: network(state, call.endswith("buffers")) for name, state in states.items()}
+            found = merged(models, call, job["settings"])
     except Exception as error:  # any: what it refuses, and how, is part of what is compared
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in found.items()}, folder / job["out"])

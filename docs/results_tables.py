@@ -249,11 +249,12 @@ def fusion_bench() -> list[str]:
     ]
     for row in record["rows"]:
         if "refused" in row:
-            cells = ["not to be had", "", ""]
+            cells = [f"FusionBench fails ({row['refused'].split(':')[0]})", "", ""]
         else:
             rule = f"{row['with_their_rule']:.1e}" if "why" in row and "with_their_rule" in row else ""
             cells = [f"{row['max_relative_difference']:.1e}", f"{row['values_unequal']} of {row['values']:,}", rule]
-        lines.append(f"| {row['name']} | {' | '.join(cells)} | {row.get('why') or row.get('note', '')} |")
+        why = (row.get("why") or row.get("note", "")).replace("|", "\\|")
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {why} |")
     return lines
 
 
