@@ -4,13 +4,13 @@
 
 VENV is an environment of its own; it is made, and torch and fusion-bench are installed there from the registry with
 all their dependencies, if it is not there yet. `fusionbench_driver.py` runs in it and calls FusionBench's own
-algorithms on its own model pools. The models are made here: a base and two, three or four experts of 32-bit floats,
-which are the base plus seeded noise, part of it shared; matrices wide, tall and square, biases, norms, a table of
-positions, a kernel. A few are made to show one thing (`models`).
+algorithms on its own model pools. The models are made by `fusionbench_models.py`: a base and two, three or four experts
+of 32-bit floats, which are the base plus seeded noise, part of it shared; matrices wide, tall and square, biases, norms,
+a table of positions, a kernel. A few are made to show one thing.
 
 What is compared is the change from the base, relative to the largest change of the tensor (`peers.relative`). Where
-the two differ by more than rounding, FusionBench's rule is reckoned here from its formula as well, and the difference
-from that shows whether the explanation is the whole of it.
+the two differ by more than rounding, FusionBench's rule is reckoned from its formula as well (`fusionbench_rules.py`),
+and the difference from that shows whether the explanation is the whole of it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import fusionbench_rules as rules
 import torch
-from peers import State, environment, head, largest, last_line
+from fusionbench_models import NOISE, SHAPES, SHARED, SPREAD, Experts, Models, State, classifier, inputs, models
+from fusionbench_rules import Rule
+from peers import environment, head, largest, last_line
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,27 +38,10 @@ from adarank.writer import write_json
 
 REQUIREMENTS = ("torch==2.13.0", "fusion-bench==0.2.33")
 COUNTED = ("fusion-bench", "torch", "numpy", "lightning", "transformers")
-SHAPES: dict[str, tuple[int, ...]] = {
-    "positions": (1, 9, 12),
-    "patches.weight": (12, 3, 4, 4),
-    "patches.bias": (12,),
-    "words.weight": (40, 12),
-    "layers.0.norm.weight": (12,),
-    "layers.0.qkv.weight": (36, 12),
-    "layers.0.qkv.bias": (36,),
-    "layers.0.out.weight": (12, 12),
-    "layers.1.up.weight": (24, 16),
-    "layers.1.up.bias": (24,),
-    "layers.1.down.weight": (16, 24),
-    "layers.1.mix.weight": (32, 32),
-}
-SPREAD, NOISE, SHARED = 0.05, 0.02, 0.02
 ROUNDING = 1e-5
 WEIGHTS = (0.2, 0.5, 1.0, 0.7)
-DENSITY, DROP = 0.2, 0.3
+DENSITY, DROP, TALL = 0.2, 0.3, 0.4
 EXPERTS = ("two", "three", "four")
-Experts = Mapping[str, State]
-Models = tuple[State, Experts]
 
 
 @dataclass(frozen=True)
@@ -78,7 +63,7 @@ class Row:
     call: str
     settings: Callable[[State, Experts], dict[str, Any]]
     ours: Callable[[State, Experts], State]
-    rule: Callable[[State, Experts], State] | None = None
+    rule: Rule | None = None
     why: str = ""
     entries: bool = False
 
@@ -93,34 +78,25 @@ def by(method: str, **parameters: Any) -> Callable[[State, Experts], State]:
     return lambda base, experts: adarank.merge(base, experts, method, given)
 
 
-def models(seed: int) -> dict[str, Models]:
-    """Name -> base and experts.
+def each(method: str, **parameters: Any) -> Callable[[State, Experts], State]:
+    """A task-aware method of adarank's: every task's tensors as TASK::TENSOR."""
 
-    pair, two, three, four: one to four experts. narrow: three, with a matrix of two rows. scalar: two, with a tensor of
-    one value that they move apart. cancelling: two, with a bias that they move by opposite amounts, exactly.
-    """
-    sizes = {"pair": 1, "two": 2, "three": 3, "four": 4, "narrow": 3, "scalar": 2, "cancelling": 2}
-    extra = {"narrow": {"last.weight": (2, 16)}, "scalar": {"temperature": ()}, "cancelling": {"last.bias": (8,)}}
-    found: dict[str, Models] = {}
-    for number, (name, tasks) in enumerate(sizes.items()):
-        found[name] = made(
-            {**SHAPES, **extra.get(name, {})}, tasks, torch.Generator().manual_seed(1000 * seed + number)
-        )
-    for name, tensor, moves in (("scalar", "temperature", (0.1, -0.05)), ("cancelling", "last.bias", (0.5, -0.5))):
-        base, experts = found[name]
-        base[tensor].zero_()
-        for own, move in zip(experts.values(), moves, strict=True):
-            own[tensor].fill_(move)
-    return found
+    def merged(base: State, experts: Experts) -> State:
+        found = adarank.merge_each(base, experts, method, parameters)
+        return {f"{task}::{name}": tensor for task, own in found.items() for name, tensor in own.items()}
+
+    return merged
 
 
-def made(shapes: Mapping[str, tuple[int, ...]], tasks: int, source: torch.Generator) -> Models:
-    def noise(scale: float) -> dict[str, Tensor]:
-        return {name: scale * torch.randn(shape, generator=source) for name, shape in shapes.items()}
+def informed(method: str, silent: bool = False, **parameters: Any) -> Callable[[State, Experts], State]:
+    """A method from statistics, of each classifier on its own inputs."""
 
-    base, shared = noise(SPREAD), noise(SHARED)
-    own = {f"expert{i}": noise(NOISE) for i in range(tasks)}
-    return base, {task: {n: base[n] + shared[n] + noisy[n] for n in shapes} for task, noisy in own.items()}
+    def merged(base: State, experts: Experts) -> State:
+        batches = {task: [inputs(number, silent)] for number, task in enumerate(experts)}
+        modules = {task: classifier(own) for task, own in experts.items()}
+        return adarank.merge(classifier(base), modules, method, parameters, batches=batches)
+
+    return merged
 
 
 def weights(experts: Experts) -> dict[str, float]:
@@ -136,45 +112,6 @@ def layer_wise(base: State, experts: Experts) -> State:
     """The method `masked` on what adamerging would save."""
     lam = {name: torch.tensor(values) for name, values in coefficients(base, experts).items()}
     return adarank.merge(base, experts, "masked", {"masks": MaskFile("pretrained", tuple(experts), lam, {}, {}, {})})
-
-
-# FusionBench's rules, where they are others
-
-
-def ties(base: State, experts: Experts, mean: bool = False, scale: float = 0.3) -> State:
-    """One entry more than ⌊density·d⌋ is kept; where the sum is 0 the sign is that of the sum of all signs."""
-    names = sorted(base)
-    flat = torch.stack([torch.cat([(own[n] - base[n]).flatten() for n in names]) for own in experts.values()])
-    least = flat.abs().topk(int(DENSITY * flat.shape[1]) + 1).values[:, -1:]
-    kept = torch.where(flat.abs() >= least, flat, 0.0)
-    sign = kept.sum(0).sign()
-    sign[sign == 0] = sign.sum().sign()
-    agree = kept * (kept.sign() == sign)
-    total = agree.sum(0) / ((agree != 0).sum(0).clamp(min=1) if mean else 1)
-    parts = total.split([base[n].numel() for n in names])
-    return {n: base[n] + scale * part.reshape(base[n].shape) for n, part in zip(names, parts, strict=True)}
-
-
-def model_stock(base: State, experts: Experts) -> State:
-    """The mean of the angles, not of their cosines; 1e-8 is added to both divisors."""
-    count, found = len(experts), {}
-    for name, start in base.items():
-        deltas = [own[name] - start for own in experts.values()]
-        angles = [
-            torch.acos(((a * b).sum() / (((a**2).sum() * (b**2).sum()).sqrt() + 1e-8)).clamp(-1, 1)).double()
-            for a, b in combinations(deltas, 2)
-        ]
-        cosine = float(torch.stack(angles).mean().cos())
-        share = count * cosine / ((count - 1) * cosine + 1 + 1e-8)
-        found[name] = share * sum(own[name] for own in experts.values()) / count + (1 - share) * start
-    return found
-
-
-def tsv_m(base: State, experts: Experts) -> State:
-    """⌊r/T⌋ = 0 components where the rank is below the number of tasks: the base."""
-    found = dict(adarank.merge(base, experts, "tsv_m"))
-    narrow = [n for n, tensor in base.items() if tensor.dim() == 2 and min(tensor.shape) < len(experts)]
-    return {**found, **{name: base[name] for name in narrow}}
 
 
 TIES_SETTINGS = {"threshold": 100 * DENSITY, "remove_keys": []}
@@ -195,18 +132,18 @@ ROWS = (
         lambda b, e: adarank.merge(None, {"base": b, **e}, "linear", {"weight": {"base": 0.7, "expert0": 0.3}}),
         why="FusionBench 0.2.33 cannot run it: it asserts that the list of the models' names equals 2, not its length."),
     Row("slerp", ("pair",), "slerp", fixed(t=0.3), by("slerp", t=0.3)),
-    Row("model_stock, two experts", ("two",), "model_stock", fixed(), by("model_stock"), model_stock, STOCK),
-    Row("model_stock, three and four", EXPERTS[1:], "model_stock", fixed(), by("model_stock"), model_stock, STOCK),
-    Row("model_stock, a tensor of one value", ("scalar",), "model_stock", fixed(), by("model_stock"), model_stock,
+    Row("model_stock, two experts", ("two",), "model_stock", fixed(), by("model_stock"), rules.model_stock, STOCK),
+    Row("model_stock, three and four", EXPERTS[1:], "model_stock", fixed(), by("model_stock"), rules.model_stock, STOCK),
+    Row("model_stock, a tensor of one value", ("scalar",), "model_stock", fixed(), by("model_stock"), rules.model_stock,
         "Task vectors at 180° with two experts: 1 + (T - 1)·c is 0. adarank, like mergekit, stays at the base (t = 0);"
-        " FusionBench divides by what rounding and 1e-8 leave, here t ≈ -1e5."),
+        " FusionBench divides by what rounding and 1e-8 leave, here t ≈ -1e6."),
     Row("task_arithmetic", EXPERTS, "task_arithmetic", fixed(scaling_factor=0.3), by("task_arithmetic", scale=0.3)),
     Row("ties_merging, sum", EXPERTS, "ties", fixed(scaling_factor=0.3, merge_func="sum", **TIES_SETTINGS),
-        by("ties_merging", density=DENSITY), ties, ONE_MORE),
+        by("ties_merging", density=DENSITY), rules.ties(DENSITY, 0.3), ONE_MORE),
     Row("ties_merging, mean", EXPERTS, "ties", fixed(scaling_factor=1.0, merge_func="mean", **TIES_SETTINGS),
-        by("ties_merging", density=DENSITY, combine="mean"), lambda b, e: ties(b, e, True, 1.0), ONE_MORE),
+        by("ties_merging", density=DENSITY, combine="mean"), rules.ties(DENSITY, 1.0, mean=True), "As for the sum."),
     Row("ties_merging, entries that cancel", ("cancelling",), "ties",
-        fixed(scaling_factor=0.3, merge_func="sum", **TIES_SETTINGS), by("ties_merging", density=DENSITY), ties,
+        fixed(scaling_factor=0.3, merge_func="sum", **TIES_SETTINGS), by("ties_merging", density=DENSITY), rules.ties(DENSITY, 0.3),
         "Where Σ_t s_t = 0, FusionBench, like the TIES authors' code, takes the sign that most entries of the model have;"
         " adarank takes γ = sign(0) = 0, as the formula says, and adds nothing."),
     Row("dare, nothing dropped", EXPERTS, "dare",
@@ -217,9 +154,9 @@ ROWS = (
     Row("dare_ties_merging, nothing dropped", EXPERTS, "dare_ties",
         fixed(sparsity_ratio=0.0, only_on_linear_weights=False, rescale=True, scaling_factor=0.3, merge_func="sum",
               **TIES_SETTINGS),
-        by("dare_ties_merging", drop=0.0, density=DENSITY, scale=0.3), ties, ONE_MORE),
+        by("dare_ties_merging", drop=0.0, density=DENSITY, scale=0.3), rules.ties(DENSITY, 0.3), "As for ties_merging."),
     Row("tsv_m", EXPERTS, "tsv_m", fixed(alpha=1.0), by("tsv_m")),
-    Row("tsv_m, rank below the number of tasks", ("narrow",), "tsv_m", fixed(alpha=1.0), by("tsv_m"), tsv_m,
+    Row("tsv_m, rank below the number of tasks", ("narrow",), "tsv_m", fixed(alpha=1.0), by("tsv_m"), rules.tsv_m,
         "k = ⌊r/T⌋ = 0: FusionBench, like the authors' code, leaves such a matrix at the base. adarank keeps max(1, k)"
         " components of each task while there is room for orthogonal ones."),
     Row("iso_c", EXPERTS, "iso_c", fixed(scaling_factor=1.0), by("iso_c")),
@@ -227,6 +164,26 @@ ROWS = (
     Row("adamerging, task-wise λ given", EXPERTS, "task_wise", lambda b, e: {"weights": list(weights(e).values())},
         lambda b, e: adarank.merge(b, e, "task_arithmetic", {"weight": weights(e)})),
     Row("adamerging, layer-wise λ given", EXPERTS, "layer_wise", lambda b, e: {"weights": coefficients(b, e)}, layer_wise),
+    Row("tall_masks", EXPERTS, "tall_masks", fixed(tall_mask_lambda=TALL), each("tall_masks", lambda_mask=TALL),
+        why="FusionBench 0.2.33 cannot run it on modules with parameters: it subtracts tensors from parameters, which its own"
+        " check of equal types refuses."),
+    Row("tall_masks, all tensors as buffers", EXPERTS, "tall_masks, buffers", fixed(tall_mask_lambda=TALL),
+        each("tall_masks", lambda_mask=TALL), rules.tall_masks(TALL),
+        "FusionBench's mask is [|θ₀ - τ_t| > α |τ - τ_t|]: it hands the pretrained weights θ₀ to a formula in task vectors,"
+        " where the base is 0. adarank's is the paper's [|τ_t| > α |τ - τ_t|]."),
+    Row("regmean", ("classifier",), "regmean", fixed(reduce_non_diagonal_ratio=0.95), informed("regmean", off_diagonal=0.95),
+        why="FusionBench inverts Σ Ĝ_t in float32, adarank solves in float64."),
+    Row("regmean, an input that is always 0", ("classifier",), "regmean, silent", fixed(reduce_non_diagonal_ratio=0.95),
+        informed("regmean", True, off_diagonal=0.95),
+        why="Σ Ĝ_t has a row of zeros, and FusionBench inverts it. adarank keeps the mean of the experts there."),
+    Row("fisher", ("classifier",), "fisher", fixed(), informed("fisher"), rules.fisher(rules.squares_of_sums),
+        "FusionBench squares the gradient of a whole batch, summed over inputs and classes, (Σ_x Σ_y √p_y ∂ log p_y)² / n; the"
+        " Fisher information is the mean over inputs of Σ_y p_y (∂ log p_y)², which adarank takes. And the floor, below."),
+    Row("fisher, information given", ("classifier",), "fisher, given", fixed(), informed("fisher"), rules.fisher(rules.squares),
+        "The floor: FusionBench weighs by (F_t + 1e-6) / (‖F_t‖ + 1e-6), adarank by max(F_t / rms(F_t), 1e-6), the same"
+        " share for gradients of every size. They part the more, the smaller F is beside 1e-6."),
+    Row("emr", EXPERTS, "emr", fixed(), each("emr")),
+    Row("tsv_c", ("three",), "tsv_c", fixed(), each("tsv_c"), why="FusionBench 0.2.33 names it and has not written it."),
 )  # fmt: skip
 
 
@@ -237,6 +194,17 @@ def jobs(made_models: Mapping[str, Models]) -> list[dict[str, Any]]:
          "out": f"{number}-{name}.safetensors"}
         for number, row in enumerate(ROWS) for name in row.models
     ]  # fmt: skip
+
+
+def write_models(folder: Path, given: Mapping[str, Models]) -> None:
+    """As the driver reads them; beside the classifiers, what `fisher, given` is given."""
+    for name, (base, experts) in given.items():
+        (folder / name).mkdir()
+        for file, state in {"base": base, **experts}.items():
+            save_file(dict(state), folder / name / f"{file}.safetensors")
+    (folder / "information").mkdir()
+    for number, (task, state) in enumerate(given["classifier"][1].items()):
+        save_file(dict(rules.squares(state, number)), folder / "information" / f"{task}.safetensors")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -250,10 +218,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     given = models(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name, (base, experts) in given.items():
-            (folder / name).mkdir()
-            for file, state in {"base": base, **experts}.items():
-                save_file(dict(state), folder / name / f"{file}.safetensors")
+        write_models(folder, given)
         todo = jobs(given)
         (folder / "jobs.json").write_text(json.dumps(todo))
         driver = Path(__file__).with_name("fusionbench_driver.py")
@@ -279,6 +244,9 @@ def summary(row: Row, given: Mapping[str, Models], theirs: Mapping[str, tuple[Pa
             if every:
                 result[key] = sum(every) if key.startswith("values") else max(every)
         result["by_models"] = by_models
+        for shares in (found["share_kept"] for found in by_models.values() if "share_kept" in found):
+            seen = " and ".join(f"{100 * share:.1f}% by {side}" for side, share in shares.items())
+            result["note"] = f"Each draws its own entries: kept are {seen}, {100 * (1 - DROP):.0f}% expected."
     if refused or result["max_relative_difference"] > ROUNDING:
         result["why"] = row.why
     print(
@@ -291,15 +259,16 @@ def difference(row: Row, given: Models, theirs: State) -> dict[str, Any]:
     """Of the changes from the base; also from FusionBench's rule as reckoned here."""
     base, experts = given
     ours, changed = changes(row.ours(base, experts), base), changes(theirs, base)
-    shares = {}
+    shares: dict[str, float] = {}
     if row.entries:
-        shares = {"share_kept": {side: kept(own) for side, own in (("adarank", ours), ("fusion-bench", changed))},
-                  "share_expected": 1 - DROP}  # fmt: skip
-        both = {name: (ours[name] != 0) & (changed[name] != 0) for name in base}
-        ours, changed = ({name: own[name][both[name]] for name in base} for own in (ours, changed))
+        shares = {side: kept(own) for side, own in (("adarank", ours), ("fusion-bench", changed))}
+        both = {name: (own != 0) & (changed[name] != 0) for name, own in ours.items()}
+        ours, changed = ({name: own[name][where] for name, where in both.items()} for own in (ours, changed))
     worst, where = largest(ours, changed)
     found = {"max_relative_difference": worst, "in": where, "values_unequal": unequal(ours, changed),
-             "values": sum(own.numel() for own in ours.values()), **shares}  # fmt: skip
+             "values": sum(own.numel() for own in ours.values())}  # fmt: skip
+    if shares:
+        found["share_kept"] = shares
     if row.rule is not None:
         found["with_their_rule"] = largest(changes(row.rule(base, experts), base), changed)[0]
     return found
@@ -313,7 +282,8 @@ def unequal(ours: State, theirs: State) -> int:
 
 
 def changes(state: State, base: State) -> dict[str, Tensor]:
-    return {name: state[name] - base[name] for name in base}
+    """Tensor, or TASK::TENSOR, less the base's."""
+    return {name: tensor - base[name.split("::")[-1]] for name, tensor in state.items()}
 
 
 def kept(change: State) -> float:

@@ -30,19 +30,20 @@ from torch import Tensor
 
 from adarank import pipeline
 from adarank.masks import MaskFile, top_mask
-from adarank.methods import METHODS
+from adarank.methods import METHODS, Informed
 from adarank.plan import open_job
 from adarank.recipe import DTYPES, parse_recipe
 from adarank.record import machine, versions
 from adarank.writer import Layout, write_checkpoint, write_json
 
 EXPERTS = ("one", "two", "three")
-HIDDEN, FFN, VOCABULARY = 1024, 4096, 32_000
+HIDDEN, VOCABULARY = 1024, 32_000
 NOISE = 0.01
 SHARD_BYTES = 400 * 10**6
 SAMPLE_SECONDS = 0.02
 LIMIT = 10**9
-SPECTRAL = tuple(name for name, kind in METHODS.items() if kind.spectral)
+DATA_FREE = {name: kind for name, kind in METHODS.items() if not issubclass(kind, Informed)}
+SPECTRAL = tuple(name for name, kind in DATA_FREE.items() if kind.spectral)
 MASK_RANK, MASK_LAMBDA = 0.6, 0.3
 # What a method must be told, or else does nothing that costs memory.
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -54,32 +55,31 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 TAKES = {"slerp": 1, "nuslerp": 2}  # experts; the others take any number
 
 
-def layout(layers: int, dtype: torch.dtype) -> Layout:
-    """Names, shapes and dtype of a decoder of GPT-2 medium's widths with a vocabulary of 32,000."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+def layout(layers: int, dtype: torch.dtype, hidden: int) -> Layout:
+    """Names, shapes and dtype of a decoder; at hidden size 1024 of GPT-2 medium's widths, with a vocabulary of 32,000."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY * hidden // HIDDEN, hidden)}
     for layer in range(layers):
         start = f"model.layers.{layer}"
-        shapes |= {f"{start}.self_attn.{part}_proj.weight": (HIDDEN, HIDDEN) for part in "qkvo"}
-        shapes[f"{start}.mlp.up_proj.weight"] = (FFN, HIDDEN)
-        shapes[f"{start}.mlp.down_proj.weight"] = (HIDDEN, FFN)
-        shapes[f"{start}.input_layernorm.weight"] = (HIDDEN,)
-        shapes[f"{start}.post_attention_layernorm.weight"] = (HIDDEN,)
-    return {name: (shape, dtype) for name, shape in {**shapes, "model.norm.weight": (HIDDEN,)}.items()}
+        shapes |= {f"{start}.self_attn.{part}_proj.weight": (hidden, hidden) for part in "qkvo"}
+        shapes[f"{start}.mlp.up_proj.weight"] = (4 * hidden, hidden)
+        shapes[f"{start}.mlp.down_proj.weight"] = (hidden, 4 * hidden)
+        shapes[f"{start}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{start}.post_attention_layernorm.weight"] = (hidden,)
+    return {name: (shape, dtype) for name, shape in {**shapes, "model.norm.weight": (hidden,)}.items()}
 
 
 def size(of: Layout) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in of.values())
 
 
-def layers_for(target: float, dtype: torch.dtype) -> int:
+def layers_for(target: float, dtype: torch.dtype, hidden: int) -> int:
     """How many layers make a model of about `target` bytes."""
-    none, one = size(layout(0, dtype)), size(layout(1, dtype))
+    none, one = size(layout(0, dtype, hidden)), size(layout(1, dtype, hidden))
     return round((target - none) / (one - none))
 
 
-def make_models(folder: Path, layers: int, dtype: torch.dtype, seed: int) -> None:
+def make_models(folder: Path, of: Layout, seed: int) -> None:
     """A base of seeded noise, and experts that add noise of their own to it."""
-    of = layout(layers, dtype)
     for number, name in enumerate(("base", *EXPERTS)):
         (folder / name).mkdir(parents=True)
         write_checkpoint(folder / name, of, _tensors(of, seed, number), SHARD_BYTES)
@@ -182,16 +182,18 @@ def run(arguments: argparse.Namespace) -> None:
     path = arguments.record or Path(f"records/costs/merge-memory-{arguments.dtype}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = DTYPES[arguments.dtype]
-    full = layers_for(arguments.gigabytes * 1e9, dtype)
+    hidden = arguments.hidden
+    full = layers_for(arguments.gigabytes * 1e9, dtype, hidden)
     few = full if arguments.all_layers else min(full, arguments.layers)
     record: dict[str, Any] = {
         "what": "peak anonymous memory of merging a base and three experts, PyTorch included",
         "command": f"python benchmarks/merge_memory.py --folder FOLDER --dtype {arguments.dtype} --gigabytes "
-        f"{arguments.gigabytes} --layers {arguments.layers} --repeats {arguments.repeats} --threads "
+        f"{arguments.gigabytes} --hidden {hidden} --layers {arguments.layers} --repeats {arguments.repeats} --threads "
         f"{arguments.threads} --methods {' '.join(arguments.methods)}" + " --all-layers" * arguments.all_layers,
-        "settings": {"experts": len(EXPERTS), "hidden": HIDDEN, "ffn": FFN, "vocabulary": VOCABULARY,
+        "settings": {"experts": len(EXPERTS), "hidden": hidden, "ffn": 4 * hidden, "vocabulary": VOCABULARY * hidden // HIDDEN,
                      "dtype": arguments.dtype, "layers": full, "layers_for_methods_with_spectra": few,
-                     "bytes_per_model": size(layout(full, dtype)), "largest_tensor_in_float32": 4 * VOCABULARY * HIDDEN,
+                     "bytes_per_model": size(layout(full, dtype, hidden)),
+                     "largest_tensor_in_float32": 4 * VOCABULARY * hidden // HIDDEN * hidden,
                      "sample_seconds": SAMPLE_SECONDS, "limit": LIMIT},
         "note": arguments.note,
         "seed": arguments.seed,
@@ -204,7 +206,7 @@ def run(arguments: argparse.Namespace) -> None:
         folder = arguments.folder.resolve() / f"layers-{layers}"
         try:
             if wanted:
-                make_models(folder, layers, dtype, arguments.seed)
+                make_models(folder, layout(layers, dtype, hidden), arguments.seed)
             for method in wanted:
                 record["methods"][method] = measure(arguments, folder, method, layers)
                 write_json(path, record)
@@ -217,7 +219,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for inputs and outputs; about 6 GB")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="as stored")
     parser.add_argument("--gigabytes", type=float, default=1.1, help="size of each model")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(DATA_FREE), default=list(DATA_FREE))
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="hidden size; a small one to see that all works")
     parser.add_argument("--layers", type=int, default=2, help="for methods with spectra")
     parser.add_argument("--all-layers", action="store_true", help="methods with spectra on all layers, too")
     parser.add_argument("--repeats", type=int, default=1)
@@ -225,7 +228,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--note", default="", help="kept in the record, such as what else the machine did")
     parser.add_argument("--record", type=Path, help="default: records/costs/merge-memory-DTYPE.json")
-    parser.add_argument("--worker", choices=list(METHODS), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=list(DATA_FREE), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.worker:

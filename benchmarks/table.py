@@ -17,6 +17,7 @@ import itertools
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -200,8 +201,10 @@ class Bench:
 
     def static(self, row: str, method: Method, chosen: str, seed: int = 0) -> None:
         clock = Clock()
-        known, found = statistics.inform(method, self.job, self.models, self.data)
-        self.models.fill(merge_tensors(known, self.job.network))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder) as kept:
+            known, found = statistics.inform(method, self.job, self.models, self.data, Path(kept))
+            self.models.fill(merge_tensors(known, self.job.network))
         spent = clock.spent()
         spent = {"merge_seconds": spent["seconds"], "peak_resident_bytes": spent["peak_resident_bytes"]}
         settings = {

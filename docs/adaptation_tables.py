@@ -76,6 +76,8 @@ def signals() -> list[str]:
 
 def subsets() -> list[str]:
     """Every subset's least change of agreement and its change of the mean test score, and how many fell."""
+    if not any("subsets" in studies_of(bed)["runs"] for bed in BEDS):
+        return ["Not run yet."]
     lines = ["| test bed | subsets | rolled back | least change of a task's agreement | test: worst, median, best change | test mean below the start |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for bed in BEDS:

@@ -386,7 +386,7 @@ def test_a_resumed_run_does_not_ask_the_experts_again(
     settings = loaded.adaptation()[1]
     first = experts.expert_outputs(job, models, data, settings, "mark", tmp_path)
     again = recipe(zoo, **{**ADAPT, "adapt": {**ADAPT["adapt"], "objective": "features"}})
-    monkeypatch.setattr(experts, "_ask", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(experts, "ask", lambda *_: pytest.fail("asked again"))
     second = experts.expert_outputs(adarank.open_job(load_recipe(again)), models, data, settings, "mark", tmp_path)
     for task in TASKS:
         assert torch.equal(first[task].logits, second[task].logits)
@@ -397,7 +397,7 @@ def test_a_resumed_run_does_not_ask_the_experts_again(
         assert torch.equal(
             experts.expert_outputs(job, models, data, settings, "mark", tmp_path)["mood"].logits, first["mood"].logits
         )
-    monkeypatch.setattr(experts, "_ask", boom)
+    monkeypatch.setattr(experts, "ask", boom)
     with pytest.raises(ZeroDivisionError):
         experts.expert_outputs(job, models, data, settings, "another mark", tmp_path)
 

@@ -46,7 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "AdaRank": {},
 }
 _LIMIT = 80  # inputs per task and split of the quick demo
-_QUICK_STEPS = 10
+_QUICK = {"steps": 20, "check_every": 20, "tolerance": 2}  # so few inputs and steps make agreement jump
 
 
 def check_zoo(folder: Path) -> None:
@@ -137,5 +137,5 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any], quick: bool, seed: int)
         for entry in values["models"]:
             entry["task"]["limit"] = _LIMIT
         if values["merge_method"] in ADAPTIVE:
-            values["adapt"] = {**values.get("adapt", {}), "steps": _QUICK_STEPS, "check_every": _QUICK_STEPS}
+            values["adapt"] = {**values.get("adapt", {}), **_QUICK}
     return parse_recipe({**values, "seed": seed}, recipe.folder)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adarank.bases import COMMON
+from adarank.bundle import pack, unpack
 from adarank.errors import CheckpointError
 from adarank.spectrum import top_count
 from adarank.writer import write_tensors
@@ -88,7 +88,7 @@ class MaskFile:
         names = list(self.lam)
         tensors = {"lambda": torch.stack([self.lam[name].float().cpu() for name in names])}
         for name, mask in self.masks.items():
-            tensors[f"mask.{name}"] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
+            tensors[f"mask.{name}"] = pack(mask)
         header = {"origin": self.origin, "tasks": list(self.tasks), "tensors": names, "about": dict(self.about), "basis": self.basis,
                   "sizes": {name: list(sizes) for name, sizes in self.sizes.items()},
                   **({"thresholds": dict(self.thresholds)} if self.thresholds else {})}  # fmt: skip
@@ -127,15 +127,9 @@ class MaskFile:
             raise ValueError(f"λ of shape {tuple(tensors['lambda'].shape)} for {len(tasks)} tasks")
         lam = dict(zip(header["tensors"], tensors["lambda"], strict=True))
         sizes = {name: tuple(parts) for name, parts in header["sizes"].items()}
-        masks = {n: _unpack(tensors[f"mask.{n}"], sum(parts)) for n, parts in sizes.items()}
+        masks = {n: unpack(tensors[f"mask.{n}"], (sum(parts),)) for n, parts in sizes.items()}
         thresholds = {task: float(value) for task, value in header.get("thresholds", {}).items()}
         if thresholds and not thresholds.keys() >= set(tasks) - {COMMON}:
             raise ValueError(f"thresholds for {len(thresholds)} of {len(tasks)} tasks")
         basis = header.get("basis", "task_vectors")
         return cls(header["origin"], tasks, lam, masks, sizes, header["about"], basis, thresholds)
-
-
-def _unpack(bits: Tensor, count: int) -> Tensor:
-    if bits.numel() != -(-count // 8):  # numpy would fill up with zeros
-        raise ValueError(f"{bits.numel()} bytes for {count} components")
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()

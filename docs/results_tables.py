@@ -1,0 +1,292 @@
+"""The tables and the picture of results.md and the README, from the records of both test beds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = {
+    "minilm-8": ["cola", "sst2", "mrpc", "mnli", "qnli", "agnews", "trec", "tweet_emotion"],
+    "demo-8": ["mnist", "fashion_mnist", "kannada_mnist", "chars74k_fnt", "mnist_m", "usps", "gtsrb", "cifar10"],
+}
+ROWS = [
+    "base",
+    "weight average",
+    "TA",
+    "SVD_k",
+    "TIES",
+    "DARE+TA",
+    "DARE+TIES",
+    "Consensus-TA",
+    "Consensus-TIES",
+    "Breadcrumbs",
+    "Model Stock",
+    "STAR",
+    "TSV-M",
+    "Iso-C",
+    "Iso-CTS",
+    "CART",
+    "CART, energy",
+    "Fisher",
+    "RegMean",
+    "RegMean++",
+    "AdaMerging, task-wise",
+    "AdaMerging",
+    "AdaMerging++",
+    "TA+AdaRank",
+    "CART++",
+    "CART+AdaRank",
+    "AdaRank about the base",
+    "TSV-M+AdaRank",
+    "Iso-C+AdaRank",
+    "Iso-CTS+AdaRank",
+    "AdaRank",
+    "multi-task training",
+    "experts",
+]
+TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing"]
+HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
+        "AdaRank", "experts"]  # fmt: skip
+
+
+def flat(values: dict[str, Any]) -> str:
+    """Settings in a line."""
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def load(bed: str, row: str) -> list[dict[str, Any]]:
+    """The records of one row, by seed."""
+    found = [json.loads(path.read_text()) for path in sorted((ROOT / "records" / bed).glob("*-seed*.json"))]
+    return sorted((r for r in found if r["row"] == row), key=lambda r: r["seed"])
+
+
+def table(bed: str, rows: list[str], costs: bool = False) -> list[str]:
+    """Mean over seeds, and ± the sample standard deviation of the mean score where there are several.
+
+    "gap" is the share of the way from the weight average to the experts.
+
+    Arguments:
+        costs: with the seconds and the peak memory of each row's merge.
+    """
+    tasks = TASKS[bed]
+    experts, average = (load(bed, row)[0] for row in ("experts", "weight average"))
+    more = ["s", "GB"] if costs else []
+    names = ["", "mean", "norm.", "gap", *tasks, *more, "seeds"]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for row in rows:
+        records = load(bed, row)
+        if not records:
+            continue
+        means = [r["mean"] for r in records]
+        spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
+        scores = {task: statistics.mean(r["scores"][task] for r in records) for task in tasks}
+        normal = 100 * statistics.mean(scores[task] / experts["scores"][task] for task in tasks)
+        gap = 100 * (statistics.mean(means) - average["mean"]) / (experts["mean"] - average["mean"])
+        cells = [
+            f"{statistics.mean(means):.1f}{spread}",
+            f"{normal:.1f}",
+            f"{gap:.0f}%",
+            *(f"{scores[task]:.1f}" for task in tasks),
+            *(_cost(records) if costs else ()),
+            str(len(records)),
+        ]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cost(records: list[dict[str, Any]]) -> tuple[str, str]:
+    """Median seconds and greatest peak memory of the merges; empty where a record has none."""
+    seconds = [r["merge_seconds"] for r in records if "merge_seconds" in r]
+    peaks = [r["peak_resident_bytes"] for r in records if "peak_resident_bytes" in r]
+    return f"{statistics.median(seconds):.3g}" if seconds else "", f"{max(peaks) / 1e9:.1f}" if peaks else ""
+
+
+def task_aware(bed: str) -> list[str]:
+    """Rows whose every task has weights of its own, with their size; nothing before they have records."""
+    found = [records[0] for row in TASK_AWARE if (records := load(bed, row))]
+    if not found:
+        return []
+    experts = load(bed, "experts")[0]["scores"]
+    lines = [
+        "### Task-aware methods",
+        "",
+        "Each task is scored by weights of its own, from one bundle; the task of every test input is known, so these rows are no rivals",
+        "of those above. Sizes are of all weights, heads included, beside all experts whole and beside one network.",
+        "",
+        "| | mean | norm. | of the experts' size | × one model | " + " | ".join(TASKS[bed]) + " |",
+        "|---" * (len(TASKS[bed]) + 5) + "|",
+    ]
+    for record in found:
+        scores, size = record["scores"], record["bytes"]
+        normal = 100 * statistics.mean(scores[task] / experts[task] for task in TASKS[bed])
+        cells = [f"{record['mean']:.1f}", f"{normal:.1f}", f"{100 * size['bundle'] / size['experts']:.0f}%"]
+        cells += [f"{size['bundle'] / size['one']:.1f}", *(f"{scores[task]:.1f}" for task in TASKS[bed])]
+        lines.append(f"| {record['row']} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def ablation(bed: str) -> list[str]:
+    """The paper's Table 4, and random masks of the learned density."""
+    lines = ["| learned | about the base (TA) | about the average (CART) |", "|---|---|---|"]
+    variants = {
+        "nothing": ("TA", "CART"),
+        "λ": ("AdaMerging", "CART++"),
+        "masks": ("TA+AdaRank, masks only", "CART+AdaRank, masks only"),
+        "λ and masks": ("TA+AdaRank", "CART+AdaRank"),
+        "λ; masks of the learned density in random places": ("TA+AdaRank, random masks", "CART+AdaRank, random masks"),
+    }
+    for label, rows in variants.items():
+        lines.append(f"| {label} | " + " | ".join(_mean(bed, row) for row in rows) + " |")
+    return lines
+
+
+def _mean(bed: str, row: str) -> str:
+    means = [r["mean"] for r in load(bed, row)]
+    if not means:
+        return "not run"
+    return f"{statistics.mean(means):.1f}" + (
+        f" ± {statistics.stdev(means):.1f} ({len(means)} seeds)" if len(means) > 1 else ""
+    )
+
+
+def settings(bed: str) -> list[str]:
+    """What each row ran with."""
+    lines = ["| row | settings | merge, s |", "|---|---|---|"]
+    for row in [*ROWS, "TA+AdaRank, masks only", "CART+AdaRank, masks only"]:
+        for record in load(bed, row)[:1]:
+            given = record["settings"]
+            parts = [flat({k: v for k, v in given.get("parameters", {}).items() if v is not None})]
+            if "adapt" in given:
+                keys = ("objective", "steps", "batch_size", "lr_masks", "lr_lambda")
+                parts.append(flat({k: given["adapt"][k] for k in keys if k in given["adapt"]}))
+            lines.append(
+                f"| {row} | {'; '.join(p for p in parts if p) or given.get('what', 'none')} | {record.get('merge_seconds', '')} |"
+            )
+    return lines
+
+
+def collapse(bed: str) -> list[str]:
+    """Share of the most frequent prediction on unlabelled inputs, before and after adaptation."""
+    lines = [
+        "| row | " + " | ".join(TASKS[bed]) + " | components kept | called collapsed |",
+        "|---" * (len(TASKS[bed]) + 3) + "|",
+    ]
+    for row in [
+        "AdaMerging, task-wise",
+        "AdaMerging",
+        "AdaMerging++",
+        "TA+AdaRank",
+        "CART++",
+        "CART+AdaRank",
+        "AdaRank",
+        "TA+AdaRank, masks only",
+        "CART+AdaRank, masks only",
+    ]:
+        for record in load(bed, row)[:1]:
+            found = record["adaptation"]
+            seen = found["largest_class_share"]
+            cells = [f"{100 * seen[t]['before']:.0f} → {100 * seen[t]['after']:.0f}" for t in TASKS[bed]]
+            lines.append(
+                f"| {row} | "
+                + " | ".join(cells)
+                + f" | {100 * found['components_kept']:.1f}% | {', '.join(found['collapsed']) or 'none'} |"
+            )
+    return lines
+
+
+def costs() -> list[str]:
+    """Adaptation steps beside plain autograd, peaks of data-free merges, and agreement with mergekit."""
+    step = json.loads((ROOT / "records" / "costs" / "step.json").read_text())
+    lines = [
+        "| one step, all eight tasks | engine, s | plain autograd, s | time ratio (min to max) | peak memory ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for start in ("CART", "TA"):
+        found, ratio = step[start], step[start]["autograd_over_engine"]
+        own, other = (found["seconds"][side]["median"] for side in ("engine", "autograd"))
+        lines.append(
+            f"| {start} start | {own:.2f} | {other:.2f} | {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) |"
+            f" {found['peak_autograd_over_engine']:.2f} |"
+        )
+    memory = json.loads((ROOT / "records" / "costs" / "merge-memory-float32.json").read_text())
+    size = memory["settings"]["bytes_per_model"] / 1e9
+    lines += [
+        "",
+        f"| merge of a base and three experts of {size:.2f} GB | peak anonymous memory, MB | predicted, MB |",
+        "|---|---|---|",
+    ]
+    for method, found in memory["methods"].items():
+        layers = (
+            ""
+            if found["layers"] == memory["settings"]["layers"]
+            else f" ({found['layers']} of {memory['settings']['layers']} layers)"
+        )
+        lines.append(
+            f"| {method}{layers} | {found['peak_anonymous']['max'] / 1e6:.0f} | {found['peak_predicted'] / 1e6:.0f} |"
+        )
+    return lines
+
+
+def peers() -> list[str]:
+    """Largest relative differences from mergekit, over its recipes."""
+    record = json.loads((ROOT / "records" / "peers" / "mergekit.json").read_text())
+    lines = ["| models | output | least | median | largest relative difference of a recipe |", "|---|---|---|---|---|"]
+    for stored in ("float32", "bfloat16"):
+        for written, found in record[stored]["max_relative_difference_by_output_dtype"].items():
+            lines.append(f"| {stored} | {written} | {found['min']:.1e} | {found['median']:.1e} | {found['max']:.1e} |")
+    return lines
+
+
+def fusion_bench() -> list[str]:
+    """Largest relative differences from FusionBench, method by method, and why they are what they are."""
+    record = json.loads((ROOT / "records" / "peers" / "fusion-bench.json").read_text())
+    lines = [
+        "| method | largest relative difference | values that differ | with FusionBench's rule | whose choice, with the formula |",
+        "|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        if "refused" in row:
+            cells = [f"FusionBench fails ({row['refused'].split(':')[0]})", "", ""]
+        else:
+            rule = f"{row['with_their_rule']:.1e}" if "why" in row and "with_their_rule" in row else ""
+            cells = [f"{row['max_relative_difference']:.1e}", f"{row['values_unequal']} of {row['values']:,}", rule]
+        why = (row.get("why") or row.get("note", "")).replace("|", "\\|")
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {why} |")
+    return lines
+
+
+CHART = ["base", "weight average", "TA", "CART", "AdaMerging", "CART+AdaRank", "AdaRank", "experts"]
+
+
+def chart() -> str:
+    """demo-8 as a picture: a bar for each model's mean accuracy, a dot for each task's."""
+    rows = [row for row in CHART if load("demo-8", row)]
+    left, width, step, top = 190, 500, 30, 34
+    height = top + step * len(rows) + 28
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 60}" height="{height}" font-family="sans-serif" font-size="13">',
+        f'<rect width="{left + width + 60}" height="{height}" fill="#ffffff"/>',
+        f'<text x="{left}" y="18" fill="#333">accuracy on eight image tasks, %: bar = mean, dot = one task</text>',
+    ]
+    bottom = top + step * len(rows)
+    for tick in range(0, 101, 20):
+        x = left + width * tick / 100
+        parts.append(f'<line x1="{x:g}" y1="{top}" x2="{x:g}" y2="{bottom}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x:g}" y="{bottom + 18}" fill="#666" text-anchor="middle">{tick}</text>')
+    for number, row in enumerate(rows):
+        records = load("demo-8", row)
+        mean = statistics.mean(r["mean"] for r in records)
+        y = top + step * number
+        colour = "#9aa5b1" if row in ("base", "experts") else "#4c78a8" if "AdaRank" not in row else "#e4572e"
+        parts.append(f'<text x="{left - 8}" y="{y + 19}" fill="#333" text-anchor="end">{row}</text>')
+        parts.append(
+            f'<rect x="{left}" y="{y + 6}" width="{width * mean / 100:.1f}" height="{step - 12}" fill="{colour}"/>'
+        )
+        for task in TASKS["demo-8"]:
+            x = left + width * statistics.mean(r["scores"][task] for r in records) / 100
+            parts.append(f'<circle cx="{x:.1f}" cy="{y + step / 2:g}" r="3" fill="#222" fill-opacity="0.55"/>')
+        parts.append(f'<text x="{left + width + 8}" y="{y + 19}" fill="#333">{mean:.1f}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
