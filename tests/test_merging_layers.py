@@ -152,3 +152,25 @@ def test_windows_of_an_input_have_its_weights_and_other_rows_are_refused() -> No
     torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-10)
     with pytest.raises(MismatchError, match="4 rows of a batch of 3"):
         net(x[:4])
+
+
+@pytest.mark.parametrize("held", [1, 10**9])
+def test_a_layers_gradients_are_those_of_autograd(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For input and weights, however few matrices are held at a time."""
+    monkeypatch.setattr("adarank.modular.merging._HELD_BYTES", held)
+    net = stirred(Net(nn.Linear(5, 4)))
+    delta, keys, route = randn(2, 3, 4, 5, dtype=torch.float64), {"layer.weight": "layer.weight"}, Route()
+    mounted(net, keys, {"layer.weight": Deltas(delta)}, route, ()).attach(net, keys)
+    x = randn(3, 6, 7, 5, dtype=torch.float64).requires_grad_()
+    weights = randn(4, 6, 3, dtype=torch.float64).requires_grad_()
+
+    def own(x: Tensor, weights: Tensor) -> Tensor:
+        route.weights = weights
+        return net(x)
+
+    def reference(x: Tensor, weights: Tensor) -> Tensor:
+        matrices = net.get_parameter("layer.weight") + torch.einsum("bt,toi->boi", weights, delta)
+        return torch.einsum("bni,boi->bno", x, matrices) + net.get_parameter("layer.bias")
+
+    assert torch.autograd.gradcheck(own, (x, weights))
+    torch.testing.assert_close(own(x, weights), reference(x, weights))

@@ -209,7 +209,7 @@ def test_surgery_brings_representations_nearer_to_the_experts(
     """On inputs that it never saw, too, as both are smooth functions of few dimensions here."""
     zoo: Path = request.getfixturevalue(kind)
     made(zoo, tmp_path / "start", merge_method="task_arithmetic")
-    record = made(zoo, tmp_path / "out", **of("surgery", 150, {"batch_size": 16}, rank=16, lr=0.01))
+    record = made(zoo, tmp_path / "out", **of("surgery", 100, {"batch_size": 16, "check_every": 100}, rank=16, lr=0.02))
     assert all(sum(v[-10:]) < 0.7 * sum(v[:10]) for v in record["adaptation"]["losses"].values())
     auto = open_job(load_recipe(write(zoo)))
     for task, data in data_of(zoo).items():
@@ -225,6 +225,24 @@ def test_surgery_brings_representations_nearer_to_the_experts(
                 logits(module, batch)
             found[name] = seen[0]
         assert (found["out"] - found["expert"]).abs().mean() < (found["start"] - found["expert"]).abs().mean()
+
+
+def test_surgery_keeps_each_tasks_own_best_step(text: Path, tmp_path: Path) -> None:
+    """The judged step with the highest agreement, the first of equals; the adapters are those of runs that end there."""
+    settings = {"keep": "best", "batch_size": 8, "check_every": 5}
+    record = made(text, tmp_path / "out", **of("surgery", 20, settings, lr=0.05))["adaptation"]
+    judged = {int(step): own for step, own in record["judged"].items()}
+    assert sorted(judged) == [0, 5, 10, 15, 20]
+    for task in TEXT:
+        best = max(judged, key=lambda step: (judged[step][task]["agreement"], -step))
+        assert record["steps_kept"][task] == best
+        shorter = of("surgery", best, {**settings, "keep": "last", "schedule": "constant"}, lr=0.05)
+        longer = of("surgery", 20, {**settings, "schedule": "constant"}, lr=0.05)
+        made(text, tmp_path / f"{task}-short", **shorter)
+        kept = made(text, tmp_path / f"{task}-long", **longer)["adaptation"]["steps_kept"][task]
+        if kept == best:
+            files = [tmp_path / f"{task}-{run}" / "tasks" / task / "own.safetensors" for run in ("short", "long")]
+            assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_an_adapter_is_its_formula() -> None:
@@ -455,7 +473,7 @@ def test_the_router_learns_to_tell_the_tasks(images: Path, tmp_path: Path) -> No
     image_zoo.make_zoo(zoo)
     dark = dict(np.load(zoo / "data" / "digits.npz"))
     np.savez(zoo / "data" / "digits.npz", image=dark["image"] // 8, label=dark["label"])
-    record = made(zoo, tmp_path / "out", **of("twin_merging", 60, {"batch_size": 16}, lr=0.005))
+    record = made(zoo, tmp_path / "out", **of("twin_merging", 60, {"batch_size": 16, "check_every": 60}, lr=0.005))
     assert all(share > 0.9 for share in record["adaptation"]["told_by_router"].values())
     assert sum(v[-1] for v in record["adaptation"]["losses"].values()) < 0.5
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adarank.adapt.judge import collapsed, first_collapse
+from adarank.adapt.judge import Judged, collapsed, first_collapse
 from adarank.adapt.live import LiveWeights
 from adarank.adapt.loop import History, Loss, Memory, Progress, adapt, read_state
 from adarank.adapt.objective import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
@@ -125,12 +125,22 @@ def task_losses(
     return {task: loss_of(task) for task in job.network.tasks}
 
 
-def report(history: History, job: Job, settings: AdaptSettings, data: Mapping[str, TaskData]) -> dict[str, Any]:
-    """What a record says of a run of the loop with a judge."""
+def report(
+    history: History,
+    job: Job,
+    settings: AdaptSettings,
+    data: Mapping[str, TaskData],
+    kept: Judged | None = None,
+) -> dict[str, Any]:
+    """What a record says of a run of the loop with a judge.
+
+    Arguments:
+        kept: task -> signals of what is kept, if that is not one step of all tasks.
+    """
     choice = history.choice
     assert choice is not None  # the engine has ended
     # with keep: best only judged steps are kept, and the last one always is judged
-    start, kept = history.judged[0], history.judged[choice.step]
+    start, kept = history.judged[0], kept or history.judged[choice.step]
     return {
         "protocol": job.recipe.data.protocol,
         "starts": [own.named() for own in history.starts],

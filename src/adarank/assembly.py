@@ -6,7 +6,7 @@ are adaptation's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from adarank.adapt.judge import Judge, Judged, Signal, mean_signal
 from adarank.adapt.loop import Loss, Memory, Progress, adapt, read_state
 from adarank.adapt.parameters import Parameters
 from adarank.adapt.settings import AdaptSettings
@@ -73,6 +74,7 @@ class Built:
         widths: task -> length of the vector that its head is given.
         left: tensors that tasks differ in, and that no layer can merge input by input.
         about: what the record says beside, once all is learned.
+        separate: what is learned, by task, where no task's part depends on another's.
     """
 
     learned: Mapping[str, Tensor]
@@ -81,6 +83,7 @@ class Built:
     widths: Mapping[str, int]
     left: tuple[str, ...] = ()
     about: Callable[[], dict[str, Any]] = dict
+    separate: Mapping[str, Sequence[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,49 @@ def assemble_job(
     judge = judge_of(job, models, data, settings, experts)
     note("Training the modules, without labels")
     learner = Parameters(built.learned, method.lr)
-    history = adapt(learner, built.losses, settings, state, fingerprint, progress, judge, work.memory)
-    told = report(history, job, settings, data) | {"known_in_use": method.knows, "not_routed": list(built.left)}
+    if built.separate is None or settings.keep == "last":
+        history = adapt(learner, built.losses, settings, state, fingerprint, progress, judge, work.memory)
+        told = report(history, job, settings, data)
+    else:
+        each = _Each(built.separate, work.memory, settings.signal)
+        last = settings.model_copy(update={"keep": "last"})
+        history = adapt(learner, built.losses, last, state, fingerprint, progress, each.watching(judge), work.memory)
+        steps = each.keep()
+        told = report(history, job, settings, data, {task: history.judged[step][task] for task, step in steps.items()})
+        told |= {"steps_kept": steps, "why_kept": "each task's adapter is of the judged step nearest to its expert"}
+    told |= {"known_in_use": method.knows, "not_routed": list(built.left)}
     return Assembly(job, method, models, built, told | started | built.about())
+
+
+class _Each:
+    """The best judged step of each task by itself. What it remembers is saved with the loop's state."""
+
+    def __init__(self, separate: Mapping[str, Sequence[Tensor]], memory: Memory, signal: Signal) -> None:
+        self._separate, self._memory, self._signal = separate, memory, signal
+
+    def watching(self, judge: Judge) -> Judge:
+        """The judge, after which the tasks that are nearer to their experts than ever before are remembered."""
+
+        def judged(step: int) -> Judged:
+            found = judge(step)
+            for task, own in found.items():
+                value = mean_signal({task: own}, self._signal)
+                if f"{task}/value" not in self._memory or value > float(self._memory[f"{task}/value"]):
+                    self._memory[f"{task}/value"] = torch.tensor(value, dtype=torch.float64)
+                    self._memory[f"{task}/step"] = torch.tensor(step)
+                    for number, tensor in enumerate(self._separate[task]):
+                        self._memory[f"{task}/{number}"] = tensor.detach().clone()
+            return found
+
+        return judged
+
+    @torch.no_grad()
+    def keep(self) -> dict[str, int]:
+        """Give each task its best; returns the steps."""
+        for task, tensors in self._separate.items():
+            for number, tensor in enumerate(tensors):
+                tensor.copy_(self._memory[f"{task}/{number}"])
+        return {task: int(self._memory[f"{task}/step"]) for task in self._separate}
 
 
 def _start(
@@ -215,7 +258,9 @@ def _surgery(work: Work) -> Built:
         return adapters[str(task)].get_parameter(part)
 
     learned = {f"{task}/{name}": own for task, adapter in adapters.items() for name, own in adapter.named_parameters()}
-    return Built(learned, losses, part, {task: own.down.shape[1] for task, own in adapters.items()})
+    widths = {task: own.down.shape[1] for task, own in adapters.items()}
+    separate = {task: list(own.parameters()) for task, own in adapters.items()}
+    return Built(learned, losses, part, widths, separate=separate)
 
 
 def _step_of_surgery(

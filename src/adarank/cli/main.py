@@ -205,7 +205,7 @@ def _merge(options: argparse.Namespace) -> None:
     written = f"[bold]{options.out}[/] written in {show.clock(record['seconds'])}"
     if "bundle" in record:
         show.out.print(f"{written}: {show.bundle_size(record['bundle'])}")
-        show.out.print(show.TASK_AWARE)
+        show.out.print(show.task_aware(record["plan"]["merge_method"]))
     else:
         show.out.print(f"{written}, {show.size(record['plan']['output_bytes'])}")
     show.out.print(f"next: adarank evaluate {options.recipe} {options.out}", style="dim")

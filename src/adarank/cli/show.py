@@ -19,6 +19,7 @@ from adarank.bundle import About
 from adarank.catalogue import Entry
 from adarank.evaluate import Table
 from adarank.inspection import LayerRow, TensorRow
+from adarank.modular import MODULAR
 from adarank.search import Point
 
 TASK_AWARE = "Task-aware: each task has weights of its own, so whoever uses them must know the task of every input."
@@ -73,11 +74,16 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
             grid.add_row(name, "×".join(map(str, row["shape"])), row["dtype"], row["action"], row["reason"])
         out.print(grid)
     if described["task_aware"]:
-        out.print(f"  {TASK_AWARE}")
+        out.print(f"  {task_aware(described['merge_method'])}")
         out.print(
             f"  {len(described['tasks'])} whole experts would take {size(described['experts_bytes'])}, heads apart"
         )
     out.print(f"  output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}")
+
+
+def task_aware(kind: str) -> str:
+    """What whoever uses a bundle of some kind must know of every input."""
+    return f"In use it must know {MODULAR[kind].knows}." if kind in MODULAR else TASK_AWARE
 
 
 def bundle_size(sizes: Mapping[str, Any]) -> str:
@@ -92,7 +98,7 @@ def bundle_size(sizes: Mapping[str, Any]) -> str:
 def bundle(about: About, sizes: Mapping[str, Any]) -> None:
     """What a bundle is, and the size of each of its parts."""
     out.print(f"[bold]{about.kind}[/] bundle: {bundle_size(sizes)}")
-    out.print(TASK_AWARE)
+    out.print(task_aware(about.kind))
     grid = Grid(box=None, header_style="bold", pad_edge=False)
     grid.add_column("weights")
     grid.add_column("size", justify="right")
@@ -236,10 +242,20 @@ def adapted(found: Mapping[str, Any]) -> None:
     taken = f"{found['steps']} steps" + (", stopped early" if found["stopped_early"] else "")
     kept = f", {100 * found['components_kept']:.2f}% of the components kept" if "components_kept" in found else ""
     out.print(taken + kept)
-    if found["rolled_back"]:
+    if "steps_kept" in found:
+        steps = ", ".join(f"{task} {step}" for task, step in found["steps_kept"].items())
+        out.print(f"kept by task: step {steps}: {found['why_kept']}.")
+    elif found["rolled_back"]:
         out.print(f"[bold]rolled back to the start:[/] {found['why_kept']}.")
     else:
         out.print(f"kept step {found['step_kept']}: {found['why_kept']}.")
+    if found.get("not_routed"):
+        out.print(
+            f"{len(found['not_routed'])} tensors are the same for every input (the record names them)", style="dim"
+        )
+    if "told_by_router" in found:
+        shares = ", ".join(f"{task} {100 * share:.0f}%" for task, share in found["told_by_router"].items())
+        out.print(f"inputs that the router gives to their own task: {shares}")
     for task in found["collapsed"]:
         seen = found["largest_class_share"][task]
         out.print(

@@ -1,12 +1,13 @@
-"""Layers that merge anew for every input of a batch, without forming any input's own weights.
+"""Layers that merge anew for every input of a batch.
 
-    linear        y(x) = x W₀ᵀ + b₀ + Σ_t λ_t(x) (x τ_tᵀ + β_t)        τ_t whole, or U_t V_tᵀ and then (x V_t) U_tᵀ
-    convolution   the same, as it too is linear in its weights
+    linear        y(x) = x W₀ᵀ + b₀ + x (Σ_t λ_t(x) τ_t)ᵀ + Σ_t λ_t(x) β_t        τ_t whole, or U_t V_tᵀ: Σ_t λ_t(x) (x V_t) U_tᵀ
+    convolution   y(x) = y₀(x) + Σ_t λ_t(x) conv(x; τ_t, β_t)
     layer norm    y(x) = n(x) ∘ (g₀ + Σ_t λ_t(x) γ_t) + b₀ + Σ_t λ_t(x) β_t
     expanded      v(x) = v₀ + Σ_t λ_t(x) ν_t        parameters that a network expands over the batch, such as class tokens
 
 These are what the layer gives with the weights W₀ + Σ_t λ_t(x) τ_t, by linearity; rounding apart, it is the same number.
-They are forward hooks on the layers as they are, so that the network keeps its parts and their names.
+Of the sums Σ_t λ_t(x) τ_t a few inputs' are in memory at a time, and none is kept for the backward pass: T + n products for
+an input of n positions, where x τ_tᵀ task by task would take T·n. They are forward hooks on the layers as they are, so that the network keeps its parts and their names.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
 from adarank.errors import MismatchError
+
+_HELD_BYTES = 2**26  # of matrices that are an input's own
 
 
 class Route:
@@ -121,9 +124,45 @@ class _Linear(_Merge):
             inner = linear(given[0], down)
             out = out + linear(inner * weights.repeat_interleave(inner.shape[-1] // weights.shape[-1], dim=-1), up)
         if matrix is not None:
-            for task, own in enumerate(matrix):
-                out = out + weights[..., task, None] * linear(given[0], own)
+            x = given[0].reshape(len(weights), -1, matrix.shape[-1])
+            found: Tensor = _OwnMatrix.apply(x, weights.reshape(len(weights), -1), matrix)  # type: ignore[no-untyped-call]
+            out = out + found.reshape(out.shape)
         return out if bias is None else out + weights @ bias
+
+
+class _OwnMatrix(torch.autograd.Function):
+    """y_i = x_i (Σ_t λ_it τ_t)ᵀ, with gradients for x and λ. The matrices are formed for a few inputs at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, matrix: Tensor) -> Tensor:
+        """(rows, positions, in), (rows, tasks) and (tasks, out, in) -> (rows, positions, out)."""
+        ctx.save_for_backward(x, weights, matrix)
+        out = x.new_empty(*x.shape[:2], matrix.shape[1])
+        for rows in _chunks(x, matrix):
+            torch.bmm(x[rows], _own(weights[rows], matrix).mT, out=out[rows])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weights, matrix = ctx.saved_tensors
+        grad = given[0]
+        grad_x, grad_weights = torch.empty_like(x), torch.empty_like(weights)
+        for rows in _chunks(x, matrix):
+            torch.bmm(grad[rows], _own(weights[rows], matrix), out=grad_x[rows])
+            slope = torch.bmm(grad[rows].mT, x[rows])  # of each input's own matrix
+            grad_weights[rows] = slope.flatten(1) @ matrix.flatten(1).T
+        return grad_x, grad_weights, None
+
+
+def _own(weights: Tensor, matrix: Tensor) -> Tensor:
+    """(rows, out, in) Σ_t λ_t τ_t."""
+    return (weights @ matrix.flatten(1)).reshape(-1, *matrix.shape[1:])
+
+
+def _chunks(x: Tensor, matrix: Tensor) -> list[slice]:
+    """Rows whose own matrices fit into a fixed amount of memory together."""
+    count = max(1, _HELD_BYTES // (matrix[0].numel() * matrix.element_size()))
+    return [slice(i, i + count) for i in range(0, len(x), count)]
 
 
 class _Conv(_Merge):

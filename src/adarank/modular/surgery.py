@@ -3,7 +3,9 @@
     z'_t = z_t - U_t relu(D_t z_t)                            z_t: what the head of t is given; D_t: (r, d), U_t: (d, r)
     D, U = argmin Σ_t mean_x ‖z'_t(x) - z*_t(x)‖₁ / d         z*_t: what it is given in the expert; starts with U = 0
 
-Needs unlabelled inputs, on which merged body and experts are asked once. The start may be any merge of one body.
+Needs unlabelled inputs, on which merged body and experts are asked once. The start may be any merge of one body. No adapter
+depends on another, so with `keep: best` each task has that of the judged step at which it is nearest to its expert: before
+the first step, where it is U = 0, if none is nearer.
 
 Yang et al., "Representation Surgery for Multi-Task Model Merging", arXiv:2402.02705.
 """
