@@ -86,6 +86,15 @@ TASK_AWARE: dict[str, tuple[str, Grid]] = {
     "TSV-C": ("tsv_c", {}),
     "CART-indexing": ("cart_indexing", {"rank": [0.08], "lambda": [0.7, 1.0, 1.3, 1.6, 2.0]}),
 }
+# Adapters and routers, on task arithmetic with the λ of the row TA: (method, its own parameters, its adapt block).
+# Steps and WEMoE's step size were set by hand for two cores: the paper's are 1,000 and 1e-4.
+_ROUTERS = {"steps": 150, "check_every": 50}
+MODULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "TA+Surgery": ("surgery", {}, {}),
+    "WEMoE, entropy": ("wemoe", {"lr": 1e-3}, {"preset": "paper", **_ROUTERS}),
+    "WEMoE": ("wemoe", {"lr": 1e-3}, _ROUTERS),
+    "Twin-Merging": ("twin_merging", {}, {}),
+}
 # row -> (method, seeds). Nothing is chosen; the seed picks the 256 unlabelled adapt inputs per task that are looked at.
 STATISTICS = {"Fisher": ("fisher", 3), "RegMean": ("regmean", 3), "RegMean++": ("regmean++", 3)}
 MINILM = Bed(
@@ -244,21 +253,35 @@ class Bench:
         return {key: best_point[key] for key in axes}
 
     def bundle(self, row: str) -> None:
-        """Write a row's bundle and score each task by its own weights."""
+        """Write the bundle of a task-aware method and score each task by its own weights."""
         name, axes = TASK_AWARE[row]
         settings = self.search(row) if axes else {}
+        chosen = f"{', '.join(axes)} on select, with labels" if axes else "nothing to choose"
+        self.scored_bundle(row, {"merge_method": name, "parameters": settings}, chosen)
+
+    def modules(self, row: str, scale: Mapping[str, float]) -> None:
+        """Train a row's adapters or routers and score the networks that carry them."""
+        name, parameters, adapt = MODULES[row]
+        arithmetic = {"start": {"parameters": dict(scale)}} if name == "surgery" else dict(scale)
+        changes = {"merge_method": name, "parameters": {**parameters, **arithmetic}, "adapt": adapt}
+        self.scored_bundle(row, changes, "λ on select, with labels; modules: no labels")
+
+    def scored_bundle(self, row: str, changes: Mapping[str, Any], chosen: str) -> None:
+        """Write a bundle, unless it is there, and the record of its scores."""
         out = self.folder / "out" / self.path(row, 0).stem
         if not out.exists():
-            pipeline.merge(self.recipe({"merge_method": name, "parameters": settings}), out)
+            pipeline.merge(self.recipe(changes), out, progress=_Printer(row, 0), data=self.data)
         bundle = load_bundle(out)
         merged = json.loads((out / "adarank.json").read_text())
         content = {
             "scores": scoring.score_bundle(self.job, self.models, self.data, bundle, "test"),
-            "settings": {"merge_method": name, **merged["settings"]},
-            "chosen": f"{', '.join(axes)} on select, with labels" if axes else "nothing to choose",
-            "task_aware": "task-aware: each task by weights of its own, its task known at test",
+            "settings": {"merge_method": changes["merge_method"], **merged["settings"]},
+            "chosen": chosen,
+            "known_in_use": merged.get("adaptation", {}).get("known_in_use", "the task of every input"),
+            **({"adaptation": merged["adaptation"]} if "adaptation" in merged else {}),
             "bytes": bundle.sizes,
             "merge_seconds": merged["seconds"],
+            "peak_resident_bytes": merged["peak_resident_bytes"],
         }
         self.record(row, 0, content)
 
@@ -354,6 +377,7 @@ def run(bench: Bench, rows: list[str]) -> None:
             bench.trained(TRAINED, seed)
     best = {}
     needed = {own.start for row, own in ADAPTED.items() if any(wanted(row, seed) for seed in range(own.seeds))}
+    needed |= {"TA"} if any(wanted(row) for row in MODULES) else set()
     for row, (name, axes, seeds) in STATIC.items():
         for seed in range(seeds):
             if wanted(row, seed) or row in needed:
@@ -365,6 +389,9 @@ def run(bench: Bench, rows: list[str]) -> None:
     for row in TASK_AWARE:
         if wanted(row):
             bench.bundle(row)
+    for row in MODULES:
+        if wanted(row):
+            bench.modules(row, best["TA"])
     for row, (name, seeds) in STATISTICS.items():
         for seed in range(seeds):
             if wanted(row, seed):

@@ -44,6 +44,7 @@ def methods_page() -> str:
         "Generated from the methods themselves. τ_t = W_t - W₀ is a task vector, W̄ the experts' mean.",
         "",
     ]
+    usual = {s.name: s.default for s in catalogue()["adarank"].settings}
     for entry in catalogue().values():
         lines += [
             f"## {entry.name}",
@@ -59,6 +60,10 @@ def methods_page() -> str:
         if own:
             lines += ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
             lines += [f"| `{s.name}` | {s.default} | {s.allowed} | {s.meaning} |" for s in own] + [""]
+        loop = [s for s in entry.settings if s.name.startswith("adapt.")]
+        changed = [f"{s.name.removeprefix('adapt.')} {s.default}" for s in loop if s.default != usual[s.name]]
+        if changed:
+            lines += [f"Its defaults in the adapt block: {', '.join(changed)}.", ""]
     loop = [s for s in catalogue()["adarank"].settings if s.name.startswith("adapt.")]
     lines += [
         "## The adapt block",

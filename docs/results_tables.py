@@ -47,7 +47,7 @@ ROWS = [
     "multi-task training",
     "experts",
 ]
-TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing"]
+TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing", "TA+Surgery", "WEMoE, entropy", "WEMoE", "Twin-Merging"]
 HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
         "AdaRank", "experts"]  # fmt: skip
 
@@ -114,7 +114,8 @@ def task_aware(bed: str) -> list[str]:
         "### Task-aware methods",
         "",
         "Each task is scored by weights of its own, from one bundle; the task of every test input is known, so these rows are no rivals",
-        "of those above. Sizes are of all weights, heads included, beside all experts whole and beside one network.",
+        "of those above. WEMoE and Twin-Merging use it for the head alone: their weights are merged as each input asks. Sizes are of all",
+        "weights, heads included, beside all experts whole and beside one network.",
         "",
         "| | mean | norm. | of the experts' size | × one model | " + " | ".join(TASKS[bed]) + " |",
         "|---" * (len(TASKS[bed]) + 5) + "|",

@@ -354,6 +354,28 @@ def test_wemoe_keeps_what_the_recipe_keeps_and_learns(text: Path, tmp_path: Path
     assert sum(sum(v[-15:]) for v in losses.values()) < sum(sum(v[:15]) for v in losses.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_wemoe_of_half_precision_models_is_exact_and_half_as_large(dtype: torch.dtype, tmp_path: Path) -> None:
+    zoo = text_zoo.make_zoo(tmp_path / "zoo", dtype=dtype)
+    made(zoo, tmp_path / "out", **of("wemoe", 3, lr=0.05))
+    own = load_file(tmp_path / "out" / "tasks" / "mood" / "own.safetensors")
+    expert = load_file(zoo / "models" / "mood" / "model.safetensors")
+    assert own
+    for key, tensor in own.items():
+        part, _, name = key.partition(":")
+        assert part == "expert"
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, expert[f"bert.{name}"])
+    recipe = load_recipe(write(zoo, **of("wemoe", 3, lr=0.05)))
+    about = {"settings": settings_in_force(open_job(recipe)), "inputs": {}, "seed": 0}
+    data = load_tasks(open_job(recipe))
+    live = assembly.assemble_job(open_job(recipe), data, about, tmp_path / "s" / "state.pt", lambda note: None, None)
+    for task, inside in data.items():
+        batch = inputs(inside)
+        served = logits(adarank.from_bundle(tmp_path / "out", task), batch)
+        near(served, logits(live.models.modules[task], batch), atol=5e-3)  # the rest is rounded to the models' dtype
+
+
 def test_wemoe_by_entropy_as_in_the_paper(text: Path, tmp_path: Path) -> None:
     record = made(text, tmp_path / "out", merge_method="wemoe", adapt={"preset": "paper", "steps": 2, "batch_size": 4})
     assert record["settings"]["adapt"]["objective"] == "entropy"

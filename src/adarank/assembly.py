@@ -283,6 +283,8 @@ def _wemoe(work: Work) -> Built:
     named = {block.name: router for block, router in routers.items()}
 
     def part(task: str | None, part: str, name: str) -> Tensor:
+        if task is not None and part == "expert":
+            return network.experts[task].read(name)
         if task is not None:
             return deltas[name].part(part)[network.tasks.index(task)]
         return named[name].get_parameter(next(n for n, stored in wemoe.ROUTER.items() if stored == part))

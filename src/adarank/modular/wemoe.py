@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from adarank.bundle import BundleFolder, key
+from adarank.bundle import WHOLE, BundleFolder, key
 from adarank.errors import RecipeError
 from adarank.methods.taskwise import Site
 from adarank.models import FAMILIES
@@ -60,7 +60,9 @@ class WEMoE(Modular):
             d, tasks = sites[block.tensors[-1]].numel, len(widths)
             shapes = {"a1": (d, d), "b1": (d,), "a2": (tasks, d), "b2": (tasks,)}
             shared |= {key(part, block.name): (shape, torch.float32) for part, shape in shapes.items()}
-            own |= {key("delta", n): (sites[n].shape, sites[n].floats) for n in block.tensors if sites[n].merged}
+            for site in (sites[name] for name in block.tensors if sites[name].merged):
+                half = site.dtype.itemsize < site.floats.itemsize  # then the expert's tensor is smaller, and as exact
+                own |= {key("expert" if half else "delta", site.name): (site.shape, site.dtype)}
         return shared, {task: dict(own) for task in widths}
 
 
@@ -171,8 +173,12 @@ def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
     about, shared = bundle.about, bundle.shared()
     blocks = mlps(about.tensors, FAMILIES[str(about.models)].mlps)
     each = [bundle.own(own) for own in about.tasks]
-    names = [name for block in blocks for name in block.tensors if "delta" in each[0].of(name)]
-    deltas = {name: Deltas(torch.stack([own.of(name)["delta"].float() for own in each])) for name in names}
+    deltas: dict[str, Deltas] = {}
+    for name in (name for block in blocks for name in block.tensors if each[0].of(name)):
+        found = [own.of(name) for own in each]
+        base = shared.of(name)[WHOLE].float()
+        stack = [own["delta"].float() if "delta" in own else own["expert"].float() - base for own in found]
+        deltas[name] = Deltas(torch.stack(stack))
     routers: dict[Block, Router] = {}
     for block in blocks:
         parts = shared.of(block.name)
