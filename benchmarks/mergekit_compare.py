@@ -264,17 +264,20 @@ def _compare(name: str, values: dict[str, Any], file: Path, error: str | None) -
     return {"name": name, "recipe": values, **found}
 
 
-def rounding(folder: Path, recipes: Mapping[str, dict[str, Any]], python: Path) -> dict[str, Any]:
+def rounding(folder: Path, recipes: Mapping[str, dict[str, Any]], python: Path) -> dict[str, dict[str, Any]]:
     """How far each side's bfloat16 merge is from mergekit's float32 merge of the same bfloat16 models."""
     exact = {f"{name}, exact": {**values, "dtype": "float32"} for name, values in recipes.items()}
     files = write_recipes(folder, {**recipes, **exact})
     mergekit(python, files, ".mergekit")
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in recipes:
         adarank(files[name], files[name].with_suffix(".adarank"))
         wanted = Checkpoint(files[f"{name}, exact"].with_suffix(".mergekit"))
         sides = {side: Checkpoint(files[name].with_suffix(f".{side}")) for side in ("adarank", "mergekit")}
         found[name] = {side: _rounding(merged, wanted) for side, merged in sides.items()}
+        if recipes[name]["merge_method"] == "task_arithmetic":
+            off = _in_their_dtype(recipes[name], folder, sides["mergekit"])
+            found[name]["mergekit"]["values_off_with_its_rounding_emulated"] = off
     return found
 
 
@@ -284,6 +287,21 @@ def _rounding(merged: Checkpoint, exact: Checkpoint) -> dict[str, float]:
     total = sum(ours.numel() for ours, _ in pairs)
     worst = max(relative(ours, theirs) for ours, theirs in pairs)
     return {"max_relative_error": worst, "share_not_the_nearest_bfloat16": missed / total}
+
+
+def _in_their_dtype(values: Mapping[str, Any], folder: Path, merged: Checkpoint) -> int:
+    """How many values of mergekit's task arithmetic are not bf16(W₀ + bf16(λ · bf16(Σ_t bf16(w_t · bf16(W_t - W₀))) / Σ w))."""
+    settings, wrong = values["parameters"], 0
+    weights = torch.tensor([model["parameters"]["weight"] for model in values["models"]], dtype=torch.bfloat16)
+    base, experts = Checkpoint(folder / "base"), [Checkpoint(folder / name) for name in EXPERTS]
+    for name in merged.tensors:
+        start = base.read(name)
+        shaped = weights.reshape(-1, *[1] * start.dim())
+        total = (torch.stack([own.read(name) - start for own in experts]) * shaped).sum(0)
+        if settings.get("normalize"):
+            total = total / shaped.sum(0)
+        wrong += int((merged.read(name) != start + total * settings.get("lambda", 1.0)).sum())
+    return wrong
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

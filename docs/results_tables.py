@@ -232,12 +232,24 @@ def costs() -> list[str]:
 
 
 def peers() -> list[str]:
-    """Largest relative differences from mergekit, over its recipes."""
+    """Largest relative differences from mergekit by method, over its recipes."""
     record = json.loads((ROOT / "records" / "peers" / "mergekit.json").read_text())
-    lines = ["| models | output | least | median | largest relative difference of a recipe |", "|---|---|---|---|---|"]
+    found: dict[str, dict[tuple[str, str], list[float]]] = {}
     for stored in ("float32", "bfloat16"):
-        for written, found in record[stored]["max_relative_difference_by_output_dtype"].items():
-            lines.append(f"| {stored} | {written} | {found['min']:.1e} | {found['median']:.1e} | {found['max']:.1e} |")
+        for result in record[stored]["recipes"] + record[f"{stored}_selecting"]["recipes"]:
+            kinds = found.setdefault(result["recipe"]["merge_method"], {})
+            kinds.setdefault((stored, result["output_dtype"]), []).append(result["max_relative_difference"])
+    lines = [
+        "| method | recipes | float32 models | float32 models, bfloat16 output | bfloat16 models |",
+        "|---|---|---|---|---|",
+    ]
+    for method, kinds in found.items():
+        cells = [
+            f"{max(kinds[key]):.1e}" if key in kinds else ""
+            for key in (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"))
+        ]
+        count = sum(len(own) for (stored, _), own in kinds.items() if stored == "float32")
+        lines.append(f"| {method} | {count} | {' | '.join(cells)} |")
     return lines
 
 
