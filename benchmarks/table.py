@@ -7,7 +7,8 @@ minilm-8: FOLDER holds `models/` (base and experts) and `text/` (task data), as 
 demo-8: the experts and images that adarank ships; FOLDER takes what is written on the way.
 
 λ and rank of static methods, which adaptive ones start from, are chosen on the labelled `select` split; adaptation reads
-no label. The reference "multi-task training" reads those of the `adapt` split. Rows whose record exists are skipped; an adaptation that was cut off continues from its saved state.
+no label. The reference "multi-task training" reads those of the `adapt` split; demo-8's has none, so there it needs
+`--labelled DIR`, the images that its experts were trained on (`--data` in zoo/README.md), and is left out without. Rows whose record exists are skipped; an adaptation that was cut off continues from its saved state.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from adarank import demo, networks, pipeline, scoring, statistics
@@ -113,7 +115,7 @@ DEMO = Bed(
     "demo-8",
     demo.ZOO / "recipe.yaml",
     {"pretrained": _DEMO, "average": _DEMO},
-    {"steps": 600, "batch_size": 32, "lr": 1e-3, "heads": "fixed"},  # its experts' heads are the base's, and were fixed
+    {"steps": 60, "batch_size": 16, "lr": 1e-3, "heads": "fixed"},  # its experts' heads are the base's, and were fixed
 )
 BEDS = {bed.name: bed for bed in (MINILM, DEMO)}
 
@@ -159,8 +161,8 @@ TRAINED = "multi-task training"
 class Bench:
     """The job, its data and one set of networks, shared by all rows."""
 
-    def __init__(self, bed: Bed, folder: Path, records: Path) -> None:
-        self.bed, self.folder, self.records = bed, folder.resolve(), records
+    def __init__(self, bed: Bed, folder: Path, records: Path, labelled: Path | None = None) -> None:
+        self.bed, self.folder, self.records, self.labelled = bed, folder.resolve(), records, labelled
         self.job = open_job(self.recipe({"merge_method": "average"}))
         self.data = load_tasks(self.job)
         self.models = networks.build_models(self.job)
@@ -309,9 +311,15 @@ class Bench:
     def trained(self, row: str, seed: int) -> None:
         """The reference, on the labels of the adapt split. It has heads of its own."""
         out = self.folder / "out" / self.path(row, seed).stem
-        changes = {"merge_method": "multitask", "parameters": dict(self.bed.training), "seed": seed}
+        changes: dict[str, Any] = {"merge_method": "multitask", "parameters": dict(self.bed.training), "seed": seed}
+        data: dict[str, TaskData] | None = self._data_of(seed)
+        if self.bed is DEMO:
+            if self.labelled is None:
+                print(f"{row}: left out; give --labelled", flush=True)
+                return
+            changes["models"], data = self._labelled_models(self.labelled), None
         if not out.exists():
-            pipeline.merge(self.recipe(changes), out, progress=_Printer(row, seed), data=self._data_of(seed))
+            pipeline.merge(self.recipe(changes), out, progress=_Printer(row, seed), data=data)
         merged = json.loads((out / "adarank.json").read_text())
         checkpoint = Checkpoint(out)
         self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
@@ -319,6 +327,19 @@ class Bench:
         content |= {"merge_seconds": merged["seconds"], "chosen": "by hand; trained on the labels of the adapt split"}
         with scoring.heads_of(out, self.models):
             self.record(row, seed, content)
+
+    def _labelled_models(self, sources: Path) -> list[dict[str, Any]]:
+        """demo-8's models, each task's adapt file being the train part of its source, with labels."""
+        models = self.recipe({}).model_dump(mode="json", by_alias=True, exclude_unset=True)["models"]
+        for entry in models:
+            name = entry["task"]["name"]
+            path = self.folder / "labelled" / f"{name}.npz"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with np.load(sources / f"{name}.npz") as source:
+                    np.savez(path, image=source["train_x"], label=source["train_y"])
+            entry["task"]["data"] = {**entry["task"]["data"], "adapt": str(path)}
+        return list(models)
 
     def _data_of(self, seed: int) -> dict[str, TaskData]:
         """The tasks with an adaptation seed of their own: what is read and how it is split stays."""
@@ -411,6 +432,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=Path, help="default: records/BED")
     parser.add_argument("--rows", nargs="*", default=[])
+    parser.add_argument("--labelled", type=Path, metavar="DIR", help="demo-8: its sources, with labels")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--keep", action="store_true", help="keep the merged models in FOLDER/out when all rows are done"
@@ -418,7 +440,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bed = BEDS[arguments.bed]
-    run(Bench(bed, arguments.folder, arguments.records or ROOT / "records" / bed.name), arguments.rows)
+    records = arguments.records or ROOT / "records" / bed.name
+    run(Bench(bed, arguments.folder, records, arguments.labelled), arguments.rows)
     if not arguments.keep and not arguments.rows:
         shutil.rmtree(arguments.folder / "out", ignore_errors=True)
 
