@@ -76,6 +76,18 @@ def test_methods_and_adaptation_never_import_each_other() -> None:
             assert other not in imports(path)
 
 
+# What a family of methods is written with comes from one file; task-aware methods have one of their own beside it.
+CONTRACTS = {"methods.base", "methods.taskwise", "modular.base"}
+METHOD_FILES = [p for own in ("methods", "modular") for p in sorted((SOURCE / own).glob("*.py"))
+                if p.stem != "__init__" and f"{own}.{p.stem}" not in CONTRACTS | {"methods.weights"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", METHOD_FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_a_method_takes_two_files_beside_its_contract_to_be_understood(path: Path) -> None:
+    named = set(re.findall(r"^\s*from adarank\.([\w.]+) import", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert len(named - CONTRACTS) <= 2, named
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_only_the_command_line_prints(path: Path) -> None:
     calls = {

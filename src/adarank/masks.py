@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adarank.bases import COMMON
+from adarank.bases import BASES, COMMON, Basis
 from adarank.bundle import pack, unpack
-from adarank.errors import CheckpointError
+from adarank.errors import CheckpointError, MismatchError
 from adarank.spectrum import top_count
 from adarank.writer import write_tensors
 
@@ -73,6 +73,18 @@ class MaskFile:
     about: Mapping[str, Any]
     basis: str = "task_vectors"
     thresholds: Mapping[str, float] = field(default_factory=dict)
+
+    def decomposition(self) -> Basis:
+        """The basis, with the thresholds.
+
+        Raises:
+            MismatchError: this version knows no basis of that name.
+        """
+        if self.basis not in BASES:
+            raise MismatchError(
+                f"basis '{self.basis}' in the masks file; known are {', '.join(BASES)}. Update adarank."
+            )
+        return replace(BASES[self.basis], thresholds=self.thresholds)
 
     def kept_share(self) -> float:
         """Share of all components that are kept."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -131,3 +131,15 @@ def orthogonalise(columns: Tensor) -> Tensor:
     """
     spectrum = decompose(columns, "concatenated singular vectors")
     return spectrum.u @ spectrum.v.T
+
+
+def low_rank_sum(
+    name: str, origin: Tensor, deltas: Mapping[str, Tensor], cut: Callable[[Tensor], tuple[int, float]]
+) -> Tensor:
+    """origin + Σ_t c_t · top_k(δ_t), with one SVD in memory at a time. `cut` gives k and c_t from the singular values."""
+    total = origin.clone()
+    for task in deltas:  # not values(): its variable would hold one task vector while the next is made
+        spectrum = decompose(deltas[task], name)
+        k, scale = cut(spectrum.s)
+        total.add_(spectrum.reconstruct(k).reshape(origin.shape), alpha=scale)
+    return total

@@ -11,8 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method
-from adarank.task_vectors import OriginKind
+from adarank.methods.base import Deltas, Method, OriginKind
 
 
 class WeightAverage(Method):

@@ -2,6 +2,8 @@
 
 A method is a function of one tensor at a time, (origin, {task: task vector}) -> merged tensor, so a merge streams:
 in memory are a few copies of the largest tensor, whatever the size of the model.
+
+Method files take what they are written with from here, so that beside this file two others say all about any of them.
 """
 
 from __future__ import annotations
@@ -13,9 +15,27 @@ import torch
 from torch import Tensor
 
 from adarank.checkpoint import check_finite
-from adarank.errors import RecipeError
+from adarank.errors import MismatchError, RecipeError, itemise
+from adarank.methods.weights import PerTensor, TensorWeights, rest
 from adarank.settings import Settings
 from adarank.task_vectors import Network, OriginKind
+
+__all__ = [
+    "Deltas",
+    "Method",
+    "MismatchError",
+    "Network",
+    "OriginKind",
+    "PerTensor",
+    "RecipeError",
+    "TensorWeights",
+    "itemise",
+    "merge_tensor",
+    "merge_tensors",
+    "rest",
+    "scaled_mean",
+    "weighted_sum",
+]
 
 Deltas = Mapping[str, Tensor]
 """task -> task vector of one tensor, float32, in the recipe's order. May compute each value when asked."""

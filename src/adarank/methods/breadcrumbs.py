@@ -13,9 +13,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from adarank.methods.base import PerTensor, rest
 from adarank.methods.sparse import SparseSum
 from adarank.methods.sparsify import middle
-from adarank.methods.weights import PerTensor, rest
 
 
 class Breadcrumbs(SparseSum):

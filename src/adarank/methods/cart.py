@@ -18,11 +18,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.errors import RecipeError
-from adarank.methods.base import Deltas, Method
-from adarank.methods.svd_k import low_rank_sum
-from adarank.spectrum import effective_rank, top_count
-from adarank.task_vectors import Network, OriginKind
+from adarank.methods.base import Deltas, Method, Network, OriginKind, RecipeError
+from adarank.spectrum import effective_rank, low_rank_sum, top_count
 
 
 class CART(Method):

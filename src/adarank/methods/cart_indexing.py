@@ -15,9 +15,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from adarank.methods.base import OriginKind
 from adarank.methods.low_rank import LowRank
 from adarank.spectrum import top_count
-from adarank.task_vectors import OriginKind
 
 
 class CARTIndexing(LowRank):

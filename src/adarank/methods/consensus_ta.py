@@ -16,10 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.errors import RecipeError
-from adarank.methods.base import Deltas, Method, weighted_sum
-from adarank.methods.weights import PerTensor, rest
-from adarank.task_vectors import Network, OriginKind
+from adarank.methods.base import Deltas, Method, Network, OriginKind, PerTensor, RecipeError, rest, weighted_sum
 
 
 class Consensus(Method):

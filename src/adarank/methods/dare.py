@@ -14,9 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method
+from adarank.methods.base import Deltas, Method, OriginKind
 from adarank.methods.sparsify import at_random
-from adarank.task_vectors import OriginKind
 
 
 class Dare(Method):

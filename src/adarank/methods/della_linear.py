@@ -14,11 +14,9 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.errors import RecipeError
+from adarank.methods.base import Network, PerTensor, RecipeError, rest
 from adarank.methods.sparse import SparseSum
 from adarank.methods.sparsify import by_rank
-from adarank.methods.weights import PerTensor, rest
-from adarank.task_vectors import Network
 
 
 class DellaLinear(SparseSum):

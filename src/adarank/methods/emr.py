@@ -22,9 +22,8 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from adarank.bundle import pack, packed_size, unpack
-from adarank.methods.base import Deltas
+from adarank.methods.base import Deltas, Network, OriginKind
 from adarank.methods.taskwise import Part, Site, Slots, Taskwise
-from adarank.task_vectors import Network, OriginKind
 
 
 class EMR(Taskwise):

@@ -23,9 +23,8 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 
-from adarank.methods.base import Deltas
+from adarank.methods.base import Deltas, Network
 from adarank.methods.informed import Informed
-from adarank.task_vectors import Network
 
 
 class Fisher(Informed):

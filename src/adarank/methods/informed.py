@@ -14,9 +14,7 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from adarank.errors import RecipeError
-from adarank.methods.base import Method
-from adarank.task_vectors import Network, OriginKind
+from adarank.methods.base import Method, Network, OriginKind, RecipeError
 
 
 def _nothing(name: str, task: str) -> Tensor:

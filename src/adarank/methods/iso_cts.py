@@ -17,8 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.bases import SHARE, assembled, iso_cts
-from adarank.methods.base import Deltas, Method, scaled_mean
-from adarank.task_vectors import OriginKind
+from adarank.methods.base import Deltas, Method, OriginKind, scaled_mean
 
 
 class IsoCTS(Method):

@@ -13,10 +13,16 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.errors import RecipeError
-from adarank.methods.base import Deltas, Method, weighted_sum
-from adarank.methods.weights import PerTensor, TensorWeights
-from adarank.task_vectors import Network, OriginKind
+from adarank.methods.base import (
+    Deltas,
+    Method,
+    Network,
+    OriginKind,
+    PerTensor,
+    RecipeError,
+    TensorWeights,
+    weighted_sum,
+)
 
 
 class Linear(Method):

@@ -10,18 +10,14 @@ AdaRank (arXiv:2503.22178), Equation 5.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from adarank.bases import BASES, Basis
 from adarank.blocks import task_vector_blocks
-from adarank.errors import MismatchError, itemise
 from adarank.masks import MaskFile
-from adarank.methods.base import Deltas, Method, weighted_sum
-from adarank.task_vectors import Network, OriginKind
+from adarank.methods.base import Deltas, Method, MismatchError, Network, OriginKind, itemise, weighted_sum
 
 
 class Masked(Method):
@@ -44,7 +40,7 @@ class Masked(Method):
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         if name not in self.masks.masks:  # adapted without spectra: all components kept
             return self.merge_other(name, origin, deltas)
-        blocks = task_vector_blocks(origin, deltas, name, self._basis())
+        blocks = task_vector_blocks(origin, deltas, name, self.masks.decomposition())
         if blocks.sizes != self.masks.sizes[name]:
             raise MismatchError(
                 f"{name}: {self.masks.sizes[name]} components in the masks file, {blocks.sizes} here. Use the recipe that it was made with."
@@ -53,7 +49,7 @@ class Masked(Method):
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         lam = dict(zip(self.masks.tasks, self.masks.lam[name].tolist(), strict=True))
-        basis = self._basis()
+        basis = self.masks.decomposition()
         factor = basis.scaled(len(deltas))
         return weighted_sum(origin, basis.processed(deltas), lambda task: lam[task] * factor)
 
@@ -67,10 +63,7 @@ class Masked(Method):
             problems.append("the masks are about the base, and the recipe gives no base_model")
         merged = set(network.merged())
         problems += [f"{name}: merged in the masks file, kept here" for name in self.masks.lam if name not in merged]
-        if self.masks.basis not in BASES:
-            problems.append(f"basis '{self.masks.basis}' in the masks file; known are {', '.join(BASES)}")
-            raise MismatchError(itemise("The masks file is of another merge.", problems, "Update adarank."))
-        groups = BASES[self.masks.basis].groups(network.tasks)
+        groups = self.masks.decomposition().groups(network.tasks)
         if set(self.masks.tasks) != set(groups):
             problems.append(
                 f"tasks {sorted(self.masks.tasks)} in the masks file, {sorted(network.tasks)} in the recipe"
@@ -85,9 +78,6 @@ class Masked(Method):
             raise MismatchError(
                 itemise("The masks file is of another merge.", problems[:20], "Use the recipe that it was made with.")
             )
-
-    def _basis(self) -> Basis:
-        return replace(BASES[self.masks.basis], thresholds=self.masks.thresholds)
 
     def _fit(self, network: Network, name: str) -> list[str]:
         if name not in self.masks.lam:

@@ -17,9 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.errors import RecipeError
-from adarank.methods.base import Deltas, Method, scaled_mean
-from adarank.task_vectors import Network, OriginKind
+from adarank.methods.base import Deltas, Method, Network, OriginKind, RecipeError, scaled_mean
 
 
 class ModelStock(Method):

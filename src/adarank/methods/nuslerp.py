@@ -17,10 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.errors import RecipeError
-from adarank.methods.base import Deltas, Method
-from adarank.methods.weights import PerTensor, TensorWeights
-from adarank.task_vectors import Network, OriginKind
+from adarank.methods.base import Deltas, Method, Network, OriginKind, PerTensor, RecipeError, TensorWeights
 
 _PARALLEL = 1e-7  # sin²θ: what float32 cannot tell from 0
 

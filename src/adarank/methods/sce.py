@@ -17,10 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, weighted_sum
+from adarank.methods.base import Deltas, Method, OriginKind, PerTensor, rest, weighted_sum
 from adarank.methods.sparsify import largest
-from adarank.methods.weights import PerTensor, rest
-from adarank.task_vectors import OriginKind
 
 
 class SCE(Method):

@@ -16,10 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.errors import RecipeError
-from adarank.methods.base import Deltas, Method
-from adarank.methods.weights import PerTensor
-from adarank.task_vectors import Network, OriginKind
+from adarank.methods.base import Deltas, Method, Network, OriginKind, PerTensor, RecipeError
 
 _PARALLEL = 0.9995
 

@@ -16,10 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method
+from adarank.methods.base import Deltas, Method, OriginKind, PerTensor, TensorWeights, rest
 from adarank.methods.sparsify import norm_ratio
-from adarank.methods.weights import PerTensor, TensorWeights, rest
-from adarank.task_vectors import OriginKind
 
 
 class Election:

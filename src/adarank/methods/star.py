@@ -14,9 +14,8 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, scaled_mean
-from adarank.methods.svd_k import low_rank_sum
-from adarank.task_vectors import OriginKind
+from adarank.methods.base import Deltas, Method, OriginKind, scaled_mean
+from adarank.spectrum import low_rank_sum
 
 
 class STAR(Method):

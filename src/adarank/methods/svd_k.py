@@ -7,15 +7,13 @@ AdaRank (arXiv:2503.22178), Equation 2; at full rank it is Task Arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, weighted_sum
-from adarank.spectrum import decompose, top_count
-from adarank.task_vectors import OriginKind
+from adarank.methods.base import Deltas, Method, OriginKind, weighted_sum
+from adarank.spectrum import low_rank_sum, top_count
 
 
 class SVDk(Method):
@@ -40,13 +38,3 @@ class SVDk(Method):
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return weighted_sum(origin, deltas, lambda task: self.scale)
-
-
-def low_rank_sum(name: str, origin: Tensor, deltas: Deltas, cut: Callable[[Tensor], tuple[int, float]]) -> Tensor:
-    """origin + Σ_t c_t · top_k(δ_t), with one SVD in memory at a time. `cut` gives k and c_t from the singular values."""
-    total = origin.clone()
-    for task in deltas:  # not values(): its variable would hold one task vector while the next is made
-        spectrum = decompose(deltas[task], name)
-        k, scale = cut(spectrum.s)
-        total.add_(spectrum.reconstruct(k).reshape(origin.shape), alpha=scale)
-    return total

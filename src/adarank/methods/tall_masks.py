@@ -21,11 +21,9 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.bundle import pack, packed_size, unpack
-from adarank.methods.base import Deltas, weighted_sum
+from adarank.methods.base import Deltas, OriginKind, PerTensor, rest, weighted_sum
 from adarank.methods.consensus_ta import margin
 from adarank.methods.taskwise import Part, Site, Slots, Taskwise
-from adarank.methods.weights import PerTensor, rest
-from adarank.task_vectors import OriginKind
 
 
 class TallMasks(Taskwise):

@@ -13,9 +13,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, weighted_sum
-from adarank.methods.weights import PerTensor
-from adarank.task_vectors import OriginKind
+from adarank.methods.base import Deltas, Method, OriginKind, PerTensor, weighted_sum
 
 
 class TaskArithmetic(Method):

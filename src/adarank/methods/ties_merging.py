@@ -21,9 +21,8 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method
+from adarank.methods.base import Deltas, Method, Network, OriginKind
 from adarank.methods.sparse import Election
-from adarank.task_vectors import Network, OriginKind
 from adarank.threshold import global_thresholds, trimmed
 
 

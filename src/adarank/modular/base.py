@@ -1,7 +1,8 @@
 """What a modular method is: it trains small modules on unlabelled inputs and keeps them, with weights, in a bundle.
 
 A method's file holds its formula, its settings, its modules, and two functions: one mounts the modules on a network, one
-dresses a network from a bundle's parts. `assembly.py` trains them on a job's inputs.
+dresses a network from a bundle's parts. `assembly.py` trains them on a job's inputs. Method files take what they are
+written with from here.
 """
 
 from __future__ import annotations
@@ -15,13 +16,38 @@ from torch import Tensor, nn
 
 from adarank.adapt.methods import PRESETS
 from adarank.adapt.settings import AdaptSettings
-from adarank.bundle import WHOLE, BundleFolder, key
+from adarank.bundle import WHOLE, BundleFolder, PartFile, key
 from adarank.errors import RecipeError
 from adarank.methods.taskwise import Site
+from adarank.models import FAMILIES
 from adarank.models.base import Family, held_tensors, stored_keys
-from adarank.models.features import owners
+from adarank.models.features import head_inputs, owners, pooled
 from adarank.settings import Settings, parse
 from adarank.writer import Layout
+
+__all__ = [
+    "FAMILIES",
+    "OF_COMPONENTS",
+    "OF_LOGITS",
+    "WHOLE",
+    "BundleFolder",
+    "Family",
+    "Layout",
+    "Modular",
+    "PartFile",
+    "RecipeError",
+    "Settings",
+    "Site",
+    "Spec",
+    "head_inputs",
+    "head_of",
+    "key",
+    "module_names",
+    "pooled",
+    "settled",
+    "whole",
+    "whole_tensors",
+]
 
 # Settings of the loop that are about λ and masks, or about logits.
 OF_COMPONENTS = frozenset({"lr_masks", "lr_lambda", "temperature", "logit", "clamp"})

@@ -20,14 +20,21 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from adarank.bundle import BundleFolder, key
-from adarank.errors import RecipeError
-from adarank.methods.taskwise import Site
-from adarank.models.base import Family
-from adarank.modular.base import OF_COMPONENTS, OF_LOGITS, Modular, head_of, whole
+from adarank.modular.base import (
+    OF_COMPONENTS,
+    OF_LOGITS,
+    BundleFolder,
+    Family,
+    Layout,
+    Modular,
+    RecipeError,
+    Settings,
+    Site,
+    head_of,
+    key,
+    whole,
+)
 from adarank.modular.merging import carry
-from adarank.settings import Settings
-from adarank.writer import Layout
 
 
 class Start(Settings):

@@ -24,15 +24,25 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from adarank.bundle import BundleFolder, PartFile, key
-from adarank.methods.taskwise import Site
-from adarank.models import FAMILIES
-from adarank.models.base import Family
-from adarank.models.features import head_inputs
-from adarank.modular.base import OF_COMPONENTS, OF_LOGITS, Modular, Spec, head_of, module_names, whole
+from adarank.modular.base import (
+    FAMILIES,
+    OF_COMPONENTS,
+    OF_LOGITS,
+    BundleFolder,
+    Family,
+    Layout,
+    Modular,
+    PartFile,
+    Site,
+    Spec,
+    head_inputs,
+    head_of,
+    key,
+    module_names,
+    whole,
+)
 from adarank.modular.merging import Deltas, Mounted, Route, carry, mounted
 from adarank.spectrum import decompose, top_count
-from adarank.writer import Layout
 
 
 class TwinMerging(Modular):

@@ -22,15 +22,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from adarank.bundle import WHOLE, BundleFolder, key
-from adarank.errors import RecipeError
-from adarank.methods.taskwise import Site
-from adarank.models import FAMILIES
-from adarank.models.base import Family
-from adarank.models.features import pooled
-from adarank.modular.base import Modular, Spec, module_names, whole
+from adarank.modular.base import (
+    FAMILIES,
+    WHOLE,
+    BundleFolder,
+    Family,
+    Layout,
+    Modular,
+    RecipeError,
+    Site,
+    Spec,
+    key,
+    module_names,
+    pooled,
+    whole,
+)
 from adarank.modular.merging import Deltas, Route, carry, mounted
-from adarank.writer import Layout
 
 ROUTER = {"inner.weight": "a1", "inner.bias": "b1", "outer.weight": "a2", "outer.bias": "b2"}
 """Parameter of a router -> the part of a bundle that holds it."""
