@@ -16,6 +16,7 @@ from adarank.adapt.live import LiveWeights
 from adarank.adapt.loop import History, Loss, Memory, Progress, adapt, read_state
 from adarank.adapt.objective import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.start import GLANCE
 from adarank.checkpoint import check_finite
 from adarank.data.task import TaskData
 from adarank.experts import Outputs, expert_outputs, judge_of, watched
@@ -74,9 +75,9 @@ def adapt_job(
     live = method.start(job.network, models.shared, settings, job.recipe.device)
     memory: Memory = {}
     losses = task_losses(job, models, data, settings, experts, memory)
-    judge = judge_of(job, models, data, settings, experts)
+    judge, glance = (judge_of(job, models, data, settings, experts, most) for most in (None, GLANCE))
     note("Adapting")
-    history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory, method.grid)
+    history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory, method.grid, glance)
     masks = live.mask_file(job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")})
     own = {"components_kept": live.kept_share(), "kept": [round(v, 5) for v in history.kept]}
     return Adaptation(job, live, masks, report(history, job, settings, data) | own)

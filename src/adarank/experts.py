@@ -90,9 +90,16 @@ def judge_of(
     data: Mapping[str, TaskData],
     settings: AdaptSettings,
     experts: Mapping[str, Outputs],
+    most: int | None = None,
 ) -> Judge:
-    """Compares what the models hold with the experts' outputs, on the watched inputs. Reads no label."""
+    """Compares what the models hold with the experts' outputs, on the watched inputs. Reads no label.
+
+    Arguments:
+        most: look at so many of them per task, spread evenly.
+    """
     inputs = {task: watched(own, settings) for task, own in data.items()}
+    if most is not None:
+        inputs = {task: (own.spread(split, most), split) for task, (own, split) in inputs.items()}
 
     def judge(step: int) -> Any:
         found = {}

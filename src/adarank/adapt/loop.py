@@ -82,6 +82,7 @@ def adapt(
     judge: Judge | None = None,
     memory: Memory | None = None,
     grid: Grid | None = None,
+    glance: Judge | None = None,
 ) -> History:
     """Learn in place; what is learned and the network are those of the kept step afterwards.
 
@@ -92,7 +93,8 @@ def adapt(
         fingerprint: identifies inputs and settings; a state with another one is refused.
         judge: asked at the start, every `check_every` steps and at the end. Without one the last step is kept.
         memory: what the losses remember; filled from the state when a run continues.
-        grid: starts to choose from by the judge, before the first step. Without one the live weights start as they are.
+        grid: starts to choose from before the first step. Without one the live weights start as they are.
+        glance: what chooses among them; by default the judge.
 
     Raises:
         AdaptationError: a loss is not finite; names task and step.
@@ -101,8 +103,9 @@ def adapt(
     """
     history = History({task: [] for task in losses})
     run = _Run(live, settings, history, state, fingerprint, judge, {} if memory is None else memory)
-    if not run.restore() and judge is not None and grid is not None and grid.open:
-        run.find_start(grid, judge)
+    glance = glance or judge
+    if not run.restore() and glance is not None and grid is not None and grid.open:
+        run.find_start(grid, glance)
     live.write()
     with _stop_on_signal() as stopped:
         run.judge_if_due()
@@ -139,13 +142,11 @@ class _Run:
     def __post_init__(self) -> None:
         self.optimiser = self.live.optimiser(self.settings)
 
-    def find_start(self, grid: Grid, judge: Judge) -> None:
-        """Choose a start of the grid; its judgement is that of step 0."""
+    def find_start(self, grid: Grid, glance: Judge) -> None:
+        """Choose a start of the grid."""
         started = time.perf_counter()
-        self.history.starts, judged = find_start(self.live, grid, judge, self.settings.signal)
-        self.history.judged[0] = dict(judged)
+        self.history.starts = find_start(self.live, grid, glance, self.settings.signal)
         self.history.judging_seconds += time.perf_counter() - started
-        self._remember()
 
     def take_step(self, losses: Mapping[str, Loss]) -> None:
         step = self.history.step

@@ -3,7 +3,7 @@
     (k, λ) = argmax mean_t agreement of f(W_o + λ Σ_t top_k(δ_t)) with expert t, on unlabelled inputs
 
 A climb on a grid: from one point to its best neighbour, until no neighbour is better. A point costs one composition of the
-weights and one judgement; nothing is decomposed anew, and nothing is learned.
+weights and one glance, a judgement on fewer inputs; nothing is decomposed anew, and nothing is learned.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from adarank.adapt.judge import Judge, Judged, Signal, mean_signal
+from adarank.adapt.judge import Judge, Signal, mean_signal
 from adarank.adapt.learner import Learner
 
 AUTO: Literal["auto"] = "auto"
-# Coarse: what adaptation reaches depends little on the start within a step of this grid, and each point costs a judgement.
+# Coarse: what adaptation reaches depends little on the start within a step of this grid, and each point costs a glance.
 RANKS = (0.02, 0.08, 0.32, 1.0)
 SCALES = (0.1, 0.2, 0.3, 0.6, 1.0, 1.6, 2.5)
+GLANCE = 64  # inputs per task, at most: all starts are seen on the same ones, so that few tell them apart
 
 
 @dataclass(frozen=True)
@@ -98,18 +99,15 @@ def best_of(tried: list[Tried]) -> Tried:
     return max(tried, key=lambda own: own.value)
 
 
-def find_start(live: Learner, grid: Grid, judge: Judge, signal: Signal) -> tuple[list[Tried], Judged]:
-    """Put the live weights at the best start of the grid; returns what was tried and the judgement there."""
-    judged: dict[tuple[float, float], Judged] = {}
+def find_start(live: Learner, grid: Grid, glance: Judge, signal: Signal) -> list[Tried]:
+    """Put the live weights at the best start of the grid; returns what was tried."""
 
     def value(rank: float, scale: float) -> float:
         live.reset(scale, rank)
         live.write()
-        judged[rank, scale] = dict(judge(0))
-        return mean_signal(judged[rank, scale], signal)
+        return mean_signal(glance(0), signal)
 
     tried = climb(grid, value)
     best = best_of(tried)
     live.reset(best.scale, best.rank)
-    live.write()
-    return tried, judged[best.rank, best.scale]
+    return tried
