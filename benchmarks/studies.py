@@ -1,9 +1,10 @@
 """What adaptation's choices come to: objectives, bases, what is learned, data budgets, faults, numbers of tasks.
 
-    python benchmarks/studies.py minilm-8|demo-8 FOLDER [--studies NAME …] [--steps 50] [--threads 2]
+    python benchmarks/studies.py minilm-8|demo-8 FOLDER [--studies NAME …] [--runs NAME …] [--threads 2]
 
 FOLDER as for table.py. Every run is judged at its checks as the tool does, on unlabelled select inputs; beside that, and
 seen by nothing but this study, test inputs are scored there with labels. A run that the record has is not repeated.
+Runs are shorter than adarank's default, all of a test bed equally (`SIZES`), so compare them with one another.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from table import BEDS, ROOT, Bench
 
 from adarank.adapt.judge import Judged, first_collapse, worse
 from adarank.adapt.loop import History, Loss, Memory, adapt
+from adarank.adapt.start import GLANCE
 from adarank.adaptation import task_losses
 from adarank.data.splits import Splits
 from adarank.data.task import Batch, Examples, TaskData
@@ -34,9 +36,23 @@ from adarank.record import machine, versions
 from adarank.scoring import score_all
 from adarank.writer import write_json
 
-CHECKS = 4
-SCORED = 200  # test inputs per task
-WATCHED = 128  # select inputs per task that steps are judged on
+
+@dataclass(frozen=True)
+class Size:
+    """How much a run does.
+
+    Attributes:
+        watched: select inputs per task that steps are judged on.
+        scored: test inputs per task.
+    """
+
+    steps: int
+    checks: int
+    watched: int
+    scored: int
+
+
+SIZES = {"demo-8": Size(80, 4, 128, 200), "minilm-8": Size(40, 2, 128, 100)}
 SIGNALS = {"agreement": 1, "divergence": -1, "histogram": -1, "entropy": -1}  # which way is better
 Data = dict[str, TaskData]
 
@@ -50,7 +66,6 @@ class Variant:
         fresh: tasks whose inputs it alters, so that their experts must be asked again.
         silent: tasks without adaptation data.
         tasks: the tasks merged; None is all.
-        paper: step sizes, schedule and objective of the papers.
     """
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -59,7 +74,7 @@ class Variant:
     fresh: bool = False
     silent: tuple[int, ...] = ()
     tasks: tuple[str, ...] | None = None
-    checks: int = CHECKS
+    checks: int | None = None
 
 
 def budget(count: int) -> Callable[[Data], Data]:
@@ -137,7 +152,7 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
             "self-label and infomax": Variant(adapt={"objective": {"self-label": 1.0, "infomax": 0.2}}),
             "infomax": Variant(adapt={"objective": "infomax"}),
             "filtered-entropy": Variant(adapt={"objective": "filtered-entropy"}),
-            "entropy": Variant(adapt={"objective": "entropy"}, checks=5),
+            "entropy": Variant(adapt={"objective": "entropy"}),
         },
         "learned": {
             "λ alone": Variant({"learn_masks": False}),
@@ -171,15 +186,15 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
             "last task with another's inputs": Variant(change=foreign, fresh=True),
         },
         "tasks": {f"first {count}": Variant(tasks=tuple(tasks[:count])) for count in (2, 4)},
-        "subsets": {f"{i:02d}": Variant(tasks=own, checks=1) for i, own in enumerate(subsets)},
+        "subsets": {f"{i:02d}": Variant(tasks=own, checks=4) for i, own in enumerate(subsets)},
     }
 
 
 class Studies:
     """All runs of a test bed, in one record."""
 
-    def __init__(self, bench: Bench, steps: int, path: Path) -> None:
-        self.bench, self.steps, self.path = bench, steps, path
+    def __init__(self, bench: Bench, path: Path) -> None:
+        self.bench, self.size, self.path = bench, SIZES[bench.bed.name], path
         self.record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}}
         self.asked = bench.folder / "studies"
         self.asked.mkdir(parents=True, exist_ok=True)
@@ -191,17 +206,16 @@ class Studies:
         start = {} if variant.tasks else self.record.get("start", {})
         based = "basis" in variant.parameters
         parameters = {**({} if based else start), **variant.parameters}
-        steps = max(1, self.steps // 2) if study == "subsets" else self.steps
-        loop = {"batch_size": 8 if self.bench.bed.name == "minilm-8" else 16, "steps": steps, "check_inputs": WATCHED,
-                "check_every": max(1, steps // variant.checks), **variant.adapt}  # fmt: skip
+        loop = {"steps": self.size.steps, "check_every": self.size.steps // (variant.checks or self.size.checks),
+                "check_inputs": self.size.watched, **variant.adapt}  # fmt: skip
         content = self._adapt(label, tasks, parameters, loop, variant)
         if not self.record["runs"] and study == "objectives":
             self.record["start"] = content["start"]
         self.record["runs"].setdefault(study, {})[label] = content
         self.record |= {
             "correlations": correlations([run for own in self.record["runs"].values() for run in own.values()]),
-            "command": f"python benchmarks/studies.py {self.bench.bed.name} FOLDER --steps {self.steps}",
-            "scored_per_task": SCORED, "seed": 0, "inputs": self.bench.inputs, "versions": versions(), "machine": machine(),
+            "command": f"python benchmarks/studies.py {self.bench.bed.name} FOLDER",
+            "scored_per_task": self.size.scored, "seed": 0, "inputs": self.bench.inputs, "versions": versions(), "machine": machine(),
         }  # fmt: skip
         write_json(self.path, self.record)
         kept = next(own for own in content["checks"] if own["step"] == content["step_kept"])
@@ -225,22 +239,16 @@ class Studies:
         for place in variant.silent:
             del losses[tasks[place]]
         watched = self._experts(settings)
-        plain = judge_of(job, models, whole, settings, watched)
-        test = {task: own.spread("test", SCORED) for task, own in whole.items()}
-        scores: dict[tuple[float, ...], dict[str, float]] = {}
+        plain, glance = (judge_of(job, models, whole, settings, watched, most) for most in (None, GLANCE))
+        test = {task: own.spread("test", self.size.scored) for task, own in whole.items()}
+        scores: dict[int, dict[str, float]] = {}
 
         def judge(step: int) -> Judged:
-            if step or not method.grid.open:
-                scores[(step,)] = score_all(job, models, test, "test")
+            scores[step] = score_all(job, models, test, "test")
             return plain(step)
 
-        history = adapt(live, losses, settings, judge=judge, memory=memory, grid=method.grid)
-        if (0,) not in scores:  # a start that was found is scored once it is known
-            best = max(history.starts, key=lambda own: own.value)
-            live.reset(best.scale, best.rank)
-            live.write()
-            scores[(0,)] = score_all(job, models, test, "test")
-        return report(history, {step: own for (step,), own in scores.items()}, parameters, loop, tasks)
+        history = adapt(live, losses, settings, judge=judge, memory=memory, grid=method.grid, glance=glance)
+        return report(history, scores, parameters, loop, tasks)
 
     def _experts(self, settings: Any) -> dict[str, Outputs]:
         """All experts' outputs, features too, on all inputs: asked once per test bed."""
@@ -310,15 +318,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=Path, default=ROOT / "records")
     parser.add_argument("--studies", nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--runs", nargs="*", default=[])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench(BEDS[options.bed], options.folder, options.records / options.bed)
-    own = Studies(bench, options.steps, options.records / options.bed / "studies.json")
+    own = Studies(bench, options.records / options.bed / "studies.json")
     for study, variants in studies(list(bench.data)).items():
         for label, variant in variants.items():
-            if not options.studies or study in options.studies:
+            if (not options.studies or study in options.studies) and (not options.runs or label in options.runs):
                 own.run(study, label, variant)
 
 

@@ -209,7 +209,7 @@ ADAPTIVE: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (AdaRank, AdaMer
 # What all the papers do: entropy, constant step sizes, as many steps as were asked for, the last one kept.
 _PAPER: dict[str, Any] = {
     "objective": "entropy", "schedule": "constant", "keep": "last", "patience": None, "lr_masks": 1e-3, "lr_lambda": 1e-3,
-    "balance": 0.0,
+    "balance": 0.0, "batch_size": 16,
 }  # fmt: skip
 # Two batches of 16 a step, as the released loop really uses. AdaMerging++ takes the same.
 _ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500, "clamp": [0.0, 1.0]}

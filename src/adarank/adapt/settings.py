@@ -42,8 +42,8 @@ class AdaptSettings(Settings):
         patience: stop after so many judgements without a better step.
     """
 
-    steps: int = Field(100, ge=0, description="Adam steps")
-    batch_size: int = Field(16, ge=1, description="inputs per task and step")
+    steps: int = Field(200, ge=0, description="Adam steps")
+    batch_size: int = Field(8, ge=1, description="inputs per task and step")
     lr_masks: float = Field(5e-3, ge=0, description="Adam step size of the mask logits")
     lr_lambda: float = Field(2e-2, ge=0, description="Adam step size of λ")
     objective: str | Weights = Field(
@@ -65,7 +65,7 @@ class AdaptSettings(Settings):
     logit: float = Field(0.1, gt=0, description="mask logits start at ±this")
     clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
     save_every: int = Field(25, ge=1, description="steps between two saves of the state")
-    check_every: int = Field(25, ge=1, description="steps between two judgements without labels")
+    check_every: int = Field(40, ge=1, description="steps between two judgements without labels")
     check_inputs: int = Field(256, ge=1, description="inputs per task that a judgement looks at, at most")
     keep: Literal["best", "last"] = Field("best", description="the step whose weights are written")
     signal: Signal = Field("agreement", description="with the experts, by which best is meant")
