@@ -17,13 +17,12 @@ from adarank.adapt.loop import History, Loss, Memory, Progress, adapt, read_stat
 from adarank.adapt.objective import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start import GLANCE
-from adarank.checkpoint import check_finite
 from adarank.data.task import TaskData
 from adarank.experts import Outputs, expert_outputs, judge_of, watched
 from adarank.masks import MaskFile
 from adarank.models import TaskModels
 from adarank.models.features import head_inputs, head_parts
-from adarank.networks import build_models, family_of
+from adarank.networks import build_models, changed_tensors, family_of
 from adarank.plan import Job, Note
 
 
@@ -43,9 +42,7 @@ class Adaptation:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the merged model that is not a head, in the network's order."""
-        for name in self.job.network.tensors:
-            own = self.live.parameters.get(name)
-            yield name, self.job.network.kept(name) if own is None else check_finite(own.detach(), name, "adaptation")
+        return changed_tensors(self.job, self.live.parameters, "adaptation")
 
 
 def adapt_job(
@@ -64,9 +61,7 @@ def adapt_job(
     """
     method, settings = job.recipe.adaptation()
     marks = {task: own.fingerprint() for task, own in data.items()}
-    fingerprint = run_fingerprint(job, about, marks)
-    if state.exists():
-        read_state(state, fingerprint)  # refused here, before anything is computed
+    fingerprint = run_fingerprint(job, about, state, marks)
     note("Loading the networks")
     models = build_models(job)
     asked = [choices_of(job), about["inputs"], marks]
@@ -175,13 +170,22 @@ def choices_of(job: Job) -> dict[str, str]:
     return {name: choice.action for name, choice in job.network.choices.items()}
 
 
-def run_fingerprint(job: Job, about: Mapping[str, Any], marks: Mapping[str, Any], block: str = "adapt") -> str:
+def run_fingerprint(
+    job: Job, about: Mapping[str, Any], state: Path, marks: Mapping[str, Any], block: str = "adapt"
+) -> str:
     """Identifies what a run of the loop is of. Not the machine: it may be taken elsewhere, at the cost of its last bits.
 
     Arguments:
+        state: file of the run's state. If there is one of another run, it is refused here, before anything is computed.
         marks: task -> what tells its data from others, as plain data.
         block: the settings that hold `save_every`, which decides no number.
+
+    Raises:
+        RecipeError: the state is damaged, or of another run.
     """
     settings = {**about["settings"], block: {k: v for k, v in about["settings"][block].items() if k != "save_every"}}
     text = json.dumps([settings, about["inputs"], about["seed"], choices_of(job), marks], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    if state.exists():
+        read_state(state, fingerprint)
+    return fingerprint

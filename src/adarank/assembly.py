@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from adarank.adapt.judge import Judge, Judged, Signal, mean_signal
-from adarank.adapt.loop import Loss, Memory, Progress, adapt, read_state
+from adarank.adapt.loop import Loss, Memory, Progress, adapt
 from adarank.adapt.parameters import Parameters
 from adarank.adapt.settings import AdaptSettings
 from adarank.adaptation import adapt_job, choices_of, report, run_fingerprint, task_losses
 from adarank.bundle import WHOLE, Piece
 from adarank.bundles import Parts
-from adarank.checkpoint import check_finite
 from adarank.data.task import TaskData
 from adarank.experts import Outputs, ask, expert_outputs, judge_of, watched
 from adarank.methods import TaskArithmetic, merge_tensors
@@ -33,7 +32,7 @@ from adarank.models.base import held_tensors, module_keys
 from adarank.models.features import head_parts
 from adarank.modular import Modular, Surgery, TwinMerging, WEMoE, surgery, twin_merging, wemoe
 from adarank.modular.merging import Deltas, Route, mounted
-from adarank.networks import build_models, family_of
+from adarank.networks import build_models, changed_tensors, family_of
 from adarank.plan import Job, Note, open_job, settings_in_force
 from adarank.settings import parse
 from adarank.statistics import inform_job
@@ -102,9 +101,7 @@ class Assembly:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the network that the modules are put on, heads not among them, in its order."""
-        for name in self.job.network.tensors:
-            own = self.models.shared.get(name)
-            yield name, self.job.network.kept(name) if own is None else check_finite(own.detach(), name, "the start")
+        return changed_tensors(self.job, self.models.shared, "the start")
 
     def parts(self) -> Parts:
         """Layouts and a stream of the bundle's parts."""
@@ -142,9 +139,7 @@ def assemble_job(
         asked_for = "features" if isinstance(method, Surgery) else "entropy"
         settings = settings.model_copy(update={"objective": asked_for, "balance": 0.0})
     marks = {task: own.fingerprint() for task, own in data.items()}
-    fingerprint = run_fingerprint(job, about, marks)
-    if state.exists():
-        read_state(state, fingerprint)  # refused here, before anything is computed
+    fingerprint = run_fingerprint(job, about, state, marks)
     start, started = _start(job, method, data, about, state, note, progress)
     note("Loading the networks")
     models = build_models(job)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -36,6 +36,17 @@ def member_tensors(
         if name in member.names:
             info = member.info(name)
             yield name, check_finite(member.source.read(info.name), info.name, info.file)
+
+
+def changed_tensors(job: Job, changed: Mapping[str, Tensor], by: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a job's result, heads not among them, in the network's order: what a loop changed, the rest as kept.
+
+    Arguments:
+        by: what changed them, for the error about a value that is not finite.
+    """
+    for name in job.network.tensors:
+        own = changed.get(name)
+        yield name, job.network.kept(name) if own is None else check_finite(own.detach(), name, by)
 
 
 def family_of(job: Job) -> Family:

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from adarank.adapt.loop import History, Loss, Progress, adapt, read_state
+from adarank.adapt.loop import History, Loss, Progress, adapt
 from adarank.adaptation import run_fingerprint
-from adarank.checkpoint import check_finite
 from adarank.data.task import TaskData
 from adarank.models import TaskModels
 from adarank.multitask import JointTraining, Multitask
-from adarank.networks import build_models, family_of
+from adarank.networks import build_models, changed_tensors, family_of
 from adarank.plan import Job, Note
 
 
@@ -36,9 +35,7 @@ class Training:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the trained model that is not a head, in the network's order."""
-        for name in self.job.network.tensors:
-            own = self.models.shared.get(name)
-            yield name, self.job.network.kept(name) if own is None else check_finite(own.detach(), name, "training")
+        return changed_tensors(self.job, self.models.shared, "training")
 
     def head(self, task: str) -> dict[str, Tensor]:
         """A task's trained head, under the names that its expert's files use."""
@@ -66,9 +63,7 @@ def train_job(
     method = job.recipe.training()
     labels = {task: _labels(own) for task, own in data.items()}
     marks = {task: [own.fingerprint(), sorted(labels[task].items())] for task, own in data.items()}
-    fingerprint = run_fingerprint(job, about, marks, "parameters")
-    if state.exists():
-        read_state(state, fingerprint)  # refused here, before anything is computed
+    fingerprint = run_fingerprint(job, about, state, marks, "parameters")
     note("Loading the networks")
     models = build_models(job)
     if method.heads == "fresh":
