@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from adarank.cli import show
 from adarank.cli.main import main
 from adarank.errors import CheckpointError
 from adarank.hub import is_hub_id, resolve
@@ -76,11 +77,15 @@ def test_evaluate_and_inspect_print_what_json_holds(
     assert all(0 < row["rank95"] <= row["rank"] for row in moved)
 
 
-def test_every_method_has_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_method_has_a_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     entries = json.loads(shown(capsys, "methods", "--json"))
     for name, entry in entries.items():
         page = shown(capsys, "methods", name)
         assert all(setting["name"] in page for setting in entry["settings"])
+        assert entry["formula"] in page
+    monkeypatch.setattr(show.out, "width", 1000)  # formulas in one piece: they hold brackets, which are no markup
+    listed = shown(capsys, "methods")
+    assert all(entry["formula"] in listed for entry in entries.values())
     assert main(["methods", "adarnak"]) == 1
     assert "'adarank'" in capsys.readouterr().err
 

@@ -140,7 +140,7 @@ def _demo(options: argparse.Namespace) -> None:
         _print_scores(table)
         return
     show.scores(table)
-    show.out.print(f"AdaRank's model is in [bold]{options.out}[/]: one body, and a head for each task.")
+    show.out.print(f"AdaRank's model is in {options.out}: one body, and a head for each task.")
     if options.quick:
         show.out.print("--quick shows that everything works; leave it out to see how well.")
     show.out.print(f"What it kept of each expert:  adarank inspect {options.out}")
@@ -202,12 +202,12 @@ def _merge(options: argparse.Namespace) -> None:
     for kind in ("adaptation", "training", "statistics"):
         for line in record.get(kind, {}).get("notes", ()):
             show.out.print(line, style="dim")
-    written = f"[bold]{options.out}[/] written in {show.clock(record['seconds'])}"
+    written = f" written in {show.clock(record['seconds'])}"
     if "bundle" in record:
-        show.out.print(f"{written}: {show.bundle_size(record['bundle'])}")
+        show.say(options.out, f"{written}: {show.bundle_size(record['bundle'])}")
         show.out.print(show.task_aware(record["plan"]["merge_method"]))
     else:
-        show.out.print(f"{written}, {show.size(record['plan']['output_bytes'])}")
+        show.say(options.out, f"{written}, {show.size(record['plan']['output_bytes'])}")
     show.out.print(f"next: adarank evaluate {options.recipe} {options.out}", style="dim")
 
 
@@ -234,7 +234,7 @@ def _search(options: argparse.Namespace) -> None:
         _print_json(record)
         return
     show.points(ranked)
-    show.out.print(f"[bold]{options.best}[/] has the best settings; all points are in {options.best.stem}.search.json")
+    show.say(options.best, f" has the best settings; all points are in {options.best.stem}.search.json")
     show.out.print(f"next: adarank merge {options.best} OUT", style="dim")
 
 
@@ -251,7 +251,7 @@ def _extract(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(record)
     else:
-        show.out.print(f"[bold]{options.out}[/] written: task {options.task} of {options.bundle}")
+        show.say(options.out, f" written: task {options.task} of {options.bundle}")
 
 
 def _inspect(options: argparse.Namespace) -> None:

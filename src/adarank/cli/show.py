@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
@@ -23,8 +22,9 @@ from adarank.modular import MODULAR
 from adarank.search import Point
 
 TASK_AWARE = "Task-aware: each task has weights of its own, so whoever uses them must know the task of every input."
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False)
+# No markup: formulas, paths and the names of tasks and tensors may hold brackets, which markup would swallow.
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, markup=False)
 
 
 def size(count: float) -> str:
@@ -43,7 +43,12 @@ def clock(seconds: float) -> str:
 
 def note(text: str) -> None:
     """A stage as it begins."""
-    err.print(text, style="dim", markup=False)
+    err.print(text, style="dim")
+
+
+def say(first: object, rest: str, style: str = "bold") -> None:
+    """A line whose beginning stands out."""
+    out.print(Text.assemble((str(first), style), rest))
 
 
 def plan(described: Mapping[str, Any], verbose: bool) -> None:
@@ -51,9 +56,7 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     actions = described["actions"]
     words = {"decompose": "decomposed", "scale": "merged by λ·delta", "train": "trained", "keep": "kept from the base"}
     of = "tasks" if described["reads"] else "experts"
-    out.print(
-        f"[bold]{described['merge_method']}[/] of {len(described['tasks'])} {of}: {', '.join(described['tasks'])}"
-    )
+    say(described["merge_method"], f" of {len(described['tasks'])} {of}: {', '.join(described['tasks'])}")
     if described["reads"]:
         out.print(f"  reads {described['reads']}: a reference, not a merge")
     for action, word in words.items():
@@ -97,7 +100,7 @@ def bundle_size(sizes: Mapping[str, Any]) -> str:
 
 def bundle(about: About, sizes: Mapping[str, Any]) -> None:
     """What a bundle is, and the size of each of its parts."""
-    out.print(f"[bold]{about.kind}[/] bundle: {bundle_size(sizes)}")
+    say(about.kind, f" bundle: {bundle_size(sizes)}")
     out.print(task_aware(about.kind))
     grid = Grid(box=None, header_style="bold", pad_edge=False)
     grid.add_column("weights")
@@ -130,7 +133,7 @@ def scores(table: Table) -> None:
     for row, values in table.rows.items():
         normal = table.normalised(row)
         grid.add_row(
-            escape(f"{row} (task-aware)" if row in table.task_aware else row),
+            f"{row} (task-aware)" if row in table.task_aware else row,
             f"{table.mean(row):.1f}",
             f"{normal:.1f}" if normal is not None else "",
             *(f"{values[t]:.1f}" for t in tasks),
@@ -219,9 +222,7 @@ def methods(entries: Mapping[str, Entry]) -> None:
 
 def method(entry: Entry) -> None:
     """One method's page."""
-    out.print(
-        f"[bold]{entry.name}[/]  {entry.summary}\n\n  {entry.formula}\n\nneeds   {entry.needs}\nsource  {entry.source}\n"
-    )
+    say(entry.name, f"  {entry.summary}\n\n  {entry.formula}\n\nneeds   {entry.needs}\nsource  {entry.source}\n")
     grid = Grid(box=None, header_style="bold", pad_edge=False)
     grid.add_column("setting", no_wrap=True, min_width=max((len(s.name) for s in entry.settings), default=1))
     for title in ("default", "allowed", "meaning"):
@@ -246,7 +247,7 @@ def adapted(found: Mapping[str, Any]) -> None:
         steps = ", ".join(f"{task} {step}" for task, step in found["steps_kept"].items())
         out.print(f"kept by task: step {steps}: {found['why_kept']}.")
     elif found["rolled_back"]:
-        out.print(f"[bold]rolled back to the start:[/] {found['why_kept']}.")
+        say("rolled back to the start:", f" {found['why_kept']}.")
     else:
         out.print(f"kept step {found['step_kept']}: {found['why_kept']}.")
     if found.get("not_routed"):
@@ -258,10 +259,12 @@ def adapted(found: Mapping[str, Any]) -> None:
         out.print(f"inputs that the router gives to their own task: {shares}")
     for task in found["collapsed"]:
         seen = found["largest_class_share"][task]
-        out.print(
-            f"[bold red]collapsed:[/] {task} now gives one class to {100 * seen['after']:.0f}% of its inputs "
+        say(
+            "collapsed:",
+            f" {task} now gives one class to {100 * seen['after']:.0f}% of its inputs "
             f"({100 * seen['before']:.0f}% at the start, {100 * seen['expert']:.0f}% by its expert). "
-            "Use objective: self-label, keep: best, fewer steps, or smaller step sizes."
+            "Use objective: self-label, keep: best, fewer steps, or smaller step sizes.",
+            "bold red",
         )
     for task, step in found["collapse_seen"].items():
         if task not in found["collapsed"]:
