@@ -6,7 +6,8 @@
 minilm-8: FOLDER holds `models/` (base and experts) and `text/` (task data), as examples/minilm-8/README.md describes.
 demo-8: the experts and images that adarank ships; FOLDER takes what is written on the way.
 
-λ and rank of static methods, which adaptive ones start from, are chosen on the labelled `select` split; adaptation reads
+λ and rank of static methods, which adaptive ones start from, are chosen on the labelled `select` split, on grids that
+widen until the best point lies inside; adaptation reads
 no label. The reference "multi-task training" reads those of the `adapt` split; demo-8's has none, so there it needs
 `--labelled DIR`, the images that its experts were trained on (`--data` in zoo/README.md), and is left out without. Rows whose record exists are skipped; an adaptation that was cut off continues from its saved state.
 """
@@ -19,7 +20,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from adarank.methods import METHODS, Masked, Method, WeightAverage, merge_tensor
 from adarank.plan import open_job
 from adarank.recipe import Recipe, load_recipe, parse_recipe
 from adarank.record import Clock, machine, versions
-from adarank.search import each_tasks_best, try_points
+from adarank.search import Point, each_tasks_best, edges, try_points
 from adarank.serving import load_bundle
 from adarank.settings import parse
 from adarank.tasks import load_tasks
@@ -79,7 +80,7 @@ STATIC: dict[str, tuple[str, Grid, int]] = {
     "TSV-M": ("tsv_m", {"lambda": _WHOLE}, 1),
     "Iso-C": ("iso_c", {"lambda": _WHOLE}, 1),
     "Iso-CTS": ("iso_cts", {"lambda": _WHOLE}, 1),
-    "CART, energy": ("cart", {"energy": [0.3, 0.5], "lambda": [1.0, 1.3, 1.6]}, 1),
+    "CART, energy": ("cart", {"energy": [0.3, 0.5], "lambda": [0.7, 1.0, 1.3]}, 1),
 }
 # Task-aware rows, each a bundle: (method, what is tried on select). TALL-masks' α is chosen task by task, as in its paper.
 TASK_AWARE: dict[str, tuple[str, Grid]] = {
@@ -228,14 +229,22 @@ class Bench:
     def search(self, row: str) -> dict[str, Any]:
         """The settings of a row with the best mean on select; the whole grid is kept in a record of its own."""
         name, axes = TASK_AWARE[row] if row in TASK_AWARE else STATIC[row][:2]
-        stem = "energy" if "energy" in axes else name
+        stem, kind = "energy" if "energy" in axes else name, METHODS[name]
         path = self.records / f"search-{stem}.json"
         if not path.exists():
             clock = Clock()
-            grid = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-            points = [(settings, parse(METHODS[name], settings, name)) for settings in grid]
-            found = try_points(self.job, self.models, self.data, points, self.folder / "search" / stem)
-            found += each_tasks_best(METHODS[name], found)
+
+            def tried(values: Mapping[str, Iterable[Any]]) -> list[Point]:
+                grid = [dict(zip(values, own, strict=True)) for own in itertools.product(*values.values())]
+                points = [(own, parse(kind, own, name)) for own in grid]
+                return try_points(self.job, self.models, self.data, points, self.folder / "search" / stem)
+
+            found = tried(axes)
+            while beyond := edges(kind, found):  # until the best lies inside
+                near = _near(found)
+                for axis, (_, further) in beyond.items():
+                    found += [p for p in tried({**near, axis: [further]}) if p not in found]
+            found += each_tasks_best(kind, found)
             best = max(found, key=lambda point: point.mean)
             self.records.mkdir(parents=True, exist_ok=True)
             content = {
@@ -362,6 +371,17 @@ class Bench:
                 }
             },
         )
+
+
+def _near(points: Sequence[Point]) -> dict[str, list[Any]]:
+    """Of each axis, the best point's value and those next to it."""
+    best = max(points, key=lambda point: point.mean).settings
+    near = {}
+    for axis, at in best.items():
+        values = sorted({point.settings[axis] for point in points})
+        place = values.index(at)
+        near[axis] = values[max(0, place - 1) : place + 2]
+    return near
 
 
 class _Printer:

@@ -17,8 +17,9 @@ from adarank import pipeline, scoring, spectrum
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError
+from adarank.methods import METHODS
 from adarank.recipe import load_recipe
-from adarank.search import Axis, parse_axis, search
+from adarank.search import Axis, Point, edges, parse_axis, search
 from adarank.spectrum import decompose, stored_spectra
 from text_zoo import make_zoo, recipe
 
@@ -51,6 +52,26 @@ def test_lists_keep_their_types() -> None:
 def test_what_is_no_axis_is_refused(text: str) -> None:
     with pytest.raises(AdaRankError, match="not an axis"):
         parse_axis(text)
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "beyond"),
+    [
+        ({"rank": (0.1, 0.2, 0.4)}, 0.2, None),  # inside
+        ({"rank": (0.1, 0.2, 0.4)}, 0.1, 0.05),
+        ({"rank": (0.1, 0.2, 0.4)}, 0.4, 0.8),
+        ({"rank": (0.2, 0.4, 0.8)}, 0.8, 1.0),  # a share ends at 1
+        ({"rank": (0.25, 0.5, 1.0)}, 1.0, None),
+        ({"lambda": (1.0, 2.0)}, 2.0, 4.0),
+        ({"lambda": (1.0,)}, 1.0, None),  # nothing was varied
+        ({"combine": ("sum", "mean")}, "sum", None),
+    ],
+)
+def test_a_best_value_at_the_end_of_what_was_tried_is_told(values, best, beyond) -> None:
+    ((axis, tried),) = values.items()
+    points = [Point({axis: own}, {"a": 2.0 if own == best else 1.0, "b": 1.0}) for own in tried]
+    kind = METHODS["ties_merging" if axis == "combine" else "cart"]
+    assert edges(kind, points) == ({axis: (best, beyond)} if beyond else {})
 
 
 def test_every_point_scores_as_its_own_merge(zoo: Path, tmp_path: Path) -> None:
@@ -147,8 +168,11 @@ def test_the_command_shows_the_best_points_and_keeps_a_record(zoo: Path, capsys)
     path = recipe(zoo, "shown.yaml")
     best = zoo / "shown.best.yaml"
     assert main(["search", str(path), str(best), "--over", "lambda=0.5:1.0:0.5", "--over", "rank=.1,.5"]) == 0
-    assert "best of 4 points" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "best of 4 points" in out
     record = json.loads((zoo / "shown.best.search.json").read_text())
+    assert set(record["at_the_edge"]) == {"lambda", "rank"}  # two values have ends alone
+    assert all(f"The best {axis}, {at:g}, is at the end" in out for axis, at in record["at_the_edge"].items())
     assert record["split"].startswith("select, with labels")
     assert yaml.safe_load(best.read_text())["parameters"] == record["best"]["settings"]
 

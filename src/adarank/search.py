@@ -26,7 +26,7 @@ from adarank.plan import Job, Note, open_job
 from adarank.recipe import Recipe, load_recipe
 from adarank.record import Clock, machine, versions
 from adarank.scoring import score_method
-from adarank.settings import nearest
+from adarank.settings import nearest, parse
 from adarank.spectrum import stored_spectra
 from adarank.statistics import inform
 from adarank.tasks import load_tasks, sampled
@@ -131,6 +131,7 @@ def search(
         "method": recipe.merge_method,
         "axes": {axis.name: list(axis.values) for axis in axes},
         "best": {"settings": dict(ranked[0].settings), "mean": ranked[0].mean, "scores": dict(ranked[0].scores)},
+        "at_the_edge": {axis: at for axis, (at, _) in edges(METHODS[recipe.merge_method], found).items()},
         "points": [{"settings": dict(p.settings), "mean": p.mean, "scores": dict(p.scores)} for p in found],
         "rows_per_split": {task: {s: len(rows) for s, rows in own.splits.rows.items()} for task, own in data.items()},
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -185,6 +186,34 @@ def each_tasks_best(kind: type[Method], points: Sequence[Point]) -> list[Point]:
     best = {task: max(points, key=lambda point: point.scores[task]) for task in points[0].scores}
     settings = {axis: {task: point.settings[axis] for task, point in best.items()} for axis in axes}
     return [Point(settings, {task: point.scores[task] for task, point in best.items()})]
+
+
+def edges(kind: type[Method], points: Sequence[Point]) -> dict[str, tuple[float, float]]:
+    """Numbers whose best lies at the end of what was tried, so that better ones may lie beyond it.
+
+    Returns:
+        Axis -> (the best, the next one beyond it by the ratio of the last two), where the method allows that.
+    """
+    best = max(points, key=lambda point: point.mean).settings
+    found = {}
+    for axis, at in best.items():
+        values = sorted({p.settings[axis] for p in points if isinstance(p.settings[axis], (int, float))})
+        if len(values) < 2 or at not in (values[0], values[-1]) or values[0] <= 0:
+            continue
+        beyond = float(f"{at * at / values[1 if at == values[0] else -2]:.2g}")
+        for further in (beyond, 1.0):  # shares end at 1
+            if (further - at) * (beyond - at) > 0 and _allowed(kind, axis, further):
+                found[axis] = (float(at), further)
+                break
+    return found
+
+
+def _allowed(kind: type[Method], axis: str, value: float) -> bool:
+    try:
+        parse(kind, {axis: value}, kind.name)
+    except RecipeError:
+        return False
+    return True
 
 
 def _check_outputs(path: Path, best: Path, record: Path, force: bool) -> None:

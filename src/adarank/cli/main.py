@@ -234,6 +234,8 @@ def _search(options: argparse.Namespace) -> None:
         _print_json(record)
         return
     show.points(ranked)
+    for axis, at in record["at_the_edge"].items():
+        show.out.print(f"The best {axis}, {at:g}, is at the end of what was tried: better ones may lie beyond.")
     show.say(options.best, f" has the best settings; all points are in {options.best.stem}.search.json")
     show.out.print(f"next: adarank merge {options.best} OUT", style="dim")
 
