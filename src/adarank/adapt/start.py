@@ -18,7 +18,7 @@ from adarank.adapt.learner import Learner
 AUTO: Literal["auto"] = "auto"
 # Coarse: what adaptation reaches depends little on the start within a step of this grid, and each point costs a glance.
 RANKS = (0.02, 0.08, 0.32, 1.0)
-SCALES = (0.1, 0.2, 0.3, 0.6, 1.0, 1.6, 2.5)
+SCALES = (0.05, 0.1, 0.2, 0.3, 0.6, 1.0, 1.6, 2.5)
 GLANCE = 64  # inputs per task, at most: all starts are seen on the same ones, so that few tell them apart
 
 
