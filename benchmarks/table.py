@@ -410,11 +410,11 @@ class _Printer:
             )
 
 
-def run(bench: Bench, rows: list[str]) -> None:
+def run(bench: Bench, rows: list[str], seeds: int = 3) -> None:
     """Rows in the order of their use: what others start from first, second and third seeds last."""
 
     def wanted(row: str, seed: int = 0) -> bool:
-        return (not rows or row in rows) and not bench.path(row, seed).exists()
+        return (not rows or row in rows) and seed < seeds and not bench.path(row, seed).exists()
 
     if wanted("base"):
         bench.models.fill(networks.network_tensors(bench.job, "base"))
@@ -430,12 +430,12 @@ def run(bench: Bench, rows: list[str]) -> None:
     best = {}
     needed = {own.start for row, own in ADAPTED.items() if any(wanted(row, seed) for seed in range(own.seeds))}
     needed |= {"TA"} if any(wanted(row) for row in MODULES) else set()
-    for row, (name, axes, seeds) in STATIC.items():
-        for seed in range(seeds):
+    for row, (name, axes, most) in STATIC.items():
+        for seed in range(most):
             if wanted(row, seed) or row in needed:
                 best[row] = bench.search(row) if axes else {}
             if wanted(row, seed):
-                settings = best[row] | ({"seed": seed} if seeds > 1 else {})
+                settings = best[row] | ({"seed": seed} if most > 1 else {})
                 chosen = f"{', '.join(axes)} on select, with labels" if axes else "nothing to choose"
                 bench.static(row, parse(METHODS[name], settings, name), chosen, seed)
     for row in TASK_AWARE:
@@ -444,8 +444,8 @@ def run(bench: Bench, rows: list[str]) -> None:
     for row in MODULES:
         if wanted(row):
             bench.modules(row, best["TA"])
-    for row, (name, seeds) in STATISTICS.items():
-        for seed in range(seeds):
+    for row, (name, most) in STATISTICS.items():
+        for seed in range(most):
             if wanted(row, seed):
                 bench.static(row, parse(METHODS[name], {"seed": seed}, name), "nothing to choose", seed)
     for seed in range(3):
@@ -464,6 +464,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, help="default: records/BED")
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--labelled", type=Path, metavar="DIR", help="demo-8: its sources, with labels")
+    parser.add_argument("--seeds", type=int, default=3, help="at most so many of each row")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--keep", action="store_true", help="keep the merged models in FOLDER/out when all rows are done"
@@ -472,7 +473,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     bed = BEDS[arguments.bed]
     records = arguments.records or ROOT / "records" / bed.name
-    run(Bench(bed, arguments.folder, records, arguments.labelled), arguments.rows)
+    run(Bench(bed, arguments.folder, records, arguments.labelled), arguments.rows, arguments.seeds)
     if not arguments.keep and not arguments.rows:
         shutil.rmtree(arguments.folder / "out", ignore_errors=True)
 
