@@ -46,7 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "AdaRank": {},
 }
 _LIMIT = 80  # inputs per task and split of the quick demo
-_QUICK = {"steps": 20, "check_every": 20, "tolerance": 2}  # so few inputs and steps make agreement jump
+_QUICK = {"steps": 40, "check_every": 40, "tolerance": 2}  # so few inputs and steps make agreement jump
 
 
 def check_zoo(folder: Path) -> None:
