@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": str(torch.__version__)}  # which build, too: its package's version may leave that out
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
