@@ -99,8 +99,8 @@ MODULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "WEMoE": ("wemoe", {"lr": 1e-3}, _ROUTERS),
     "Twin-Merging": ("twin_merging", {}, {}),
 }
-# row -> (method, seeds). Nothing is chosen; the seed picks the 256 unlabelled adapt inputs per task that are looked at.
-STATISTICS = {"Fisher": ("fisher", 3), "RegMean": ("regmean", 3), "RegMean++": ("regmean++", 3)}
+# row -> method. Nothing is chosen; the seed picks the 256 unlabelled adapt inputs per task that are looked at.
+STATISTICS = {"Fisher": "fisher", "RegMean": "regmean", "RegMean++": "regmean++"}
 MINILM = Bed(
     "minilm-8",
     ROOT / "examples" / "minilm-8" / "average.yaml",
@@ -130,14 +130,12 @@ class Adapted:
         start: the static row whose settings, chosen on select with labels, it starts from, with entropy and the last step
             kept as in the papers. None: all is as adarank does by default, with no label anywhere.
         parameters: all its others.
-        seeds: how many.
         adapt: settings of the loop that differ from the bed's, or from the defaults.
     """
 
     method: str
     start: str | None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    seeds: int = 1
     adapt: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -146,15 +144,15 @@ _SHORT = {"steps": 100, "check_every": 50}
 _FAST = {"steps": 100, "check_every": 50, "lr_lambda": 2.5e-3}
 _AVERAGE, _BASE = {"origin": "average"}, {"origin": "pretrained", "rank": 1.0}
 ADAPTED: dict[str, Adapted] = {
-    "AdaRank": Adapted("adarank", None, seeds=3),
+    "AdaRank": Adapted("adarank", None),
     "AdaRank about the base": Adapted("adarank", None, {"origin": "pretrained"}, adapt=_SHORT),
     "TSV-M+AdaRank": Adapted("adarank", None, {"basis": "tsv_m"}, adapt=_SHORT),
     "Iso-C+AdaRank": Adapted("adarank", None, {"basis": "iso_c"}, adapt=_SHORT),
     "Iso-CTS+AdaRank": Adapted("adarank", None, {"basis": "iso_cts"}, adapt=_SHORT),
-    "CART+AdaRank": Adapted("adarank", "CART", _AVERAGE, seeds=3),
-    "TA+AdaRank": Adapted("adarank", "TA", _BASE, seeds=3),
+    "CART+AdaRank": Adapted("adarank", "CART", _AVERAGE),
+    "TA+AdaRank": Adapted("adarank", "TA", _BASE),
     "CART++": Adapted("cart++", "CART", _AVERAGE),
-    "AdaMerging": Adapted("adamerging", "TA", _BASE, seeds=3),
+    "AdaMerging": Adapted("adamerging", "TA", _BASE),
     "AdaMerging, task-wise": Adapted("adamerging", "TA", {**_BASE, "lambda_per": "task"}, adapt=_FAST),
     "AdaMerging++": Adapted("adamerging++", "TIES", _BASE, adapt=_FAST),
     "CART+AdaRank, masks only": Adapted("adarank", "CART", {**_AVERAGE, "learn_lambda": False}),
@@ -162,6 +160,7 @@ ADAPTED: dict[str, Adapted] = {
 }
 
 
+SEEDS = 3  # of every row in which unlabelled or labelled data are drawn at random
 TRAINED = "multi-task training"
 WORTH = 0.25  # points of mean score that a search must gain beyond its grid to go on there
 
@@ -279,20 +278,22 @@ class Bench:
         name, axes = TASK_AWARE[row]
         settings = self.search(row) if axes else {}
         chosen = f"{', '.join(axes)} on select, with labels" if axes else "nothing to choose"
-        self.scored_bundle(row, {"merge_method": name, "parameters": settings}, chosen)
+        self.scored_bundle(row, 0, {"merge_method": name, "parameters": settings}, chosen, self.data)
 
-    def modules(self, row: str, scale: Mapping[str, float]) -> None:
+    def modules(self, row: str, seed: int, scale: Mapping[str, float]) -> None:
         """Train a row's adapters or routers and score the networks that carry them."""
         name, parameters, adapt = MODULES[row]
         arithmetic = {"start": {"parameters": dict(scale)}} if name == "surgery" else dict(scale)
-        changes = {"merge_method": name, "parameters": {**parameters, **arithmetic}, "adapt": adapt}
-        self.scored_bundle(row, changes, "λ on select, with labels; modules: no labels")
+        changes = {"merge_method": name, "parameters": {**parameters, **arithmetic}, "adapt": adapt, "seed": seed}
+        self.scored_bundle(row, seed, changes, "λ on select, with labels; modules: no labels", self._data_of(seed))
 
-    def scored_bundle(self, row: str, changes: Mapping[str, Any], chosen: str) -> None:
+    def scored_bundle(
+        self, row: str, seed: int, changes: Mapping[str, Any], chosen: str, data: Mapping[str, TaskData]
+    ) -> None:
         """Write a bundle, unless it is there, and the record of its scores."""
-        out = self.folder / "out" / self.path(row, 0).stem
+        out = self.folder / "out" / self.path(row, seed).stem
         if not out.exists():
-            pipeline.merge(self.recipe(changes), out, progress=_Printer(row, 0), data=self.data)
+            pipeline.merge(self.recipe(changes), out, progress=_Printer(row, seed), data=data)
         bundle = load_bundle(out)
         merged = json.loads((out / "adarank.json").read_text())
         content = {
@@ -305,7 +306,7 @@ class Bench:
             "merge_seconds": merged["seconds"],
             "peak_resident_bytes": merged["peak_resident_bytes"],
         }
-        self.record(row, 0, content)
+        self.record(row, seed, content)
 
     def adapted(self, row: str, seed: int, start: Mapping[str, float]) -> None:
         own = ADAPTED[row]
@@ -410,7 +411,7 @@ class _Printer:
             )
 
 
-def run(bench: Bench, rows: list[str], seeds: int = 3) -> None:
+def run(bench: Bench, rows: list[str], seeds: int = SEEDS) -> None:
     """Rows in the order of their use: what others start from first, second and third seeds last."""
 
     def wanted(row: str, seed: int = 0) -> bool:
@@ -425,11 +426,9 @@ def run(bench: Bench, rows: list[str], seeds: int = 3) -> None:
         bench.models.fill(networks.network_tensors(bench.job, "base"))
     if wanted("weight average"):
         bench.static("weight average", WeightAverage(), "nothing to choose")
-    if wanted(TRAINED):
-        bench.trained(TRAINED, 0)
     best = {}
-    needed = {own.start for row, own in ADAPTED.items() if any(wanted(row, seed) for seed in range(own.seeds))}
-    needed |= {"TA"} if any(wanted(row) for row in MODULES) else set()
+    needed = {own.start for row, own in ADAPTED.items() if any(wanted(row, seed) for seed in range(SEEDS))}
+    needed |= {"TA"} if any(wanted(row, seed) for row in MODULES for seed in range(SEEDS)) else set()
     for row, (name, axes, most) in STATIC.items():
         for seed in range(most):
             if wanted(row, seed) or row in needed:
@@ -441,20 +440,21 @@ def run(bench: Bench, rows: list[str], seeds: int = 3) -> None:
     for row in TASK_AWARE:
         if wanted(row):
             bench.bundle(row)
-    for row in MODULES:
-        if wanted(row):
-            bench.modules(row, best["TA"])
-    for row, (name, most) in STATISTICS.items():
-        for seed in range(most):
+    for seed in range(SEEDS):
+        for row, name in STATISTICS.items():
             if wanted(row, seed):
                 bench.static(row, parse(METHODS[name], {"seed": seed}, name), "nothing to choose", seed)
-    for seed in range(3):
         for row, own in ADAPTED.items():
-            if seed < own.seeds and wanted(row, seed):
+            if wanted(row, seed):
                 bench.adapted(row, seed, best[own.start] if own.start else {})
-        for of in ("CART+AdaRank", "TA+AdaRank"):
-            if seed == 0 and wanted(f"{of}, random masks") and bench.path(of, 0).exists():
-                bench.random_masks(f"{of}, random masks", of, seed)
+        for row in MODULES:
+            if wanted(row, seed):
+                bench.modules(row, seed, best["TA"])
+        if wanted(TRAINED, seed):
+            bench.trained(TRAINED, seed)
+    for of in ("CART+AdaRank", "TA+AdaRank"):
+        if wanted(f"{of}, random masks") and bench.path(of, 0).exists():
+            bench.random_masks(f"{of}, random masks", of, 0)
 
 
 def main() -> None:
@@ -464,7 +464,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, help="default: records/BED")
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--labelled", type=Path, metavar="DIR", help="demo-8: its sources, with labels")
-    parser.add_argument("--seeds", type=int, default=3, help="at most so many of each row")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="at most so many of each row")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--keep", action="store_true", help="keep the merged models in FOLDER/out when all rows are done"

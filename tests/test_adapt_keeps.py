@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from adarank.adapt import AdaptSettings, History, adapt
 from adarank.adapt.judge import Signals, first_collapse, signals
-from adarank.adapt.loop import Loss
+from adarank.adapt.loop import Loss, Progress
 from adarank.adapt.objective import entropy
 from adarank.errors import Interrupted
 from make import randn
@@ -168,4 +170,85 @@ def test_a_finished_run_taken_up_again_keeps_the_same(tmp_path: Path) -> None:
     second, found = seeded(Collapsing, SETTINGS, tmp_path / "state.pt")
     assert second.asked == []
     assert_same(first, second)
+    assert without_time(found) == without_time(wanted)
+
+
+REPAIRED = SETTINGS.model_copy(update={"tolerance": 0.0, "check_every": 4, "repair": 3})
+
+
+class Falling(Judged):
+    """Agreement as a table says it: both tasks gain with every step, but `b` is below its start from step 4 to `mended`."""
+
+    mended = 16
+    lead = 0.01  # by how much the mean rises per step
+
+    @torch.no_grad()
+    def judge(self, step: int) -> dict[str, Signals]:
+        found = super().judge(step)
+        shares = {"a": 0.5 + 2 * self.lead * step, "b": 0.5 if step == 0 or step >= self.mended else 0.49}
+        return {task: replace(own, agreement=shares[task]) for task, own in found.items()}
+
+
+class Hopeless(Falling):
+    mended = 99
+
+
+class Losing(Falling):
+    mended = 99
+    lead = -0.001
+
+
+def test_where_a_task_is_behind_at_the_end_further_steps_repair_it() -> None:
+    problem, history = seeded(Falling, REPAIRED)
+    assert history.choice
+    assert problem.asked == [0, 4, 8, 12, 14, 16]  # rounds of two steps; over as soon as no task is behind
+    assert (history.step, history.choice.step, history.choice.rolled_back) == (16, 16, False)
+
+
+def test_a_repair_that_does_not_help_ends_in_the_start() -> None:
+    problem, history = seeded(Hopeless, REPAIRED)
+    assert history.choice
+    assert problem.asked == [0, 4, 8, 12, 14, 16, 18]
+    assert (history.step, history.choice.step, history.choice.rolled_back) == (18, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [(Losing, {}), (Hopeless, {"repair": 0}), (Hopeless, {"keep": "last"}), (Judged, {"tolerance": 9.0})],
+)
+def test_there_is_no_repair_where_nothing_would_be_gained(kind: type[Judged], change: dict[str, Any]) -> None:
+    _, history = seeded(kind, REPAIRED.model_copy(update=change))
+    assert history.step == 12
+
+
+def test_a_repair_takes_small_steps_with_weights_of_its_own() -> None:
+    torch.manual_seed(0)
+    problem = Hopeless()
+    weights: dict[str, list[float]] = {"a": [], "b": []}
+    sizes: list[float] = []
+    for task in weights:
+
+        def hook(value: Tensor, task: str = task) -> Tensor:
+            value.register_hook(lambda slope: weights[task].append(slope.item()))
+            return value
+
+        problem.losses[task] = lambda step, inner=problem.losses[task], hook=hook: hook(inner(step))
+    progress: Progress = lambda history, planned: sizes.append(planned)  # noqa: E731
+    adapt(problem.live, problem.losses, REPAIRED, progress=progress, judge=problem.judge, memory=problem.memory)
+    assert weights["b"][11] > 1.1 > 0.9 > weights["a"][11]  # debts
+    assert weights["a"][12:] == weights["b"][12:] == pytest.approx([1.0] * 6)  # one of two tasks: half and half
+    assert sizes == [12] * 12 + [18] * 6
+    assert REPAIRED.factor(11) == 1 > REPAIRED.factor(12) == REPAIRED.factor(17) > 0
+
+
+@pytest.mark.parametrize("at", [12, 13, 15])
+def test_a_run_killed_in_its_repair_goes_on_with_the_same_bits(tmp_path: Path, at: int) -> None:
+    whole, wanted = seeded(Falling, REPAIRED)
+    torch.manual_seed(0)
+    first = Falling()
+    first.hook("b", at, boom)
+    with pytest.raises(ZeroDivisionError):
+        first.run(REPAIRED, tmp_path / "state.pt")
+    second, found = seeded(Falling, REPAIRED, tmp_path / "state.pt")
+    assert_same(whole, second)
     assert without_time(found) == without_time(wanted)

@@ -29,6 +29,7 @@ LAYERS = [
     {"recipe", "plan", "tasks", "networks", "catalogue", "inspection"},
     {
         "experts",
+        "run",
         "adaptation",
         "training",
         "assembly",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adarank.adapt.balance import FIRST, MOMENTUM, behind, task_weights
+from adarank.adapt.balance import FIRST, MOMENTUM, behind, repair_weights, task_weights
 from adarank.adapt.judge import Signals
 
 
@@ -68,3 +68,15 @@ def test_debts_are_made_by_falling_behind_the_start_and_paid_back_after() -> Non
     first = 0.1 / error  # 2 errors behind
     assert found == [[0, 0], pytest.approx([first, 0]), pytest.approx([first + 1, 0]), pytest.approx([first, 3])]
     assert behind(["a", "b"], {}) == [0, 0]
+
+
+@given(st.integers(1, 9), st.data())
+def test_in_a_repair_fallen_tasks_weigh_as_much_as_the_others(count: int, data: st.DataObject) -> None:
+    tasks = [f"t{i}" for i in range(count)]
+    fallen = data.draw(st.lists(st.sampled_from(tasks), unique=True))
+    weights = dict(zip(tasks, repair_weights(tasks, fallen), strict=True))
+    assert sum(weights.values()) == pytest.approx(count)
+    if 0 < len(fallen) < count:
+        assert sum(weights[task] for task in fallen) == pytest.approx(count / 2)
+    else:
+        assert set(weights.values()) == {1.0}

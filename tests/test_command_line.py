@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from rich.console import Console
 
 from adarank.cli import show
 from adarank.cli.main import main
 from adarank.errors import CheckpointError
+from adarank.evaluate import Table
 from adarank.hub import is_hub_id, resolve
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
@@ -75,6 +78,22 @@ def test_evaluate_and_inspect_print_what_json_holds(
     moved = [row for row in tensors if row["rank95"]]
     assert moved
     assert all(0 < row["rank95"] <= row["rank"] for row in moved)
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_table_names_every_task_whole_whatever_the_terminals_width(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(show, "out", Console(width=width, highlight=False, soft_wrap=True, markup=False))
+    tasks = [f"task_number_{i}" for i in range(8)]
+    show.scores(Table("test", "disjoint", dict.fromkeys(tasks, 1000), {"merged": dict.fromkeys(tasks, 12.3)}))
+    lines = capsys.readouterr().out.splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("merged"))
+    _, *ends = [match.end() for match in re.finditer(r"12\.3", lines[place])]  # of columns, the mean's not among them
+    starts = [lines[place - 1].index("norm.") + len("norm."), *ends]
+    heads = ["".join(line[a:b].strip() for line in lines[1:place]) for a, b in zip(starts, ends, strict=False)]
+    assert heads == tasks
+    assert width == 60 or max(map(len, lines)) <= width
 
 
 def test_every_method_has_a_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

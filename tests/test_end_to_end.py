@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from adarank.data.task import TaskData
 from adarank.masks import FILE
 from adarank.models.features import head_inputs, head_parts
 from adarank.recipe import load_recipe
+from adarank.run import Run
 from adarank.tasks import load_tasks
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
@@ -112,6 +112,7 @@ import os, sys
 from pathlib import Path
 from adarank import pipeline, writer
 from adarank.recipe import load_recipe
+from adarank.run import Run
 import torch
 torch.set_num_threads(1)  # as in this process: the number of threads may change the last bits
 stop = int(sys.argv[3])
@@ -363,8 +364,8 @@ def test_no_label_is_read_by_adapting_and_judging(zoo: Path, tmp_path: Path, mon
 
     real = adaptation.adapt_job
 
-    def watched(job: Any, data: Mapping[str, TaskData], *rest: Any) -> Any:
-        return real(job, {task: replace(own, labels=Unreadable()) for task, own in data.items()}, *rest)
+    def watched(run: Run) -> Any:
+        return real(replace(run, data={task: replace(own, labels=Unreadable()) for task, own in run.data.items()}))
 
     class Unreadable(tuple):
         __getitem__ = __iter__ = __len__ = labels

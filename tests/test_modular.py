@@ -30,6 +30,7 @@ from adarank.modular import surgery, wemoe
 from adarank.modular.twin_merging import Router
 from adarank.plan import open_job, settings_in_force
 from adarank.recipe import load_recipe
+from adarank.run import Run
 from adarank.tasks import load_tasks
 from make import randn
 
@@ -144,7 +145,7 @@ def test_the_bundle_serves_the_networks_that_were_trained(method: str, text: Pat
     job = open_job(recipe)
     about = {"settings": settings_in_force(job), "inputs": {}, "seed": 0}
     data = load_tasks(job)
-    live = assembly.assemble_job(job, data, about, tmp_path / "state" / "state.pt", lambda note: None, None)
+    live = assembly.assemble_job(Run(job, data, about, tmp_path / "state" / "state.pt"))
     pipeline.merge(recipe, tmp_path / "out")
     for task, own in data.items():
         batch = inputs(own)
@@ -369,7 +370,7 @@ def test_wemoe_of_half_precision_models_is_exact_and_half_as_large(dtype: torch.
     recipe = load_recipe(write(zoo, **of("wemoe", 3, lr=0.05)))
     about = {"settings": settings_in_force(open_job(recipe)), "inputs": {}, "seed": 0}
     data = load_tasks(open_job(recipe))
-    live = assembly.assemble_job(open_job(recipe), data, about, tmp_path / "s" / "state.pt", lambda note: None, None)
+    live = assembly.assemble_job(Run(open_job(recipe), data, about, tmp_path / "s" / "state.pt"))
     for task, inside in data.items():
         batch = inputs(inside)
         served = logits(adarank.from_bundle(tmp_path / "out", task), batch)

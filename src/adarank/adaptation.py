@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from adarank.adapt.judge import Judged, collapsed, first_collapse
 from adarank.adapt.live import LiveWeights
-from adarank.adapt.loop import History, Loss, Memory, Progress, adapt, read_state
+from adarank.adapt.loop import History, Loss, Memory, adapt
 from adarank.adapt.objective import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start import GLANCE
 from adarank.data.task import TaskData
-from adarank.experts import Outputs, expert_outputs, judge_of, watched
+from adarank.experts import Outputs, judge_of, watched
 from adarank.masks import MaskFile
 from adarank.models import TaskModels
 from adarank.models.features import head_inputs, head_parts
 from adarank.networks import build_models, changed_tensors, family_of
-from adarank.plan import Job, Note
+from adarank.plan import Job
+from adarank.run import Run
 
 
 @dataclass(frozen=True)
@@ -45,35 +43,23 @@ class Adaptation:
         return changed_tensors(self.job, self.live.parameters, "adaptation")
 
 
-def adapt_job(
-    job: Job,
-    data: Mapping[str, TaskData],
-    about: Mapping[str, Any],
-    state: Path,
-    note: Note,
-    progress: Progress | None,
-) -> Adaptation:
-    """Adapt as the job's recipe says, from a saved state if there is one.
-
-    Arguments:
-        about: the settings, the inputs' hashes and the seed: what, beside the data, decides every number.
-        state: file in which the state is kept, with the experts' outputs beside it.
-    """
+def adapt_job(run: Run) -> Adaptation:
+    """Adapt as the job's recipe says, from a saved state if there is one."""
+    job, data = run.job, run.data
     method, settings = job.recipe.adaptation()
-    marks = {task: own.fingerprint() for task, own in data.items()}
-    fingerprint = run_fingerprint(job, about, state, marks)
-    note("Loading the networks")
+    fingerprint = run.fingerprint(run.marks)
+    run.note("Loading the networks")
     models = build_models(job)
-    asked = [choices_of(job), about["inputs"], marks]
-    experts = expert_outputs(job, models, data, settings, asked, state.parent, note)
-    note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
+    experts = run.experts(models, settings)
+    run.note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
     live = method.start(job.network, models.shared, settings, job.recipe.device)
     memory: Memory = {}
     losses = task_losses(job, models, data, settings, experts, memory)
     judge, glance = (judge_of(job, models, data, settings, experts, most) for most in (None, GLANCE))
-    note("Adapting")
-    history = adapt(live, losses, settings, state, fingerprint, progress, judge, memory, method.grid, glance)
-    masks = live.mask_file(job.network.tasks, method.origin, {k: about[k] for k in ("settings", "inputs", "seed")})
+    run.note("Adapting")
+    history = adapt(live, losses, settings, run.state, fingerprint, run.progress, judge, memory, method.grid, glance)
+    about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
+    masks = live.mask_file(job.network.tasks, method.origin, about)
     own = {"components_kept": live.kept_share(), "kept": [round(v, 5) for v in history.kept]}
     return Adaptation(job, live, masks, report(history, job, settings, data) | own)
 
@@ -142,6 +128,7 @@ def report(
         "starts": [own.named() for own in history.starts],
         "steps": history.step,
         "stopped_early": history.step < settings.steps,
+        "repair_steps": max(0, history.step - settings.steps),
         "step_kept": choice.step,
         "why_kept": choice.why,
         "rolled_back": choice.rolled_back,
@@ -163,29 +150,3 @@ def report(
         "splits": {task: {split: len(rows) for split, rows in own.splits.rows.items()} for task, own in data.items()},
         "notes": [f"{task}: {text}" for task, own in data.items() for text in own.notes],
     }
-
-
-def choices_of(job: Job) -> dict[str, str]:
-    """Tensor -> what happens to it."""
-    return {name: choice.action for name, choice in job.network.choices.items()}
-
-
-def run_fingerprint(
-    job: Job, about: Mapping[str, Any], state: Path, marks: Mapping[str, Any], block: str = "adapt"
-) -> str:
-    """Identifies what a run of the loop is of. Not the machine: it may be taken elsewhere, at the cost of its last bits.
-
-    Arguments:
-        state: file of the run's state. If there is one of another run, it is refused here, before anything is computed.
-        marks: task -> what tells its data from others, as plain data.
-        block: the settings that hold `save_every`, which decides no number.
-
-    Raises:
-        RecipeError: the state is damaged, or of another run.
-    """
-    settings = {**about["settings"], block: {k: v for k, v in about["settings"][block].items() if k != "save_every"}}
-    text = json.dumps([settings, about["inputs"], about["seed"], choices_of(job), marks], sort_keys=True)
-    fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    if state.exists():
-        read_state(state, fingerprint)
-    return fingerprint

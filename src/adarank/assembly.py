@@ -7,9 +7,8 @@ are adaptation's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from adarank.adapt.judge import Judge, Judged, Signal, mean_signal
-from adarank.adapt.loop import Loss, Memory, Progress, adapt
+from adarank.adapt.loop import Loss, Memory, adapt
 from adarank.adapt.parameters import Parameters
 from adarank.adapt.settings import AdaptSettings
-from adarank.adaptation import adapt_job, choices_of, report, run_fingerprint, task_losses
+from adarank.adaptation import adapt_job, report, task_losses
 from adarank.bundle import WHOLE, Piece
 from adarank.bundles import Parts
 from adarank.data.task import TaskData
-from adarank.experts import Outputs, ask, expert_outputs, judge_of, watched
+from adarank.experts import Outputs, ask, judge_of, watched
 from adarank.methods import TaskArithmetic, merge_tensors
 from adarank.methods.base import Method
 from adarank.models import TaskModels
@@ -33,7 +32,8 @@ from adarank.models.features import head_parts
 from adarank.modular import Modular, Surgery, TwinMerging, WEMoE, surgery, twin_merging, wemoe
 from adarank.modular.merging import Deltas, Route, mounted
 from adarank.networks import build_models, changed_tensors, family_of
-from adarank.plan import Job, Note, open_job, settings_in_force
+from adarank.plan import Job, open_job, settings_in_force
+from adarank.run import Run
 from adarank.settings import parse
 from adarank.statistics import inform_job
 from adarank.writer import Layout
@@ -120,48 +120,36 @@ class Assembly:
                 yield owner, stored, whole[name] if part == WHOLE else self.built.part(owner, part, name).detach()
 
 
-def assemble_job(
-    job: Job,
-    data: Mapping[str, TaskData],
-    about: Mapping[str, Any],
-    state: Path,
-    note: Note,
-    progress: Progress | None,
-) -> Assembly:
-    """Train the modules that the job's recipe asks for, from a saved state if there is one. Reads no label.
-
-    Arguments:
-        about: the settings, the inputs' hashes and the seed: what, beside the data, decides every number.
-        state: file in which the state is kept, with the experts' outputs beside it.
-    """
+def assemble_job(run: Run) -> Assembly:
+    """Train the modules that the job's recipe asks for, from a saved state if there is one. Reads no label."""
+    job, data = run.job, run.data
     method, settings = job.recipe.modules()
     if isinstance(method, (Surgery, TwinMerging)):  # their losses are their own: this says what experts are asked
         asked_for = "features" if isinstance(method, Surgery) else "entropy"
         settings = settings.model_copy(update={"objective": asked_for, "balance": 0.0})
-    marks = {task: own.fingerprint() for task, own in data.items()}
-    fingerprint = run_fingerprint(job, about, state, marks)
-    start, started = _start(job, method, data, about, state, note, progress)
-    note("Loading the networks")
+    fingerprint = run.fingerprint(run.marks)
+    start, started = _start(run, method)
+    run.note("Loading the networks")
     models = build_models(job)
-    mark = [choices_of(job), about["inputs"], marks]
-    experts = expert_outputs(job, models, data, settings, mark, state.parent, note)
+    experts = run.experts(models, settings)
     models.fill(start)
     for tensor in models.shared.values():
         tensor.requires_grad_(False)
     work = Work(job, method, settings, models, data, experts, {})
-    note("Putting the modules on the networks")
+    run.note("Putting the modules on the networks")
     torch.manual_seed(job.recipe.seed)  # of what modules start from
     built = _BUILD[type(method)](work)
     judge = judge_of(job, models, data, settings, experts)
-    note("Training the modules, without labels")
+    run.note("Training the modules, without labels")
     learner = Parameters(built.learned, method.lr)
     if built.separate is None or settings.keep == "last":
-        history = adapt(learner, built.losses, settings, state, fingerprint, progress, judge, work.memory)
+        history = adapt(learner, built.losses, settings, run.state, fingerprint, run.progress, judge, work.memory)
         told = report(history, job, settings, data)
     else:
         each = _Each(built.separate, work.memory, settings.signal)
         last = settings.model_copy(update={"keep": "last"})
-        history = adapt(learner, built.losses, last, state, fingerprint, progress, each.watching(judge), work.memory)
+        watching = each.watching(judge)
+        history = adapt(learner, built.losses, last, run.state, fingerprint, run.progress, watching, work.memory)
         steps = each.keep()
         told = report(history, job, settings, data, {task: history.judged[step][task] for task, step in steps.items()})
         told |= {"steps_kept": steps, "why_kept": "each task's adapter is of the judged step nearest to its expert"}
@@ -200,26 +188,20 @@ class _Each:
         return {task: int(self._memory[f"{task}/step"]) for task in self._separate}
 
 
-def _start(
-    job: Job,
-    method: Modular,
-    data: Mapping[str, TaskData],
-    about: Mapping[str, Any],
-    state: Path,
-    note: Note,
-    progress: Progress | None,
-) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+def _start(run: Run, method: Modular) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
     """(name, tensor) of the network that modules are put on, and what the record says of how it was made."""
+    job = run.job
     recipe = job.recipe.start()
     if recipe is None:
         return _arithmetic(job, method), {}
-    own, place = open_job(recipe), state.parent / "start"
+    own, place = open_job(recipe), run.state.parent / "start"
     settings = settings_in_force(own)
-    note(f"Making the start: {recipe.merge_method}")
+    run.note(f"Making the start: {recipe.merge_method}")
     if own.method is None:
-        adapted = adapt_job(own, data, {**about, "settings": settings}, place / "state.pt", note, progress)
+        about = {**run.about, "settings": settings}
+        adapted = adapt_job(replace(run, job=own, about=about, state=place / "state.pt"))
         return adapted.tensors(), {"start": {"settings": settings, "adaptation": adapted.report}}
-    ready, found = inform_job(own, data, about["inputs"], place, note)
+    ready, found = inform_job(own, run.data, run.about["inputs"], place, run.note)
     statistics = {"statistics": found} if found else {}
     return merge_tensors(ready, job.network, recipe.device), {"start": {"settings": settings, **statistics}}
 

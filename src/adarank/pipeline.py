@@ -27,6 +27,7 @@ from adarank.methods.taskwise import Taskwise
 from adarank.plan import Job, Note, describe, open_job, settings_in_force
 from adarank.recipe import Recipe
 from adarank.record import Clock, machine, versions
+from adarank.run import Run
 from adarank.statistics import inform_job
 from adarank.tasks import load_tasks, sampled
 from adarank.training import Training, train_job
@@ -75,7 +76,7 @@ def merge(
     with _no_leavings(state):
         if job.method is None:
             learn = train_job if recipe.trains else assemble_job if recipe.modular else adapt_job
-            learned = learn(job, data, record, state / "state.pt", note, progress)
+            learned = learn(Run(job, data, record, state / "state.pt", note, progress))
             tensors = learned.tensors()
         else:
             method, found = inform_job(job, data, record["inputs"], state, note)

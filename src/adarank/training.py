@@ -5,20 +5,19 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from adarank.adapt.loop import History, Loss, Progress, adapt
-from adarank.adaptation import run_fingerprint
+from adarank.adapt.loop import History, Loss, adapt
 from adarank.data.task import TaskData
 from adarank.models import TaskModels
 from adarank.multitask import JointTraining, Multitask
 from adarank.networks import build_models, changed_tensors, family_of
-from adarank.plan import Job, Note
+from adarank.plan import Job
+from adarank.run import Run
 
 
 @dataclass(frozen=True)
@@ -43,38 +42,28 @@ class Training:
         return {**self.job.network.head(task), **own}
 
 
-def train_job(
-    job: Job,
-    data: Mapping[str, TaskData],
-    about: Mapping[str, Any],
-    state: Path,
-    note: Note,
-    progress: Progress | None,
-) -> Training:
+def train_job(run: Run) -> Training:
     """Train as the job's recipe says, from a saved state if there is one. Reads labels of the adapt split only.
-
-    Arguments:
-        about: the settings, the inputs' hashes and the seed: what, beside the data, decides every number.
-        state: file in which the state is kept.
 
     Raises:
         DataError: a row of an adapt split carries no label.
     """
+    job, data = run.job, run.data
     method = job.recipe.training()
     labels = {task: _labels(own) for task, own in data.items()}
-    marks = {task: [own.fingerprint(), sorted(labels[task].items())] for task, own in data.items()}
-    fingerprint = run_fingerprint(job, about, state, marks, "parameters")
-    note("Loading the networks")
+    marks = {task: [mark, sorted(labels[task].items())] for task, mark in run.marks.items()}
+    fingerprint = run.fingerprint(marks, "parameters")
+    run.note("Loading the networks")
     models = build_models(job)
     if method.heads == "fresh":
         _draw_heads(models, job)
     joint = JointTraining(_trained(job, models, method), method, len(data))
-    note("Training, with labels")
+    run.note("Training, with labels")
     for module in models.modules.values():
         module.train()
     torch.manual_seed(job.recipe.seed)  # of dropout, whatever was drawn before
     losses = {task: _loss(job, models, own, labels[task]) for task, own in data.items()}
-    history = adapt(joint, losses, method.pace(), state, fingerprint, progress)
+    history = adapt(joint, losses, method.pace(), run.state, fingerprint, run.progress)
     return Training(job, models, _report(history, method, data))
 
 

@@ -7,6 +7,8 @@ With d = 0 these are the slopes of (T/κ) log Σ_t exp(κ r_t), a smooth maximum
 worse it gets, so that no task pays for the others. d answers for what is promised, agreement with the expert, where the
 loss does not tell. κ = 0 is the papers' plain sum. A function of what was seen so far: no label, no state of its own.
 
+What is still behind after the last step is repaired: in the further steps, fallen tasks weigh as much as all the others.
+
 The weights by loss are those of group DRO (Sagawa et al. 2020, arXiv:1911.08731), with progress in the place of the loss.
 """
 
@@ -35,6 +37,15 @@ def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequ
     exponents = [strength * _relative(own) + debt for own, debt in zip(losses, debts, strict=True)]
     weights: list[float] = (torch.tensor(exponents, dtype=torch.float64).softmax(dim=0) * len(losses)).tolist()
     return weights
+
+
+def repair_weights(tasks: Sequence[str], fallen: Sequence[str]) -> list[float]:
+    """The weight of each task in a step of repair: the fallen ones have half of the whole, in equal parts; the mean is 1."""
+    others = len(tasks) - len(fallen)
+    if not fallen or not others:
+        return [1.0] * len(tasks)
+    half = len(tasks) / 2
+    return [half / len(fallen) if task in fallen else half / others for task in tasks]
 
 
 def behind(tasks: Sequence[str], judged: Mapping[int, Judged]) -> list[float]:

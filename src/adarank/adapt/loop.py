@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adarank.adapt.balance import behind, task_weights
-from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best
+from adarank.adapt.balance import behind, repair_weights, task_weights
+from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best, mean_signal, worse
 from adarank.adapt.learner import Learner
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start import Grid, Tried, best_of, find_start
@@ -115,11 +115,11 @@ def adapt(
             run.history.seconds += time.perf_counter() - started
             run.judge_if_due()
             if progress:
-                progress(run.history, settings.steps)
+                progress(run.history, run.planned())
             if stopped and not run.over():
                 run.save()
                 again = "Run the same command to continue." if state else "No state was kept."
-                raise Interrupted(f"Stopped at step {run.history.step} of {settings.steps}. {again}")
+                raise Interrupted(f"Stopped at step {run.history.step} of {run.planned()}. {again}")
             if run.history.step % settings.save_every == 0:
                 run.save()
     run.keep()
@@ -152,9 +152,7 @@ class _Run:
         step = self.history.step
         self.live.zero_grad()
         values = []
-        past = [self.history.losses[task] for task in losses]
-        weights = task_weights(past, self.settings.balance, behind(list(losses), self.history.judged))
-        for loss, weight in zip(losses.values(), weights, strict=True):
+        for loss, weight in zip(losses.values(), self._weights(list(losses)), strict=True):
             value = loss(step)
             (weight * value).backward()
             values.append(value.detach())
@@ -188,7 +186,12 @@ class _Run:
         patience, judged = self.settings.patience, self.history.judged
         if patience and judged and sum(step > self._best() for step in judged) >= patience:
             return True
-        return self.history.step >= self.settings.steps
+        step = self.history.step
+        return step >= self.settings.steps and (step >= self.settings.last_step or not self._in_need_of_repair())
+
+    def planned(self) -> int:
+        """How many steps the run is to take, as far as is known: more once a repair has begun."""
+        return self.settings.steps if self.history.step <= self.settings.steps else self.settings.last_step
 
     def keep(self) -> None:
         """Make what is learned and the network those of the kept step, and say which it is."""
@@ -211,6 +214,28 @@ class _Run:
 
     def _best(self) -> int:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
+
+    def _weights(self, tasks: list[str]) -> list[float]:
+        if self.history.step >= self.settings.steps:
+            return repair_weights(tasks, self._fallen())
+        past = [self.history.losses[task] for task in tasks]
+        return task_weights(past, self.settings.balance, behind(tasks, self.history.judged))
+
+    def _fallen(self) -> list[str]:
+        """Tasks that the last judgement found behind their start."""
+        judged = self.history.judged
+        return worse(judged[max(judged)], judged[0], self.settings.tolerance) if judged else []
+
+    def _in_need_of_repair(self) -> bool:
+        """True if what was judged last is nearer to the experts than what would be kept, but leaves a task behind its start.
+
+        Like `over`, a function of what was judged, so of the state.
+        """
+        if self.settings.keep == "last" or not self._fallen():
+            return False
+        judged = self.history.judged
+        last, best = (mean_signal(judged[step], self.settings.signal) for step in (max(judged), self._best()))
+        return last > best
 
     def _check(self, values: Mapping[str, float]) -> None:
         bad = [task for task, value in values.items() if not math.isfinite(value)]

@@ -12,6 +12,7 @@ from adarank.adapt.objective import OBJECTIVES, Filter, SelfLabel, Weights, as_w
 from adarank.settings import Settings
 
 _NAMES = ", ".join(OBJECTIVES)
+REPAIR_FACTOR = 0.25  # of the step sizes: enough to move a task by an input or two, too little to undo the others
 
 
 class AdaptSettings(Settings):
@@ -40,6 +41,8 @@ class AdaptSettings(Settings):
             number of classes, and does not depend on how sure the predictions are; `divergence` is finer.
         tolerance: how many standard errors a task's agreement may fall below the start's; 0 is not at all.
         patience: stop after so many judgements without a better step.
+        repair: rounds of further steps, each of half `check_every`, where the last step is nearer to the experts than what
+            would be kept but leaves a task behind its start; such tasks count most in them.
     """
 
     steps: int = Field(200, ge=0, description="Adam steps")
@@ -73,6 +76,9 @@ class AdaptSettings(Settings):
         0.0, ge=0, description="standard errors that a task's agreement may fall below the start's"
     )
     patience: int | None = Field(None, ge=1, description="judgements without a better step before stopping early")
+    repair: int = Field(
+        4, ge=0, description="rounds of further steps, where the last one would qualify but for some tasks"
+    )
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -99,6 +105,8 @@ class AdaptSettings(Settings):
 
     def factor(self, step: int) -> float:
         """What step sizes are multiplied by at a step, counted from 0."""
+        if step >= self.steps:
+            return REPAIR_FACTOR
         rise = round(self.warmup * self.steps)
         if step < rise:
             return (step + 1) / rise
@@ -112,4 +120,15 @@ class AdaptSettings(Settings):
 
     def due(self, step: int) -> bool:
         """True if the weights after so many steps are judged."""
+        if step > self.steps:
+            return (step - self.steps) % self._round == 0
         return step % self.check_every == 0 or step == self.steps
+
+    @property
+    def last_step(self) -> int:
+        """How many steps a run takes at most, all rounds of repair among them."""
+        return self.steps + self.repair * self._round if self.steps else 0
+
+    @property
+    def _round(self) -> int:
+        return max(1, self.check_every // 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console, Group
@@ -126,10 +127,12 @@ def scores(table: Table) -> None:
     title = f"{table.split} split, scores ×100, {table.protocol} protocol"
     if table.protocol == "transductive":
         title += " (adapted on the very inputs that are scored)"
-    grid = Grid(title=title, title_justify="left", title_style="", box=None, header_style="bold", pad_edge=False)
-    grid.add_column("model", overflow="fold", min_width=min(20, max((len(row) for row in table.rows), default=1)))
-    for name in ("mean", "norm.", *tasks):
-        grid.add_column(name, justify="right")
+    grid = Grid(title=title, title_justify="left", title_style="", box=None, header_style="bold",
+                pad_edge=False, padding=(0, 0, 0, 1))  # fmt: skip
+    first = min(20, max((len(row) for row in table.rows), default=1))
+    grid.add_column("model", overflow="fold", min_width=first)
+    for name in ("mean", "norm.", *_broken(tasks, out.width - first - 12)):
+        grid.add_column(name, justify="right", no_wrap=True)
     for row, values in table.rows.items():
         normal = table.normalised(row)
         grid.add_row(
@@ -142,6 +145,14 @@ def scores(table: Table) -> None:
     out.print(grid)
     if table.task_aware:
         out.print(TASK_AWARE)
+
+
+def _broken(names: Sequence[str], room: int) -> list[str]:
+    """Column heads, over several lines each where they do not fit beside one another. A score takes five characters."""
+    if sum(max(5, len(name)) + 1 for name in names) <= room:
+        return list(names)
+    most = max(5, room // len(names) - 1)
+    return ["\n".join(wrap(name, most)) for name in names]
 
 
 def points(ranked: Sequence[Point], most: int = 10) -> None:
