@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import adarank
+from adarank.adapt import loop
 
 
 class Net(nn.Module):
@@ -47,6 +48,17 @@ def test_merge_takes_modules_and_state_dicts_alike(problem) -> None:
     )
     assert from_modules.keys() == from_states.keys()
     assert all(torch.equal(from_modules[name], from_states[name]) for name in from_modules)
+
+
+@pytest.mark.parametrize("count", [2, 7, 20])
+def test_a_repair_takes_batches_as_other_steps_do(problem, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    base, experts, _ = problem
+    batches = {task: [torch.randn(8, 8) for _ in range(count)] for task in experts}
+    monkeypatch.setattr(loop._Run, "_in_need_of_repair", lambda self: True)
+    settings = adarank.AdaptSettings(steps=3, check_every=2, repair=4)
+    history = adarank.adapt(base, experts, batches, settings=settings).history
+    assert history.step == settings.last_step == 7
+    assert list(history.judged) == [0, 2, 3, 4, 5, 6, 7]
 
 
 def test_adapt_leaves_the_given_modules_alone(problem) -> None:

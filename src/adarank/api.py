@@ -224,7 +224,7 @@ class _Asked:
         """A copy of the expert, once it has been asked."""
         own = copy.deepcopy(module).float().eval()
         if self.named and NEED_EXPERT & self.settings.weights(task).keys():
-            seen = range(min(self.settings.steps, len(self.batches[task])))
+            seen = range(min(self.settings.last_step, len(self.batches[task])))
             self.targets[task] = [self.call(own, self.batches[task][i]) for i in seen]
         self.watched[task] = []
         count = 0

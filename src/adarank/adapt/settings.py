@@ -127,7 +127,7 @@ class AdaptSettings(Settings):
     @property
     def last_step(self) -> int:
         """How many steps a run takes at most, all rounds of repair among them."""
-        return self.steps + self.repair * self._round if self.steps else 0
+        return self.steps + self.repair * self._round if self.steps and self.keep == "best" else self.steps
 
     @property
     def _round(self) -> int:
