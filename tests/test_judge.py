@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +69,27 @@ def test_a_gain_at_one_tasks_cost_is_rolled_back_and_says_so() -> None:
     found = choose_best(judged((0.5, 0.8), (0.9, 0.79), (0.95, 0.7)), "agreement", 0.0)
     assert (found.step, found.rolled_back) == (0, True)
     assert "t1 at 2" in found.why
+
+
+@given(
+    st.lists(st.tuples(*[st.integers(0, 20)] * 3), min_size=2, max_size=5), st.sampled_from(["agreement", "divergence"])
+)
+def test_a_roll_back_names_the_tolerance_that_would_keep_the_best_step(
+    table: list[tuple[int, ...]], signal: Any
+) -> None:
+    seen = judged(*(tuple(a / 20 for a in row) for row in table))
+    seen = {
+        step: {t: replace(o, divergence=1 - o.agreement, inputs=50) for t, o in own.items()}
+        for step, own in seen.items()
+    }
+    found = choose_best(seen, signal, 0.0)
+    best = max(seen, key=lambda step: (sum(own.agreement for own in seen[step].values()), -step))
+    named = re.search(r"step (\d+), at ([\d.]+), would be kept with tolerance: ([\d.]+)", found.why)
+    assert (named is not None) == (found.rolled_back and best > 0)
+    if named:
+        assert int(named[1]) == best
+        assert best_step(seen, signal, float(named[3])) == best
+        assert best_step(seen, signal, float(named[3]) - 0.11) != best
 
 
 def test_a_gain_for_all_is_kept_and_says_why() -> None:

@@ -132,7 +132,18 @@ def choose_best(judged: Mapping[int, Judged], signal: Signal, tolerance: float) 
     names = ", ".join(f"{task} at {times}" for task, times in fell.most_common(3))
     least = f"; at {refused} of them a task agreed less with its expert{within} ({names})" if refused else ""
     why = f"none of {len(later)} judged steps was better than the start (mean {signal} {start:.4f}){least}"
-    return Choice(0, why, rolled_back=True)
+    return Choice(0, why + _forgone(judged, signal), rolled_back=True)
+
+
+def _forgone(judged: Mapping[int, Judged], signal: Signal) -> str:
+    """The step that a larger tolerance would keep, in words; nothing where none is better than the start."""
+    start = judged[0]
+    step = max(judged, key=lambda own: (mean_signal(judged[own], signal), -own))
+    if step == 0:
+        return ""
+    errors = max((first.agreement - judged[step][t].agreement) / standard_error(first) for t, first in start.items())
+    found = (1 if signal == "agreement" else -1) * mean_signal(judged[step], signal)
+    return f"; step {step}, at {found:.4f}, would be kept with tolerance: {math.ceil(10 * errors) / 10:g}"
 
 
 def collapsed(now: Signals, start: Signals) -> bool:
