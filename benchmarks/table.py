@@ -7,9 +7,11 @@ minilm-8: FOLDER holds `models/` (base and experts) and `text/` (task data), as 
 demo-8: the experts and images that adarank ships; FOLDER takes what is written on the way.
 
 λ and rank of static methods, which adaptive ones start from, are chosen on the labelled `select` split, on grids that
-widen until the best point lies inside; adaptation reads
-no label. The reference "multi-task training" reads those of the `adapt` split; demo-8's has none, so there it needs
-`--labelled DIR`, the images that its experts were trained on (`--data` in zoo/README.md), and is left out without. Rows whose record exists are skipped; an adaptation that was cut off continues from its saved state.
+widen until the best point lies inside; adaptation reads no label. The reference "multi-task training" reads those of the
+`adapt` split; demo-8's has none, so there it needs `--labelled DIR`, the images that its experts were trained on (`--data`
+in zoo/README.md), and is left out without.
+
+Rows whose record exists are skipped; an adaptation that was cut off continues from its saved state.
 """
 
 from __future__ import annotations
@@ -247,9 +249,8 @@ class Bench:
 
             found = tried(axes)
             gained = math.inf
-            while (
-                beyond := edges(kind, found)
-            ) and gained >= WORTH:  # until the best lies inside, or it is level there
+            # until the best lies inside, or it is level there
+            while (beyond := edges(kind, found)) and gained >= WORTH:
                 near, before = _near(found), max(point.mean for point in found)
                 for axis, (_, further) in beyond.items():
                     found += [p for p in tried({**near, axis: [further]}) if p not in found]
