@@ -138,9 +138,6 @@ def foreign(data: Data) -> Data:
 
 def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
     """study -> run -> what differs."""
-    chooser = random.Random(0)
-    subsets = [tuple(t for t in tasks if t in chosen)
-               for chosen in (chooser.sample(tasks, chooser.randint(2, 6)) for _ in range(20))]  # fmt: skip
     dense = {"origin": "pretrained", "rank": 1.0, "lambda": 0.3}
     return {
         "objectives": {
@@ -186,8 +183,20 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
             "last task with another's inputs": Variant(change=foreign, fresh=True),
         },
         "tasks": {f"first {count}": Variant(tasks=tuple(tasks[:count])) for count in (2, 4)},
-        "subsets": {f"{i:02d}": Variant(tasks=own, checks=4) for i, own in enumerate(subsets)},
+        "subsets": {draw: Variant(tasks=own, checks=4) for own, draw in subsets(tasks).items()},
     }
+
+
+def subsets(tasks: list[str], count: int = 20) -> dict[tuple[str, ...], str]:
+    """So many different subsets of two to six tasks, each with the number of the draw that it came from."""
+    chooser = random.Random(0)
+    found: dict[tuple[str, ...], str] = {}
+    draw = 0
+    while len(found) < count:
+        chosen = chooser.sample(tasks, chooser.randint(2, 6))
+        found.setdefault(tuple(t for t in tasks if t in chosen), f"{draw:02d}")
+        draw += 1
+    return found
 
 
 class Studies:
