@@ -7,7 +7,7 @@ With d = 0 these are the slopes of (T/κ) log Σ_t exp(κ r_t), a smooth maximum
 worse it gets, so that no task pays for the others. d answers for what is promised, agreement with the expert, where the
 loss does not tell. κ = 0 is the papers' plain sum. A function of what was seen so far: no label, no state of its own.
 
-What is still behind after the last step is repaired: in the further steps, fallen tasks weigh as much as all the others.
+What is still behind after the last step is repaired: in the further steps, tasks with a debt weigh as much as all the others.
 
 The weights by loss are those of group DRO (Sagawa et al. 2020, arXiv:1911.08731), with progress in the place of the loss.
 """
@@ -39,13 +39,17 @@ def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequ
     return weights
 
 
-def repair_weights(tasks: Sequence[str], fallen: Sequence[str]) -> list[float]:
-    """The weight of each task in a step of repair: the fallen ones have half of the whole, in equal parts; the mean is 1."""
-    others = len(tasks) - len(fallen)
-    if not fallen or not others:
-        return [1.0] * len(tasks)
-    half = len(tasks) / 2
-    return [half / len(fallen) if task in fallen else half / others for task in tasks]
+def repair_weights(debts: Sequence[float]) -> list[float]:
+    """The weight of each task in a step of repair: those with a debt have half of the whole, in equal parts; the mean is 1.
+
+    Not those alone that were behind at the last judgement: whoever was of late would fall next.
+    """
+    owing = sum(debt > 0 for debt in debts)
+    others = len(debts) - owing
+    if not owing or not others:
+        return [1.0] * len(debts)
+    half = len(debts) / 2
+    return [half / owing if debt > 0 else half / others for debt in debts]
 
 
 def behind(tasks: Sequence[str], judged: Mapping[int, Judged]) -> list[float]:

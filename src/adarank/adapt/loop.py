@@ -216,10 +216,10 @@ class _Run:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
 
     def _weights(self, tasks: list[str]) -> list[float]:
+        debts = behind(tasks, self.history.judged)
         if self.history.step >= self.settings.steps:
-            return repair_weights(tasks, self._fallen())
-        past = [self.history.losses[task] for task in tasks]
-        return task_weights(past, self.settings.balance, behind(tasks, self.history.judged))
+            return repair_weights(debts)
+        return task_weights([self.history.losses[task] for task in tasks], self.settings.balance, debts)
 
     def _fallen(self) -> list[str]:
         """Tasks that the last judgement found behind their start."""

@@ -12,7 +12,7 @@ from adarank.adapt.objective import OBJECTIVES, Filter, SelfLabel, Weights, as_w
 from adarank.settings import Settings
 
 _NAMES = ", ".join(OBJECTIVES)
-REPAIR_FACTOR = 0.25  # of the step sizes: enough to move a task by an input or two, too little to undo the others
+REPAIR_FACTOR = 0.5  # of the step sizes: enough to move a task by some inputs, too little to undo the others
 
 
 class AdaptSettings(Settings):
