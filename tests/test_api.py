@@ -55,7 +55,7 @@ def test_a_repair_takes_batches_as_other_steps_do(problem, monkeypatch: pytest.M
     base, experts, _ = problem
     batches = {task: [torch.randn(8, 8) for _ in range(count)] for task in experts}
     monkeypatch.setattr(loop._Run, "_in_need_of_repair", lambda self: True)
-    settings = adarank.AdaptSettings(steps=3, check_every=2, repair=4)
+    settings = adarank.AdaptSettings(steps=3, check_every=2, repair=4)  # rounds of one step
     history = adarank.adapt(base, experts, batches, settings=settings).history
     assert history.step == settings.last_step == 7
     assert list(history.judged) == [0, 2, 3, 4, 5, 6, 7]

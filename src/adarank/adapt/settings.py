@@ -41,8 +41,8 @@ class AdaptSettings(Settings):
             number of classes, and does not depend on how sure the predictions are; `divergence` is finer.
         tolerance: how many standard errors a task's agreement may fall below the start's; 0 is not at all.
         patience: stop after so many judgements without a better step.
-        repair: rounds of further steps, each of half `check_every`, where the last step is nearer to the experts than what
-            would be kept but leaves a task behind its start; such tasks count most in them.
+        repair: rounds of further steps, each of a quarter of `check_every`, where the last step is nearer to the experts
+            than what would be kept but leaves a task behind its start; such tasks count most in them.
     """
 
     steps: int = Field(200, ge=0, description="Adam steps")
@@ -77,7 +77,7 @@ class AdaptSettings(Settings):
     )
     patience: int | None = Field(None, ge=1, description="judgements without a better step before stopping early")
     repair: int = Field(
-        4, ge=0, description="rounds of further steps, where the last one would qualify but for some tasks"
+        8, ge=0, description="rounds of further steps, where the last one would qualify but for some tasks"
     )
 
     @field_validator("objective", mode="before")
@@ -131,4 +131,4 @@ class AdaptSettings(Settings):
 
     @property
     def _round(self) -> int:
-        return max(1, self.check_every // 2)
+        return max(1, self.check_every // 4)
