@@ -116,8 +116,8 @@ MINILM = Bed(
     {"steps": 120, "batch_size": 16, "lr": 5e-5},
     {"steps": 100, "check_every": 25},
 )
-# Chosen by the agreement of self-labels with the experts on unlabelled select inputs, among four pairs of step sizes.
-_DEMO = {"steps": 150, "batch_size": 16, "lr_masks": 5e-3, "lr_lambda": 2e-2, "schedule": "cosine"}
+# lr × steps is that of AdaMerging's released vision settings: 1e-3 × 500.
+_DEMO = {"steps": 150, "batch_size": 16, "lr_masks": 1 / 300, "lr_lambda": 1 / 300}
 DEMO = Bed(
     "demo-8",
     demo.ZOO / "recipe.yaml",
@@ -135,17 +135,15 @@ class Adapted:
         start: the static row whose settings, chosen on select with labels, it starts from, with entropy and the last step
             kept as in the papers. None: all is as adarank does by default, with no label anywhere.
         parameters: all its others.
-        adapt: settings of the loop that differ from the bed's, or from the defaults.
+        steps: where it differs from the bed's: so many, each as much larger as they are fewer.
     """
 
     method: str
     start: str | None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    adapt: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
 
 
-# Rows beside the papers' main ones, on two cores: the papers' movement in fewer steps.
-_FAST = {"steps": 100, "check_every": 50, "lr_lambda": 2.5e-3}
 _AVERAGE, _BASE = {"origin": "average"}, {"origin": "pretrained", "rank": 1.0}
 ADAPTED: dict[str, Adapted] = {
     "AdaRank": Adapted("adarank", None),
@@ -157,8 +155,8 @@ ADAPTED: dict[str, Adapted] = {
     "TA+AdaRank": Adapted("adarank", "TA", _BASE),
     "CART++": Adapted("cart++", "CART", _AVERAGE),
     "AdaMerging": Adapted("adamerging", "TA", _BASE),
-    "AdaMerging, task-wise": Adapted("adamerging", "TA", {**_BASE, "lambda_per": "task"}, adapt=_FAST),
-    "AdaMerging++": Adapted("adamerging++", "TIES", _BASE, adapt=_FAST),
+    "AdaMerging, task-wise": Adapted("adamerging", "TA", {**_BASE, "lambda_per": "task"}, steps=100),
+    "AdaMerging++": Adapted("adamerging++", "TIES", _BASE, steps=100),
     "CART+AdaRank, masks only": Adapted("adarank", "CART", {**_AVERAGE, "learn_lambda": False}),
     "TA+AdaRank, masks only": Adapted("adarank", "TA", {**_BASE, "learn_lambda": False}),
 }
@@ -319,8 +317,11 @@ class Bench:
         chosen = "nothing: as adarank does by default, without labels"
         changes["adapt"] = {} if row == "AdaRank" else dict(self.bed.bases)
         if own.start:
-            loop = self.bed.adapt[parameters.get("origin", "pretrained")]
-            changes["adapt"] = {"preset": "paper", **loop, **own.adapt}
+            loop = dict(self.bed.adapt[parameters.get("origin", "pretrained")])
+            if own.steps:
+                larger = loop["steps"] / own.steps
+                loop |= {"steps": own.steps, **{name: larger * loop[name] for name in ("lr_masks", "lr_lambda")}}
+            changes["adapt"] = {"preset": "paper", **loop}
             chosen = "start: λ and rank on select, with labels; adaptation: no labels"
         if not out.exists():
             progress = _Printer(row, seed)
