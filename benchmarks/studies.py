@@ -222,7 +222,7 @@ class Studies:
             self.record["start"] = content["start"]
         self.record["runs"].setdefault(study, {})[label] = content
         self.record |= {
-            "correlations": correlations([run for own in self.record["runs"].values() for run in own.values()]),
+            "correlations": correlations(list(self.bench.data), [r for own in self.record["runs"].values() for r in own.values()]),
             "command": f"python benchmarks/studies.py {self.bench.bed.name} FOLDER",
             "scored_per_task": self.size.scored, "seed": 0, "inputs": self.bench.inputs, "versions": versions(), "machine": machine(),
         }  # fmt: skip
@@ -299,19 +299,18 @@ def score(check: Mapping[str, Any]) -> float:
     return statistics.mean(check["scores"].values())
 
 
-def correlations(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def correlations(tasks: list[str], runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Spearman's ρ between each signal and the labelled score.
 
     `all_checks`: means over tasks, all runs' checks together, runs of all tasks alone. `per_task`: for each task, over all
     checks of those runs; the mean of these.
     """
     found = {}
-    whole = [run for run in runs if len(run["tasks"]) == max(len(own["tasks"]) for own in runs)]
-    checks = [check for run in whole for check in run["checks"]]
+    checks = [check for run in runs if run["tasks"] == tasks for check in run["checks"]]
     for name, sign in SIGNALS.items() if len(checks) > 2 else ():
         all_checks = spearmanr([sign * mean(own, name) for own in checks], [score(own) for own in checks])
         own_tasks = []
-        for task in checks[0]["scores"]:
+        for task in tasks:
             x = [sign * own["signals"][task][name] for own in checks]
             y = [own["scores"][task] for own in checks]
             if len(set(x)) > 1 and len(set(y)) > 1:
