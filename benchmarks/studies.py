@@ -218,7 +218,7 @@ class Studies:
         loop = {"steps": self.size.steps, "check_every": self.size.steps // (variant.checks or self.size.checks),
                 "check_inputs": self.size.watched, **variant.adapt}  # fmt: skip
         content = self._adapt(label, tasks, parameters, loop, variant)
-        if not self.record["runs"] and study == "objectives":
+        if label == "self-label":
             self.record["start"] = content["start"]
         self.record["runs"].setdefault(study, {})[label] = content
         self.record |= {
