@@ -172,6 +172,7 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
         },
         "data": {
             "16 inputs a task": Variant(change=budget(16)),
+            "16 inputs a task, λ alone": Variant({"learn_masks": False}, change=budget(16)),
             "1%": Variant(change=share(0.01)),
             "10%": Variant(change=share(0.1)),
         },

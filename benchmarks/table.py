@@ -8,8 +8,8 @@ demo-8: the experts and images that adarank ships; FOLDER takes what is written 
 
 λ and rank of static methods, which adaptive ones start from, are chosen on the labelled `select` split, on grids that
 widen until the best point lies inside; adaptation reads no label. The reference "multi-task training" reads those of the
-`adapt` split; demo-8's has none, so there it needs `--labelled DIR`, the images that its experts were trained on (`--data`
-in zoo/README.md), and is left out without.
+rows that the experts were trained on: `train.tsv` beside minilm-8's `test.tsv`; demo-8's are not shipped, so there it
+needs `--labelled DIR`, its sources (`--data` in zoo/README.md), and is left out without.
 
 Rows whose record exists are skipped; an adaptation that was cut off continues from its saved state.
 """
@@ -113,7 +113,7 @@ MINILM = Bed(
         origin: {"steps": 250, "batch_size": 8, "lr_masks": rate, "lr_lambda": rate}
         for origin, rate in (("pretrained", 1e-3), ("average", 2e-3))
     },
-    {"steps": 120, "batch_size": 16, "lr": 5e-5},
+    {"steps": 600, "batch_size": 8, "lr": 1e-4, "heads": "expert"},  # in so few steps fresh heads would not get far
     {"steps": 100, "check_every": 25},
 )
 # lr × steps is that of AdaMerging's released vision settings: 1e-3 × 500.
@@ -335,37 +335,44 @@ class Bench:
         self.record(row, seed, content)
 
     def trained(self, row: str, seed: int) -> None:
-        """The reference, on the labels of the adapt split. It has heads of its own."""
+        """The reference, with labels, on what the experts were trained on. It has heads of its own."""
         out = self.folder / "out" / self.path(row, seed).stem
-        changes: dict[str, Any] = {"merge_method": "multitask", "parameters": dict(self.bed.training), "seed": seed}
-        data: dict[str, TaskData] | None = self._data_of(seed)
-        if self.bed is DEMO:
-            if self.labelled is None:
-                print(f"{row}: left out; give --labelled", flush=True)
-                return
-            changes["models"], data = self._labelled_models(self.labelled), None
+        if self.bed is DEMO and self.labelled is None:
+            print(f"{row}: left out; give --labelled", flush=True)
+            return
+        changes = {"merge_method": "multitask", "parameters": dict(self.bed.training), "seed": seed,
+                   "models": self._labelled_models()}  # fmt: skip
         if not out.exists():
-            pipeline.merge(self.recipe(changes), out, progress=_Printer(row, seed), data=data)
+            pipeline.merge(self.recipe(changes), out, progress=_Printer(row, seed))
         merged = json.loads((out / "adarank.json").read_text())
         checkpoint = Checkpoint(out)
         self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
         content = {key: merged[key] for key in ("settings", "training", "peak_resident_bytes")}
-        content |= {"merge_seconds": merged["seconds"], "chosen": "by hand; trained on the labels of the adapt split"}
+        content |= {
+            "merge_seconds": merged["seconds"],
+            "chosen": "by hand; trained on labels of the experts' training rows",
+        }
         with scoring.heads_of(out, self.models):
             self.record(row, seed, content)
 
-    def _labelled_models(self, sources: Path) -> list[dict[str, Any]]:
-        """demo-8's models, each task's adapt file being the train part of its source, with labels."""
+    def _labelled_models(self) -> list[dict[str, Any]]:
+        """The bed's models, each task's adapt file being what its expert was trained on, with labels."""
         models = self.recipe({}).model_dump(mode="json", by_alias=True, exclude_unset=True)["models"]
         for entry in models:
-            name = entry["task"]["name"]
-            path = self.folder / "labelled" / f"{name}.npz"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with np.load(sources / f"{name}.npz") as source:
-                    np.savez(path, image=source["train_x"], label=source["train_y"])
-            entry["task"]["data"] = {**entry["task"]["data"], "adapt": str(path)}
+            own = entry["task"]
+            scored = own["data"] if isinstance(own["data"], dict) else {"test": own["data"]}
+            own["data"] = {**scored, "adapt": self._training_file(own["name"])}
         return list(models)
+
+    def _training_file(self, task: str) -> str:
+        if self.labelled is None:
+            return f"text/{task}/train.tsv"
+        path = self.folder / "labelled" / f"{task}.npz"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with np.load(self.labelled / f"{task}.npz") as source:
+                np.savez(path, image=source["train_x"], label=source["train_y"])
+        return str(path)
 
     def _data_of(self, seed: int) -> dict[str, TaskData]:
         """The tasks with an adaptation seed of their own: what is read and how it is split stays."""
@@ -467,7 +474,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=Path, help="default: records/BED")
     parser.add_argument("--rows", nargs="*", default=[])
-    parser.add_argument("--labelled", type=Path, metavar="DIR", help="demo-8: its sources, with labels")
+    parser.add_argument("--labelled", type=Path, metavar="DIR", help="demo-8 alone: its sources, with labels")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="at most so many of each row")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(

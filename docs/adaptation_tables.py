@@ -58,7 +58,8 @@ def tables() -> list[str]:
 
 def _cells(run: Run) -> str:
     first, best, last = run["checks"][0], kept(run), run["checks"][-1]
-    gone = f", {len(run['collapse_seen'])} tasks collapsed" if run["collapse_seen"] else ""
+    count = len(run["collapse_seen"])
+    gone = f", {count} task{'s' if count > 1 else ''} collapsed" if count else ""
     back = " (rolled back)" if run["rolled_back"] else ""
     return (f"{agreement(first):.1f} → {agreement(best):.1f}{back} | {score(first):.1f} → {score(best):.1f} | {score(last):.1f}{gone}")  # fmt: skip
 
