@@ -175,10 +175,27 @@ def test_evaluate_counts_right_answers(problem) -> None:
     assert adarank.evaluate(experts, wrong) == {"a": 0.0}
 
 
-def test_an_adaptive_name_given_to_merge_points_to_adapt(problem) -> None:
-    base, experts, _ = problem
-    with pytest.raises(adarank.AdaRankError, match=r"adarank\.adapt"):
-        adarank.merge(base, experts, "adarank")
+@pytest.mark.parametrize(
+    ("call", "method", "where"),
+    [
+        ("merge", "adarank", r"adarank\.adapt"),
+        ("merge", "emr", r"adarank\.merge_each"),
+        ("merge", "twin_merging", r"adarank\.from_bundle"),
+        ("merge", "multitask", r"adarank\.merge_recipe"),
+        ("merge", "crat", "'cart'"),
+        ("merge_each", "cart", r"adarank\.merge\."),
+        ("merge_each", "wemoe", r"adarank\.from_bundle"),
+        ("adapt", "cart", r"adarank\.merge\."),
+        ("adapt", "tsv_c", r"adarank\.merge_each"),
+        ("adapt", "surgery", r"adarank\.from_bundle"),
+        ("adapt", "adarnk", "'adarank'"),
+    ],
+)
+def test_a_method_of_another_kind_points_to_where_it_is_had(problem, call: str, method: str, where: str) -> None:
+    base, experts, batches = problem
+    given = (base, experts, batches) if call == "adapt" else (base, experts)
+    with pytest.raises(adarank.AdaRankError, match=where):
+        getattr(adarank, call)(*given, method=method)
 
 
 def test_tasks_without_batches_are_all_named(problem) -> None:

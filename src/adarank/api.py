@@ -25,6 +25,7 @@ from adarank.methods import METHODS, Informed, Method, merge_tensors
 from adarank.methods.taskwise import Taskwise, in_memory, rebuilt, sites_of
 from adarank.methods.weights import resolve
 from adarank.models import share
+from adarank.modular import MODULAR
 from adarank.multitask import Multitask
 from adarank.select import Select
 from adarank.settings import nearest, parse
@@ -163,7 +164,7 @@ def adapt(
         AdaRankError: as for `merge`, and if a loss is not finite.
     """
     if method not in ADAPTIVE:
-        raise RecipeError(f"method: '{method}' does not adapt.{nearest(method, ADAPTIVE)}")
+        raise RecipeError(f"method: '{method}' does not adapt.{_elsewhere(method) or nearest(method, ADAPTIVE)}")
     empty = [task for task in experts if not batches.get(task)]
     if empty:
         raise DataError(
@@ -358,13 +359,23 @@ def evaluate(
 def _method(network: Network, method: str, parameters: Mapping[str, Any] | None) -> Method:
     """A data-free method with its settings, checked against the network."""
     if method not in METHODS:
-        hint = " It adapts on data: use adarank.adapt." if method in ADAPTIVE else nearest(method, METHODS)
-        hint = " It trains on labels: give it as a recipe." if method == Multitask.name else hint
-        raise RecipeError(f"method: '{method}' is no data-free method.{hint}")
+        hint = _elsewhere(method) or nearest(method, METHODS)
+        raise RecipeError(f"method: '{method}' is none that merges without adapting.{hint}")
     values = resolve(METHODS[method], parameters or {}, {task: {} for task in network.tasks}, network.merged())
     chosen = parse(METHODS[method], values, f"parameters of '{method}'")
     chosen.check(network)
     return chosen
+
+
+def _elsewhere(method: str) -> str:
+    """Where a known method is to be had, after a blank; nothing for an unknown one."""
+    if method in ADAPTIVE:
+        return " It adapts on data: use adarank.adapt."
+    if method in METHODS:
+        return f" Use adarank.{'merge_each' if issubclass(METHODS[method], Taskwise) else 'merge'}."
+    if method in MODULAR:
+        return " It trains modules: give it as a recipe to adarank.merge_recipe, and load its bundle with adarank.from_bundle."
+    return " It trains on labels: give it as a recipe to adarank.merge_recipe." if method == Multitask.name else ""
 
 
 def _network(
