@@ -52,7 +52,7 @@ class Size:
     scored: int
 
 
-SIZES = {"demo-8": Size(60, 3, 128, 200), "minilm-8": Size(60, 3, 128, 50)}
+SIZES = {"demo-8": Size(60, 3, 128, 200), "minilm-8": Size(60, 3, 128, 200)}
 SIGNALS = {"agreement": 1, "divergence": -1, "histogram": -1, "entropy": -1}  # which way is better
 Data = dict[str, TaskData]
 

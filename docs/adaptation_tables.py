@@ -56,6 +56,34 @@ def tables() -> list[str]:
     return lines[:-1]
 
 
+# what one has or wants, what to say in the recipe, and the run that shows what it comes to
+CHOICES = (
+    ("nothing in particular", "nothing", "objectives", "self-label"),
+    ("four times the time", "`batch_size: 32`", "batch", "32 inputs"),
+    ("a tenth of the inputs", "nothing", "data", "10%"),
+    ("16 inputs of each task", "nothing", "data", "16 inputs a task"),
+    ("16 inputs of each task, and no patience for masks", "`learn_masks: false`", "data", "16 inputs a task, λ alone"),
+    ("classes in other shares than at use", "nothing", "faults", "classes out of balance"),
+    ("inputs that are noisy, or not the task's", "nothing: it goes back to the start", "faults", "noise on every input"),
+    ("the expert's features as well as its answers", "`objective: {self-label: 1.0, features: 0.5}`", "objectives", "self-label and features"),
+    ("a start from plain task vectors", "`origin: pretrained`", "bases", "TA"),
+    ("orthogonal task vectors", "`basis: tsv_m`", "bases", "TSV-M"),
+    ("a flat spectrum", "`basis: iso_c`", "bases", "Iso-C"),
+    ("the papers' rows", "`preset: paper`", "objectives", "entropy"),
+)  # fmt: skip
+
+
+def choices() -> list[str]:
+    """What to say for what one has, with the test scores that it came to."""
+    lines = ["| you have, or want | say | " + " | ".join(f"{bed}: start → kept (last step)" for bed in BEDS) + " |",
+             "|---" * (2 + len(BEDS)) + "|"]  # fmt: skip
+    for want, say, study, label in CHOICES:
+        runs = [studies_of(bed)["runs"].get(study, {}).get(label) for bed in BEDS]
+        cells = [f"{score(r['checks'][0]):.1f} → {score(kept(r)):.1f} ({score(r['checks'][-1]):.1f})" if r else "" for r in runs]  # fmt: skip
+        lines.append(f"| {want} | {say} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def _cells(run: Run) -> str:
     first, best, last = run["checks"][0], kept(run), run["checks"][-1]
     count = len(run["collapse_seen"])
