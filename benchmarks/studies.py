@@ -139,6 +139,7 @@ def foreign(data: Data) -> Data:
 def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
     """study -> run -> what differs."""
     dense = {"origin": "pretrained", "rank": 1.0, "lambda": 0.3}
+    often = {"check_every": "auto"}
     return {
         "objectives": {
             "self-label": Variant(),
@@ -171,10 +172,10 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
             "constant": Variant(adapt={"schedule": "constant"}),
         },
         "data": {
-            "16 inputs a task": Variant(change=budget(16)),
-            "16 inputs a task, λ alone": Variant({"learn_masks": False}, change=budget(16)),
-            "1%": Variant(change=share(0.01)),
-            "10%": Variant(change=share(0.1)),
+            "16 inputs a task": Variant(adapt=often, change=budget(16)),
+            "16 inputs a task, one error's tolerance": Variant(adapt={**often, "tolerance": 1.0}, change=budget(16)),
+            "1%": Variant(adapt=often, change=share(0.01)),
+            "10%": Variant(adapt=often, change=share(0.1)),
         },
         "batch": {f"{size} inputs": Variant(adapt={"batch_size": size}) for size in (4, 32)},
         "faults": {
@@ -257,7 +258,8 @@ class Studies:
             scores[step] = score_all(job, models, test, "test")
             return plain(step)
 
-        history = adapt(live, losses, settings, judge=judge, memory=memory, grid=method.grid, glance=glance)
+        one_pass = min(data[task].one_pass(settings.batch_size) for task in losses)
+        history = adapt(live, losses, settings, judge=judge, memory=memory, grid=method.grid, glance=glance, one_pass=one_pass)  # fmt: skip
         return report(history, scores, parameters, loop, tasks)
 
     def _experts(self, settings: Any) -> dict[str, Outputs]:

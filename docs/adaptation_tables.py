@@ -62,7 +62,7 @@ CHOICES = (
     ("four times the time", "`batch_size: 32`", "batch", "32 inputs"),
     ("a tenth of the inputs", "nothing", "data", "10%"),
     ("16 inputs of each task", "nothing", "data", "16 inputs a task"),
-    ("16 inputs of each task, and no patience for masks", "`learn_masks: false`", "data", "16 inputs a task, λ alone"),
+    ("16 inputs of each task, and a little risk", "`tolerance: 1`", "data", "16 inputs a task, one error's tolerance"),
     ("classes in other shares than at use", "nothing", "faults", "classes out of balance"),
     ("inputs that are noisy, or not the task's", "nothing: it goes back to the start", "faults", "noise on every input"),
     ("the expert's features as well as its answers", "`objective: {self-label: 1.0, features: 0.5}`", "objectives", "self-label and features"),

@@ -40,6 +40,7 @@ LAYERS = [
         "scoring",
         "pipeline",
         "api",
+        "asked",
         "demo",
         "search",
     },

@@ -57,7 +57,10 @@ def adapt_job(run: Run) -> Adaptation:
     losses = task_losses(job, models, data, settings, experts, memory)
     judge, glance = (judge_of(job, models, data, settings, experts, most) for most in (None, GLANCE))
     run.note("Adapting")
-    history = adapt(live, losses, settings, run.state, fingerprint, run.progress, judge, memory, method.grid, glance)
+    one_pass = min(own.one_pass(settings.batch_size) for own in data.values())
+    history = adapt(
+        live, losses, settings, run.state, fingerprint, run.progress, judge, memory, method.grid, glance, one_pass
+    )
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = live.mask_file(job.network.tasks, method.origin, about)
     own = {"components_kept": live.kept_share(), "kept": [round(v, 5) for v in history.kept]}
@@ -127,8 +130,8 @@ def report(
         "protocol": job.recipe.data.protocol,
         "starts": [own.named() for own in history.starts],
         "steps": history.step,
-        "stopped_early": history.step < settings.steps,
-        "repair_steps": max(0, history.step - settings.steps),
+        "stopped_early": (history.ended or 0) < settings.steps,
+        "repair_steps": history.step - (history.ended or 0),
         "step_kept": choice.step,
         "why_kept": choice.why,
         "rolled_back": choice.rolled_back,

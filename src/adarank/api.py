@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.judge import Judge, Signals, signals
 from adarank.adapt.loop import History, Loss, Memory, Progress
 from adarank.adapt.loop import adapt as run_adaptation
 from adarank.adapt.methods import ADAPTIVE
 from adarank.adapt.objective import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, running_mean
 from adarank.adapt.objective import objective as combined
 from adarank.adapt.settings import AdaptSettings
+from adarank.asked import Asked, Forward
 from adarank.checkpoint import MemorySource
 from adarank.errors import DataError, RecipeError, itemise
 from adarank.evaluate import score
@@ -33,7 +33,6 @@ from adarank.statistics import Gatherer, Sample, Store
 from adarank.task_vectors import Network, align
 
 State = Mapping[str, Tensor]
-Forward = Callable[[nn.Module, Any], Tensor]
 Objective = Callable[[Tensor], Tensor] | str | Mapping[str, float]
 
 
@@ -174,7 +173,7 @@ def adapt(
     settings, own_objective = _settled(settings or AdaptSettings(), objective, experts)
     network = _network(base, experts, select)
     call = forward or _call
-    asked = _Asked(call, batches, held_out or {}, settings, own_objective is None)
+    asked = Asked(call, batches, held_out or {}, settings, own_objective is None)
     models = share(((task, asked.expert(task, module)) for task, module in experts.items()), network)
     models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
     device = next(iter(models.shared.values())).device
@@ -198,57 +197,12 @@ def adapt(
 
     losses = {task: loss_of(task) for task in experts}
     judge = asked.judge(models.modules)
-    history = run_adaptation(live, losses, settings, progress=progress, judge=judge, memory=memory, grid=chosen.grid)
+    one_pass = min(len(batches[task]) for task in experts)
+    history = run_adaptation(
+        live, losses, settings, progress=progress, judge=judge, memory=memory, grid=chosen.grid, one_pass=one_pass
+    )
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
     return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}), history)
-
-
-@dataclass
-class _Asked:
-    """The experts' predictions on the batches, each computed once, as the modules are copied.
-
-    Attributes:
-        targets: task -> the expert's logits of each batch that adaptation will see.
-        watched: task -> batches that steps are judged on, with the expert's logits.
-    """
-
-    call: Forward
-    batches: Mapping[str, Sequence[Any]]
-    held_out: Mapping[str, Sequence[Any]]
-    settings: AdaptSettings
-    named: bool
-    targets: dict[str, list[Tensor]] = field(default_factory=dict)
-    watched: dict[str, list[tuple[Any, Tensor]]] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def expert(self, task: str, module: nn.Module) -> nn.Module:
-        """A copy of the expert, once it has been asked."""
-        own = copy.deepcopy(module).float().eval()
-        if self.named and NEED_EXPERT & self.settings.weights(task).keys():
-            seen = range(min(self.settings.last_step, len(self.batches[task])))
-            self.targets[task] = [self.call(own, self.batches[task][i]) for i in seen]
-        self.watched[task] = []
-        count = 0
-        for number, batch in enumerate(self.held_out.get(task) or self.batches[task]):
-            if count >= self.settings.check_inputs:
-                break
-            known = self.targets.get(task, []) if not self.held_out.get(task) else []
-            self.watched[task].append((batch, known[number] if number < len(known) else self.call(own, batch)))
-            count += len(self.watched[task][-1][1])
-        return own
-
-    def judge(self, modules: Mapping[str, nn.Module]) -> Judge:
-        """Compares the modules' predictions with the experts'."""
-
-        @torch.no_grad()
-        def judged(step: int) -> dict[str, Signals]:
-            found = {}
-            for task, pairs in self.watched.items():
-                own = torch.cat([self.call(modules[task], batch) for batch, _ in pairs])
-                found[task] = signals(own, torch.cat([expert for _, expert in pairs]).to(own.device))
-            return found
-
-        return judged
 
 
 def _settled(

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from adarank.adapt.balance import behind, repair_weights, task_weights
-from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best, mean_signal, worse
+from adarank.adapt.course import Course
+from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best
 from adarank.adapt.learner import Learner
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start import Grid, Tried, best_of, find_start
@@ -31,7 +32,7 @@ from adarank.errors import AdaptationError, Interrupted, RecipeError
 from adarank.writer import write_state
 
 _STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
-          "judged", "judging_seconds", "best", "starts", "memory"}  # fmt: skip
+          "judged", "judging_seconds", "best", "leader", "starts", "memory"}  # fmt: skip
 Loss = Callable[[int], Tensor]
 """step -> scalar loss of one task, with its graph."""
 Memory = dict[str, Tensor]
@@ -51,6 +52,7 @@ class History:
         judging_seconds: time spent in judging.
         choice: which step's weights were kept, once adaptation is over.
         starts: the starts that were looked at, if there was a choice.
+        ended: steps taken before any repair, once they are.
     """
 
     losses: dict[str, list[float]]
@@ -61,6 +63,7 @@ class History:
     judging_seconds: float = 0.0
     choice: Choice | None = None
     starts: list[Tried] = field(default_factory=list)
+    ended: int | None = None
 
     @property
     def step(self) -> int:
@@ -83,6 +86,7 @@ def adapt(
     memory: Memory | None = None,
     grid: Grid | None = None,
     glance: Judge | None = None,
+    one_pass: int | None = None,
 ) -> History:
     """Learn in place; what is learned and the network are those of the kept step afterwards.
 
@@ -95,6 +99,7 @@ def adapt(
         memory: what the losses remember; filled from the state when a run continues.
         grid: starts to choose from before the first step. Without one the live weights start as they are.
         glance: what chooses among them; by default the judge.
+        one_pass: steps after which the task with the fewest inputs has seen each of them, for `check_every: auto`.
 
     Raises:
         AdaptationError: a loss is not finite; names task and step.
@@ -102,7 +107,8 @@ def adapt(
         RecipeError: the state file belongs to another run.
     """
     history = History({task: [] for task in losses})
-    run = _Run(live, settings, history, state, fingerprint, judge, {} if memory is None else memory)
+    course = Course(settings, one_pass)
+    run = _Run(live, settings, course, history, state, fingerprint, judge, {} if memory is None else memory)
     glance = glance or judge
     if not run.restore() and glance is not None and grid is not None and grid.open:
         run.find_start(grid, glance)
@@ -132,12 +138,16 @@ class _Run:
 
     live: Learner
     settings: AdaptSettings
+    course: Course
     history: History
     state: Path | None
     fingerprint: str
     judge: Judge | None
     memory: Memory
-    best: dict[str, Tensor] = field(default_factory=dict)  # what was learned at the best judged step so far
+    best: dict[str, Tensor] = field(default_factory=dict)  # what was learned at the judged step that would be kept
+    leader: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # and at the one nearest to the experts, whoever fell behind
 
     def __post_init__(self) -> None:
         self.optimiser = self.live.optimiser(self.settings)
@@ -149,7 +159,9 @@ class _Run:
         self.history.judging_seconds += time.perf_counter() - started
 
     def take_step(self, losses: Mapping[str, Loss]) -> None:
-        step = self.history.step
+        step, judged = self.history.step, self.history.judged
+        if step == self.course.ended(judged):
+            self._go_back_to_leader()
         self.live.zero_grad()
         values = []
         for loss, weight in zip(losses.values(), self._weights(list(losses)), strict=True):
@@ -163,7 +175,7 @@ class _Run:
         for task, value in found.items():
             self.history.losses[task].append(value)
         for group in self.optimiser.param_groups:
-            group["lr"] = group["start"] * self.settings.factor(step)
+            group["lr"] = group["start"] * self.course.factor(step, judged)
         self.optimiser.step()
         self.live.write()
         share = self.live.kept_share()
@@ -172,30 +184,29 @@ class _Run:
 
     def judge_if_due(self) -> None:
         """Judge the weights of this moment, and remember what was learned if they are the best so far."""
-        step = self.history.step
-        if self.judge is None or not self.settings.due(step) or step in self.history.judged:
+        step, judged = self.history.step, self.history.judged
+        if self.judge is None or step in judged or not self.course.due(step, judged):
             return
         started = time.perf_counter()
-        self.history.judged[step] = dict(self.judge(step))
+        judged[step] = dict(self.judge(step))
         self.history.judging_seconds += time.perf_counter() - started
         if self._best() == step:
-            self._remember()
+            self.best = self._now()
+        if self.course.leader(judged) == step:
+            self.leader = self._now()
 
     def over(self) -> bool:
-        """True if all steps are taken, or if patience has run out: a function of what was judged, so of the state."""
-        patience, judged = self.settings.patience, self.history.judged
-        if patience and judged and sum(step > self._best() for step in judged) >= patience:
-            return True
-        step = self.history.step
-        return step >= self.settings.steps and (step >= self.settings.last_step or not self._in_need_of_repair())
+        """True if there is nothing left to do."""
+        return self.course.over(self.history.step, self.history.judged)
 
     def planned(self) -> int:
-        """How many steps the run is to take, as far as is known: more once a repair has begun."""
-        return self.settings.steps if self.history.step <= self.settings.steps else self.settings.last_step
+        """How many steps the run is to take, as far as is known."""
+        return self.course.planned(self.history.step, self.history.judged)
 
     def keep(self) -> None:
         """Make what is learned and the network those of the kept step, and say which it is."""
         last = self.history.step
+        self.history.ended = last if self.judge is None else self.course.ended(self.history.judged)
         if self.settings.keep == "last" or not self.history.judged:
             why = (
                 "the last step, as keep: last asks"
@@ -209,33 +220,26 @@ class _Run:
             self._set(self.best)
             self.live.write()
 
-    def _remember(self) -> None:
-        self.best = {name: own.detach().clone() for name, own in self.live.learned().items()}
+    def _now(self) -> dict[str, Tensor]:
+        """What is learned, as it is at this moment."""
+        return {name: own.detach().clone() for name, own in self.live.learned().items()}
 
     def _best(self) -> int:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
 
+    def _go_back_to_leader(self) -> None:
+        """Begin a repair at the step that is nearest to the experts, with an optimiser that knows nothing of those after it."""
+        if self.course.leader(self.history.judged) != self.history.step:
+            self._set(self.leader)
+            self.live.write()
+            self.optimiser = self.live.optimiser(self.settings)
+
     def _weights(self, tasks: list[str]) -> list[float]:
-        debts = behind(tasks, self.history.judged)
-        if self.history.step >= self.settings.steps:
+        judged = self.history.judged
+        debts = behind(tasks, self.course.counts(judged))
+        if self.course.ended(judged) is not None:
             return repair_weights(debts)
         return task_weights([self.history.losses[task] for task in tasks], self.settings.balance, debts)
-
-    def _fallen(self) -> list[str]:
-        """Tasks that the last judgement found behind their start."""
-        judged = self.history.judged
-        return worse(judged[max(judged)], judged[0], self.settings.tolerance) if judged else []
-
-    def _in_need_of_repair(self) -> bool:
-        """True if what was judged last is nearer to the experts than what would be kept, but leaves a task behind its start.
-
-        Like `over`, a function of what was judged, so of the state.
-        """
-        if self.settings.keep == "last" or not self._fallen():
-            return False
-        judged = self.history.judged
-        last, best = (mean_signal(judged[step], self.settings.signal) for step in (max(judged), self._best()))
-        return last > best
 
     def _check(self, values: Mapping[str, float]) -> None:
         bad = [task for task, value in values.items() if not math.isfinite(value)]
@@ -270,6 +274,7 @@ class _Run:
             "judged": {step: {t: asdict(own) for t, own in seen.items()} for step, seen in self.history.judged.items()},
             "judging_seconds": self.history.judging_seconds,
             "best": self.best,
+            "leader": self.leader,
             "starts": [asdict(own) for own in self.history.starts],
             "memory": {name: own.cpu() for name, own in self.memory.items()},
         }
@@ -295,7 +300,7 @@ class _Run:
             content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
         )
         self.history.starts = starts
-        self.best = content["best"]
+        self.best, self.leader = content["best"], content["leader"]
         self.memory.clear()
         self.memory.update(content["memory"])
         return True

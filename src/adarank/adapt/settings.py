@@ -11,8 +11,8 @@ from adarank.adapt.judge import Signal
 from adarank.adapt.objective import OBJECTIVES, Filter, SelfLabel, Weights, as_weights, check_objective
 from adarank.settings import Settings
 
+AUTO: Literal["auto"] = "auto"
 _NAMES = ", ".join(OBJECTIVES)
-REPAIR_FACTOR = 0.5  # of the step sizes: enough to move a task by some inputs, too little to undo the others
 
 
 class AdaptSettings(Settings):
@@ -34,15 +34,18 @@ class AdaptSettings(Settings):
         logit: mask logits start at plus and minus this.
         clamp: λ is used clamped to this range.
         save_every: steps between two saves of the state.
-        check_every, check_inputs: steps between two judgements, and inputs per task that each looks at.
+        check_every: steps between two judgements; `auto` is 40, or two passes over the inputs of the task with the fewest
+            where that is less, 5 at least.
+        check_inputs: inputs per task that a judgement looks at, at most.
         keep: `best`: the judged step nearest to the experts at which no task agrees less with its expert than at the
             start, which is the start itself if there is none. `last`: the last step, as in the papers.
         signal: what nearest means. `agreement` is in the unit of what is promised, weighs tasks alike whatever their
             number of classes, and does not depend on how sure the predictions are; `divergence` is finer.
         tolerance: how many standard errors a task's agreement may fall below the start's; 0 is not at all.
-        patience: stop after so many judgements without a better step.
-        repair: rounds of further steps, each of a quarter of `check_every`, where the last step is nearer to the experts
-            than what would be kept but leaves a task behind its start; such tasks count most in them.
+        patience: take no further steps after so many judgements in a row that were no nearer to the experts; `keep: last`
+            takes them all.
+        repair: rounds of further steps, each of a quarter of `check_every` (5 steps at least, if that has as many), from the
+            judged step nearest to the experts, where it leaves some task behind its start; such tasks count most in them.
     """
 
     steps: int = Field(200, ge=0, description="Adam steps")
@@ -68,17 +71,19 @@ class AdaptSettings(Settings):
     logit: float = Field(0.1, gt=0, description="mask logits start at ±this")
     clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
     save_every: int = Field(25, ge=1, description="steps between two saves of the state")
-    check_every: int = Field(40, ge=1, description="steps between two judgements without labels")
+    check_every: int | Literal["auto"] = Field(
+        AUTO, description="steps between two judgements without labels; auto: 40, fewer where inputs are few"
+    )
     check_inputs: int = Field(256, ge=1, description="inputs per task that a judgement looks at, at most")
     keep: Literal["best", "last"] = Field("best", description="the step whose weights are written")
     signal: Signal = Field("agreement", description="with the experts, by which best is meant")
     tolerance: float = Field(
         0.0, ge=0, description="standard errors that a task's agreement may fall below the start's"
     )
-    patience: int | None = Field(None, ge=1, description="judgements without a better step before stopping early")
-    repair: int = Field(
-        8, ge=0, description="rounds of further steps, where the last one would qualify but for some tasks"
+    patience: int | None = Field(
+        5, ge=1, description="judgements in a row no nearer to the experts after which steps end; null is never"
     )
+    repair: int = Field(8, ge=0, description="rounds of further steps, where the best would qualify but for some tasks")
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -97,6 +102,8 @@ class AdaptSettings(Settings):
 
     @model_validator(mode="after")
     def _ranges(self) -> AdaptSettings:
+        if self.check_every != AUTO and self.check_every < 1:
+            raise ValueError(f"check_every: needs at least one step, or auto, got {self.check_every}")
         if self.clamp is not None and self.clamp[0] > self.clamp[1]:
             raise ValueError(f"clamp: {self.clamp[0]} is above {self.clamp[1]}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -105,8 +112,6 @@ class AdaptSettings(Settings):
 
     def factor(self, step: int) -> float:
         """What step sizes are multiplied by at a step, counted from 0."""
-        if step >= self.steps:
-            return REPAIR_FACTOR
         rise = round(self.warmup * self.steps)
         if step < rise:
             return (step + 1) / rise
@@ -117,18 +122,3 @@ class AdaptSettings(Settings):
     def weights(self, task: str) -> Weights:
         """objective -> weight, for one task."""
         return as_weights(self.objectives.get(task, self.objective))
-
-    def due(self, step: int) -> bool:
-        """True if the weights after so many steps are judged."""
-        if step > self.steps:
-            return (step - self.steps) % self._round == 0
-        return step % self.check_every == 0 or step == self.steps
-
-    @property
-    def last_step(self) -> int:
-        """How many steps a run takes at most, all rounds of repair among them."""
-        return self.steps + self.repair * self._round if self.steps and self.keep == "best" else self.steps
-
-    @property
-    def _round(self) -> int:
-        return max(1, self.check_every // 4)

@@ -69,8 +69,12 @@ class TaskData:
             raise DataError(
                 f"task '{self.name}': no rows to adapt on. Give its data an adapt split, or a larger adapt fraction."
             )
-        per_pass = -(-len(rows) // size)
+        per_pass = self.one_pass(size)
         return self._pass(step // per_pass, size)[step % per_pass]
+
+    def one_pass(self, size: int) -> int:
+        """Steps after which each row of the adapt split has been seen."""
+        return -(-len(self.splits.rows["adapt"]) // size)
 
     def _pass(self, number: int, size: int) -> tuple[tuple[int, ...], ...]:
         return _one_pass(self.splits.rows["adapt"], tuple(self.examples.lengths), size, number, self.seed, self.name)

@@ -1,0 +1,112 @@
+"""How a run goes: steps, until they are used up or bring nothing nearer to the experts, and then rounds of repair.
+
+All of it is a function of the settings and of what was judged, so of the saved state: an interrupted run goes on as it
+would have gone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adarank.adapt.judge import Judged, best_step, mean_signal, worse
+from adarank.adapt.settings import AUTO, AdaptSettings
+
+EVERY = 40  # steps between two judgements, at most
+PASSES = 2  # over the inputs of the task that has fewest: what is learned from few is learned, and overdone, sooner
+SHORTEST = 5  # steps between two judgements, and steps of a round, at least
+REPAIR_FACTOR = 0.5  # of the step sizes: enough to move a task by some inputs, too little to undo the others
+Seen = Mapping[int, Judged]
+
+
+@dataclass(frozen=True)
+class Course:
+    """When a run is judged, when its steps end, and when it is repaired.
+
+    Attributes:
+        one_pass: steps after which the task with the fewest inputs has seen each of them; None if that is not known.
+    """
+
+    settings: AdaptSettings
+    one_pass: int | None = None
+
+    @property
+    def every(self) -> int:
+        """Steps between two judgements."""
+        if self.settings.check_every != AUTO:
+            return self.settings.check_every
+        return EVERY if self.one_pass is None else min(EVERY, max(SHORTEST, PASSES * self.one_pass))
+
+    @property
+    def round(self) -> int:
+        """Steps of a round of repair."""
+        return min(self.every, max(SHORTEST, self.every // 4))
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of repair, at most."""
+        return self.settings.repair if self.settings.steps and self.settings.keep == "best" else 0
+
+    @property
+    def longest(self) -> int:
+        """How many steps a run takes at most."""
+        return self.settings.steps + self.rounds * self.round
+
+    def due(self, step: int, judged: Seen) -> bool:
+        """True if the weights after so many steps are judged."""
+        ended = self.ended(judged)
+        if ended is None or step <= ended:
+            return step % self.every == 0 or step == self.settings.steps
+        return (step - ended) % self.round == 0
+
+    def ended(self, judged: Seen) -> int | None:
+        """The judged step after which no further ones but those of a repair are taken; None while there are some to take."""
+        patience = self.settings.patience if self.settings.patience and self.settings.keep == "best" else math.inf
+        leader, since = 0, 0
+        for step in sorted(judged):
+            nearer = self._value(judged[step]) > self._value(judged[leader])
+            leader, since = (step, 0) if nearer else (leader, since + (step > 0))
+            if step >= self.settings.steps or since >= patience:
+                return step
+        return None
+
+    def leader(self, judged: Seen) -> int:
+        """Of the judged steps before any repair, the one nearest to the experts, whoever fell behind; of equals the earlier."""
+        ended = self.ended(judged)
+        return max((s for s in judged if ended is None or s <= ended), key=lambda s: (self._value(judged[s]), -s))
+
+    def over(self, step: int, judged: Seen) -> bool:
+        """True if nothing is left to do after so many steps."""
+        if not judged:
+            return step >= self.settings.steps
+        ended = self.ended(judged)
+        if ended is None or step < ended:
+            return False
+        return step >= ended + self.rounds * self.round or not self._in_need_of_repair(judged, ended)
+
+    def planned(self, step: int, judged: Seen) -> int:
+        """How many steps the run is to take, as far as is known: more once a repair has begun."""
+        ended = self.ended(judged)
+        if ended is None:
+            return self.settings.steps
+        return ended if step <= ended else ended + self.rounds * self.round
+
+    def factor(self, step: int, judged: Seen) -> float:
+        """What step sizes are multiplied by at a step, counted from 0."""
+        return self.settings.factor(step) if self.ended(judged) is None else REPAIR_FACTOR
+
+    def counts(self, judged: Seen) -> Seen:
+        """The judgements that the weights of this moment come from: a repair goes on from the leader."""
+        ended, leader = self.ended(judged), self.leader(judged) if judged else 0
+        return {step: own for step, own in judged.items() if ended is None or step <= leader or step > ended}
+
+    def _in_need_of_repair(self, judged: Seen, ended: int) -> bool:
+        """True if what a round would go on from is nearer to the experts than what would be kept, but leaves a task behind."""
+        now = self.leader(judged) if max(judged) == ended else max(judged)
+        best = best_step(judged, self.settings.signal, self.settings.tolerance)
+        fallen = worse(judged[now], judged[0], self.settings.tolerance)
+        return bool(fallen) and self._value(judged[now]) > self._value(judged[best])
+
+    def _value(self, own: Judged) -> float:
+        return mean_signal(own, self.settings.signal)

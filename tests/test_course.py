@@ -1,0 +1,87 @@
+"""How a run goes: when it is judged, when its steps end, when a repair begins and from where."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from adarank.adapt import AdaptSettings
+from adarank.adapt.course import Course
+from adarank.adapt.judge import Judged, Signals, best_step, mean_signal, worse
+
+SETTINGS = AdaptSettings(steps=200)
+
+
+def told(*shares: float) -> Judged:
+    """Judged tasks with these agreements."""
+    return {f"t{i}": Signals(share, 0.1, 0.1, 0.1, 0.5, 0.5, 100) for i, share in enumerate(shares)}
+
+
+@pytest.mark.parametrize(
+    ("one_pass", "every"), [(None, 40), (1000, 40), (20, 40), (19, 38), (7, 14), (3, 6), (2, 5), (1, 5)]
+)
+def test_few_inputs_are_judged_more_often(one_pass: int | None, every: int) -> None:
+    course = Course(SETTINGS, one_pass)
+    assert course.every == every
+    assert [step for step in range(201) if course.due(step, {})] == sorted({*range(0, 201, every), 200})
+
+
+@pytest.mark.parametrize("one_pass", [None, 1, 500])
+def test_an_interval_that_was_given_is_taken(one_pass: int | None) -> None:
+    assert Course(SETTINGS.model_copy(update={"check_every": 7}), one_pass).every == 7
+
+
+@pytest.mark.parametrize(("every", "round_"), [(40, 10), (100, 25), (20, 5), (10, 5), (4, 4), (1, 1)])
+def test_rounds_of_repair_are_quarters_but_never_a_step_or_two_of_many(every: int, round_: int) -> None:
+    course = Course(SETTINGS.model_copy(update={"check_every": every, "repair": 3}))
+    assert (course.round, course.longest) == (round_, 200 + 3 * round_)
+
+
+def test_patience_counts_judgements_since_the_one_nearest_to_the_experts() -> None:
+    course = Course(SETTINGS.model_copy(update={"patience": 2}))
+    judged = {0: told(0.5, 0.5), 40: told(0.6, 0.4), 80: told(0.8, 0.4)}  # nearer, though the second task fell
+    assert course.ended(judged) is None
+    judged |= {120: told(0.6, 0.6)}
+    assert course.ended(judged) is None
+    judged |= {160: told(0.6, 0.6)}
+    assert course.ended(judged) == 160
+    assert (course.leader(judged), best_step(judged, "agreement", 0.0)) == (80, 120)
+    assert Course(course.settings.model_copy(update={"keep": "last"})).ended(judged) is None
+    assert Course(course.settings.model_copy(update={"patience": None})).ended(judged) is None
+
+
+def test_a_repair_counts_the_judgements_that_it_comes_from() -> None:
+    course = Course(SETTINGS.model_copy(update={"patience": 2}))
+    judged = {0: told(0.5, 0.5), 40: told(0.8, 0.4), 80: told(0.5, 0.3), 120: told(0.5, 0.3), 130: told(0.7, 0.5)}
+    assert (course.ended(judged), course.leader(judged)) == (120, 40)
+    assert list(course.counts(judged)) == [0, 40, 130]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_run_ends_and_keeps_a_step_that_leaves_no_task_behind(seed: int) -> None:
+    """A walk over random judgements: bounds, and that a repair begins only where something would be gained."""
+    draw = random.Random(seed)
+    chosen = {"patience": draw.choice([None, 1, 3]), "repair": draw.choice([0, 2, 8]), "check_every": draw.choice([7, 40, "auto"])}  # fmt: skip
+    course = Course(AdaptSettings(steps=draw.choice([1, 30, 200]), **chosen), draw.choice([None, 2, 30]))
+    judged: dict[int, Judged] = {}
+    step = 0
+    while True:
+        if course.due(step, judged) and step not in judged:
+            judged[step] = told(*(draw.randrange(45, 60) / 100 for _ in range(3)))
+        if course.over(step, judged):
+            break
+        before = course.ended(judged)
+        if step == before:
+            leader = course.leader(judged)
+            kept = best_step(judged, "agreement", 0.0)
+            assert mean_signal(judged[leader], "agreement") > mean_signal(judged[kept], "agreement")
+            assert worse(judged[leader], judged[0], 0.0)
+        assert step < course.longest
+        assert step <= course.planned(step, judged) <= course.longest
+        step += 1
+        assert before is None or course.ended(judged) == before  # what ended does not begin again
+    assert step in judged  # the last step always is judged
+    ended = course.ended(judged)
+    assert ended is not None
+    assert max(own for own in judged if own <= ended) == ended
