@@ -110,7 +110,13 @@ def filled(page: str, fill: Mapping[str, Callable[[], list[str]]]) -> str:
 def adaptation_page() -> str:
     """What adaptation does and what its choices come to."""
     own = adaptation_tables
-    fill = {"steps": own.steps, "studies": own.tables, "signals": own.signals, "subsets": own.subsets}
+    fill = {
+        "steps": own.steps,
+        "choices": own.choices,
+        "studies": own.tables,
+        "signals": own.signals,
+        "subsets": own.subsets,
+    }
     return filled("adaptation.in.md", fill)
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adarank.adapt.judge import Judged, best_step, mean_signal, worse
+from adarank.adapt.judge import Judged, best_step, mean_error, mean_signal, worse
 from adarank.adapt.settings import AUTO, AdaptSettings
 
 EVERY = 40  # steps between two judgements, at most
@@ -76,6 +76,17 @@ class Course:
         ended = self.ended(judged)
         return max((s for s in judged if ended is None or s <= ended), key=lambda s: (self._value(judged[s]), -s))
 
+    def source(self, judged: Seen) -> int:
+        """The judged step that a repair goes on from: the latest that is as near to the experts as the leader, but for noise.
+
+        Later ones have settled more. Noise is one standard error of the leader's mean agreement. Once a step is the
+        source, only a later one can take its place.
+        """
+        ended, leader = self.ended(judged), judged[self.leader(judged)]
+        noise = mean_error(leader) if self.settings.signal == "agreement" else 0.0
+        near = self._value(leader) - noise
+        return max(s for s, own in judged.items() if (ended is None or s <= ended) and self._value(own) >= near)
+
     def over(self, step: int, judged: Seen) -> bool:
         """True if nothing is left to do after so many steps."""
         if not judged:
@@ -97,13 +108,13 @@ class Course:
         return self.settings.factor(step) if self.ended(judged) is None else REPAIR_FACTOR
 
     def counts(self, judged: Seen) -> Seen:
-        """The judgements that the weights of this moment come from: a repair goes on from the leader."""
-        ended, leader = self.ended(judged), self.leader(judged) if judged else 0
-        return {step: own for step, own in judged.items() if ended is None or step <= leader or step > ended}
+        """The judgements that the weights of this moment come from."""
+        ended, source = self.ended(judged), self.source(judged) if judged else 0
+        return {step: own for step, own in judged.items() if ended is None or step <= source or step > ended}
 
     def _in_need_of_repair(self, judged: Seen, ended: int) -> bool:
         """True if what a round would go on from is nearer to the experts than what would be kept, but leaves a task behind."""
-        now = self.leader(judged) if max(judged) == ended else max(judged)
+        now = self.source(judged) if max(judged) == ended else max(judged)
         best = best_step(judged, self.settings.signal, self.settings.tolerance)
         fallen = worse(judged[now], judged[0], self.settings.tolerance)
         return bool(fallen) and self._value(judged[now]) > self._value(judged[best])

@@ -95,6 +95,11 @@ def standard_error(own: Signals) -> float:
     return math.sqrt(share * (1 - share) / (own.inputs + 2))
 
 
+def mean_error(judged: Judged) -> float:
+    """Standard error of the mean agreement over tasks."""
+    return math.sqrt(sum(standard_error(own) ** 2 for own in judged.values())) / len(judged)
+
+
 def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
     """Tasks whose agreement is below the start's by more than `tolerance` standard errors of it."""
     return [

@@ -32,7 +32,7 @@ from adarank.errors import AdaptationError, Interrupted, RecipeError
 from adarank.writer import write_state
 
 _STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
-          "judged", "judging_seconds", "best", "leader", "starts", "memory"}  # fmt: skip
+          "judged", "judging_seconds", "best", "source", "starts", "memory"}  # fmt: skip
 Loss = Callable[[int], Tensor]
 """step -> scalar loss of one task, with its graph."""
 Memory = dict[str, Tensor]
@@ -161,7 +161,7 @@ class _Run:
     def take_step(self, losses: Mapping[str, Loss]) -> None:
         step, judged = self.history.step, self.history.judged
         if step == self.course.ended(judged):
-            self._go_back_to_leader()
+            self._begin_repair()
         self.live.zero_grad()
         values = []
         for loss, weight in zip(losses.values(), self._weights(list(losses)), strict=True):
@@ -192,8 +192,8 @@ class _Run:
         self.history.judging_seconds += time.perf_counter() - started
         if self._best() == step:
             self.best = self._now()
-        if self.course.leader(judged) == step:
-            self.leader = self._now()
+        if self.course.source(judged) == step:
+            self.source = self._now()
 
     def over(self) -> bool:
         """True if there is nothing left to do."""
@@ -227,10 +227,10 @@ class _Run:
     def _best(self) -> int:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
 
-    def _go_back_to_leader(self) -> None:
-        """Begin a repair at the step that is nearest to the experts, with an optimiser that knows nothing of those after it."""
-        if self.course.leader(self.history.judged) != self.history.step:
-            self._set(self.leader)
+    def _begin_repair(self) -> None:
+        """Go back to where it goes on from, with an optimiser that knows nothing of later steps."""
+        if self.course.source(self.history.judged) != self.history.step:
+            self._set(self.source)
             self.live.write()
             self.optimiser = self.live.optimiser(self.settings)
 
@@ -274,7 +274,7 @@ class _Run:
             "judged": {step: {t: asdict(own) for t, own in seen.items()} for step, seen in self.history.judged.items()},
             "judging_seconds": self.history.judging_seconds,
             "best": self.best,
-            "leader": self.leader,
+            "source": self.source,
             "starts": [asdict(own) for own in self.history.starts],
             "memory": {name: own.cpu() for name, own in self.memory.items()},
         }
@@ -300,7 +300,7 @@ class _Run:
             content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
         )
         self.history.starts = starts
-        self.best, self.leader = content["best"], content["leader"]
+        self.best, self.source = content["best"], content["source"]
         self.memory.clear()
         self.memory.update(content["memory"])
         return True

@@ -45,7 +45,8 @@ class AdaptSettings(Settings):
         patience: take no further steps after so many judgements in a row that were no nearer to the experts; `keep: last`
             takes them all.
         repair: rounds of further steps, each of a quarter of `check_every` (5 steps at least, if that has as many), from the
-            judged step nearest to the experts, where it leaves some task behind its start; such tasks count most in them.
+            latest judged step that is as near to the experts as any, where it leaves some task behind its start; such
+            tasks count most in them.
     """
 
     steps: int = Field(200, ge=0, description="Adam steps")
