@@ -62,7 +62,7 @@ class Variant:
     """One run of a study: what differs from the default.
 
     Attributes:
-        change: the adaptation inputs that it sees, made from all of them.
+        change: the adaptation inputs that it sees, made from all of them; labels are the experts' answers.
         fresh: tasks whose inputs it alters, so that their experts must be asked again.
         silent: tasks without adaptation data.
         tasks: the tasks merged; None is all.
@@ -88,7 +88,7 @@ def share(part: float) -> Callable[[Data], Data]:
 
 
 def imbalanced(data: Data) -> Data:
-    """Of each task, a tenth of the inputs of every class but its most frequent one."""
+    """Of each task, a tenth of the inputs of every class but its most frequent one. Classes are what `labels` say."""
     found = {}
     for task, own in data.items():
         rows = own.splits.rows["adapt"]
@@ -242,15 +242,17 @@ class Studies:
         models = build_models(job) if variant.tasks else self.bench.models
         method, settings = job.recipe.adaptation()
         whole = {task: self.bench.data[task] for task in tasks}
-        data = variant.change(whole)
-        experts = self._experts(settings) if not variant.fresh else expert_outputs(job, models, data, settings)
+        asked = self._experts(settings)
+        # adapt inputs may have no labels: their classes are what the experts say
+        answered = {task: replace(own, labels=tuple(asked[task].logits.argmax(dim=-1).tolist())) for task, own in whole.items()}  # fmt: skip
+        data = variant.change(answered)
+        experts = asked if not variant.fresh else expert_outputs(job, models, data, settings)
         live = method.start(job.network, models.shared, settings, "cpu")
         memory: Memory = {}
         losses: dict[str, Loss] = task_losses(job, models, data, settings, experts, memory)
         for place in variant.silent:
             del losses[tasks[place]]
-        watched = self._experts(settings)
-        plain, glance = (judge_of(job, models, whole, settings, watched, most) for most in (None, GLANCE))
+        plain, glance = (judge_of(job, models, whole, settings, asked, most) for most in (None, GLANCE))
         test = {task: own.spread("test", self.size.scored) for task, own in whole.items()}
         scores: dict[int, dict[str, float]] = {}
 
