@@ -69,10 +69,10 @@ CHOICES = (
     ("Iso-C's flat spectrum", "`basis: iso_c`", "bases", "Iso-C"),
     ("Iso-CTS' common and own directions", "`basis: iso_cts`", "bases", "Iso-CTS"),
     ("a tenth of the inputs", "nothing", "data", "10%"),
-    ("16 inputs of each task", "nothing, or `tolerance: 1`:", "data", "16 inputs a task, one error's tolerance"),
+    ("16 inputs of each task", "`tolerance: 1`", "data", "16 inputs a task, one error's tolerance"),
     ("classes in other shares than at use", "nothing", "faults", "classes out of balance"),
     ("noisy inputs", "nothing", "faults", "noise on every input"),
-    ("a task without inputs", "nothing, or a `tolerance`", "faults", "last task without data"),
+    ("a task without inputs", "nothing, or some `tolerance`", "faults", "last task without data"),
     ("the papers' objective", "`objective: entropy`", "objectives", "entropy"),
 )  # fmt: skip
 
