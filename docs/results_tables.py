@@ -54,7 +54,9 @@ HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", 
 
 def flat(values: dict[str, Any]) -> str:
     """Settings in a line."""
-    return ", ".join(f"{key} {value}" for key, value in values.items())
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
+    )
 
 
 def load(bed: str, row: str) -> list[dict[str, Any]]:
