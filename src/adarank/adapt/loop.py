@@ -145,9 +145,7 @@ class _Run:
     judge: Judge | None
     memory: Memory
     best: dict[str, Tensor] = field(default_factory=dict)  # what was learned at the judged step that would be kept
-    leader: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # and at the one nearest to the experts, whoever fell behind
+    source: dict[str, Tensor] = field(default_factory=dict)  # and at the one that a repair would go on from
 
     def __post_init__(self) -> None:
         self.optimiser = self.live.optimiser(self.settings)
