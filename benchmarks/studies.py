@@ -30,10 +30,10 @@ from adarank.adaptation import task_losses
 from adarank.data.splits import Splits
 from adarank.data.task import Batch, Examples, TaskData
 from adarank.experts import Outputs, expert_outputs, judge_of
-from adarank.networks import build_models
+from adarank.networks import build_models, network_tensors
 from adarank.plan import open_job
 from adarank.record import machine, versions
-from adarank.scoring import score_all
+from adarank.scoring import score_all, score_experts
 from adarank.writer import write_json
 
 
@@ -210,6 +210,17 @@ class Studies:
         self.asked = bench.folder / "studies"
         self.asked.mkdir(parents=True, exist_ok=True)
 
+    def experts(self) -> None:
+        """What each task's own expert scores on the inputs that all runs are scored on."""
+        if "experts" not in self.record:
+            scores = score_experts(self.bench.job, self.bench.models, self._scored(list(self.bench.data)), "test")
+            self.bench.models.fill(network_tensors(self.bench.job, "base"))
+            self.record["experts"] = {task: round(own, 2) for task, own in scores.items()}
+            write_json(self.path, self.record)
+
+    def _scored(self, tasks: list[str]) -> dict[str, TaskData]:
+        return {task: self.bench.data[task].spread("test", self.size.scored) for task in tasks}
+
     def run(self, study: str, label: str, variant: Variant) -> None:
         if label in self.record["runs"].get(study, {}):
             return
@@ -253,7 +264,7 @@ class Studies:
         for place in variant.silent:
             del losses[tasks[place]]
         plain, glance = (judge_of(job, models, whole, settings, asked, most) for most in (None, GLANCE))
-        test = {task: own.spread("test", self.size.scored) for task, own in whole.items()}
+        test = self._scored(tasks)
         scores: dict[int, dict[str, float]] = {}
 
         def judge(step: int) -> Judged:
@@ -337,6 +348,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     bench = Bench(BEDS[options.bed], options.folder, options.records / options.bed)
     own = Studies(bench, options.records / options.bed / "studies.json")
+    own.experts()
     for study, variants in studies(list(bench.data)).items():
         for label, variant in variants.items():
             if (not options.studies or study in options.studies) and (not options.runs or label in options.runs):
