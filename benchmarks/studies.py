@@ -23,7 +23,7 @@ import torch
 from scipy.stats import spearmanr
 from table import BEDS, ROOT, Bench
 
-from adarank.adapt.judge import Judged, first_collapse, worse
+from adarank.adapt.judge import Back, Judged, first_collapse, worse
 from adarank.adapt.loop import History, Loss, Memory, adapt
 from adarank.adapt.start import GLANCE
 from adarank.adaptation import task_losses
@@ -240,7 +240,8 @@ class Studies:
             "scored_per_task": self.size.scored, "seed": 0, "inputs": self.bench.inputs, "versions": versions(), "machine": machine(),
         }  # fmt: skip
         write_json(self.path, self.record)
-        kept = next(own for own in content["checks"] if own["step"] == content["step_kept"])
+        chosen = (content["step_kept"], content["share_kept"])
+        kept = next(c for c in content["checks"] + content["way_back"] if (c["step"], c["share"]) == chosen)
         print(f"{study} / {label}: agreement {mean(content['checks'][0], 'agreement'):.3f} -> {mean(kept, 'agreement'):.3f}, "
               f"test {score(content['checks'][0]):.1f} -> {score(kept):.1f} (last {score(content['checks'][-1]):.1f})",
               flush=True)  # fmt: skip
@@ -265,10 +266,12 @@ class Studies:
             del losses[tasks[place]]
         plain, glance = (judge_of(job, models, whole, settings, asked, most) for most in (None, GLANCE))
         test = self._scored(tasks)
-        scores: dict[int, dict[str, float]] = {}
+        scores: dict[
+            int, list[dict[str, float]]
+        ] = {}  # a step's own first, then those of points on the way back from it
 
         def judge(step: int) -> Judged:
-            scores[step] = score_all(job, models, test, "test")
+            scores.setdefault(step, []).append(score_all(job, models, test, "test"))
             return plain(step)
 
         one_pass = min(data[task].one_pass(settings.batch_size) for task in losses)
@@ -282,25 +285,30 @@ class Studies:
         return expert_outputs(job, models, self.bench.data, wide, self.bench.inputs, self.asked)
 
 
-def report(history: History, scores: Mapping[int, Any], parameters: Any, loop: Any, tasks: list[str]) -> dict[str, Any]:
+def report(
+    history: History, scores: Mapping[int, list[dict[str, float]]], parameters: Any, loop: Any, tasks: list[str]
+) -> dict[str, Any]:
     """A run as the record has it."""
     choice = history.choice
     assert choice is not None
     best = max(history.starts, key=lambda own: own.value, default=None)
-    checks = []
-    for step, judged in sorted(history.judged.items()):
-        signals = {task: {name: round(v, 4) for name, v in asdict(own).items()} for task, own in judged.items()}
-        checks.append({"step": step, "signals": signals, "scores": {t: round(v, 2) for t, v in scores[step].items()}})
-    kept = history.judged[choice.step]
+
+    def check(own: Back) -> dict[str, Any]:
+        signals = {task: {name: round(v, 4) for name, v in asdict(seen).items()} for task, seen in own.judged.items()}
+        scored = {t: round(v, 2) for t, v in scores[own.step].pop(0).items()}
+        return {"step": own.step, "share": own.share, "signals": signals, "scores": scored}
+
     return {
         "settings": {"parameters": dict(parameters), "adapt": dict(loop)},
         "tasks": tasks,
         "start": {"rank": best.rank, "lambda": best.scale} if best else {},
         "starts_tried": len(history.starts),
-        "checks": checks,
+        "checks": [check(Back(step, 1.0, judged)) for step, judged in sorted(history.judged.items())],
+        "way_back": [check(back) for back in history.backs],
         "step_kept": choice.step,
+        "share_kept": choice.share,
         "rolled_back": choice.rolled_back,
-        "worse_at_kept": worse(kept, history.judged[0], 0.0),
+        "worse_at_kept": worse(history.judged_kept, history.judged[0], 0.0),
         "collapse_seen": first_collapse(history.judged),
         "components_kept": round(history.kept[-1], 5),
         "seconds_in_steps": round(history.seconds, 1),

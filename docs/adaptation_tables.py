@@ -27,7 +27,9 @@ def score(check: Run) -> float:
 
 
 def kept(run: Run) -> Run:
-    return next(own for own in run["checks"] if own["step"] == run["step_kept"])
+    """What is kept: a step, or a point on the way back from it."""
+    chosen = (run["step_kept"], run["share_kept"])
+    return next(own for own in run["checks"] + run["way_back"] if (own["step"], own["share"]) == chosen)
 
 
 def steps() -> list[str]:

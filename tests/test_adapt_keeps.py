@@ -209,8 +209,89 @@ def test_where_a_task_is_behind_at_the_end_further_steps_repair_it() -> None:
 def test_a_repair_that_does_not_help_ends_in_the_start() -> None:
     problem, history = seeded(Hopeless, REPAIRED)
     assert history.choice
-    assert problem.asked == [0, 8, 12, 17, 22, 27]
+    assert problem.asked == [0, 8, 12, 17, 22, 27, *[12, 27] * 4]  # steps, rounds, points on two ways back
     assert (history.step, history.choice.step, history.choice.rolled_back) == (27, 0, True)
+    assert "and 8 points on the way back" in history.choice.why
+    start, _ = seeded(Hopeless, REPAIRED.model_copy(update={"steps": 0}))
+    assert_same(problem, start)
+
+
+class Overshot(Hopeless):
+    """As hopeless, but on the way back to the start `b` is level with it where less than `near` of the way is left."""
+
+    near = 0.7
+
+    @torch.no_grad()
+    def judge(self, step: int) -> dict[str, Signals]:
+        before, found = self.__dict__.setdefault("seen", {}), super().judge(step)
+        now = {name: own.clone() for name, own in self.live.learned().items()}
+        if step not in before:
+            before[step] = now
+            return found
+        way = before[step]["lam"] - before[0]["lam"]
+        share = float((now["lam"] - before[0]["lam"]).norm() / way.norm())
+        shares = {"a": 0.5 + 0.1 * share, "b": 0.5 if share < self.near else 0.49}
+        return {task: replace(own, agreement=shares[task]) for task, own in found.items()}
+
+
+@pytest.mark.parametrize(("near", "share", "points"), [(0.9, 0.8, 1), (0.7, 0.6, 3), (0.25, 0.2, 7)])
+def test_where_repair_does_not_do_the_farthest_point_on_the_way_back_that_does_is_kept(
+    near: float, share: float, points: int
+) -> None:
+    torch.manual_seed(0)
+    problem = Overshot()
+    problem.near = near
+    history = problem.run(REPAIRED)
+    assert history.choice
+    assert (history.choice.step, history.choice.share, history.choice.rolled_back) == (12, pytest.approx(share), False)
+    assert len(history.backs) == points
+    assert history.judged_kept == history.backs[-1].judged
+    for name, own in problem.live.learned().items():
+        first, last = (problem.seen[step][name] for step in (0, 12))
+        assert torch.allclose(own, (1 - share) * first + share * last, rtol=0, atol=1e-7)
+    before = problem.net.weight.clone()
+    problem.live.write()
+    assert torch.equal(problem.net.weight, before)  # the network is that of what is kept
+
+
+def test_without_a_repair_the_way_back_leads_from_the_step_nearest_to_the_experts() -> None:
+    torch.manual_seed(0)
+    problem = Overshot()
+    problem.near = 0.65
+    history = problem.run(REPAIRED.model_copy(update={"repair": 0, "retreat": 9}))
+    assert [(own.step, round(own.share, 9)) for own in history.backs] == [(12, 0.9), (12, 0.8), (12, 0.7), (12, 0.6)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [(Overshot, {"retreat": 0}), (Overshot, {"keep": "last"}), (Falling, {}), (Losing, {})]
+)
+def test_there_is_no_way_back_where_none_is_wanted_or_needed(kind: type[Judged], change: dict[str, Any]) -> None:
+    _, history = seeded(kind, REPAIRED.model_copy(update=change))
+    assert history.backs == []
+
+
+def test_a_run_stopped_on_the_way_back_ends_the_same(tmp_path: Path) -> None:
+    whole, wanted = seeded(Overshot, REPAIRED)
+    torch.manual_seed(0)
+    first = Overshot()
+    judge = first.judge
+
+    def stopping(step: int) -> dict[str, Signals]:
+        if step in first.seen:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return judge(step)
+
+    first.seen = {}
+    first.judge = stopping  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="step 27 of 27"):
+        first.run(REPAIRED, tmp_path / "state.pt")
+    torch.manual_seed(0)
+    second = Overshot()
+    second.seen = first.seen
+    found = second.run(REPAIRED, tmp_path / "state.pt")
+    assert second.asked == [12, 27, 12]
+    assert_same(whole, second)
+    assert without_time(found) == without_time(wanted)
 
 
 @pytest.mark.parametrize(

@@ -366,3 +366,11 @@ def test_head_gives_each_task_its_own_even_inside_the_backbone() -> None:
 def test_no_experts_are_refused() -> None:
     with pytest.raises(RecipeError, match="at least one"):
         align(MemorySource(state(0), "base"), {})
+
+
+def test_without_a_base_the_embeddings_of_text_models_merge() -> None:
+    """There is none to keep them from, and the first expert's would make the order of the experts matter."""
+    experts = {task: MemorySource(encoder(seed), task) for seed, task in enumerate("ab")}
+    name = "embeddings.word_embeddings.weight"
+    assert align(None, experts, text_tasks=True).choices[name].action == "scale"
+    assert align(MemorySource(encoder(9), "base"), experts, text_tasks=True).choices[name].action == "keep"

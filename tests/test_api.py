@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 import adarank
 from adarank.adapt.course import Course
+from adarank.errors import OutputError
+from adarank.methods import METHODS, Informed
+from adarank.methods.taskwise import Taskwise
 
 
 class Net(nn.Module):
@@ -222,3 +225,31 @@ def test_tied_weights_stay_tied() -> None:
         base, experts, {t: [torch.randn(4, 6)] for t in experts}, settings=adarank.AdaptSettings(steps=2)
     )
     assert found.modules["a"].again.weight is found.modules["a"].up.weight
+
+
+@pytest.mark.parametrize("call", [lambda *given: adarank.merge(*given, "task_arithmetic", {"lambda": 1.0}),
+                                  lambda *given: adarank.merge_each(*given, "tall_masks")])  # fmt: skip
+def test_what_float16_cannot_hold_is_refused(call) -> None:
+    base = {"w": torch.zeros(4, 4, dtype=torch.float16)}
+    experts = {task: {"w": torch.full((4, 4), 60_000.0, dtype=torch.float16)} for task in "ab"}
+    with pytest.raises(
+        OutputError, match=r"'w' has values that F16 cannot hold\. Give base and experts in a wider dtype"
+    ):
+        call(base, experts)
+
+
+ALONE = ("masked", "slerp")  # takes no experts, or one
+OF_STATES = [name for name, kind in METHODS.items() if name not in ALONE and not issubclass(kind, Informed)]
+
+
+@pytest.mark.parametrize("method", OF_STATES)
+def test_an_expert_in_float64_beside_others_in_float32_merges(method: str) -> None:
+    torch.manual_seed(1)
+    base = {"w": torch.randn(6, 5), "b": torch.randn(6)}
+    near = [{n: t + 0.1 * torch.randn_like(t) for n, t in base.items()} for _ in range(2)]
+    wide = {n: t.double() for n, t in near[1].items()}
+    call = adarank.merge_each if issubclass(METHODS[method], Taskwise) else adarank.merge
+    mixed, plain = (call(base, {"a": near[0], "b": own}, method) for own in (wide, near[1]))
+    if call is adarank.merge_each:
+        mixed, plain = mixed["b"], plain["b"]
+    assert all(torch.allclose(own, plain[name], atol=1e-5) for name, own in mixed.items())

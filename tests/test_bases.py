@@ -127,3 +127,55 @@ def test_a_basis_about_the_base_takes_no_other_origin() -> None:
     w = torch.nn.Linear(2, 2)
     with pytest.raises(adarank.AdaRankError, match=r"basis.*about the base"):
         adarank.adapt(w, {"a": w}, {"a": [torch.zeros(1, 2)]}, parameters={"basis": "tsv_m", "origin": "average"})
+
+
+def low_rank(shape: tuple[int, int], rank: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(side, rank, generator=generator, dtype=torch.float64) for side in shape)
+    return left @ right.T
+
+
+def svd_cut(matrix: torch.Tensor, keep: int) -> torch.Tensor:
+    u, s, v = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    return torch.from_numpy((u[:, :keep] * s[:keep]) @ v[:keep])
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_layer_that_one_expert_left_alone_takes_no_direction_from_the_other(silent: int) -> None:
+    """The zero matrix has singular vectors too, any at all; they must not turn the other's."""
+    deltas = vectors((8, 8), 2, 3)
+    names = list(deltas)
+    deltas[names[silent]] = torch.zeros(8, 8, dtype=torch.float64)
+    other = deltas[names[1 - silent]]
+    assert torch.allclose(assembled(BASES["tsv_m"].spectra(deltas, "w")), svd_cut(other, 4))
+    found = BASES["iso_cts"].spectra(deltas, "w")
+    assert float(found[silent].s.abs().sum()) == 0
+    assert all(bool(part.u.isfinite().all()) for part in found)
+
+
+def test_identical_experts_share_their_directions() -> None:
+    one = vectors((9, 6), 1, 5)["t0"]
+    deltas = {"a": one, "b": one.clone(), "c": one.clone()}
+    assert torch.allclose(assembled(BASES["tsv_m"].spectra(deltas, "w")), svd_cut(one, 2) * 1.0)
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts"])
+@pytest.mark.parametrize("shape", [(8, 8), (12, 7), (7, 12)])
+def test_low_rank_task_vectors_merge_the_same_in_any_coordinates(name: str, shape: tuple[int, int]) -> None:
+    """f(P τ Qᵀ) = P f(τ) Qᵀ for orthogonal P and Q, which arbitrary vectors of vanishing components would break."""
+    deltas = {f"t{i}": low_rank(shape, 2, i) for i in range(2)}
+    p, q = (torch.linalg.qr(low_rank((side, side), side, 9)).Q for side in shape)
+    turned = {task: p @ delta @ q.T for task, delta in deltas.items()}
+    merged, other = (assembled(BASES[name].spectra(own, "w")) for own in (deltas, turned))
+    assert torch.allclose(other, p @ merged @ q.T, atol=1e-9)
+    if name == "iso_c":
+        s = torch.linalg.svdvals(merged)
+        assert torch.allclose(s[:4], s[0].expand(4))  # flat on the rank of the sum
+        assert float(s[4:].max()) < 1e-12
+        assert torch.isclose(s.sum(), torch.linalg.svdvals(deltas["t0"] + deltas["t1"]).sum())
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_all_zero_task_vectors_give_zero(name: str) -> None:
+    deltas = {task: torch.zeros(5, 4) for task in "ab"}
+    assert not assembled(BASES[name].spectra(deltas, "w")).any()

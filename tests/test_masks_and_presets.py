@@ -221,3 +221,24 @@ def test_settings_cannot_be_changed_after_they_are_made(kind: type[Settings]) ->
     made = kind()
     with pytest.raises(ValueError, match="frozen"):
         setattr(made, next(iter(type(made).model_fields)), 1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "preset", "start"),
+    [
+        ({}, "paper", ("average", 0.16, 2.3)),
+        ({"origin": "pretrained"}, "paper", ("pretrained", 1.0, 0.3)),
+        ({"basis": "tsv_m"}, "paper", ("pretrained", 1.0, 1.0)),
+        ({"basis": "iso_cts"}, "vit-b32-8-cart", ("pretrained", 1.0, 1.0)),
+        ({"basis": "iso_c", "lambda": 0.7}, "roberta-7-cart", ("pretrained", 1.0, 0.7)),
+        ({"origin": "pretrained", "rank": 0.5}, "paper", ("pretrained", 0.5, 0.3)),
+        ({}, "vit-b32-20-ta", ("pretrained", 1.0, 0.05)),
+        ({}, "gpt2-7-cart", ("average", 0.01, 1.3)),
+    ],
+)
+def test_a_preset_starts_where_the_papers_start_from_that_origin_and_basis(
+    parameters: dict[str, Any], preset: str, start: tuple[str, float, float]
+) -> None:
+    method, settings = with_preset("adarank", parameters, {}, preset)
+    assert (method.origin, method.rank, method.scale) == start
+    assert settings.objective == "entropy"

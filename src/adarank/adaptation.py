@@ -125,7 +125,7 @@ def report(
     choice = history.choice
     assert choice is not None  # the engine has ended
     # with keep: best only judged steps are kept, and the last one always is judged
-    start, kept = history.judged[0], kept or history.judged[choice.step]
+    start, kept = history.judged[0], kept or history.judged_kept
     return {
         "protocol": job.recipe.data.protocol,
         "starts": [own.named() for own in history.starts],
@@ -133,6 +133,7 @@ def report(
         "stopped_early": (history.ended or 0) < settings.steps,
         "repair_steps": history.step - (history.ended or 0),
         "step_kept": choice.step,
+        "share_kept": choice.share,
         "why_kept": choice.why,
         "rolled_back": choice.rolled_back,
         "seconds_in_steps": round(history.seconds, 3),
@@ -140,10 +141,8 @@ def report(
         "resumed_from": history.resumed_from,
         "losses": {task: [round(v, 5) for v in values] for task, values in history.losses.items()},
         "judged_on": {task: watched(own, settings)[1] for task, own in data.items()},
-        "judged": {
-            str(step): {task: {k: round(v, 5) for k, v in asdict(own).items()} for task, own in seen.items()}
-            for step, seen in history.judged.items()
-        },
+        "judged": {str(step): _rounded(seen) for step, seen in history.judged.items()},
+        "way_back": [{"step": own.step, "share": own.share, "judged": _rounded(own.judged)} for own in history.backs],
         "largest_class_share": {
             task: {"before": start[task].largest, "after": own.largest, "expert": own.expert_largest}
             for task, own in kept.items()
@@ -153,3 +152,7 @@ def report(
         "splits": {task: {split: len(rows) for split, rows in own.splits.rows.items()} for task, own in data.items()},
         "notes": [f"{task}: {text}" for task, own in data.items() for text in own.notes],
     }
+
+
+def _rounded(seen: Judged) -> dict[str, dict[str, float]]:
+    return {task: {name: round(value, 5) for name, value in asdict(own).items()} for task, own in seen.items()}

@@ -17,7 +17,7 @@ from adarank.adapt.objective import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View,
 from adarank.adapt.objective import objective as combined
 from adarank.adapt.settings import AdaptSettings
 from adarank.asked import Asked, Forward
-from adarank.checkpoint import MemorySource
+from adarank.checkpoint import MemorySource, cast
 from adarank.errors import DataError, RecipeError, itemise
 from adarank.evaluate import score
 from adarank.masks import MaskFile
@@ -83,6 +83,7 @@ def merge(
         RecipeError: an unknown method or setting.
         DataError: the method takes statistics, and a task has no batches or none that it can use.
         MismatchError: tensors that cannot be paired; all are listed.
+        OutputError: a merged value is beyond what the dtype can hold.
 
     Example:
         merged = adarank.merge(base.state_dict(), {"a": a.state_dict(), "b": b.state_dict()}, "cart", {"rank": 0.1})
@@ -92,7 +93,8 @@ def merge(
     chosen = _method(network, method, parameters)
     if isinstance(chosen, Informed):
         chosen = _informed(chosen, network, experts, batches or {}, forward or _call)
-    return {name: tensor.to(network.tensors[name].dtype) for name, tensor in merge_tensors(chosen, network)}
+    wider = "Give base and experts in a wider dtype, such as bfloat16."
+    return {n: cast(tensor, network.tensors[n].dtype, n, wider) for n, tensor in merge_tensors(chosen, network)}
 
 
 def merge_each(

@@ -9,6 +9,9 @@ tsv_m          the top ⌊r/T⌋ of each task vector, made orthogonal together  
 iso_c          one common block: U, V of Σ_t τ_t, every s its mean              Marczak et al., arXiv:2502.04959
 iso_cts        iso_c's top c, and (r - c)/T of each task's rest, orthogonal     the same
 
+Components that are rounding (a frozen layer's, those beyond the rank of a merged LoRA in float64) have arbitrary vectors.
+They are zero in the last three, which would give them a share of directions or of the mean, and count in no mean.
+
 With thresholds the task vectors are first processed as TIES does (`election.py`).
 """
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from adarank.election import Agreeing
-from adarank.spectrum import Spectrum, as_matrix, decompose, orthogonalise
+from adarank.spectrum import Spectrum, as_matrix, decompose, determined, orthogonalise
 
 Deltas = Mapping[str, Tensor]
 COMMON = "common"
@@ -71,7 +74,7 @@ def tsv_m(deltas: Deltas, name: str) -> list[Spectrum]:
 def iso_c(deltas: Deltas, name: str) -> list[Spectrum]:
     """No block per task, and a common one: the summed task vector with all its singular values made equal."""
     shared = decompose(_sum(deltas), name)
-    return [*(_top(shared, 0) for _ in deltas), _flat([shared])[0]]
+    return [*(_top(shared, 0) for _ in deltas), _flat([_top(shared, shared.s.numel())])[0]]
 
 
 def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
@@ -86,7 +89,9 @@ def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
     parts = []
     for task in deltas:
         matrix = as_matrix(deltas[task])
-        parts.append(_top(decompose(matrix - first.u @ (first.u.T @ matrix), name), own))
+        rest = decompose(matrix - first.u @ (first.u.T @ matrix), name)
+        # beside the task vector, not beside itself: all of it may lie in the common subspace
+        parts.append(_top(rest, own, torch.linalg.matrix_norm(matrix)))
     # the common ones come first where vectors are made orthogonal, as the paper lays them
     shared_first = _together([first, *parts])
     return _flat([*shared_first[1:], shared_first[0]])
@@ -122,8 +127,10 @@ def _sum(deltas: Deltas) -> Tensor:
     return total
 
 
-def _top(spectrum: Spectrum, count: int) -> Spectrum:
-    return Spectrum(spectrum.u[:, :count].clone(), spectrum.s[:count].clone(), spectrum.v[:, :count].clone())
+def _top(spectrum: Spectrum, count: int, largest: Tensor | None = None) -> Spectrum:
+    """The first components, those that are rounding beside the largest set to zero."""
+    there = determined(spectrum.s, largest)[:count]
+    return Spectrum(spectrum.u[:, :count] * there, spectrum.s[:count] * there, spectrum.v[:, :count] * there)
 
 
 def _together(parts: Sequence[Spectrum]) -> list[Spectrum]:
@@ -146,6 +153,7 @@ def _together(parts: Sequence[Spectrum]) -> list[Spectrum]:
 
 
 def _flat(parts: Sequence[Spectrum]) -> list[Spectrum]:
-    """The same blocks with every singular value the mean of all."""
-    mean = torch.cat([part.s for part in parts]).mean()
-    return [Spectrum(part.u, mean.expand_as(part.s).clone(), part.v) for part in parts]
+    """The same blocks with every singular value the mean of all; zero ones stay zero."""
+    every = torch.cat([part.s for part in parts])
+    mean = every.sum() / every.count_nonzero().clamp(min=1)
+    return [Spectrum(part.u, mean * (part.s > 0), part.v) for part in parts]

@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adarank.checkpoint import DTYPES, Checkpoint, Source, file_sha256
+from adarank.checkpoint import DTYPES, NAMES, Checkpoint, Source, file_sha256
 from adarank.errors import CheckpointError, itemise
 from adarank.settings import nearest
 from adarank.task_vectors import Network
-from adarank.writer import BUNDLE, NAMES, RECORD, Layout, TensorFile, layout_bytes, write_json
+from adarank.writer import BUNDLE, RECORD, Layout, TensorFile, layout_bytes, write_json
 
 FORMAT = "adarank-bundle-1"
 SHARED = "shared.safetensors"

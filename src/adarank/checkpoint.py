@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adarank.errors import CheckpointError, itemise
+from adarank.errors import CheckpointError, OutputError, itemise
 
 LEGACY = (".bin", ".pt", ".pth")
 # What PyTorch's weights-only reader raises on bytes that are no pickle of its own.
@@ -40,6 +40,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -296,3 +297,15 @@ def check_finite(tensor: Tensor, name: str, file: str) -> Tensor:
         f"{file}: tensor '{name}' has {bad} NaN or infinite value(s) of {tensor.numel()}. "
         "A merge would spread them to every task: use an earlier checkpoint of this model."
     )
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str, remedy: str) -> Tensor:
+    """`tensor` as another dtype. A float16 ends at 65,504: what is beyond it would become infinite without a word.
+
+    Raises:
+        OutputError: the dtype cannot hold a value; ends with the remedy.
+    """
+    found = tensor.to(dtype)
+    if found.dtype != tensor.dtype and found.is_floating_point() and not torch.isfinite(found).all():
+        raise OutputError(f"'{name}' has values that {NAMES[dtype]} cannot hold. {remedy}")
+    return found

@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adarank.adapt.loop import Progress, read_state
+from adarank.adapt.loop import Progress
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.state import read_state
 from adarank.data.task import TaskData
 from adarank.experts import Outputs, expert_outputs
 from adarank.models import TaskModels

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from adarank.errors import AdaptationError
 
+# Singular values of this share of the largest are rounding, and their vectors chance: an SVD is exact to a few ε.
+_ROUNDING = 32
 _STORE: ContextVar[Path | None] = ContextVar("spectra", default=None)
 
 
@@ -123,14 +125,29 @@ def effective_rank(s: Tensor, share: float = 0.95) -> int:
     return int((cumulative < share * cumulative[-1]).sum()) + 1
 
 
+def determined(s: Tensor, largest: Tensor | None = None) -> Tensor:
+    """(r,) bool: the components that are more than rounding. Of the others the singular vectors are arbitrary.
+
+    Arguments:
+        s: singular values.
+        largest: what they are rounding beside; by default the largest of them.
+    """
+    beside = largest if largest is not None else s[:1].sum()  # of no components: 0
+    return s > _ROUNDING * torch.finfo(s.dtype).eps * beside
+
+
 def orthogonalise(columns: Tensor) -> Tensor:
     """The matrix with orthonormal columns nearest to `columns` (orthogonal Procrustes): P Qᵀ of its SVD P D Qᵀ.
+
+    Where columns depend on each other there is no nearest one; P and Q of the directions that are there alone then
+    give the nearest partial isometry, in which equal columns share one direction and zero columns stay zero.
 
     Arguments:
         columns: (rows, k) with k ≤ rows.
     """
     spectrum = decompose(columns, "concatenated singular vectors")
-    return spectrum.u @ spectrum.v.T
+    there = determined(spectrum.s)
+    return spectrum.u[:, there] @ spectrum.v[:, there].T
 
 
 def low_rank_sum(

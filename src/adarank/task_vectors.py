@@ -80,19 +80,24 @@ class Network:
         return self.base or next(iter(self.experts.values()))
 
     def origin(self, name: str, kind: OriginKind, device: torch.device | str = "cpu") -> Tensor:
-        """What task vectors are counted from, for one tensor, in float32."""
+        """What task vectors are counted from, for one tensor, in float32 (float64 if one has it so)."""
         if kind == "pretrained":
             if self.base is None:
                 raise RecipeError("This method counts task vectors from the base. Give base_model.")
-            return self.base.read(name, device)
+            return self.base.read(name, device).to(self._widest(name, self.base))
         experts = list(self.experts.values())
-        widest = torch.float64 if any(e.info(name).dtype == torch.float64 for e in experts) else torch.float32
+        widest = self._widest(name)
         total = torch.zeros(experts[0].info(name).shape, device=device, dtype=widest)
         if kind == "zero":
             return total
         for expert in experts:
             total.add_(expert.read(name, device))
         return total.div_(len(experts))
+
+    def _widest(self, name: str, *others: Member) -> torch.dtype:
+        """float64 if an expert has the tensor so: task vectors and origin are of one dtype."""
+        dtypes = {member.info(name).dtype for member in (*self.experts.values(), *others)}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def deltas(self, name: str, origin: Tensor) -> Deltas:
         """Task vectors of one tensor about `origin`, each computed when asked for."""
@@ -140,7 +145,8 @@ def align(
         base: the pretrained model, or None.
         experts: task -> model fine-tuned from the base.
         select: the recipe's overrides of what happens to which tensor.
-        text_tasks: keep embedding tables from the base, as both papers do for language models.
+        text_tasks: keep embedding tables from the base, as both papers do for language models. Without a base there is
+            none to keep: they merge.
         task_heads: find task heads by themselves: tensors outside the backbone that the base lacks, that
             differ in shape, or that carry a head's usual name.
 
@@ -162,7 +168,10 @@ def align(
         raise RecipeError(itemise("The recipe's patterns do not fit the models.", missed, "Correct or remove them."))
     for name in aligner.seen:
         check_patterns(name, select)
-    choices = {n: aligner.forced.get(n) or choose(i, select, text_tasks) for n, i in aligner.tensors.items()}
+    choices = {
+        n: aligner.forced.get(n) or choose(i, select, text_tasks and base is not None)
+        for n, i in aligner.tensors.items()
+    }
     return Network(base_member, members, aligner.tensors, choices, {t: tuple(h) for t, h in aligner.heads.items()})
 
 

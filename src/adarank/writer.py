@@ -19,12 +19,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from adarank.checkpoint import DTYPES
+from adarank.checkpoint import NAMES, cast
 from adarank.errors import OutputError
 
 RECORD = "adarank.json"
 BUNDLE = "bundle.json"
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _NUMBERS = re.compile(r"\[\s+-?\d[-+.,eE\d\s]*\]")
 
@@ -193,10 +192,7 @@ class TensorFile:
             raise OutputError(
                 f"{self._path.name}: expected tensor '{wanted}' {shape}, got '{name}' {tuple(tensor.shape)}."
             )
-        cast = tensor.to(dtype=dtype, device="cpu")
-        if cast.dtype != tensor.dtype:
-            _check_cast(cast, name)
-        _write_tensor(self._handle, cast)
+        _write_tensor(self._handle, cast(tensor, dtype, name, "Give another out_dtype, such as bfloat16.").cpu())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -205,14 +201,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         _write_header(handle, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, metadata)
         for tensor in tensors.values():
             _write_tensor(handle, tensor.cpu())
-
-
-def _check_cast(tensor: Tensor, name: str) -> None:
-    """A float16 ends at 65,504: what is beyond it would become infinite without a word."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise OutputError(
-            f"'{name}' has values that {NAMES[tensor.dtype]} cannot hold. Give another out_dtype, such as bfloat16."
-        )
 
 
 def _shard_names(layout: Layout, limit: int) -> dict[str, list[str]]:

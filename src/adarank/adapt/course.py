@@ -1,4 +1,4 @@
-"""How a run goes: steps, until they are used up or bring nothing nearer to the experts, and then rounds of repair.
+"""How a run goes: steps, until they are used up or bring nothing nearer to the experts, then rounds of repair, then a way back.
 
 All of it is a function of the settings and of what was judged, so of the saved state: an interrupted run goes on as it
 would have gone.
@@ -96,6 +96,20 @@ class Course:
             return False
         return step >= ended + self.rounds * self.round or not self._in_need_of_repair(judged, ended)
 
+    def ways_back(self, judged: Seen) -> list[tuple[int, float]]:
+        """(step, share of the way to it from the start): the points to judge once a run is over, the farthest first.
+
+        Lines lead to where the repair began and to where it ended, if they are nearer to the experts than what would be
+        kept. There are none where a repair did.
+        """
+        ended, last = self.ended(judged) if judged else None, max(judged, default=0)
+        if ended is None or self.settings.keep != "best" or (last > ended and not self._fallen(judged, last)):
+            return []
+        best = self._value(judged[best_step(judged, self.settings.signal, self.settings.tolerance)])
+        steps = [step for step in dict.fromkeys((self.source(judged), last)) if self._value(judged[step]) > best]
+        count = self.settings.retreat
+        return [(step, (count - place) / (count + 1)) for place in range(count) for step in steps]
+
     def planned(self, step: int, judged: Seen) -> int:
         """How many steps the run is to take, as far as is known: more once a repair has begun."""
         ended = self.ended(judged)
@@ -116,8 +130,11 @@ class Course:
         """True if what a round would go on from is nearer to the experts than what would be kept, but leaves a task behind."""
         now = self.source(judged) if max(judged) == ended else max(judged)
         best = best_step(judged, self.settings.signal, self.settings.tolerance)
-        fallen = worse(judged[now], judged[0], self.settings.tolerance)
-        return bool(fallen) and self._value(judged[now]) > self._value(judged[best])
+        return self._fallen(judged, now) and self._value(judged[now]) > self._value(judged[best])
+
+    def _fallen(self, judged: Seen, step: int) -> bool:
+        """True if some task is behind its start there."""
+        return bool(worse(judged[step], judged[0], self.settings.tolerance))
 
     def _value(self, own: Judged) -> float:
         return mean_signal(own, self.settings.signal)

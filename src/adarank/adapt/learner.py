@@ -41,3 +41,8 @@ class Learner(Protocol):
     def kept_share(self) -> float | None:
         """Share of components kept now; None where there are none to keep."""
         ...
+
+
+def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The point at that share of the way from start to end. Whole numbers, such as counters, are those of the end."""
+    return {name: torch.lerp(start[name], own, share) if own.is_floating_point() else own for name, own in end.items()}

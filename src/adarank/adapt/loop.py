@@ -9,7 +9,6 @@ continues exactly where it was.
 from __future__ import annotations
 
 import math
-import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,16 +22,14 @@ from torch import Tensor
 
 from adarank.adapt.balance import behind, repair_weights, task_weights
 from adarank.adapt.course import Course
-from adarank.adapt.judge import Choice, Judge, Signals, best_step, choose_best
-from adarank.adapt.learner import Learner
+from adarank.adapt.judge import Back, Choice, Judge, Signals, best_step, choose_best, fits
+from adarank.adapt.learner import Learner, between
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start import Grid, Tried, best_of, find_start
-from adarank.checkpoint import DAMAGED
-from adarank.errors import AdaptationError, Interrupted, RecipeError
+from adarank.adapt.state import read_state
+from adarank.errors import AdaptationError, Interrupted
 from adarank.writer import write_state
 
-_STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
-          "judged", "judging_seconds", "best", "source", "starts", "memory"}  # fmt: skip
 Loss = Callable[[int], Tensor]
 """step -> scalar loss of one task, with its graph."""
 Memory = dict[str, Tensor]
@@ -53,6 +50,7 @@ class History:
         choice: which step's weights were kept, once adaptation is over.
         starts: the starts that were looked at, if there was a choice.
         ended: steps taken before any repair, once they are.
+        backs: points on the way back to the start that were judged.
     """
 
     losses: dict[str, list[float]]
@@ -64,6 +62,15 @@ class History:
     choice: Choice | None = None
     starts: list[Tried] = field(default_factory=list)
     ended: int | None = None
+    backs: list[Back] = field(default_factory=list)
+
+    @property
+    def judged_kept(self) -> Mapping[str, Signals]:
+        """How what is kept was judged; of a last step that is kept unasked too."""
+        assert self.choice is not None  # adaptation is over
+        share, step = self.choice.share, self.choice.step
+        found = [own.judged for own in self.backs if (own.step, own.share) == (step, share)]
+        return found[0] if found else self.judged[step]
 
     @property
     def step(self) -> int:
@@ -123,11 +130,10 @@ def adapt(
             if progress:
                 progress(run.history, run.planned())
             if stopped and not run.over():
-                run.save()
-                again = "Run the same command to continue." if state else "No state was kept."
-                raise Interrupted(f"Stopped at step {run.history.step} of {run.planned()}. {again}")
+                run.stop()
             if run.history.step % settings.save_every == 0:
                 run.save()
+        run.go_back(stopped)
     run.keep()
     return run.history
 
@@ -144,7 +150,8 @@ class _Run:
     fingerprint: str
     judge: Judge | None
     memory: Memory
-    best: dict[str, Tensor] = field(default_factory=dict)  # what was learned at the judged step that would be kept
+    start: dict[str, Tensor] = field(default_factory=dict)  # what is learned, as it was before the first step
+    best: dict[str, Tensor] = field(default_factory=dict)  # at the judged step that would be kept
     source: dict[str, Tensor] = field(default_factory=dict)  # and at the one that a repair would go on from
 
     def __post_init__(self) -> None:
@@ -188,6 +195,8 @@ class _Run:
         started = time.perf_counter()
         judged[step] = dict(self.judge(step))
         self.history.judging_seconds += time.perf_counter() - started
+        if step == 0:
+            self.start = self._now()
         if self._best() == step:
             self.best = self._now()
         if self.course.source(judged) == step:
@@ -201,6 +210,38 @@ class _Run:
         """How many steps the run is to take, as far as is known."""
         return self.course.planned(self.history.step, self.history.judged)
 
+    def go_back(self, stopped: list[int]) -> None:
+        """Where the repair did not do, judge points on the way back to the start until one will. Steps are saved before."""
+        ways = self.course.ways_back(self.history.judged)
+        if not ways:
+            return
+        assert self.judge is not None  # without one nothing was judged
+        self.save()
+        ends = {self.course.source(self.history.judged): self.source, self.history.step: self._now()}
+        for step, share in ways:
+            if stopped:
+                self._set(ends[self.history.step])
+                self.stop()
+            self._set(between(self.start, ends[step], share))
+            self.live.write()
+            started = time.perf_counter()
+            back = Back(step, share, dict(self.judge(step)))
+            self.history.judging_seconds += time.perf_counter() - started
+            self.history.backs.append(back)
+            if fits(back, self.history.judged, self.settings.tolerance):
+                break
+        chosen = self._chosen()
+        if chosen.share < 1:
+            self.best = between(self.start, ends[chosen.step], chosen.share)
+        self._set(ends[self.history.step])
+        self.live.write()
+
+    def stop(self) -> None:
+        """Save, and raise `Interrupted`."""
+        self.save()
+        again = "Run the same command to continue." if self.state else "No state was kept."
+        raise Interrupted(f"Stopped at step {self.history.step} of {self.planned()}. {again}")
+
     def keep(self) -> None:
         """Make what is learned and the network those of the kept step, and say which it is."""
         last = self.history.step
@@ -213,8 +254,8 @@ class _Run:
             )
             self.history.choice = Choice(last, why)
             return
-        self.history.choice = choose_best(self.history.judged, self.settings.signal, self.settings.tolerance)
-        if self.history.choice.step != last:
+        self.history.choice = self._chosen()
+        if (self.history.choice.step, self.history.choice.share) != (last, 1.0):
             self._set(self.best)
             self.live.write()
 
@@ -224,6 +265,9 @@ class _Run:
 
     def _best(self) -> int:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
+
+    def _chosen(self) -> Choice:
+        return choose_best(self.history.judged, self.settings.signal, self.settings.tolerance, self.history.backs)
 
     def _begin_repair(self) -> None:
         """Go back to where it goes on from, with an optimiser that knows nothing of later steps."""
@@ -271,6 +315,7 @@ class _Run:
             "resumed_from": self.history.resumed_from,
             "judged": {step: {t: asdict(own) for t, own in seen.items()} for step, seen in self.history.judged.items()},
             "judging_seconds": self.history.judging_seconds,
+            "start": self.start,
             "best": self.best,
             "source": self.source,
             "starts": [asdict(own) for own in self.history.starts],
@@ -298,7 +343,7 @@ class _Run:
             content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
         )
         self.history.starts = starts
-        self.best, self.source = content["best"], content["source"]
+        self.start, self.best, self.source = (content[name] for name in ("start", "best", "source"))
         self.memory.clear()
         self.memory.update(content["memory"])
         return True
@@ -307,25 +352,6 @@ class _Run:
     def _set(self, numbers: Mapping[str, Tensor]) -> None:
         for name, own in self.live.learned().items():
             own.copy_(numbers[name])
-
-
-def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
-    """A saved state.
-
-    Raises:
-        RecipeError: it is damaged, no state, or belongs to another run.
-    """
-    try:
-        content: dict[str, Any] = torch.load(path, weights_only=True)
-    except (pickle.UnpicklingError, *DAMAGED) as error:
-        raise RecipeError(f"{path}: the saved state is damaged ({error}). Delete it to start anew.") from None
-    if not isinstance(content, dict) or not content.keys() >= _STATE:
-        raise RecipeError(f"{path}: not a saved state of this version. Delete it to start anew.")
-    if content["fingerprint"] != fingerprint:
-        raise RecipeError(
-            f"{path}: the saved state belongs to another run (inputs or settings differ). Delete it to start anew, or give another output path."
-        )
-    return content
 
 
 @contextmanager

@@ -260,7 +260,8 @@ def adapted(found: Mapping[str, Any]) -> None:
     elif found["rolled_back"]:
         say("rolled back to the start:", f" {found['why_kept']}.")
     else:
-        out.print(f"kept step {found['step_kept']}: {found['why_kept']}.")
+        share = f"{found['share_kept']:g} of the way from the start to step" if found["share_kept"] < 1 else "step"
+        out.print(f"kept {share} {found['step_kept']}: {found['why_kept']}.")
     if found.get("not_routed"):
         out.print(
             f"{len(found['not_routed'])} tensors are the same for every input (the record names them)", style="dim"

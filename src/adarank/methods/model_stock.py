@@ -1,10 +1,10 @@
 """Model Stock: between the base and the average, the closer to the base the more the task vectors disagree.
 
-    c = mean over pairs of cos(τ_a, τ_b), clamped to [-1, 1]
+    c = mean over pairs of τ_a·τ_b / max(‖τ_a‖ ‖τ_b‖, 1e-6), clamped to [-1, 1]
     t = T·c / (1 + (T - 1)·c)                   0 where the divisor is 0
     merged = base + t · mean_t τ_t
 
-Angles are those of whole tensors or, with filter_wise, of their rows (the last dimension).
+The floor is mergekit's: task vectors as short as 1e-3, such as many a bias has, count as less alike than they are. Angles are those of whole tensors or, with filter_wise, of their rows (the last dimension).
 Jang et al., "Model Stock: All we need is just a few fine-tuned models", arXiv:2403.19522, Eq. 4.
 """
 

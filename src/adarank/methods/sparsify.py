@@ -57,6 +57,8 @@ def by_rank(tensor: Tensor, density: float, epsilon: float, seed: int, task: str
     p = density - ε + 2ε·(rank - 1)/(n - 1), rank 1 the smallest of a row's n; a vector is one row, and in a row of
     one p = density. Rows of more than two dimensions run, as in mergekit, along the second.
     """
+    if not tensor.numel():
+        return torch.ones_like(tensor, dtype=torch.bool)
     drawn = noise(tensor, seed, task, name)
     rows, drawn_rows = (t if t.dim() > 1 else t.reshape(1, -1) for t in (tensor, drawn))
     height = max(1, _BLOCK // max(1, rows[0].numel()))

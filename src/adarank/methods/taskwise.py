@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adarank.bundle import WHOLE, PartFile, Piece, key
-from adarank.checkpoint import MemorySource, check_finite
+from adarank.checkpoint import MemorySource, cast, check_finite
 from adarank.errors import RecipeError
 from adarank.methods.base import Deltas, Method
 from adarank.select import Action
@@ -153,7 +153,8 @@ def rebuilt(method: type[Taskwise], tensors: Layout, shared: PartFile, own: Part
     """(name, tensor) of one task's whole network but its head, from its parts, one in memory at a time."""
     constants = own.of()
     for name, (_, dtype) in tensors.items():
-        yield name, _tensor(method, {**constants, **shared.of(name), **own.of(name)}).to(dtype)
+        merged = _tensor(method, {**constants, **shared.of(name), **own.of(name)})
+        yield name, cast(merged, dtype, name, "Give base and experts in a wider dtype, such as bfloat16.")
 
 
 def in_memory(
