@@ -90,8 +90,8 @@ def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
     for task in deltas:
         matrix = as_matrix(deltas[task])
         rest = decompose(matrix - first.u @ (first.u.T @ matrix), name)
-        # beside the task vector, not beside itself: all of it may lie in the common subspace
-        parts.append(_top(rest, own, torch.linalg.matrix_norm(matrix)))
+        # beside the task vector, not beside itself: all of it may lie in the common subspace. The projection rounds too.
+        parts.append(_top(rest, own, 4 * torch.linalg.matrix_norm(matrix)))
     # the common ones come first where vectors are made orthogonal, as the paper lays them
     shared_first = _together([first, *parts])
     return _flat([*shared_first[1:], shared_first[0]])
