@@ -191,7 +191,7 @@ def test_a_bundle_scores_each_task_by_its_own_weights(zoo: Path, tmp_path: Path,
     out = merged(zoo, tmp_path / "out", merge_method="tsv_c", parameters={"rank": 1.0})
     table = adarank.evaluate_recipe(load_recipe(zoo / "tsv_c.yaml"), [out])
     assert table.rows[str(out)] == table.rows["experts"]
-    assert table.task_aware == [str(out)]
+    assert table.task_aware == {str(out): "tsv_c"}
     assert main(["evaluate", str(zoo / "tsv_c.yaml"), str(out)]) == 0
     assert "Task-aware: each task has weights of its own" in capsys.readouterr().out
 

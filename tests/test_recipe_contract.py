@@ -242,7 +242,7 @@ def test_parameters_of_wrong_type_or_name_are_refused(method: str, parameters: d
 @pytest.mark.parametrize("values", [
     {"models": []}, {"models": None}, {"models": "a"}, {"models": ["a"]}, {"models": [{"model": "base"}]}, {"models": {}},
     {"merge_method": 3}, {"dtype": "int8"}, {"seed": "x"}, {"parameters": [1]},
-    {"data": {"adapt": 0.9}}, {"select": {"keep": "x"}}, {"device": 3},
+    {"data": {"adapt": 0.9}}, {"select": {"keep": 3}}, {"device": 3},
 ])  # fmt: skip
 def test_values_of_the_wrong_kind_are_refused(values: dict[str, Any]) -> None:
     assert next(iter(values)) in message({**plain(), **values})

@@ -102,10 +102,17 @@ def _settings(kind: type[Settings], fixed: set[str], prefix: str = "") -> list[S
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings) and not field.is_required():
             found += _settings(field.annotation, set(), f"{prefix}{key}.")
             continue
-        default = "required" if field.is_required() else str(field.default)
+        default = "required" if field.is_required() else _yaml(field.default)
         allowed = ", ".join(_bound(rule) for rule in field.metadata if _bound(rule)) or _choices(field.annotation)
         found.append(Setting(prefix + (field.alias or key), default, allowed, field.description or ""))
     return found
+
+
+def _yaml(value: Any) -> str:
+    """A default as a recipe writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def _bound(rule: Any) -> str:

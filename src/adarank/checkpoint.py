@@ -211,6 +211,10 @@ def _weight_files(path: Path) -> list[Path]:
             return _shards(path / f"{stem}.{suffix}.index.json")
         if (path / f"{stem}.{suffix}").exists():
             return [path / f"{stem}.{suffix}"]
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path}: an adapter (adapter_config.json) without the model that it changes. Merge it into its model first, with peft's merge_and_unload, and give the folder that save_pretrained writes then."
+        )
     found = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", *LEGACY) and f.name != "training_args.bin")
     if len(found) == 1:
         return found

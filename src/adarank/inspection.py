@@ -90,7 +90,7 @@ def _plain(checkpoint: Checkpoint, name: str) -> TensorRow:
 def _against(name: str, origin: torch.Tensor, own: torch.Tensor, dtype: torch.dtype) -> TensorRow:
     delta = own - origin
     norm, start = _norm(own), _norm(origin)
-    share = _norm(delta) / start if start > 0 else 0.0
+    share = _norm(delta) / start if start > 0 else None  # a share of nothing is no number
     matrix = as_matrix(delta)
     if min(matrix.shape) < 2 or delta.dim() < 2:
         return TensorRow(name, tuple(own.shape), _dtype(dtype), norm, share)

@@ -24,8 +24,8 @@ from adarank.errors import AdaRankError, OutputError
 from adarank.masks import FILE as MASKS_FILE
 from adarank.methods import Informed, merge_tensors
 from adarank.methods.taskwise import Taskwise
-from adarank.plan import Job, Note, describe, open_job, settings_in_force
-from adarank.recipe import Recipe
+from adarank.plan import Job, Note, describe, open_job, settings_in_force, unheeded
+from adarank.recipe import Recipe, load_recipe
 from adarank.record import Clock, machine, versions
 from adarank.run import Run
 from adarank.statistics import inform_job
@@ -35,8 +35,8 @@ from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint
 
 
 def merge(
-    recipe: Recipe,
-    out: Path,
+    recipe: Recipe | str | Path,
+    out: Path | str,
     force: bool = False,
     note: Note = lambda text: None,
     progress: Progress | None = None,
@@ -45,6 +45,7 @@ def merge(
     """Do what a recipe says and write the merged model to `out`; returns the record.
 
     Arguments:
+        recipe: as `load_recipe` gives it, or its file.
         note: told each stage as it begins.
         progress: called after each adaptation step.
         data: the recipe's tasks, if they are loaded already.
@@ -53,6 +54,8 @@ def merge(
         AdaRankError: anything wrong with recipe, inputs, data or output; nothing is left behind.
         Interrupted: adaptation was stopped; the same call continues it.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    out = Path(out)
     check_output(out, force)
     clock = Clock()
     job = open_job(recipe)
@@ -91,7 +94,7 @@ def merge(
         else:
             _write_merged(folder, job, tensors, learned)
         record |= {"training" if recipe.trains else "adaptation": learned.report} if learned else {}
-        record |= {"plan": describe(job), **clock.spent()}
+        record |= {"kept_though_changed": unheeded(job), "plan": describe(job), **clock.spent()}
         write_json(folder / RECORD, record)
     shutil.rmtree(state, ignore_errors=True)
     return record

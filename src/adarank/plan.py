@@ -220,6 +220,41 @@ def settings_in_force(job: Job) -> dict[str, Any]:
     }
 
 
+def _decomposes(job: Job) -> bool:
+    """False if the method takes matrices as they are."""
+    if job.method is not None:
+        return job.method.spectral
+    if job.recipe.modular:
+        return job.recipe.modules()[0].spectral
+    return job.recipe.adaptive and job.recipe.adaptation()[0].spectra
+
+
+def plan_notes(job: Job) -> list[str]:
+    """What a user may not expect of this recipe, in sentences."""
+    method = job.method
+    if len(job.experts) == 2 and method is not None and method.name == "cart":
+        return [
+            "About the average, two experts have equal and opposite task vectors: 'cart' gives their average, whatever its settings. "
+            "With two experts use a method about the base, such as tsv_m, or adarank."
+        ]
+    return []
+
+
+def unheeded(job: Job) -> dict[str, float]:
+    """Tensors that are kept from the base though experts changed them -> the largest ‖τ‖ / ‖W₀‖. Reads those tensors."""
+    network, found = job.network, {}
+    for name, choice in network.choices.items():
+        if choice.action != "keep" or not network.tensors[name].dtype.is_floating_point or network.base is None:
+            continue
+        start = network.base.read(name)
+        whole = float(start.norm())
+        owners = [own for task, own in network.experts.items() if name in own.names and name not in network.heads[task]]
+        change = max((float((expert.read(name) - start).norm()) for expert in owners), default=0.0)
+        if change > 0:
+            found[name] = change / whole if whole else float("inf")
+    return {name: round(share, 5) for name, share in found.items()}
+
+
 def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
     """The plan as plain data: what `adarank plan` shows and what a record keeps."""
     network = job.network
@@ -232,6 +267,8 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
         "kind": job.family.kind if job.family else None,
         "reads": "labels of the adapt split" if job.recipe.trains else None,
         "actions": dict(Counter(shown.values())),
+        "decomposes": _decomposes(job),
+        "notes": plan_notes(job),
         "tensors": {
             name: {
                 "action": shown[name],

@@ -206,6 +206,8 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
     recipe = parse(Recipe, {**values, "folder": folder}, where)
     if recipe.device == "auto":
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
+    else:
+        _check_device(recipe.device, where)
     known = [*METHODS, *ADAPTIVE, *MODULAR, Multitask.name]
     if recipe.merge_method in _NOT_HERE:
         raise RecipeError(
@@ -219,6 +221,20 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
     return recipe
 
 
+def _check_device(name: str, where: str) -> None:
+    try:
+        kind, number = torch.device(name).type, torch.device(name).index
+    except RuntimeError:
+        raise RecipeError(f"{where}: device: '{name}' is none. Give auto, cpu, cuda or cuda:N.") from None
+    if kind not in ("cpu", "cuda"):
+        raise RecipeError(f"{where}: device: '{name}' is not supported. Give auto, cpu, cuda or cuda:N.")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and (number or 0) >= there:
+        raise RecipeError(
+            f"{where}: device: '{name}' was asked for, and PyTorch sees {there} CUDA device(s). Give auto or cpu."
+        )
+
+
 def _check(recipe: Recipe, where: str) -> None:
     """What single fields cannot know of each other. All problems at once."""
     problems = _problems(recipe)
@@ -230,6 +246,9 @@ def _problems(recipe: Recipe) -> list[str]:
     problems = []
     problems += [f"models: '{task}' cannot name a task here (a folder heads/{task} is made, and 'base' is the base). Give task: name." for task in recipe.experts
                  if task in ("", ".", "..") or (task == "base" and recipe.base_model) or "/" in task or "\\" in task]  # fmt: skip
+    given = Counter(m.task.name for m in recipe.models if m.task and m.task.name)
+    problems += [f"models: {times} tasks are called '{name}'. Give each a name of its own."
+                 for name, times in given.items() if times > 1]  # fmt: skip
     if recipe.merge_method == "linear" and recipe.base_model not in (None, *(m.model for m in recipe.models)):
         problems.append(
             "base_model: 'linear' sums the models alone. List the base among the models too, or remove base_model."
@@ -265,8 +284,14 @@ def _problems(recipe: Recipe) -> list[str]:
             strangers = [task for task in recipe.adaptation()[1].objectives if task not in recipe.experts]
             problems += [f"adapt.objectives: unknown task '{t}'.{nearest(t, recipe.experts)}" for t in strangers]
         except RecipeError as error:
-            problems += str(error).split("\n")
+            problems += _listed(error)
     return problems
+
+
+def _listed(error: RecipeError) -> list[str]:
+    """The problems that an error lists, each with what its heading names."""
+    heading, *lines = str(error).split("\n")
+    return [f"{heading.split(':')[0]}: {line.strip()}" for line in lines] or [heading]
 
 
 def _modular_problems(recipe: Recipe) -> list[str]:
@@ -275,7 +300,7 @@ def _modular_problems(recipe: Recipe) -> list[str]:
         strangers = [task for task in recipe.modules()[1].objectives if task not in recipe.experts]
         start = recipe.start()
     except RecipeError as error:
-        return str(error).split("\n")
+        return _listed(error)
     problems = [f"adapt.objectives: unknown task '{t}'.{nearest(t, recipe.experts)}" for t in strangers]
     if start is None:
         return problems
@@ -295,7 +320,7 @@ def _training_problems(recipe: Recipe) -> list[str]:
     try:
         recipe.training()
     except RecipeError as error:
-        problems += str(error).split("\n")
+        problems += _listed(error)
     return problems
 
 

@@ -23,7 +23,7 @@ from adarank.methods.taskwise import Taskwise, in_memory, rebuilt
 from adarank.models import TaskModels
 from adarank.networks import build_models, family_of, network_tensors
 from adarank.plan import Job, Note, open_job
-from adarank.recipe import Recipe
+from adarank.recipe import Recipe, load_recipe
 from adarank.serving import Bundle
 from adarank.task_vectors import Network
 from adarank.tasks import load_tasks
@@ -31,17 +31,22 @@ from adarank.writer import RECORD
 
 
 def evaluate(
-    recipe: Recipe, outputs: Sequence[Path] = (), split: Split = "test", note: Note = lambda text: None
+    recipe: Recipe | str | Path,
+    outputs: Sequence[Path | str] = (),
+    split: Split = "test",
+    note: Note = lambda text: None,
 ) -> Table:
     """Score base, experts and merged outputs on one split of every task.
 
     Arguments:
+        recipe: as `load_recipe` gives it, or its file.
         outputs: folders written by `merge`; a row each.
         split: `test`, or `select` while choosing settings.
     """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     job = open_job(recipe)
     data = load_tasks(job)
-    opened = {_row(path, recipe): _open_output(path, job.network) for path in outputs}
+    opened = {_row(path, recipe): _open_output(path, job.network) for path in map(Path, outputs)}
     models = build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
     table = Table(split, protocol, {task: len(own.splits.rows[split]) for task, own in data.items()})
@@ -52,7 +57,7 @@ def evaluate(
         note(f"Scoring {name}")
         if isinstance(found, Bundle):
             table.rows[name] = score_bundle(job, models, data, found, split)
-            table.task_aware.append(name)
+            table.task_aware[name] = found.about.kind
             continue
         models.fill((key, found.read(key)) for key in job.network.tensors)
         with heads_of(found.folder, models):

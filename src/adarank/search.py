@@ -188,6 +188,11 @@ def each_tasks_best(kind: type[Method], points: Sequence[Point]) -> list[Point]:
     return [Point(settings, {task: point.scores[task] for task, point in best.items()})]
 
 
+def level(points: Sequence[Point]) -> bool:
+    """True if what was varied changes no score."""
+    return len(points) > 1 and all(point.scores == points[0].scores for point in points)
+
+
 def edges(kind: type[Method], points: Sequence[Point]) -> dict[str, tuple[float, float]]:
     """Numbers whose best lies at the end of what was tried, so that better ones may lie beyond it.
 
@@ -195,7 +200,9 @@ def edges(kind: type[Method], points: Sequence[Point]) -> dict[str, tuple[float,
         Axis -> (the best, the next one beyond it by the ratio of the last two), where the method allows that.
     """
     best = max(points, key=lambda point: point.mean).settings
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
+    if level(points):
+        return found
     for axis, at in best.items():
         values = sorted({p.settings[axis] for p in points if isinstance(p.settings[axis], (int, float))})
         if len(values) < 2 or at not in (values[0], values[-1]) or values[0] <= 0:

@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator
 
 from adarank.checkpoint import TensorInfo
 from adarank.errors import RecipeError, itemise
@@ -33,6 +35,11 @@ class Select(Settings):
     Attributes:
         decompose, scale, keep, head: lists of patterns over tensor names.
     """
+
+    @field_validator("decompose", "scale", "keep", "head", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
 
     decompose: tuple[str, ...] = ()
     scale: tuple[str, ...] = ()

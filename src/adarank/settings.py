@@ -26,6 +26,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest of `known`, or the whole list when none is close."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if not names:
+        return " There is none to set."
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(names)}."
 
 

@@ -150,7 +150,8 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
     if spec.columns.label not in table:
         return [None] * count
     by_name = {str(label): int(number) for label, number in (config.get("label2id") or {}).items()}
-    classes = len(config.get("id2label") or {}) or None
+    # a configuration that names no classes has transformers' default of two
+    classes = len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
     found: list[int | None] = []
     for row, value in enumerate(table[spec.columns.label], start=1):
         if str(value) == "-1":  # how public test sets say that a label is withheld
@@ -158,8 +159,8 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
             continue
         named = by_name.get(value) if isinstance(value, str) else None
         number = int(value) if named is None and _is_integer(value) else named
-        if number is None or number < 0 or (classes is not None and number >= classes):
-            known = ", ".join(by_name) or (f"0 to {classes - 1}" if classes else "class numbers only")
+        if number is None or not 0 <= number < classes:
+            known = ", ".join(by_name) or f"0 to {classes - 1}"
             raise DataError(
                 f"task '{name}': row {row} has label {value!r}; the expert knows {known}. Use its class numbers or names."
             )

@@ -129,9 +129,10 @@ def _print_json(content: Any) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from adarank import demo
-    from adarank.cli import show
+    from adarank.cli import show, words
+    from adarank.cli.progress import Adapting
 
-    progress = show.Adapting()
+    progress = Adapting()
     try:
         table = demo.run(options.out, options.quick, options.seed, options.force, show.note, progress)
     finally:
@@ -140,12 +141,14 @@ def _demo(options: argparse.Namespace) -> None:
         _print_scores(table)
         return
     show.scores(table)
-    show.out.print(f"AdaRank's model is in {options.out}: one body, and a head for each task.")
+    words.out.print(f"AdaRank's model is in {options.out}: one body, and a head for each task.")
     if options.quick:
-        show.out.print("--quick shows that everything works; leave it out to see how well.")
-    show.out.print(f"What it kept of each expert:  adarank inspect {options.out}")
-    show.out.print("Your own checkpoints:         put their folders into a copy of this recipe, then adarank plan COPY")
-    show.out.print(f"                              {demo.ZOO / 'recipe.yaml'}", style="dim")
+        words.out.print("--quick shows that everything works; leave it out to see how well.")
+    words.out.print(f"What it kept of each expert:  adarank inspect {options.out}")
+    words.out.print(
+        "Your own checkpoints:         put their folders into a copy of this recipe, then adarank plan COPY"
+    )
+    words.out.print(f"                              {demo.ZOO / 'recipe.yaml'}", style="dim")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -176,10 +179,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from adarank import pipeline
-    from adarank.cli import show
+    from adarank.cli import show, words
+    from adarank.cli.progress import Adapting
     from adarank.recipe import load_recipe
 
-    progress = show.Adapting()
+    progress = Adapting()
     try:
         record = pipeline.merge(
             load_recipe(options.recipe),
@@ -201,14 +205,16 @@ def _merge(options: argparse.Namespace) -> None:
         show.informed(record["statistics"])
     for kind in ("adaptation", "training", "statistics"):
         for line in record.get(kind, {}).get("notes", ()):
-            show.out.print(line, style="dim")
-    written = f" written in {show.clock(record['seconds'])}"
+            words.out.print(line, style="dim")
+    show.remarks(record["plan"], record["kept_though_changed"])
+    written = f" written in {words.clock(record['seconds'])}"
     if "bundle" in record:
         show.say(options.out, f"{written}: {show.bundle_size(record['bundle'])}")
-        show.out.print(show.task_aware(record["plan"]["merge_method"]))
+        words.out.print(show.task_aware(record["plan"]["merge_method"]))
     else:
-        show.say(options.out, f"{written}, {show.size(record['plan']['output_bytes'])}")
-    show.out.print(f"next: adarank evaluate {options.recipe} {options.out}", style="dim")
+        show.say(options.out, f"{written}, {words.size(record['plan']['output_bytes'])}")
+    if record["plan"]["kind"]:  # of tasks: there is something to score
+        words.out.print(f"next: adarank evaluate {options.recipe} {options.out}", style="dim")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -224,20 +230,23 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from adarank.cli import show
-    from adarank.search import parse_axis, search
+    from adarank.cli import show, words
+    from adarank.cli.progress import Searching
+    from adarank.search import level, parse_axis, search
 
     axes = [parse_axis(text) for text in options.over]
-    with show.Searching() as progress:
+    with Searching() as progress:
         ranked, record = search(options.recipe, options.best, axes, options.force, show.note, progress)
     if options.json:
         _print_json(record)
         return
     show.points(ranked)
+    if level(ranked):
+        words.out.print(f"All {len(ranked)} points score the same: what was varied changes nothing here.")
     for axis, at in record["at_the_edge"].items():
-        show.out.print(f"The best {axis}, {at:g}, is at the end of what was tried: better ones may lie beyond.")
+        words.out.print(f"The best {axis}, {at:g}, is at the end of what was tried: better ones may lie beyond.")
     show.say(options.best, f" has the best settings; all points are in {options.best.stem}.search.json")
-    show.out.print(f"next: adarank merge {options.best} OUT", style="dim")
+    words.out.print(f"next: adarank merge {options.best} OUT", style="dim")
 
 
 def _print_scores(table: Table) -> None:

@@ -1,45 +1,23 @@
-"""Tables and progress for the terminal. Results go to stdout, progress to stderr; only this package prints."""
+"""Tables and sentences for the terminal."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
-from adarank.adapt.loop import History
 from adarank.bundle import About
 from adarank.catalogue import Entry
+from adarank.cli.words import clock, err, out, recent, size
 from adarank.evaluate import Table
 from adarank.inspection import LayerRow, TensorRow
 from adarank.modular import MODULAR
 from adarank.search import Point
 
 TASK_AWARE = "Task-aware: each task has weights of its own, so whoever uses them must know the task of every input."
-# No markup: formulas, paths and the names of tasks and tensors may hold brackets, which markup would swallow.
-out = Console(highlight=False, soft_wrap=True, markup=False)
-err = Console(stderr=True, highlight=False, markup=False)
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
-def clock(seconds: float) -> str:
-    """Seconds for people."""
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 
 def note(text: str) -> None:
@@ -56,6 +34,8 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     """What a merge will do."""
     actions = described["actions"]
     words = {"decompose": "decomposed", "scale": "merged by λ·delta", "train": "trained", "keep": "kept from the base"}
+    if not described["decomposes"]:
+        words |= {"decompose": "merged as matrices", "scale": "merged, other than matrices"}
     of = "tasks" if described["reads"] else "experts"
     say(described["merge_method"], f" of {len(described['tasks'])} {of}: {', '.join(described['tasks'])}")
     if described["reads"]:
@@ -73,7 +53,10 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     if "statistics" in described:
         out.print(f"        {_measured(described['statistics'])}")
     if verbose:
-        grid = Grid("tensor", "shape", "dtype", "action", "why", box=None)
+        grid = Grid(box=None)
+        grid.add_column("tensor", overflow="fold")
+        for name in ("shape", "dtype", "action", "why"):
+            grid.add_column(name)
         for name, row in described["tensors"].items():
             grid.add_row(name, "×".join(map(str, row["shape"])), row["dtype"], row["action"], row["reason"])
         out.print(grid)
@@ -82,7 +65,24 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
         out.print(
             f"  {len(described['tasks'])} whole experts would take {size(described['experts_bytes'])}, heads apart"
         )
+    remarks(described)
     out.print(f"  output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}")
+
+
+def remarks(described: Mapping[str, Any], changed: Mapping[str, float] | None = None) -> None:
+    """What a user may not expect: of the recipe, and of what was kept from the base though experts changed it."""
+    for text in described["notes"]:
+        say("note:", f" {text}", "bold yellow")
+    far = {name: share for name, share in (changed or {}).items() if share > 0.01}
+    if far:
+        names = ", ".join(f"{name} (by up to {100 * share:.0f}%)" for name, share in list(far.items())[:3])
+        more = f" and {len(far) - 3} more" if len(far) > 3 else ""
+        patterns = ", ".join(f'"{name}"' for name in list(far)[:3])
+        say(
+            "note:",
+            f" kept from the base though experts changed them: {names}{more}. To merge them: select: {{scale: [{patterns}]}}.",
+            "bold yellow",
+        )
 
 
 def task_aware(kind: str) -> str:
@@ -143,8 +143,8 @@ def scores(table: Table) -> None:
         )
     grid.add_row("inputs", "", "", *(str(table.counts[t]) for t in tasks), style="dim")
     out.print(grid)
-    if table.task_aware:
-        out.print(TASK_AWARE)
+    for text in dict.fromkeys(task_aware(kind) for kind in table.task_aware.values()):
+        out.print(text)
 
 
 def _broken(names: Sequence[str], room: int) -> list[str]:
@@ -166,28 +166,6 @@ def points(ranked: Sequence[Point], most: int = 10) -> None:
         cells = [str(value) for value in point.settings.values()]
         grid.add_row(*cells, f"{point.mean:.2f}", *(f"{score:.1f}" for score in point.scores.values()))
     out.print(grid)
-
-
-class Searching:
-    """Progress of a search on stderr: a line for each point that beats all before it, and a bar."""
-
-    def __enter__(self) -> Searching:
-        self._best: Point | None = None
-        self._bar = Progress(TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                             console=err, disable=not err.is_terminal)  # fmt: skip
-        self._task = self._bar.add_task("", total=None)
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, point: Point, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
-        if self._best is None or point.mean > self._best.mean:
-            self._best = point
-            settings = ", ".join(f"{name} {value}" for name, value in point.settings.items())
-            err.print(f"point {done}/{total}: {settings}: mean {point.mean:.2f}", style="dim")
 
 
 def tensors(rows: list[TensorRow]) -> None:
@@ -278,6 +256,11 @@ def adapted(found: Mapping[str, Any]) -> None:
             "Use objective: self-label, keep: best, fewer steps, or smaller step sizes.",
             "bold red",
         )
+    for task, seen in found["largest_class_share"].items():
+        if task not in found["collapsed"] and seen["after"] == 1 > seen["expert"]:
+            out.print(
+                f"{task}: one class for all its inputs, as at the start ({100 * seen['expert']:.0f}% by its expert)."
+            )
     for task, step in found["collapse_seen"].items():
         if task not in found["collapsed"]:
             out.print(f"{task} had collapsed to one class at step {step}; what was kept has not.", style="dim")
@@ -285,7 +268,7 @@ def adapted(found: Mapping[str, Any]) -> None:
 
 def trained(found: Mapping[str, Any]) -> None:
     """What training came to, and what it read."""
-    ends = ", ".join(f"{task} {_recent(values):.3f}" for task, values in found["losses"].items() if values)
+    ends = ", ".join(f"{task} {recent(values):.3f}" for task, values in found["losses"].items() if values)
     out.print(f"{found['what']}, {found['steps']} steps; reads {found['reads']}")
     if ends:
         out.print(f"mean loss of the last steps: {ends}")
@@ -307,83 +290,3 @@ def _measured(found: Mapping[str, Any]) -> str:
     number = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     labels = "their labels are read" if found["labels_read"] else "no label is read"
     return f"statistics of {number} adapt inputs per task, {labels}"
-
-
-class Adapting:
-    """Live progress of adaptation on stderr: loss and last agreement per task, components kept, speed, time left."""
-
-    def __init__(self) -> None:
-        self._live: Live | None = None
-        self._first = self._last = 0
-        self._spent = 0.0
-
-    def __call__(self, history: History, steps: int) -> None:
-        if history.step <= self._last:  # another adaptation began
-            self.close()
-            self._first = 0
-        self._last = history.step
-        if self._first == 0:
-            self._first, self._spent = history.step, history.seconds
-        done = history.step - self._first
-        speed = done / (history.seconds - self._spent) if done and history.seconds > self._spent else 0.0
-        if err.is_terminal:
-            self._draw(history, steps, speed)
-        elif history.step in (1, steps) or history.step % max(1, steps // 10) == 0:
-            losses = ", ".join(f"{task} {values[-1]:.3f}" for task, values in history.losses.items())
-            print(
-                f"step {history.step}/{steps}{_kept(history, ', ')}, {speed:.2f} steps/s; loss: {losses}"
-                + _last_check(history),
-                file=sys.stderr,
-            )
-
-    def close(self) -> None:
-        """Leave the last state on the terminal."""
-        if self._live:
-            self._live.stop()
-            self._live = None
-
-    def _draw(self, history: History, steps: int, speed: float) -> None:
-        left = clock((steps - history.step) / speed) if speed else "…"
-        line = Text(f"step {history.step}/{steps}{_kept(history, '  ')}  {speed:.2f} steps/s  {left} left")
-        grid = Grid(box=None, show_header=False, pad_edge=False)
-        seen = history.judged[max(history.judged)] if history.judged else {}
-        for task, values in history.losses.items():
-            agreement = f"agrees {100 * seen[task].agreement:.1f}%" if task in seen else ""
-            grid.add_row(f"  {task}", f"{_recent(values):.3f}", _spark(values), agreement)
-        view = Group(ProgressBar(total=steps, completed=history.step, width=60), line, grid)
-        if self._live is None:
-            self._live = Live(view, console=err, refresh_per_second=4)
-            self._live.start()
-        self._live.update(view)
-
-
-def _kept(history: History, before: str) -> str:
-    """Share of components kept, in words; nothing where there are none."""
-    return f"{before}kept {100 * history.kept[-1]:.2f}%" if history.kept else ""
-
-
-def _last_check(history: History) -> str:
-    """Agreement with the experts where the weights were judged last, in words; nothing before that."""
-    if not history.judged:
-        return ""
-    step = max(history.judged)
-    parts = ", ".join(f"{task} {100 * own.agreement:.1f}%" for task, own in history.judged[step].items())
-    return f"; agreement at step {step}: {parts}"
-
-
-def _recent(values: list[float]) -> float:
-    return sum(values[-10:]) / len(values[-10:])
-
-
-def _spark(values: list[float], width: int = 24) -> str:
-    """A line of blocks: the loss over time, each block the mean of its stretch, scaled to the highest."""
-    if not values:
-        return ""
-    count = min(width, len(values))
-    means = [
-        sum(part) / len(part)
-        for i in range(count)
-        if (part := values[i * len(values) // count : (i + 1) * len(values) // count])
-    ]
-    top = max(means) or 1.0
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean / top))] for mean in means)

@@ -107,7 +107,12 @@ def _columns(rows: list[list[str]]) -> Table:
 def _read_jsonl(path: Path) -> Table:
     # not splitlines: U+2028 and its like are ordinary characters of a JSON string
     lines = path.read_text(encoding="utf-8-sig").split("\n")
-    rows = [json.loads(line) for line in lines if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg}") from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is no object")

@@ -112,9 +112,11 @@ class TaskData:
             DataError: the data has no labels to score with.
         """
         found = [self.labels[row] for row in rows]
-        if any(label is None for label in found):
+        bare = sum(label is None for label in found)
+        if bare:
+            rest = "" if bare == len(found) else ", or take the rows with label -1 out"
             raise DataError(
-                f"task '{self.name}': these rows carry no labels, so they can be neither scored nor trained on. Name the label column under task: columns."
+                f"task '{self.name}': {bare} of {len(found)} rows carry no labels, so they can be neither scored nor trained on. Name the label column under task: columns{rest}."
             )
         return [label for label in found if label is not None]
 

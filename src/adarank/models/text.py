@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,12 +71,13 @@ class TextClassifiers:
     def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[TextExamples, list[str]]:
         texts = [[str(value) for value in table[column]] for column in self.columns(spec)]
         tokenizer = _tokenizer(folder)
-        encoded = tokenizer(*texts, truncation=True, max_length=spec.max_length)
-        cut = sum(len(ids) >= spec.max_length for ids in encoded["input_ids"])
+        most, whose = min((spec.max_length, ""), (_positions(folder, tokenizer), ", which is the model's own,"))
+        encoded = tokenizer(*texts, truncation=True, max_length=most)
+        cut = sum(len(ids) >= most for ids in encoded["input_ids"])
         if not encoded["input_ids"]:
             raise DataError(f"task '{spec.name}': no inputs.")
         notes = (
-            [f"{cut} of {len(texts[0])} inputs reach the limit of {spec.max_length} tokens and are cut there"]
+            [f"{cut} of {len(texts[0])} inputs reach the limit of {most} tokens{whose} and are cut there"]
             if cut
             else []
         )
@@ -83,6 +86,21 @@ class TextClassifiers:
     def logits(self, module: nn.Module, batch: Batch) -> Tensor:
         out: Tensor = module(**batch).logits
         return out.float()
+
+
+# they number positions from the padding's id on, and have so many fewer
+_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "data2vec-text")
+
+
+def _positions(folder: Path, tokenizer: Any) -> int:
+    """How many tokens the model has positions for."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known = config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize
+    if config.get("model_type") in _AFTER_PADDING:
+        padding = config.get("pad_token_id")
+        known -= 2 if padding is None else padding + 1
+    return int(min(known, tokenizer.model_max_length))
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -59,6 +59,7 @@ class Modular(Settings):
 
     Class attributes:
         knows: what must be known of an input when the network is used.
+        spectral: True if it decomposes matrices.
         defaults: of the loop's settings, where they are not AdaptSettings' own.
         unused: the loop's settings that mean nothing here.
     """
@@ -67,6 +68,7 @@ class Modular(Settings):
     formula: ClassVar[str]
     source: ClassVar[str]
     knows: ClassVar[str]
+    spectral: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {"steps": 1000, "check_every": 100, "save_every": 100}
     unused: ClassVar[frozenset[str]] = OF_COMPONENTS
 

@@ -58,6 +58,7 @@ class TwinMerging(Modular):
     formula: ClassVar[str] = "W(x) = W* + Σ_t w_t(x) SVD_k(W_t - W*), W* = W₀ + λ Σ_t τ_t, w = softmax(r(z))"
     source: ClassVar[str] = "Lu et al. 2024, arXiv:2406.15479"
     knows: ClassVar[str] = "the task of every input, for its head; its weights are merged as the router says"
+    spectral: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {**Modular.defaults, "steps": 500, "batch_size": 32, "keep": "last"}
     unused: ClassVar[frozenset[str]] = OF_COMPONENTS | OF_LOGITS
 
