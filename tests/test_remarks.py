@@ -177,3 +177,30 @@ def test_a_search_in_which_nothing_changes_has_no_edge() -> None:
     assert not level(other)
     assert edges(kind, same) == {}
     assert set(edges(kind, other)) == {"rank"}
+
+
+def test_a_plan_without_need_of_data_says_what_evaluation_will_miss(tmp_path: Path, capsys: Any) -> None:
+    zoo = make_zoo(tmp_path)
+    (zoo / "data" / "mood.tsv").unlink()
+    text = shown(capsys, "plan", recipe(zoo, merge_method="tsv_m"))
+    assert "`evaluate` will not" in text
+    assert "mood.tsv: no such data file" in text
+
+
+def test_a_loose_tensor_is_no_list_of_batches_and_settings_may_be_a_mapping() -> None:
+    base, own = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    x = torch.randn(8, 4)
+    with pytest.raises(DataError, match="of 'a' there is one tensor"):
+        adarank.adapt(base, {"a": own}, {"a": x})
+    with pytest.raises(RecipeError, match=r"stps: unknown key\. Did you mean 'steps'"):
+        adarank.adapt(base, {"a": own}, {"a": [x]}, settings={"stps": 1})
+    assert adarank.adapt(base, {"a": own}, {"a": [x]}, settings={"steps": 1}).history.step == 1
+
+
+def test_wrong_kinds_are_told_in_a_users_words(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"models\.0\.task: a mapping of settings is needed, got 'sentiment'"):
+        parse_recipe({"merge_method": "average", "models": [{"model": "a", "task": "sentiment"}]}, tmp_path)
+    with pytest.raises(RecipeError, match="models: a list is needed, got 'a'"):
+        parse_recipe({"merge_method": "average", "models": "a"}, tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        adarank.load_task(tmp_path / "nowhere", "a")

@@ -135,7 +135,7 @@ def adapt(
     batches: Mapping[str, Sequence[Any]],
     method: str = "adarank",
     parameters: Mapping[str, Any] | None = None,
-    settings: AdaptSettings | None = None,
+    settings: AdaptSettings | Mapping[str, Any] | None = None,
     forward: Forward | None = None,
     objective: Objective | None = None,
     select: Select | None = None,
@@ -150,7 +150,7 @@ def adapt(
         batches: task -> its unlabelled batches; step i uses batch i, from the start again when they are used up.
         method: `adarank`, `adamerging`, `adamerging++` or `cart++`.
         parameters: the method's settings, such as `{"origin": "average", "rank": 0.16, "lambda": 2.0}`.
-        settings: steps and step sizes. Its `batch_size` is not used: batches come as they are.
+        settings: steps and step sizes, as `AdaptSettings` or a mapping of its fields. Its `batch_size` is not used: batches come as they are.
         forward: (module, batch) -> logits of shape (batch, classes). By default the module is called with the
             batch (a mapping as keyword arguments, a tuple as positional ones).
         objective: what every task minimises instead of what `settings` say (`self-label` unless they say otherwise): a
@@ -166,13 +166,19 @@ def adapt(
     """
     if method not in ADAPTIVE:
         raise RecipeError(f"method: '{method}' does not adapt.{_elsewhere(method) or nearest(method, ADAPTIVE)}")
+    loose = [task for task, own in batches.items() if isinstance(own, Tensor)]
+    if loose:
+        raise DataError(
+            f"batches: of {', '.join(map(repr, loose))} there is one tensor. Give each task a list of batches."
+        )
     empty = [task for task in experts if not batches.get(task)]
     if empty:
         raise DataError(
             f"batches: none for {', '.join(map(repr, empty))}. Every task needs at least one unlabelled batch."
         )
     chosen = parse(ADAPTIVE[method], parameters or {}, f"parameters of '{method}'")
-    settings, own_objective = _settled(settings or AdaptSettings(), objective, experts)
+    settings = settings if isinstance(settings, AdaptSettings) else parse(AdaptSettings, settings or {}, "settings")
+    settings, own_objective = _settled(settings, objective, experts)
     network = _network(base, experts, select)
     call = forward or _call
     asked = Asked(call, batches, held_out or {}, settings, own_objective is None)

@@ -40,11 +40,19 @@ def parse(kind: type[S], values: Mapping[str, Any], where: str) -> S:
         raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems)) from None
 
 
+_PLAIN = {  # pydantic names its own classes here, which no user knows
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type", "mapping_type"), "a mapping of settings"),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+}
+
+
 def _sentence(kind: type[BaseModel], problem: Any) -> str:
     location = problem["loc"]
     path = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         return f"{path}: unknown key.{nearest(str(location[-1]), _keys_at(kind, location[:-1]))}"
+    if problem["type"] in _PLAIN:
+        return f"{path or 'value'}: {_PLAIN[problem['type']]} is needed, got {_short(problem['input'])}"
     got = "" if problem["type"] == "missing" else f" (got {_short(problem['input'])})"
     return f"{path or 'value'}: {problem['msg']}{got}"
 

@@ -153,6 +153,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import show
+    from adarank.errors import DataError
     from adarank.methods import Informed
     from adarank.plan import describe, open_job
     from adarank.recipe import load_recipe
@@ -171,6 +172,11 @@ def _plan(options: argparse.Namespace) -> None:
                 "inputs": {task: len(own) for task, own in rows.items()},
                 "labels_read": job.method.reads_labels,
             }
+    elif any(entry.task and entry.task.data for entry in job.recipe.experts.values()):
+        try:  # merging reads none of it, but evaluation will
+            check_tasks(job)
+        except DataError as error:
+            described["notes"].append(f"The merge goes without the tasks' data, but `evaluate` will not: {error}")
     if options.json:
         _print_json(described)
     else:

@@ -37,6 +37,8 @@ def load_task(out: str | Path, task: str) -> nn.Module:
     folder = Path(out)
     if (folder / BUNDLE).exists():
         raise CheckpointError(f"{folder}: a bundle, with weights for each task. Use adarank.from_bundle.")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give what `adarank merge` wrote.")
     heads = folder / "heads"
     known = sorted(p.name for p in heads.iterdir()) if heads.is_dir() else []
     if task not in known:
