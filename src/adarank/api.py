@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,12 @@ def merge(
     if isinstance(chosen, Informed):
         chosen = _informed(chosen, network, experts, batches or {}, forward or _call)
     wider = "Give base and experts in a wider dtype, such as bfloat16."
-    return {n: cast(tensor, network.tensors[n].dtype, n, wider) for n, tensor in merge_tensors(chosen, network)}
+    device = next(iter(_state(base if base is not None else next(iter(experts.values()))).values())).device
+    merged = {}
+    for name, tensor in merge_tensors(chosen, network):
+        found = cast(tensor, network.tensors[name].dtype, name, wider).to(device)
+        merged[name] = found.clone() if network.choices[name].action == "keep" else found  # not the caller's own
+    return merged
 
 
 def merge_each(
@@ -166,11 +171,7 @@ def adapt(
     """
     if method not in ADAPTIVE:
         raise RecipeError(f"method: '{method}' does not adapt.{_elsewhere(method) or nearest(method, ADAPTIVE)}")
-    loose = [task for task, own in batches.items() if isinstance(own, Tensor)]
-    if loose:
-        raise DataError(
-            f"batches: of {', '.join(map(repr, loose))} there is one tensor. Give each task a list of batches."
-        )
+    batches, held_out = _listed("batches", batches, experts), _listed("held_out", held_out or {}, experts)
     empty = [task for task in experts if not batches.get(task)]
     if empty:
         raise DataError(
@@ -181,7 +182,9 @@ def adapt(
     settings, own_objective = _settled(settings, objective, experts)
     network = _network(base, experts, select)
     call = forward or _call
-    asked = Asked(call, batches, held_out or {}, settings, own_objective is None)
+    if not network.merged():
+        raise RecipeError("select: every tensor is kept or belongs to a head, so nothing is left to merge.")
+    asked = Asked(call, batches, held_out, settings, own_objective is None)
     models = share(((task, asked.expert(task, module)) for task, module in experts.items()), network)
     models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
     device = next(iter(models.shared.values())).device
@@ -206,11 +209,26 @@ def adapt(
     losses = {task: loss_of(task) for task in experts}
     judge = asked.judge(models.modules)
     one_pass = min(len(batches[task]) for task in experts)
-    history = run_adaptation(
-        live, losses, settings, progress=progress, judge=judge, memory=memory, grid=chosen.grid, one_pass=one_pass
-    )
+    with torch.enable_grad():  # whatever the caller has switched off
+        history = run_adaptation(
+            live, losses, settings, progress=progress, judge=judge, memory=memory, grid=chosen.grid, one_pass=one_pass
+        )
+    live.zero_grad()
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
     return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}), history)
+
+
+def _listed(what: str, given: Mapping[str, Any], experts: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    """task -> list of batches, from lists, loaders or generators. All problems at once."""
+    problems = [f"'{task}' is no expert.{nearest(task, experts)}" for task in given if task not in experts]
+    problems += [
+        f"of '{task}' there is one {type(own).__name__}. Give each task a list of batches."
+        for task, own in given.items()
+        if isinstance(own, (Tensor, Mapping, str)) or not isinstance(own, Iterable)
+    ]
+    if problems:
+        raise DataError(f"{what}: {problems[0]}" if len(problems) == 1 else itemise(f"{what}:", problems))
+    return {task: own if isinstance(own, (list, tuple)) else list(own) for task, own in given.items()}
 
 
 def _settled(
@@ -352,11 +370,23 @@ def _state(model: nn.Module | State) -> State:
 
 
 def _call(module: nn.Module, batch: Any) -> Tensor:
+    dtype = next((own.dtype for own in module.parameters() if own.is_floating_point()), torch.float32)
+
+    def fitting(value: Any) -> Any:  # adaptation is in float32, whatever the dtype that inputs came in
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
     if isinstance(batch, Mapping):
-        out = module(**batch)
+        out = module(**{key: fitting(value) for key, value in batch.items()})
     elif isinstance(batch, (tuple, list)):
-        out = module(*batch)
+        out = module(*map(fitting, batch))
     else:
-        out = module(batch)
-    logits: Tensor = out if isinstance(out, Tensor) else out.logits
+        out = module(fitting(batch))
+    if isinstance(out, Mapping) and "logits" in out:  # as outputs of transformers are, too
+        out = out["logits"]
+    logits = out[0] if isinstance(out, (tuple, list)) else getattr(out, "logits", out)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise DataError(
+            f"A module gave {got} where logits (batch, classes) were needed. Give `forward`, a function of module and batch."
+        )
     return logits

@@ -42,14 +42,14 @@ class Asked:
         if self.named and NEED_EXPERT & self.settings.weights(task).keys():
             seen = range(min(Course(self.settings).longest, len(self.batches[task])))
             self.targets[task] = [self.call(own, self.batches[task][i]) for i in seen]
-        self.watched[task] = []
-        count = 0
-        for number, batch in enumerate(self.held_out.get(task) or self.batches[task]):
-            if count >= self.settings.check_inputs:
-                break
-            known = self.targets.get(task, []) if not self.held_out.get(task) else []
-            self.watched[task].append((batch, known[number] if number < len(known) else self.call(own, batch)))
-            count += len(self.watched[task][-1][1])
+        looked_at = self.held_out.get(task) or self.batches[task]
+        known = dict(enumerate(self.targets.get(task, []) if not self.held_out.get(task) else []))
+        if 0 not in known:
+            known[0] = self.call(own, looked_at[0])
+        # evenly spread, as many as have `check_inputs` inputs together: batches may come sorted by their classes
+        count = min(len(looked_at), max(1, self.settings.check_inputs // max(1, len(known[0]))))
+        spread = [i * len(looked_at) // count for i in range(count)]
+        self.watched[task] = [(looked_at[i], known[i] if i in known else self.call(own, looked_at[i])) for i in spread]
         return own
 
     def judge(self, modules: Mapping[str, nn.Module]) -> Judge:

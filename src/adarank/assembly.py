@@ -142,17 +142,26 @@ def assemble_job(run: Run) -> Assembly:
     judge = judge_of(job, models, data, settings, experts)
     run.note("Training the modules, without labels")
     learner = Parameters(built.learned, method.lr)
+    one_pass = min(own.one_pass(settings.batch_size) for own in data.values())
     if built.separate is None or settings.keep == "last":
-        history = adapt(learner, built.losses, settings, run.state, fingerprint, run.progress, judge, work.memory)
+        history = adapt(
+            learner, built.losses, settings, run.state, fingerprint, run.progress, judge, work.memory, one_pass=one_pass
+        )
         told = report(history, job, settings, data)
     else:
         each = _Each(built.separate, work.memory, settings.signal)
         last = settings.model_copy(update={"keep": "last"})
         watching = each.watching(judge)
-        history = adapt(learner, built.losses, last, run.state, fingerprint, run.progress, watching, work.memory)
+        history = adapt(
+            learner, built.losses, last, run.state, fingerprint, run.progress, watching, work.memory, one_pass=one_pass
+        )
         steps = each.keep()
         told = report(history, job, settings, data, {task: history.judged[step][task] for task, step in steps.items()})
-        told |= {"steps_kept": steps, "why_kept": "each task's adapter is of the judged step nearest to its expert"}
+        told |= {
+            "step_kept": None,
+            "steps_kept": steps,
+            "why_kept": "each task's adapter is of the judged step nearest to its expert",
+        }
     told |= {"known_in_use": method.knows, "not_routed": list(built.left)}
     return Assembly(job, method, models, built, told | started | built.about())
 
@@ -170,6 +179,11 @@ class _Each:
             found = judge(step)
             for task, own in found.items():
                 value = mean_signal({task: own}, self._signal)
+                least = float(
+                    self._memory.setdefault(f"{task}/start", torch.tensor(own.agreement, dtype=torch.float64))
+                )
+                if own.agreement < least:  # by divergence it may be nearer, and still disagree more often
+                    continue
                 if f"{task}/value" not in self._memory or value > float(self._memory[f"{task}/value"]):
                     self._memory[f"{task}/value"] = torch.tensor(value, dtype=torch.float64)
                     self._memory[f"{task}/step"] = torch.tensor(step)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adarank.errors import CheckpointError, OutputError, itemise
+from adarank.errors import CheckpointError, OutputError, RecipeError, itemise
 
 LEGACY = (".bin", ".pt", ".pth")
 # What PyTorch's weights-only reader raises on bytes that are no pickle of its own.
@@ -301,6 +301,20 @@ def check_finite(tensor: Tensor, name: str, file: str) -> Tensor:
         f"{file}: tensor '{name}' has {bad} NaN or infinite value(s) of {tensor.numel()}. "
         "A merge would spread them to every task: use an earlier checkpoint of this model."
     )
+
+
+def check_result(tensor: Tensor, name: str, by: str) -> Tensor:
+    """A merged tensor, or an error that names what made it: values are finite, and variances not negative.
+
+    Raises:
+        CheckpointError: NaN or infinite values.
+        RecipeError: negative running variances: a root of them would be NaN, and so every logit.
+    """
+    if name.endswith("running_var") and bool((tensor < 0).any()):
+        raise RecipeError(
+            f"{name}: {by} has negative variances. Lower λ, or keep the base's by select: keep: ['*.running_*']."
+        )
+    return check_finite(tensor, name, by)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str, remedy: str) -> Tensor:

@@ -95,8 +95,9 @@ class MaskFile:
         """Components kept per task in one matrix."""
         return [int(own.sum()) for own in self.masks[name].split(self.sizes[name])]
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write λ as float32 and the masks as bits."""
+        path = Path(path)
         names = list(self.lam)
         tensors = {"lambda": torch.stack([self.lam[name].float().cpu() for name in names])}
         for name, mask in self.masks.items():

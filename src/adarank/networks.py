@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from adarank.checkpoint import check_finite
+from adarank.checkpoint import check_finite, check_result
 from adarank.errors import RecipeError
 from adarank.models import Family, TaskModels, share
 from adarank.plan import Job
@@ -46,7 +46,7 @@ def changed_tensors(job: Job, changed: Mapping[str, Tensor], by: str) -> Iterato
     """
     for name in job.network.tensors:
         own = changed.get(name)
-        yield name, job.network.kept(name) if own is None else check_finite(own.detach(), name, by)
+        yield name, job.network.kept(name) if own is None else check_result(own.detach(), name, by)
 
 
 def family_of(job: Job) -> Family:

@@ -106,7 +106,7 @@ def _no_leavings(state: Path) -> Iterator[None]:
     try:
         yield
     except AdaRankError:
-        if not (state / "state.pt").exists():
+        if not any(state.rglob("state.pt")):  # of a start that is adapted itself, too
             shutil.rmtree(state, ignore_errors=True)
         raise
 

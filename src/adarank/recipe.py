@@ -80,7 +80,7 @@ class Recipe(Settings):
     tokenizer_source: Literal["base"] | None = None
     adapt: AdaptBlock | None = None
     data: DataSettings = DataSettings()
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     folder: Path = Field(Path("."), exclude=True)
 

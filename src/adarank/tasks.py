@@ -147,6 +147,11 @@ def _raise(problems: list[str]) -> None:
 def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[int | None]:
     """Class numbers: integers as they are, names through the expert's label2id."""
     count = len(next(iter(table.values())))
+    if config.get("num_labels") == 1 or config.get("problem_type") in ("regression", "multi_label_classification"):
+        kind = config.get("problem_type") or "a model of one output"
+        raise DataError(
+            f"task '{name}': its expert is no classifier of one class per input ({kind}). Such tasks can be merged, but neither adapted on nor scored: leave their data out."
+        )
     if spec.columns.label not in table:
         return [None] * count
     by_name = {str(label): int(number) for label, number in (config.get("label2id") or {}).items()}
@@ -154,7 +159,9 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
     classes = len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
     found: list[int | None] = []
     for row, value in enumerate(table[spec.columns.label], start=1):
-        if str(value) == "-1":  # how public test sets say that a label is withheld
+        if (
+            value is None or value != value or str(value).strip() in ("-1", "")
+        ):  # how files say that a label is withheld
             found.append(None)
             continue
         named = by_name.get(value) if isinstance(value, str) else None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adarank.adapt.objective import divergences, entropy
+from adarank.errors import AdaptationError
 
 Signal = Literal["agreement", "divergence"]
 
@@ -83,10 +84,15 @@ def signals(logits: Tensor, expert: Tensor) -> Signals:
     Arguments:
         logits, expert: (inputs, classes), float.
     """
+    if logits.shape[-1] < 2:
+        raise AdaptationError(
+            "The experts give one number for each input: there are no classes to agree on. Adaptation is of classifiers; use a method that does not adapt."
+        )
     own, wanted = logits.argmax(dim=-1), expert.argmax(dim=-1)
+    answered = ~logits.isnan().any(dim=-1)  # a network that gives no numbers agrees with nobody
     counts, targets = (torch.bincount(y, minlength=logits.shape[-1]).double() / len(y) for y in (own, wanted))
     return Signals(
-        agreement=float((own == wanted).double().mean()),
+        agreement=float(((own == wanted) & answered).double().mean()),
         divergence=float(divergences(logits.double(), expert.double()).mean()),
         histogram=float((counts - targets).abs().sum() / 2),
         entropy=float(entropy(logits.double())),
@@ -97,7 +103,9 @@ def signals(logits: Tensor, expert: Tensor) -> Signals:
 
 
 def mean_signal(judged: Judged, signal: Signal) -> float:
-    """Mean over tasks, signed so that more is better; -inf if one is no number."""
+    """Mean over tasks, signed so that more is better; -inf if some task's predictions are no numbers."""
+    if any(math.isnan(own.entropy) for own in judged.values()):
+        return -math.inf
     values = [own.agreement if signal == "agreement" else -own.divergence for own in judged.values()]
     mean = sum(values) / len(values)
     return round(mean, 12) if math.isfinite(mean) else -math.inf  # rounded, so that equal shares are equal

@@ -260,8 +260,8 @@ class _Run:
             self.live.write()
 
     def _now(self) -> dict[str, Tensor]:
-        """What is learned, as it is at this moment."""
-        return {name: own.detach().clone() for name, own in self.live.learned().items()}
+        """A copy of what is learned, as it is at this moment; on the CPU, as what a state holds is."""
+        return {name: own.detach().to("cpu", copy=True) for name, own in self.live.learned().items()}
 
     def _best(self) -> int:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
@@ -306,7 +306,7 @@ class _Run:
             return
         content: dict[str, Any] = {
             "fingerprint": self.fingerprint,
-            "learned": {name: own.detach() for name, own in self.live.learned().items()},
+            "learned": self._now(),
             "optimiser": self.optimiser.state_dict(),
             "rng": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
             "losses": self.history.losses,

@@ -126,7 +126,9 @@ def self_label(
 def divergences(logits: Tensor, expert: Tensor) -> Tensor:
     """(batch,) Kullback-Leibler divergence of each prediction from the expert's, in nats: Σ_c q (log q - log p)."""
     log_q = expert.log_softmax(dim=-1)
-    return (log_q.exp() * (log_q - logits.log_softmax(dim=-1))).sum(dim=-1)
+    apart = log_q - logits.log_softmax(dim=-1)
+    # what the expert never says counts nothing, even where both logits are -∞, as those of classes that a head masks
+    return (log_q.exp() * apart.where(log_q.exp() > 0, 0.0)).sum(dim=-1)
 
 
 def infomax(logits: Tensor, mean: Tensor) -> Tensor:
@@ -241,7 +243,7 @@ def check_objective(given: Any) -> Any:
 
 def _entropies(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1)
+    return -(log_p.exp() * log_p.where(log_p.exp() > 0, 0.0)).sum(dim=-1)
 
 
 def _mean_where(each: Tensor, kept: Tensor) -> Tensor:

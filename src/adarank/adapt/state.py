@@ -22,7 +22,7 @@ def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
         RecipeError: it is damaged, no state, or belongs to another run.
     """
     try:
-        content: dict[str, Any] = torch.load(path, weights_only=True)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, *DAMAGED) as error:
         raise RecipeError(f"{path}: the saved state is damaged ({error}). Delete it to start anew.") from None
     if not isinstance(content, dict) or not content.keys() >= _STATE:

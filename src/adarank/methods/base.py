@@ -14,7 +14,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from adarank.checkpoint import check_finite
+from adarank.checkpoint import check_result
 from adarank.errors import MismatchError, RecipeError, itemise
 from adarank.methods.weights import PerTensor, TensorWeights, rest
 from adarank.settings import Settings
@@ -135,8 +135,4 @@ def merge_tensor(method: Method, network: Network, name: str, device: torch.devi
     merged = (
         method.merge_matrix(name, origin, deltas) if action == "decompose" else method.merge_other(name, origin, deltas)
     )
-    if name.endswith("running_var") and bool((merged < 0).any()):  # a root of it would be NaN, and so every logit
-        raise RecipeError(
-            f"{name}: the result of '{method.name}' has negative variances. Lower λ, or keep the base's by select: keep: ['*.running_*']."
-        )
-    return check_finite(merged, name, f"the result of '{method.name}'")
+    return check_result(merged, name, f"the result of '{method.name}'")

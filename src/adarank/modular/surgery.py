@@ -60,7 +60,8 @@ class Surgery(Modular):
     formula: ClassVar[str] = "z'_t = z_t - U_t relu(D_t z_t); D, U = argmin Σ_t |z'_t - z*_t|₁"
     source: ClassVar[str] = "Yang et al. 2024, arXiv:2402.02705"
     knows: ClassVar[str] = "the task of every input"
-    unused: ClassVar[frozenset[str]] = OF_COMPONENTS | OF_LOGITS
+    # its adapters do not depend on each other: each keeps its own best step, and there is nothing to end early or to repair
+    unused: ClassVar[frozenset[str]] = OF_COMPONENTS | OF_LOGITS | {"patience", "tolerance", "repair", "retreat"}
 
     rank: int = Field(16, ge=1, description="width r of each adapter")
     start: Start = Start()
