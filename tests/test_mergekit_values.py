@@ -19,8 +19,10 @@ from torch import Tensor
 import adarank
 from adarank import pipeline
 from adarank.checkpoint import Checkpoint
-from adarank.methods import METHODS
-from adarank.recipe import load_recipe
+from adarank.errors import RecipeError
+from adarank.methods import METHODS, merge_tensors
+from adarank.plan import open_job
+from adarank.recipe import load_recipe, parse_recipe
 
 HIDDEN, FFN, VOCABULARY, LAYERS = 4, 6, 5, 3
 MODELS = ("base", "a", "b", "c")
@@ -360,3 +362,37 @@ def test_a_file_that_drops_at_random_gives_what_the_same_settings_give_in_python
     found = load_file(folder / f"{name}-random" / "model.safetensors")
     assert all(torch.equal(found[key], tensor.bfloat16()) for key, tensor in wanted.items())
     assert not any(torch.equal(found[key], states["base"][key].bfloat16()) for key in wanted)
+
+
+def by_slice(layers: list[int], count: int = 1) -> dict[str, Any]:
+    """mergekit's README writes slerp like this."""
+    sources = [{"model": model, "layer_range": layers} for model in ("base", "a")]
+    t = [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"value": 0.5}]
+    return {
+        "slices": [{"sources": sources}] * count,
+        "merge_method": "slerp",
+        "base_model": "base",
+        "parameters": {"t": t},
+    }
+
+
+def test_one_slice_of_all_layers_is_the_models_whole(folder: Path) -> None:
+    sliced = by_slice([0, LAYERS])
+    whole = {key: value for key, value in sliced.items() if key != "slices"} | {
+        "models": [{"model": "base"}, {"model": "a"}]
+    }
+    found, wanted = (open_job(parse_recipe(values, folder)) for values in (sliced, whole))
+    assert found.method is not None
+    assert wanted.method is not None
+    pairs = zip(merge_tensors(found.method, found.network), merge_tensors(wanted.method, wanted.network), strict=True)
+    assert all(name == other and torch.equal(own, same) for (name, own), (other, same) in pairs)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [(by_slice([0, LAYERS - 1]), f"it has {LAYERS} layers"), (by_slice([1, LAYERS]), f"it has {LAYERS} layers"),
+     (by_slice([0, LAYERS], 2), "'slices' is not supported")],
+)  # fmt: skip
+def test_slices_that_are_not_whole_models_are_refused(folder: Path, values: dict[str, Any], text: str) -> None:
+    with pytest.raises(RecipeError, match=text):
+        open_job(parse_recipe(values, folder))

@@ -110,7 +110,7 @@ def test_a_global_weight_is_the_default_of_models_that_give_none() -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "remedy"), [
-    ("slices", [{"sources": [{"model": "a", "layer_range": [0, 4]}]}], "list whole models under models"),
+    ("slices", [{"sources": [{"model": "a", "layer_range": [i, i + 2]}]} for i in (0, 2)], "list whole models under models"),
     ("slices", [], "list whole models under models"),
     ("modules", {"text_decoder": {"slices": []}}, "list whole models under models"),
     ("tokenizer", {"source": "union", "tokens": {}}, "all models must share the base's"),

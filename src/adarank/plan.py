@@ -114,6 +114,8 @@ def open_job(recipe: Recipe) -> Job:
         raise CheckpointError(problems[0])
     if problems:
         raise CheckpointError(itemise(f"{len(problems)} checkpoints cannot be read:", problems))
+    if recipe.layer_range is not None:
+        _check_layers(recipe.layer_range, opened)
     base = opened.pop("base", None) if recipe.base_model else None
     family = _family(recipe, opened)
     keep_embeddings = bool(family and family.keep_embeddings) and not recipe.trains  # fine-tuning trains them too
@@ -122,6 +124,21 @@ def open_job(recipe: Recipe) -> Job:
     if method is not None:
         method.check(network)
     return Job(recipe, base, opened, network, family, method)
+
+
+def _check_layers(wanted: tuple[int, int], opened: Mapping[str, Checkpoint]) -> None:
+    """One slice stands for whole models if it has all their layers."""
+    problems = []
+    for own in opened.values():
+        known = (own.config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
+        count = next((found for found in known if found is not None), None)
+        if count is None or tuple(wanted) != (0, count):
+            has = f"{count} layers" if count is not None else "a number of layers that its config.json does not tell"
+            problems.append(f"{own.label}: layer_range {list(wanted)} was given, and it has {has}.")
+    if problems:
+        raise RecipeError(
+            itemise("slices: only whole models merge here. List them under models, without slices.", problems)
+        )
 
 
 def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 # What mergekit's dialect has and this tool does not do: named, so that the error says more than "unknown key".
 _NOT_DONE = {
-    "slices": "Layer slices (frankenmerging) are not merged here; list whole models under models.",
+    "slices": "Layers are not rearranged here (frankenmerging): give one slice of all layers, or list whole models under models.",
     "modules": "Module-wise recipes are not merged here; list whole models under models.",
     "tokenizer": "Vocabularies are never resized here; all models must share the base's.",
     "chat_template": "Edit tokenizer_config.json of the output instead.",
@@ -83,6 +83,7 @@ class Recipe(Settings):
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     folder: Path = Field(Path("."), exclude=True)
+    layer_range: tuple[int, int] | None = None  # of the one slice that the models were given in: it must be all layers
 
     @property
     def adaptive(self) -> bool:
@@ -198,7 +199,7 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
-    values = {key: value for key, value in values.items() if value is not None or key not in _NOT_DONE}
+    values = _of_one_slice({key: value for key, value in values.items() if value is not None or key not in _NOT_DONE})
     asked = [key for key, value in values.items() if (key, value) != ("tokenizer_source", "base")]
     refused = [f"'{key}' is not supported. {reason}" for key, reason in _NOT_DONE.items() if key in asked]
     if refused:
@@ -219,6 +220,27 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
         )
     _check(recipe, where)
     return recipe
+
+
+def _of_one_slice(values: dict[str, Any]) -> dict[str, Any]:
+    """mergekit's other way to list whole models: one slice of the same layers of each. Anything else as it is."""
+    slices = values.get("slices")
+    if "models" in values or not (isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], dict)):
+        return values
+    sources = slices[0].get("sources")
+    if not isinstance(sources, list) or not all(
+        isinstance(s, dict) and {"model", "layer_range"} <= s.keys() for s in sources
+    ):
+        return values
+    ranges = [source["layer_range"] for source in sources]
+    if not ranges or any(own != ranges[0] for own in ranges) or slices[0].keys() - {"sources", "parameters"}:
+        return values
+    own = {
+        "models": [{key: value for key, value in source.items() if key != "layer_range"} for source in sources],
+        "parameters": {**(values.get("parameters") or {}), **(slices[0].get("parameters") or {})},
+        "layer_range": ranges[0],
+    }
+    return {key: value for key, value in values.items() if key != "slices"} | own
 
 
 def _check_device(name: str, where: str) -> None:
