@@ -103,7 +103,9 @@ def _cost(records: list[dict[str, Any]]) -> tuple[str, str]:
     """Median seconds and greatest peak memory of the merges; empty where a record has none."""
     seconds = [r["merge_seconds"] for r in records if "merge_seconds" in r]
     peaks = [r["peak_resident_bytes"] for r in records if "peak_resident_bytes" in r]
-    return f"{statistics.median(seconds):.3g}" if seconds else "", f"{max(peaks) / 1e9:.1f}" if peaks else ""
+    spent = statistics.median(seconds) if seconds else None
+    told = "" if spent is None else f"{spent:.3g}" if spent < 1000 else f"{spent:.0f}"
+    return told, f"{max(peaks) / 1e9:.1f}" if peaks else ""
 
 
 def task_aware(bed: str) -> list[str]:
