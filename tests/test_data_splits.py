@@ -419,7 +419,7 @@ def test_labels_are_numbers_or_the_experts_names(tmp_path: Path, labels: list[An
     assert load(tmp_path, labelled(tmp_path, labels), config).labels == (0, 1, 1)
 
 
-@pytest.mark.parametrize("label", [2, -2, "2", "great", 0.5, None, "", "Good", float("inf"), [1]])
+@pytest.mark.parametrize("label", [2, -2, "2", "great", 0.5, "Good", float("inf"), [1]])
 def test_a_label_that_the_expert_lacks_is_named_with_its_row(tmp_path: Path, label: Any) -> None:
     with pytest.raises(DataError, match=r"'sst': row 2 has label .*bad, good"):
         load(tmp_path, labelled(tmp_path, [0, label, 1]))
@@ -473,6 +473,11 @@ def test_a_task_without_data_is_refused(tmp_path: Path) -> None:
 def test_a_limit_caps_every_split(tmp_path: Path) -> None:
     spec = labelled(tmp_path, [0, 1] * 30).model_copy(update={"limit": 5})
     assert {len(rows) for rows in load(tmp_path, spec).splits.rows.values()} == {5}
+
+
+@pytest.mark.parametrize("label", [None, "", float("nan"), -1])
+def test_an_empty_label_is_withheld(tmp_path: Path, label: Any) -> None:
+    assert load(tmp_path, labelled(tmp_path, [0, label, 1])).labels == (0, None, 1)
 
 
 def test_minus_one_is_a_withheld_label_and_scoring_it_is_refused(tmp_path: Path) -> None:

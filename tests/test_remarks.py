@@ -190,7 +190,7 @@ def test_a_plan_without_need_of_data_says_what_evaluation_will_miss(tmp_path: Pa
 def test_a_loose_tensor_is_no_list_of_batches_and_settings_may_be_a_mapping() -> None:
     base, own = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     x = torch.randn(8, 4)
-    with pytest.raises(DataError, match="of 'a' there is one tensor"):
+    with pytest.raises(DataError, match="of 'a' there is one Tensor"):
         adarank.adapt(base, {"a": own}, {"a": x})
     with pytest.raises(RecipeError, match=r"stps: unknown key\. Did you mean 'steps'"):
         adarank.adapt(base, {"a": own}, {"a": [x]}, settings={"stps": 1})

@@ -165,7 +165,7 @@ def test_outputs_are_not_overwritten_and_stay_beside_the_recipe(zoo: Path, tmp_p
 
 
 def test_the_command_shows_the_best_points_and_keeps_a_record(zoo: Path, capsys) -> None:
-    path = recipe(zoo, "shown.yaml")
+    path = recipe(zoo, "shown.yaml", merge_method="svd_k")
     best = zoo / "shown.best.yaml"
     assert main(["search", str(path), str(best), "--over", "lambda=0.5:1.0:0.5", "--over", "rank=.1,.5"]) == 0
     out = capsys.readouterr().out
@@ -175,6 +175,15 @@ def test_the_command_shows_the_best_points_and_keeps_a_record(zoo: Path, capsys)
     assert all(f"The best {axis}, {at:g}, is at the end" in out for axis, at in record["at_the_edge"].items())
     assert record["split"].startswith("select, with labels")
     assert yaml.safe_load(best.read_text())["parameters"] == record["best"]["settings"]
+
+
+def test_a_search_in_which_nothing_changes_says_so(zoo: Path, capsys) -> None:
+    """CART of two experts is their average at any λ."""
+    path = recipe(zoo, "level.yaml")
+    assert main(["search", str(path), str(zoo / "level.best.yaml"), "--over", "lambda=0.5:1.0:0.25"]) == 0
+    out = capsys.readouterr().out
+    assert "All 3 points score the same" in out
+    assert "at the end of what was tried" not in out
 
 
 @given(rows=st.integers(1, 6), columns=st.integers(1, 6), seed=st.integers(0, 99))
