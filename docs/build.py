@@ -32,6 +32,8 @@ from results_tables import (
 
 from adarank.catalogue import catalogue, presets
 from adarank.cli.main import parser
+from adarank.papers import ROWS as PAPER_ROWS
+from adarank.papers import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,7 +55,7 @@ def methods_page() -> str:
             "",
             f"    {entry.formula}",
             "",
-            f"Needs {entry.needs}. Source: {entry.source}.",
+            f"Needs {entry.needs}. Reads {entry.reads}. In memory: {entry.memory}. Source: {entry.source}.",
             "",
         ]
         own = [s for s in entry.settings if not s.name.startswith("adapt.")]
@@ -86,6 +88,23 @@ def methods_page() -> str:
     lines += [
         f"| `{name}` | {flat(preset['parameters'])} | {flat(preset['adapt'])} |" for name, preset in presets().items()
     ]
+    lines += [
+        "",
+        "## Rows of the papers",
+        "",
+        "Which recipe makes which row of the tables of AdaRank (arXiv:2503.22178; eight tasks, RoBERTa and GPT-2 seven) and CART (arXiv:2412.12153), with the papers' own",
+        "figures to hold a run on the same checkpoints against: means over tasks in per cent. The papers adapt on the test inputs (`data: {protocol: transductive}`).",
+        "What this project measured is in [results.md](results.md). `adarank methods --papers` shows the same.",
+        "",
+        f"| row | recipe | {' | '.join(SETTINGS.values())} |",
+        "|---|---|" + "---|" * len(SETTINGS),
+    ]
+    for row in PAPER_ROWS:
+        recipe = f"`{row.yaml()}`" if row.recipe else ""
+        figures = (row.shown(key) for key in SETTINGS)
+        lines.append(
+            f"| {row.name} | {'; '.join(part for part in (recipe, row.hint) if part)} | {' | '.join(figures)} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"spectrum", "threshold", "election", "bases", "blocks", "masks", "bundle", "measures"},
     {"methods", "adapt", "modular", "multitask"},
     {"evaluate", "record"},
-    {"recipe", "plan", "tasks", "networks", "catalogue", "inspection"},
+    {"recipe", "plan", "tasks", "networks", "catalogue", "papers", "inspection"},
     {
         "experts",
         "run",

@@ -11,7 +11,8 @@ import annotated_types  # pydantic's own vocabulary of bounds
 from adarank.adapt.methods import ADAPTIVE, PRESETS, AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings
 from adarank.errors import RecipeError
-from adarank.methods import METHODS, Method
+from adarank.masks import MaskFile
+from adarank.methods import METHODS, Informed, Masked, Method
 from adarank.modular import MODULAR, Modular
 from adarank.multitask import Multitask
 from adarank.settings import Settings, nearest
@@ -29,27 +30,43 @@ class Setting:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method: its formula, needs, settings and source."""
+    """One method.
+
+    Attributes:
+        needs: models and data, and whether labels are read.
+        reads: how often checkpoints and inputs are gone through.
+        memory: what is held at a time; `adarank plan` reckons the bytes for a recipe.
+    """
 
     name: str
     summary: str
     formula: str
     needs: str
+    reads: str
+    memory: str
     settings: tuple[Setting, ...]
     source: str
 
 
+_UNLABELLED = "base, experts and unlabelled inputs of each task; no labels"
+_STEPS = "the checkpoints to start and to merge; each expert's inputs once for its answers; a batch of each task every step, forward and backward"
+
+
 def catalogue() -> dict[str, Entry]:
     """Method name -> entry; adaptive methods and the reference last."""
-    found = {name: _entry(kind, _needs(kind), ()) for name, kind in METHODS.items()}
-    found["masked"] = _entry(METHODS["masked"], "base, experts and a masks file", ())
+    found = {name: _entry(kind, _needs(kind), _reads(kind), _memory(kind), ()) for name, kind in METHODS.items()}
     for name, kind in ADAPTIVE.items():
         fixed = {"learn_masks"} if name != "adarank" else set()
-        found[name] = _entry(kind, "base, experts and unlabelled inputs of each task", (AdaptSettings,), fixed)
+        parts = "spectra" if kind().spectra else "task vectors"
+        memory = f"all merged tensors, their origins and gradients, their experts' {parts}, and one task's batch"
+        found[name] = _entry(kind, _UNLABELLED, _STEPS, memory, (AdaptSettings,), fixed)
     for name, module in MODULAR.items():
-        needs = f"base, experts and unlabelled inputs of each task; in use it must know {module.knows}"
-        found[name] = _entry(module, needs, (AdaptSettings,), None, module)
-    found[Multitask.name] = _entry(Multitask, Multitask.needs, ())
+        needs = f"{_UNLABELLED}; in use it must know {module.knows}"
+        memory = "the network twice, what each task has for its own, and one task's batch"
+        found[name] = _entry(module, needs, _STEPS, memory, (AdaptSettings,), None, module)
+    reads = "the base to start; a batch of each task every step, forward and backward"
+    memory = "all weights, their gradients and AdamW's two moments, and one task's batch"
+    found[Multitask.name] = _entry(Multitask, Multitask.needs, reads, memory, ())
     return found
 
 
@@ -71,15 +88,35 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def _needs(kind: type[Method]) -> str:
-    inputs = "base and experts" if getattr(kind, "origin", None) == "pretrained" else "experts"
-    read = inputs if kind.passes == 1 else f"{inputs}, read {kind.passes} times"
-    read += f" and {kind.data}" if kind.data else ""
-    return f"{read}; in use, each input's task" if kind.task_aware else read
+    models = "base and experts" if getattr(kind, "origin", None) == "pretrained" else "experts"
+    if kind is Masked:
+        models = "base, experts and a masks file"
+    data = f"{models}, and {kind.data}" if kind.data else f"{models}; no data"
+    return f"{data}; in use, each input's task" if kind.task_aware else data
+
+
+def _reads(kind: type[Method]) -> str:
+    checkpoints = "the checkpoints once" if kind.passes == 1 else f"the checkpoints {kind.passes} times"
+    if not issubclass(kind, Informed):
+        return checkpoints
+    return f"{checkpoints} to merge, and before it each expert with its inputs once"
+
+
+def _memory(kind: type[Method]) -> str:
+    """What merging a tensor holds, as the memory plan counts it: a number of copies that may grow with the tasks."""
+    masks: dict[str, Any] = {"masks": MaskFile("average", (), {}, {}, {}, {})}  # which `masked` alone has
+    method = kind.model_construct(**masks)
+    one, two = (4 + method.workspace(tasks, True) for tasks in (1, 2))
+    copies = f"{one}" if one == two else f"{2 * one - two} + {two - one}·T"
+    merging = f"{copies} float32 copies of the largest tensor"
+    return f"{merging}; before, one network and one expert's statistics" if issubclass(kind, Informed) else merging
 
 
 def _entry(
     kind: type[Method] | type[AdaptiveMethod] | type[Modular] | type[Multitask],
     needs: str,
+    reads: str,
+    memory: str,
     more: tuple[type[Settings], ...],
     fixed: set[str] | None = None,
     module: type[Modular] | None = None,
@@ -91,7 +128,7 @@ def _entry(
         loop = [replace(s, default=own.get(s.name, s.default)) for s in loop]
     settings = [*_settings(kind, fixed or set()), *loop]
     summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-    return Entry(kind.name, summary, kind.formula, needs, tuple(settings), kind.source)
+    return Entry(kind.name, summary, kind.formula, needs, reads, memory, tuple(settings), kind.source)
 
 
 def _settings(kind: type[Settings], fixed: set[str], prefix: str = "") -> list[Setting]:

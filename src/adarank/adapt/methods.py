@@ -49,6 +49,9 @@ Share = Annotated[float | Literal["auto"], BeforeValidator(_share_or_auto)]
 class AdaptiveMethod(Settings):
     """Where adaptation starts and what it learns. What it minimises on unlabelled inputs is a setting of the loop.
 
+    Class attributes:
+        formula: ℓ stands for the loop's `objective`: entropy in the papers.
+
     Arguments:
         origin: what task vectors are counted from: `pretrained` (the base) or `average` (the experts' mean).
         rank: share of singular components kept at the start, in (0, 1]; `auto`: found without labels.
@@ -123,7 +126,7 @@ class AdaRank(AdaptiveMethod):
     """
 
     name: ClassVar[str] = "adarank"
-    formula: ClassVar[str] = "W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ; b, λ = argmin Σ_t H(f(W, x_t))"
+    formula: ClassVar[str] = "W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ; b, λ = argmin Σ_t ℓ(f(W, x_t))"
     source: ClassVar[str] = "Lee et al. 2025, arXiv:2503.22178"
 
     basis: Literal["task_vectors", "tsv_m", "iso_c", "iso_cts"] = Field(
@@ -173,7 +176,7 @@ class AdaMerging(AdaptiveMethod):
     """Learns λ per task and tensor about the base (layer-wise AdaMerging), or per task (task-wise)."""
 
     name: ClassVar[str] = "adamerging"
-    formula: ClassVar[str] = "W = W₀ + Σ_t λ_t τ_t; λ = argmin Σ_t H(f(W, x_t))"
+    formula: ClassVar[str] = "W = W₀ + Σ_t λ_t τ_t; λ = argmin Σ_t ℓ(f(W, x_t))"
     source: ClassVar[str] = "Yang et al. 2024, arXiv:2310.02575"
 
     learn_masks: Literal[False] = Field(False, description="learn the masks")
@@ -188,7 +191,7 @@ class AdaMergingPP(AdaMerging):
 
     name: ClassVar[str] = "adamerging++"
     formula: ClassVar[str] = (
-        "W = W₀ + Σ_t λ_t a_t∘s_t; s_t = top_density(τ_t) of the model, a_t = [sign(s_t) = sign(Σ s)]; λ = argmin Σ_t H(f(W, x_t))"
+        "W = W₀ + Σ_t λ_t a_t∘s_t; s_t = top_density(τ_t) of the model, a_t = [sign(s_t) = sign(Σ s)]; λ = argmin Σ_t ℓ(f(W, x_t))"
     )
 
     density: float = Field(0.2, gt=0, le=1, description="share of the model's entries kept")
@@ -202,7 +205,7 @@ class CARTpp(AdaptiveMethod):
     """Learns λ per task and tensor on CART's rank-reduced, centred task vectors (CART++, also CART+AdaMerging)."""
 
     name: ClassVar[str] = "cart++"
-    formula: ClassVar[str] = "W = W̄ + Σ_t λ_t SVD_k(W_t - W̄); λ = argmin Σ_t H(f(W, x_t))"
+    formula: ClassVar[str] = "W = W̄ + Σ_t λ_t SVD_k(W_t - W̄); λ = argmin Σ_t ℓ(f(W, x_t))"
     source: ClassVar[str] = "Choi et al. 2024, arXiv:2412.12153, Eq. 6"
 
     origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")

@@ -112,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("methods", parents=[common], help="the catalogue of methods")
     methods.add_argument("name", nargs="?", help="one method, with its settings")
+    methods.add_argument("--papers", action="store_true", help="the rows of the papers' tables, and what makes each")
     methods.set_defaults(run=_methods)
     return top
 
@@ -303,7 +304,15 @@ def _inspect(options: argparse.Namespace) -> None:
 def _methods(options: argparse.Namespace) -> None:
     from adarank import catalogue
     from adarank.cli import show
+    from adarank.papers import ROWS
 
+    if options.papers:
+        rows = [row for row in ROWS if options.name in (None, row.recipe.get("merge_method"))]
+        if options.json:
+            _print_json([dataclasses.asdict(row) for row in rows])
+        else:
+            show.papers(rows)
+        return
     entries = {options.name: catalogue.entry(options.name)} if options.name else catalogue.catalogue()
     if options.json:
         _print_json({name: dataclasses.asdict(entry) for name, entry in entries.items()})

@@ -15,6 +15,7 @@ from adarank.cli.words import clock, err, out, recent, size
 from adarank.evaluate import Table
 from adarank.inspection import LayerRow, TensorRow
 from adarank.modular import MODULAR
+from adarank.papers import SETTINGS, PaperRow
 from adarank.search import Point
 
 TASK_AWARE = "Task-aware: each task has weights of its own, so whoever uses them must know the task of every input."
@@ -209,9 +210,23 @@ def methods(entries: Mapping[str, Entry]) -> None:
     out.print(grid)
 
 
+def papers(rows: Sequence[PaperRow]) -> None:
+    """The papers' rows, each with its recipe and the papers' figures."""
+    grid = Grid("row", "recipe", box=None, header_style="bold", pad_edge=False)
+    for title in SETTINGS.values():
+        grid.add_column(title, justify="right", min_width=8)
+    for row in rows:
+        told = "\n".join(part for part in (row.yaml() if row.recipe else "", row.hint) if part)
+        grid.add_row(row.name, told, *(row.shown(key) for key in SETTINGS))
+    out.print(grid)
+
+
 def method(entry: Entry) -> None:
     """One method's page."""
-    say(entry.name, f"  {entry.summary}\n\n  {entry.formula}\n\nneeds   {entry.needs}\nsource  {entry.source}\n")
+    say(
+        entry.name,
+        f"  {entry.summary}\n\n  {entry.formula}\n\nneeds   {entry.needs}\nreads   {entry.reads}\nmemory  {entry.memory}\nsource  {entry.source}\n",
+    )
     grid = Grid(box=None, header_style="bold", pad_edge=False)
     grid.add_column("setting", no_wrap=True, min_width=max((len(s.name) for s in entry.settings), default=1))
     for title in ("default", "allowed", "meaning"):
