@@ -18,7 +18,7 @@ import adarank
 from adarank.adapt.judge import best_step, choose_best, mean_signal, signals
 from adarank.adapt.objective import divergences, entropy
 from adarank.cli.main import main
-from adarank.errors import AdaptationError, DataError, RecipeError
+from adarank.errors import AdaptationError, DataError, RecipeError, itemise
 from adarank.pipeline import merge
 from adarank.recipe import load_recipe
 from text_zoo import ADAPT, make_zoo, recipe
@@ -196,3 +196,11 @@ def test_modules_are_judged_as_often_as_masks_where_inputs_are_few(tmp_path: Pat
     path = recipe(zoo, merge_method="wemoe", adapt=adapt, data={"adapt": 0.2, "select": 0.2, "test": 0.6})
     record = merge(load_recipe(path), tmp_path / "out")
     assert list(record["adaptation"]["judged"])[:3] == ["0", "5", "10"]
+
+
+def test_what_a_long_list_leaves_out_is_counted() -> None:
+    told = itemise("Wrong:", [f"name {n}" for n in range(25)], "Mend them.", 20).splitlines()
+    assert told[:2] == ["Wrong:", "  name 0"]
+    assert told[20:] == ["  name 19", "  … and 5 more like these", "Mend them."]
+    assert itemise("Wrong:", ["a"] * 20, most=20).count("a") == 20
+    assert "more" not in itemise("Wrong:", ["a"] * 20, most=20)

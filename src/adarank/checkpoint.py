@@ -182,8 +182,8 @@ class Checkpoint:
         wanted = _read_json(index).get("weight_map", {})
         lost = [f"{n}: not in {f}" for n, f in wanted.items() if n not in self.tensors]
         if lost:
-            raise CheckpointError(itemise(f"{index}: {len(lost)} tensor(s) missing from the shards.", lost[:20],
-                                          "Download the shards again."))  # fmt: skip
+            raise CheckpointError(itemise(f"{index}: {len(lost)} tensor(s) missing from the shards.", lost,
+                                          "Download the shards again.", 20))  # fmt: skip
 
 
 def _shared_storage(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -49,7 +49,9 @@ class OutputError(AdaRankError):
     """The output cannot be written where it was asked for."""
 
 
-def itemise(heading: str, problems: Sequence[str], remedy: str = "") -> str:
-    """One message for all `problems`: a heading, a line each, and what to do."""
-    lines = [heading, *(f"  {problem}" for problem in problems)]
+def itemise(heading: str, problems: Sequence[str], remedy: str = "", most: int | None = None) -> str:
+    """One message for all `problems`: a heading, a line each, and what to do. At most `most` lines, and how many more."""
+    lines = [heading, *(f"  {problem}" for problem in problems[:most])]
+    if most is not None and len(problems) > most:
+        lines.append(f"  … and {len(problems) - most} more like these")
     return "\n".join([*lines, remedy] if remedy else lines)

@@ -76,7 +76,7 @@ class Masked(Method):
             problems += self._fit(network, name)
         if problems:
             raise MismatchError(
-                itemise("The masks file is of another merge.", problems[:20], "Use the recipe that it was made with.")
+                itemise("The masks file is of another merge.", problems, "Use the recipe that it was made with.", 20)
             )
 
     def _fit(self, network: Network, name: str) -> list[str]:

@@ -120,9 +120,11 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
             elif network.choices[name].action != "keep":
                 problems.append(f"{name}: no such tensor in the model of task '{task}' ({type(module).__name__})")
     if problems:
-        raise MismatchError(
-            itemise("Checkpoints and architecture do not fit:", problems[:20], "Check config.json beside the weights.")
+        remedy = (
+            "Check config.json beside the weights. Where transformers joins what the files hold apart (mixtures of experts), "
+            "merge by a data-free method, with models that have no task."
         )
+        raise MismatchError(itemise("Checkpoints and architecture do not fit:", problems, remedy, 20))
     for name, tensor in shared.items():
         tensor.requires_grad_(
             tensor.is_floating_point() and network.choices[name].action != "keep" and isinstance(tensor, nn.Parameter)
