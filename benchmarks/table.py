@@ -80,6 +80,8 @@ STATIC: dict[str, tuple[str, Grid, int]] = {
     "Consensus-TA": ("consensus_ta", {"lambda": _LAMBDA}, 1),
     "Consensus-TIES": ("consensus_ties", {"lambda": [0.3, 0.5, 0.7, 1.0, 1.3]}, 1),
     "Breadcrumbs": ("breadcrumbs", {"density": [0.9], "lambda": _LAMBDA}, 1),
+    "DELLA": ("della", {"density": [0.5], "lambda": _WHOLE}, 3),
+    "SCE": ("sce", {"select_topk": [0.1, 0.2, 0.5, 1.0]}, 1),
     "Model Stock": ("model_stock", {}, 1),
     "STAR": ("star", {"share": [0.2, 0.4, 0.6], "lambda": [1.0, 2.0, 3.0, 4.0]}, 1),
     "TSV-M": ("tsv_m", {"lambda": _WHOLE}, 1),
@@ -103,8 +105,14 @@ MODULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "WEMoE": ("wemoe", {"lr": 1e-3}, _ROUTERS),
     "Twin-Merging": ("twin_merging", {}, {}),
 }
-# row -> method. Nothing is chosen; the seed picks the 256 unlabelled adapt inputs per task that are looked at.
-STATISTICS = {"Fisher": "fisher", "RegMean": "regmean", "RegMean++": "regmean++"}
+# row -> (method, parameters). Nothing is chosen; the seed picks the 256 adapt inputs per task that are looked at. The
+# empirical Fisher information reads their labels.
+STATISTICS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Fisher": ("fisher", {}),
+    "Fisher, empirical": ("fisher", {"kind": "empirical"}),
+    "RegMean": ("regmean", {}),
+    "RegMean++": ("regmean++", {}),
+}
 MINILM = Bed(
     "minilm-8",
     ROOT / "examples" / "minilm-8" / "average.yaml",
@@ -452,9 +460,9 @@ def run(bench: Bench, rows: list[str], seeds: int = SEEDS) -> None:
         if wanted(row):
             bench.bundle(row)
     for seed in range(SEEDS):
-        for row, name in STATISTICS.items():
-            if wanted(row, seed):
-                bench.static(row, parse(METHODS[name], {"seed": seed}, name), "nothing to choose", seed)
+        for row, (name, parameters) in STATISTICS.items():
+            if wanted(row, seed) and not (parameters and bench.bed is DEMO):  # its adapt images have no labels
+                bench.static(row, parse(METHODS[name], {**parameters, "seed": seed}, name), "nothing to choose", seed)
         for row, own in ADAPTED.items():
             if wanted(row, seed):
                 bench.adapted(row, seed, best[own.start] if own.start else {})
