@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import adarank
@@ -159,6 +160,23 @@ def test_a_recipe_may_be_given_by_its_file(zoo: Path, tmp_path: Path) -> None:
     table = adarank.evaluate_recipe(str(recipe(zoo)), [str(tmp_path / "out")])
     assert str(tmp_path / "out") in table.rows
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_recipe_may_be_a_mapping(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kind of method, from Python alone: paths count from the working folder."""
+    monkeypatch.chdir(zoo)
+    written = yaml.safe_load(recipe(zoo).read_text())
+    once, again = tmp_path / "once", tmp_path / "again"
+    adarank.merge_recipe(written, once)
+    adarank.merge_recipe(adarank.load_recipe(written), again)
+    assert (once / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    assert str(once) in adarank.evaluate_recipe(written, [once]).rows
+    few = {"steps": 2, "batch_size": 2}
+    for method, own in (("regmean", {}), ("multitask", {"parameters": few}), ("surgery", {"adapt": few})):
+        record = adarank.merge_recipe({**written, "merge_method": method, **own}, tmp_path / method)
+        assert record["recipe"]["merge_method"] == method
+    with pytest.raises(adarank.AdaRankError, match="merge_method"):
+        adarank.load_recipe({**written, "merge_metod": "cart"})
 
 
 def test_a_share_of_nothing_is_no_number(tmp_path: Path, capsys: Any) -> None:

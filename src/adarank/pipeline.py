@@ -25,7 +25,7 @@ from adarank.masks import FILE as MASKS_FILE
 from adarank.methods import Informed, merge_tensors
 from adarank.methods.taskwise import Taskwise
 from adarank.plan import Job, Note, describe, open_job, settings_in_force, unheeded
-from adarank.recipe import Recipe, load_recipe
+from adarank.recipe import RecipeLike, load_recipe
 from adarank.record import Clock, machine, versions
 from adarank.run import Run
 from adarank.statistics import inform_job
@@ -35,7 +35,7 @@ from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint
 
 
 def merge(
-    recipe: Recipe | str | Path,
+    recipe: RecipeLike,
     out: Path | str,
     force: bool = False,
     note: Note = lambda text: None,
@@ -45,7 +45,7 @@ def merge(
     """Do what a recipe says and write the merged model to `out`; returns the record.
 
     Arguments:
-        recipe: as `load_recipe` gives it, or its file.
+        recipe: its file, what would be in it, or what `load_recipe` gives.
         note: told each stage as it begins.
         progress: called after each adaptation step.
         data: the recipe's tasks, if they are loaded already.
@@ -54,7 +54,7 @@ def merge(
         AdaRankError: anything wrong with recipe, inputs, data or output; nothing is left behind.
         Interrupted: adaptation was stopped; the same call continues it.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = load_recipe(recipe)
     out = Path(out)
     check_output(out, force)
     clock = Clock()

@@ -166,13 +166,24 @@ class Recipe(Settings):
         return parse(kind, values, f"parameters of '{self.merge_method}'")
 
 
-def load_recipe(path: str | Path) -> Recipe:
+RecipeLike = Recipe | str | Path | Mapping[str, Any]
+"""A recipe, its file, or what would be in its file."""
+
+
+def load_recipe(given: RecipeLike) -> Recipe:
     """Read and validate a recipe.
+
+    Arguments:
+        given: its file; or what would be in it, with paths from the working folder. A `Recipe` comes back as it is.
 
     Raises:
         RecipeError: it is missing, no YAML, or has problems; all of them are listed.
     """
-    path = Path(path)
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, Mapping):
+        return parse_recipe(given, Path.cwd())
+    path = Path(given)
     values = _read_yaml(path, ())
     return parse_recipe(values, path.resolve().parent, str(path))
 

@@ -23,7 +23,7 @@ from adarank.methods.taskwise import Taskwise, in_memory, rebuilt
 from adarank.models import TaskModels
 from adarank.networks import build_models, family_of, network_tensors
 from adarank.plan import Job, Note, open_job
-from adarank.recipe import Recipe, load_recipe
+from adarank.recipe import Recipe, RecipeLike, load_recipe
 from adarank.serving import Bundle
 from adarank.task_vectors import Network
 from adarank.tasks import load_tasks
@@ -31,7 +31,7 @@ from adarank.writer import RECORD
 
 
 def evaluate(
-    recipe: Recipe | str | Path,
+    recipe: RecipeLike,
     outputs: Sequence[Path | str] = (),
     split: Split = "test",
     note: Note = lambda text: None,
@@ -39,11 +39,11 @@ def evaluate(
     """Score base, experts and merged outputs on one split of every task.
 
     Arguments:
-        recipe: as `load_recipe` gives it, or its file.
+        recipe: its file, what would be in it, or what `load_recipe` gives.
         outputs: folders written by `merge`; a row each.
         split: `test`, or `select` while choosing settings.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = load_recipe(recipe)
     job = open_job(recipe)
     data = load_tasks(job)
     opened = {_row(path, recipe): _open_output(path, job.network) for path in map(Path, outputs)}
