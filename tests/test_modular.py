@@ -22,6 +22,7 @@ import image_zoo
 import text_zoo
 from adarank import assembly, pipeline, scoring
 from adarank.adapt.loop import History
+from adarank.checkpoint import Checkpoint
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, Interrupted, RecipeError
@@ -218,7 +219,7 @@ def test_surgery_brings_representations_nearer_to_the_experts(
         batch = inputs(data, 20)
         found = {}
         for name, module in {
-            "expert": auto.family.load(zoo / "models" / task),
+            "expert": auto.family.load(auto.experts[task]),
             "start": adarank.load_task(tmp_path / "start", task),
             "out": adarank.from_bundle(tmp_path / "out", task),
         }.items():
@@ -443,7 +444,7 @@ def test_twin_merging_at_full_rank_and_a_sure_router_is_the_expert(
         shared["last.bias:"][number] = 100.0
         rewrite(out, "shared.safetensors", shared)
         batch = inputs(data[task])
-        expert = family.load(zoo / "models" / task)
+        expert = family.load(Checkpoint(zoo / "models" / task))
         near(logits(adarank.from_bundle(out, task), batch), logits(expert, batch))
 
 

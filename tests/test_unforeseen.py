@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import adarank
 from adarank.adapt.judge import best_step, choose_best, mean_signal, signals
 from adarank.adapt.objective import divergences, entropy
 from adarank.cli.main import main
-from adarank.errors import AdaptationError, DataError, RecipeError, itemise
+from adarank.errors import AdaptationError, CheckpointError, DataError, RecipeError, itemise
+from adarank.models.text import tokenizer_of
 from adarank.pipeline import merge
 from adarank.recipe import load_recipe
 from text_zoo import ADAPT, make_zoo, recipe
@@ -204,3 +206,15 @@ def test_what_a_long_list_leaves_out_is_counted() -> None:
     assert told[20:] == ["  name 19", "  … and 5 more like these", "Mend them."]
     assert itemise("Wrong:", ["a"] * 20, most=20).count("a") == 20
     assert "more" not in itemise("Wrong:", ["a"] * 20, most=20)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_and_one_of_bytes_taken(tmp_path: Path) -> None:
+    """Some versions of transformers make a tokenizer that knows no word where there is none."""
+    folder = make_zoo(tmp_path) / "models" / "mood"
+    assert tokenizer_of(folder)("good")["input_ids"] != tokenizer_of(folder)("bad")["input_ids"]
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"no usable tokenizer.*Copy the tokenizer's files"):
+        tokenizer_of(folder)
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "bytes")
+    assert tokenizer_of(tmp_path / "bytes")("ab")["input_ids"][:2] == [ord("a") + 3, ord("b") + 3]

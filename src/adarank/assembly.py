@@ -225,7 +225,8 @@ def _arithmetic(job: Job, method: Modular) -> Iterator[tuple[str, Tensor]]:
     assert isinstance(method, (WEMoE, TwinMerging))
     kept: set[str] = set()
     if isinstance(method, WEMoE):
-        kept = {n for block in wemoe.mlps(job.network.tensors, family_of(job).mlps) for n in block.tensors}
+        blocks = wemoe.mlps(job.network.tensors, set(job.network.merged()), family_of(job).mlps)
+        kept = {n for block in blocks for n in block.tensors}
     ready: Method = parse(TaskArithmetic, {"lambda": method.scale}, "parameters")
     for name, tensor in merge_tensors(ready, job.network, job.recipe.device):
         yield name, job.network.kept(name) if name in kept else tensor
@@ -265,8 +266,8 @@ def _wemoe(work: Work) -> Built:
     """Routers of all MLPs, trained through the networks by the objective of adaptation."""
     assert isinstance(work.method, WEMoE)
     job, network = work.job, work.job.network
-    blocks = wemoe.mlps(network.tensors, family_of(job).mlps)
     merged = set(network.merged())
+    blocks = wemoe.mlps(network.tensors, merged, family_of(job).mlps)
     deltas = {name: _task_vectors(job, name) for block in blocks for name in block.tensors if name in merged}
     width = {block: network.tensors[block.tensors[-1]].numel for block in blocks}
     routers = {b: wemoe.Router(width[b], len(network.tasks), work.method.scale).to(work.device) for b in blocks}

@@ -125,6 +125,16 @@ class Checkpoint:
         tensor: Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         return tensor
 
+    @property
+    def companions(self) -> Path:
+        """The folder whose tokenizer or image processor goes with the weights."""
+        return self.folder
+
+    @property
+    def unused(self) -> Mapping[str, str]:
+        """What is in the files and not among the tensors -> why."""
+        return {}
+
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256, for every weights file and the configuration."""
         config = self.folder / "config.json"

@@ -16,7 +16,7 @@ from adarank.task_vectors import Member, Network
 def build_models(job: Job) -> TaskModels:
     """One network per task on the recipe's device, tied together, filled with the base's tensors."""
     family = family_of(job)
-    loaded = ((task, family.load(checkpoint.folder).to(job.recipe.device)) for task, checkpoint in job.experts.items())
+    loaded = ((task, family.load(checkpoint).to(job.recipe.device)) for task, checkpoint in job.experts.items())
     models = share(loaded, job.network)
     models.fill(network_tensors(job, "base"))
     return models

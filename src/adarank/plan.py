@@ -119,7 +119,13 @@ def open_job(recipe: Recipe) -> Job:
     base = opened.pop("base", None) if recipe.base_model else None
     family = _family(recipe, opened)
     keep_embeddings = bool(family and family.keep_embeddings) and not recipe.trains  # fine-tuning trains them too
-    network = align(base, opened, recipe.select, keep_embeddings, family is not None)
+    kept: dict[str, str] = {}
+    if family is not None:
+        tasks = {task: entry.task for task, entry in recipe.experts.items() if entry.task}
+        opened, kept = family.complete(base, opened, tasks, recipe.folder)
+    network = align(base, opened, recipe.select, keep_embeddings, family is not None, kept)
+    for task, member in network.experts.items():
+        member.dropped.update(opened[task].unused)
     method = None if recipe.learns else recipe.method(network.merged())
     if method is not None:
         method.check(network)

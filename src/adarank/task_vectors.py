@@ -138,6 +138,7 @@ def align(
     select: Select | None = None,
     text_tasks: bool = False,
     task_heads: bool = False,
+    kept: Mapping[str, str] | None = None,
 ) -> Network:
     """Pair the tensors of base and experts by name.
 
@@ -149,6 +150,7 @@ def align(
             none to keep: they merge.
         task_heads: find task heads by themselves: tensors outside the backbone that the base lacks, that
             differ in shape, or that carry a head's usual name.
+        kept: pattern -> why the tensors of the base that it matches stay as they are, whatever else is asked.
 
     Raises:
         MismatchError: a tensor is missing, extra or of another shape; all such tensors are listed.
@@ -161,7 +163,7 @@ def align(
     root_names = {n: n for n in root.tensors if n not in root.aliases}
     base_member = Member(base, root_names, _aliases(base)) if base else None
     members = {task: _member(source, set(root_names)) for task, source in experts.items()}
-    aligner = _Aligner(base_member, members, root, select, task_heads)
+    aligner = _Aligner(base_member, members, root, select, task_heads, kept or {})
     aligner.run()
     missed = unmatched(select, [*aligner.seen])
     if missed:
@@ -232,9 +234,16 @@ class _Aligner:
     """Sorts the union of all names into tensors, heads, dropped keys and problems."""
 
     def __init__(
-        self, base: Member | None, experts: dict[str, Member], root: Source, select: Select, task_heads: bool
+        self,
+        base: Member | None,
+        experts: dict[str, Member],
+        root: Source,
+        select: Select,
+        task_heads: bool,
+        kept: Mapping[str, str],
     ) -> None:
         self.base, self.experts, self.root, self.select, self.task_heads = base, experts, root, select, task_heads
+        self.kept = kept
         self.tensors: dict[str, TensorInfo] = {}
         self.forced: dict[str, Choice] = {}
         self.heads: dict[str, list[str]] = {task: [] for task in experts}
@@ -252,7 +261,10 @@ class _Aligner:
 
     def _place(self, name: str) -> None:
         holders = {task: m for task, m in self.experts.items() if name in m.names}
-        if self._is_head(name, holders):
+        told = next((why for pattern, why in self.kept.items() if fnmatchcase(name, pattern)), None)
+        if told and self.base and name in self.base.names:
+            self._keep(name, told)
+        elif self._is_head(name, holders):
             for task in holders:
                 self.heads[task].append(name)
             if self.base and name in self.base.names:

@@ -92,7 +92,7 @@ class TaskReader:
 
 def load_tasks(job: Job) -> dict[str, TaskData]:
     """Every task of a job, encoded. All tasks' problems come in one error."""
-    return _each(job, lambda reader, name, spec, expert: reader.load(name, spec, expert.folder, expert.config))
+    return _each(job, lambda reader, name, spec, expert: reader.load(name, spec, expert.companions, expert.config))
 
 
 def check_tasks(job: Job) -> dict[str, Rows]:
@@ -168,8 +168,9 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
         number = int(value) if named is None and _is_integer(value) else named
         if number is None or not 0 <= number < classes:
             known = ", ".join(by_name) or f"0 to {classes - 1}"
+            shown = value.item() if hasattr(value, "item") else value
             raise DataError(
-                f"task '{name}': row {row} has label {value!r}; the expert knows {known}. Use its class numbers or names."
+                f"task '{name}': row {row} has label {shown!r}; the expert knows {known}. Use its class numbers or names."
             )
         found.append(number)
     return found

@@ -49,15 +49,19 @@ class TaskSpec(Settings):
         metric: `accuracy` or `matthews` (Matthews correlation), both ×100 in tables.
         max_length: tokens per input at most; longer inputs are cut, and their number is reported.
         limit: use at most this many rows (a seeded choice).
+        classes: of zero-shot tasks: the classes' names in the order of the labels, or a text file with one on each line.
+        templates: of zero-shot tasks: prompts with {} where a class's name goes, or a file of them; by default one.
     """
 
     name: str | None = None
-    kind: Literal["text-classification", "image-classification"] | None = None
+    kind: Literal["text-classification", "image-classification", "zero-shot-image-classification"] | None = None
     data: str | HubData | SplitData | None = None
     columns: Columns = Columns()
     metric: Literal["accuracy", "matthews"] = "accuracy"
     max_length: int = Field(128, ge=2)
     limit: int | None = Field(None, ge=1)
+    classes: tuple[str, ...] | str | None = None
+    templates: tuple[str, ...] | str | None = None
 
 
 class DataSettings(Settings):

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from adarank.models.base import Family, TaskModels, share
+from adarank.models.clip import ZeroShotImageClassifiers
 from adarank.models.image import ImageClassifiers
 from adarank.models.text import TextClassifiers
 
-FAMILIES: dict[str, Family] = {family.kind: family for family in (TextClassifiers(), ImageClassifiers())}
+ALL: tuple[Family, ...] = (TextClassifiers(), ImageClassifiers(), ZeroShotImageClassifiers())
+FAMILIES: dict[str, Family] = {family.kind: family for family in ALL}
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
     """The kind that a model's `config.json` tells: by the classes it names, else by its model type. None if neither does."""
     named = " ".join(config.get("architectures") or ())
-    told = [kind for kind, family in FAMILIES.items() if family.architecture in named]
+    told = [kind for kind, family in FAMILIES.items() if any(own in named for own in family.architectures)]
     if not told and "model_type" in config:
         from transformers import CONFIG_MAPPING  # imported on use: it is slow, and most configurations name a class
 

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from adarank.checkpoint import Checkpoint
 from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch, Examples
-from adarank.errors import CheckpointError, MismatchError, itemise
+from adarank.errors import CheckpointError, MismatchError, RecipeError, itemise
 from adarank.task_vectors import Network
 
 
@@ -28,7 +29,7 @@ class Family(Protocol):
 
     Attributes:
         kind: what recipes call it.
-        architecture: what the class names of its models contain.
+        architectures: what the class names of its models contain, one of these.
         keep_embeddings: embedding tables are kept from the base by default.
         paths: text in an input column is the path of a file that holds the input.
         token_budget: padded tokens (or their like) in one batch when scoring.
@@ -37,7 +38,7 @@ class Family(Protocol):
     """
 
     kind: str
-    architecture: str
+    architectures: tuple[str, ...]
     keep_embeddings: bool
     paths: bool
     token_budget: int
@@ -48,9 +49,27 @@ class Family(Protocol):
         """The class of `transformers` that finds a model's own class by its configuration."""
         ...
 
-    def load(self, folder: Path) -> nn.Module:
+    def complete(
+        self, base: Checkpoint | None, experts: Mapping[str, Checkpoint], tasks: Mapping[str, TaskSpec], folder: Path
+    ) -> tuple[dict[str, Checkpoint], dict[str, str]]:
+        """Experts with all that their tasks' networks hold, and patterns of what stays the base's -> why.
+
+        Arguments:
+            tasks: task -> what the recipe says of it.
+            folder: where relative paths count from.
+
+        Raises:
+            RecipeError: what the recipe says makes no network of this family.
+        """
+        idle = [f"task '{task}': classes and templates are of zero-shot-image-classification, and this is {self.kind}. Remove them, or give kind."
+                for task, spec in tasks.items() if spec.classes or spec.templates]  # fmt: skip
+        if idle:
+            raise RecipeError(idle[0] if len(idle) == 1 else itemise(f"recipe: {len(idle)} problem(s).", idle))
+        return dict(experts), {}
+
+    def load(self, expert: Checkpoint) -> nn.Module:
         """A model with its head, in float32 and evaluation mode."""
-        ...
+        return load_quietly(self.auto_class(), expert.folder)
 
     def columns(self, spec: TaskSpec) -> list[str]:
         """The input columns that the task needs."""

@@ -19,7 +19,7 @@ from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch
 from adarank.errors import CheckpointError, DataError
-from adarank.models.base import load_quietly
+from adarank.models.base import Family
 
 _KEPT_BYTES = 128 * 2**20  # processed images that a task keeps in memory; the rest are processed anew for each batch
 _LEAST = 2**13  # pixels that a small image counts as: batches of more than 128 are slower on a CPU, not faster
@@ -78,11 +78,11 @@ class ImageExamples:
         return found
 
 
-class ImageClassifiers:
+class ImageClassifiers(Family):
     """The family of `AutoModelForImageClassification`."""
 
     kind = "image-classification"
-    architecture = "ForImageClassification"
+    architectures: tuple[str, ...] = ("ForImageClassification",)
     keep_embeddings = False
     paths = True
     token_budget = 2**20  # pixels: about 20 images of 224×224
@@ -98,9 +98,6 @@ class ImageClassifiers:
         from transformers import AutoModelForImageClassification
 
         return AutoModelForImageClassification
-
-    def load(self, folder: Path) -> nn.Module:
-        return load_quietly(self.auto_class(), folder)
 
     def columns(self, spec: TaskSpec) -> list[str]:
         return [spec.columns.image]

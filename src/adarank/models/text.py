@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adarank.checkpoint import Checkpoint
 from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch
 from adarank.errors import CheckpointError, DataError
-from adarank.models.base import load_quietly
+from adarank.models.base import Family
 
 
 class TextExamples:
@@ -34,11 +35,11 @@ class TextExamples:
         return repr(sorted(self._encoded.items())).encode()
 
 
-class TextClassifiers:
+class TextClassifiers(Family):
     """The family of `AutoModelForSequenceClassification`."""
 
     kind = "text-classification"
-    architecture = "ForSequenceClassification"
+    architectures = ("ForSequenceClassification",)
     keep_embeddings = True
     paths = False
     token_budget = 8192
@@ -55,11 +56,11 @@ class TextClassifiers:
 
         return AutoModelForSequenceClassification
 
-    def load(self, folder: Path) -> nn.Module:
-        module = load_quietly(self.auto_class(), folder)
+    def load(self, expert: Checkpoint) -> nn.Module:
+        module = super().load(expert)
         config: Any = module.config
         if config.pad_token_id is None:  # models without padding, such as GPT-2, find an input's end by this id
-            config.pad_token_id = _tokenizer(folder).pad_token_id
+            config.pad_token_id = tokenizer_of(expert.folder).pad_token_id
         return module
 
     def columns(self, spec: TaskSpec) -> list[str]:
@@ -70,7 +71,7 @@ class TextClassifiers:
 
     def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[TextExamples, list[str]]:
         texts = [[str(value) for value in table[column]] for column in self.columns(spec)]
-        tokenizer = _tokenizer(folder)
+        tokenizer = tokenizer_of(folder)
         most, whose = min((spec.max_length, ""), (_positions(folder, tokenizer), ", which is the model's own,"))
         encoded = tokenizer(*texts, truncation=True, max_length=most)
         cut = sum(len(ids) >= most for ids in encoded["input_ids"])
@@ -103,7 +104,8 @@ def _positions(folder: Path, tokenizer: Any) -> int:
     return int(min(known, tokenizer.model_max_length))
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer beside a model's weights, with a token to pad by."""
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -113,6 +115,12 @@ def _tokenizer(folder: Path) -> Any:
         raise CheckpointError(
             f"{folder}: no usable tokenizer ({str(error).splitlines()[0]}). Copy the tokenizer's files beside the weights."
         ) from None
+    # without any of its files some versions make a tokenizer that knows no word; tokenizers of bytes have no files
+    files = {*tokenizer.vocab_files_names.values(), *(("tokenizer.json",) if tokenizer.vocab_files_names else ())}
+    if files and not any((folder / file).exists() for file in files):
+        raise CheckpointError(
+            f"{folder}: no usable tokenizer (none of {', '.join(sorted(files))} is there). Copy the tokenizer's files beside the weights."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

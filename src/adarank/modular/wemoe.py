@@ -14,7 +14,7 @@ Tang et al., "Merging Multi-Task Models via Weight-Ensembling Mixture of Experts
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -63,7 +63,7 @@ class WEMoE(Modular):
     ) -> tuple[Layout, dict[str, Layout]]:
         shared = whole(sites)
         own: dict[str, Spec] = {}
-        for block in mlps(sites, family.mlps):
+        for block in mlps(sites, {name for name, site in sites.items() if site.merged}, family.mlps):
             d, tasks = sites[block.tensors[-1]].numel, len(widths)
             shapes = {"a1": (d, d), "b1": (d,), "a2": (tasks, d), "b2": (tasks,)}
             shared |= {key(part, block.name): (shape, torch.float32) for part, shape in shapes.items()}
@@ -85,8 +85,8 @@ class Block:
         return self.tensors[0]
 
 
-def mlps(names: Iterable[str], pairs: Sequence[tuple[str, str]]) -> list[Block]:
-    """The MLPs of a network, by what a family calls their two layers.
+def mlps(names: Iterable[str], merged: Collection[str], pairs: Sequence[tuple[str, str]]) -> list[Block]:
+    """The MLPs of a network of which anything merges, by what a family calls their two layers.
 
     Raises:
         RecipeError: there is none.
@@ -97,7 +97,7 @@ def mlps(names: Iterable[str], pairs: Sequence[tuple[str, str]]) -> list[Block]:
         for first, second in pairs:
             front, back = name.removesuffix(f"{first}.weight"), (f"{second}.weight", f"{second}.bias")
             wanted = (name, f"{front}{first}.bias", front + back[0], front + back[1])
-            if front != name and all(own in known for own in wanted):
+            if front != name and all(own in known for own in wanted) and any(own in merged for own in wanted):
                 found.append(Block(wanted))
     if not found:
         called = ", ".join(f"{first} with {second}" for first, second in pairs)
@@ -178,10 +178,11 @@ def mount(
 def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
     """Put a bundle's routers and task vectors on a network that holds its tensors."""
     about, shared = bundle.about, bundle.shared()
-    blocks = mlps(about.tensors, FAMILIES[str(about.models)].mlps)
     each = [bundle.own(own) for own in about.tasks]
+    merged = {name for name in about.tensors if each[0].of(name)}
+    blocks = mlps(about.tensors, merged, FAMILIES[str(about.models)].mlps)
     deltas: dict[str, Deltas] = {}
-    for name in (name for block in blocks for name in block.tensors if each[0].of(name)):
+    for name in (name for block in blocks for name in block.tensors if name in merged):
         found = [own.of(name) for own in each]
         base = shared.of(name)[WHOLE].float()
         stack = [own["delta"].float() if "delta" in own else own["expert"].float() - base for own in found]

@@ -1,0 +1,257 @@
+"""CLIP's image tower with zero-shot heads, as merging papers use it: experts are vision towers fine-tuned from one CLIP.
+
+    logits = W z / |z|      z = P · vision(x)      row c of W: exp(logit_scale) · unit(mean_p unit(text(p with class c)))
+
+A task's head W is made of its classes' names and prompt templates p by the base's text tower, and stays as it is: fine-tuning
+and merging move the image tower alone. Radford et al. 2021, arXiv:2103.00020; heads as in Ilharco et al. 2023, arXiv:2212.04089.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adarank.checkpoint import Checkpoint, TensorInfo
+from adarank.data.spec import TaskSpec
+from adarank.errors import CheckpointError, RecipeError, itemise
+from adarank.models.base import quiet_transformers
+from adarank.models.image import ImageClassifiers
+from adarank.models.text import tokenizer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VISION, PROJECTION, HEAD = "vision_model.", "visual_projection.weight", "classifier.weight"
+TEXT = ("text_model.", "text_projection.weight", "logit_scale")
+TEMPLATES = ("a photo of a {}.",)
+_PROMPTS = 256  # in one pass of the text tower
+
+
+class CosineHead(nn.Module):
+    """Dot products of each input's direction with the classes' rows.
+
+    Arguments:
+        width: of an input. `weight` is (classes, width).
+    """
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(classes, width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return functional.linear(functional.normalize(features, dim=-1), self.weight)
+
+
+def classifier_class() -> type[PreTrainedModel]:
+    """The `transformers` model of one task. Made on use, as importing `transformers` is slow; the same class every time."""
+    global _CLASS
+    if _CLASS is None:
+        from transformers import CLIPVisionModelWithProjection
+        from transformers.modeling_outputs import ImageClassifierOutput
+
+        class CLIPZeroShotClassifier(CLIPVisionModelWithProjection):
+            """CLIP's image tower and projection with the fixed head of one task."""
+
+            _model_mapping: Mapping[Any, Any] = {}  # no `AutoModelFor...` leads here
+
+            def __init__(self, config: Any) -> None:
+                super().__init__(config)
+                self.classifier = CosineHead(config.projection_dim, config.num_labels)
+
+            def forward(self, pixel_values: Tensor, **named: Any) -> Any:
+                found = super().forward(pixel_values=pixel_values, **named)
+                return ImageClassifierOutput(
+                    logits=self.classifier(found.image_embeds),
+                    hidden_states=found.hidden_states,
+                    attentions=found.attentions,
+                )
+
+            @classmethod
+            def from_config(cls, config: Any) -> Any:
+                return cls(config)
+
+        _CLASS = CLIPZeroShotClassifier
+    return _CLASS
+
+
+_CLASS: type[PreTrainedModel] | None = None
+
+
+class ZeroShotHeads:
+    """Heads of several tasks by one text tower, which is loaded when the first is asked for and let go after the last.
+
+    Arguments:
+        base: a whole CLIP model.
+        prompts: task -> its classes' prompts, a list for each class.
+    """
+
+    def __init__(self, base: Checkpoint, prompts: Mapping[str, Sequence[Sequence[str]]]) -> None:
+        self._base, self._prompts = base, prompts
+        self._made: dict[str, Tensor] = {}
+
+    @property
+    def width(self) -> int:
+        """Of a row of a head."""
+        return self._base.tensors["text_projection.weight"].shape[0]
+
+    def classes(self, task: str) -> int:
+        """How many rows a task's head has."""
+        return len(self._prompts[task])
+
+    @torch.no_grad()
+    def head(self, task: str) -> Tensor:
+        """(classes, width) float32."""
+        if not self._made:
+            tower, tokens = self._tower(), tokenizer_of(self._base.folder)
+            scale = self._base.read("logit_scale").float().exp()
+            most = int((self._base.config.get("text_config") or {}).get("max_position_embeddings", 77))  # CLIP's own
+            for own, classes in self._prompts.items():
+                self._made[own] = scale * torch.stack([_direction(tower, tokens, each, most) for each in classes])
+        return self._made[task]
+
+    def _tower(self) -> nn.Module:
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+        own = {**(self._base.config.get("text_config") or {}), "projection_dim": self.width}
+        try:
+            with quiet_transformers():
+                tower: Any = CLIPTextModelWithProjection.from_pretrained(
+                    str(self._base.folder), config=CLIPTextConfig(**own), dtype=torch.float32
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._base.folder}: no text tower of CLIP can be loaded ({str(error).splitlines()[0][:200]}). Give a whole CLIP model as base_model."
+            ) from None
+        made: nn.Module = tower.eval()
+        return made
+
+
+def _direction(tower: nn.Module, tokens: Any, prompts: Sequence[str], most: int) -> Tensor:
+    """(width,) of length 1: the mean of the directions of prompts, which are cut to so many tokens."""
+    found = []
+    for first in range(0, len(prompts), _PROMPTS):
+        batch = tokens(
+            list(prompts[first : first + _PROMPTS]), padding=True, truncation=True, max_length=most, return_tensors="pt"
+        )
+        found.append(functional.normalize(tower(**batch).text_embeds.float(), dim=-1))
+    return functional.normalize(torch.cat(found).mean(dim=0), dim=0)
+
+
+class ZeroShotExpert(Checkpoint):
+    """A fine-tuned image tower, seen as the checkpoint of its task's classifier: the tower, the projection, the head.
+
+    Attributes:
+        projected: whether the expert has a projection of its own; else it is the base's.
+    """
+
+    def __init__(
+        self, expert: Checkpoint, base: Checkpoint, heads: ZeroShotHeads, task: str, names: Sequence[str]
+    ) -> None:
+        self.__dict__.update(expert.__dict__)
+        self._expert, self._base, self._heads, self._task = expert, base, heads, task
+        towers = [name for name in expert.tensors if name.startswith(VISION)]
+        # CLIPVisionModel writes its tensors with the tower's name before them or without, by version
+        plain = not towers and not any(name.startswith("text_model.") for name in expert.tensors)
+        stored = list(expert.tensors) if plain else towers
+        self._stored = {(VISION + name if plain else name): name for name in stored if name != PROJECTION}
+        self.projected = PROJECTION in expert.tensors
+        infos = {own: expert.tensors[name] for own, name in self._stored.items()}
+        infos[PROJECTION] = (expert if self.projected else base).tensors[PROJECTION]
+        shape = (heads.classes(task), heads.width)
+        infos[HEAD] = TensorInfo(HEAD, shape, torch.float32, f"the head made of task '{task}''s classes")
+        self.tensors = {own: TensorInfo(own, info.shape, info.dtype, info.file) for own, info in infos.items()}
+        self.aliases = {}
+        self.config = _configuration(expert.config or base.config, names, heads.width)
+
+    def read(self, name: str) -> Tensor:
+        if name == HEAD:
+            return self._heads.head(self._task)
+        if name == PROJECTION:
+            return (self._expert if self.projected else self._base).read(PROJECTION)
+        return self._expert.read(self._stored[name])
+
+    @property
+    def unused(self) -> Mapping[str, str]:
+        others = [n for n in self._expert.tensors if n not in (*self._stored.values(), PROJECTION)]
+        parts = ", ".join(dict.fromkeys(name.split(".", 1)[0] for name in others))
+        return {f"{parts}: {len(others)} tensor(s)": "heads are made by the base's text tower"} if others else {}
+
+    @property
+    def companions(self) -> Path:
+        """The base's folder where the expert's has no image processor."""
+        own = [self._expert.folder / name for name in ("preprocessor_config.json", "processor_config.json")]
+        return self._expert.folder if any(file.exists() for file in own) else self._base.folder
+
+
+def _configuration(config: Mapping[str, Any], classes: Sequence[str], width: int) -> dict[str, Any]:
+    """The `config.json` of a task's classifier, from that of a vision tower or of a whole CLIP."""
+    own = dict(config.get("vision_config") or config)
+    labels = {str(number): name for number, name in enumerate(classes)}
+    return {
+        **{key: value for key, value in own.items() if key not in ("transformers_version", "torch_dtype", "dtype")},
+        "architectures": ["CLIPZeroShotClassifier"],
+        "model_type": "clip_vision_model",
+        "projection_dim": width,
+        "id2label": labels,
+        "label2id": {name: int(number) for number, name in labels.items()},
+    }
+
+
+class ZeroShotImageClassifiers(ImageClassifiers):
+    """The family of CLIP's image tower under zero-shot heads."""
+
+    kind = "zero-shot-image-classification"
+    architectures = ("CLIPVisionModel", "CLIPModel")
+
+    def auto_class(self) -> Any:
+        return classifier_class()
+
+    def load(self, expert: Checkpoint) -> nn.Module:
+        from transformers import AutoConfig
+
+        settings = AutoConfig.for_model(**expert.config)
+        with torch.random.fork_rng():
+            module: Any = classifier_class()(settings)
+        with torch.no_grad():
+            module.classifier.weight.copy_(expert.read(HEAD))
+        made: nn.Module = module.float().eval()
+        return made
+
+    def complete(
+        self, base: Checkpoint | None, experts: Mapping[str, Checkpoint], tasks: Mapping[str, TaskSpec], folder: Path
+    ) -> tuple[dict[str, Checkpoint], dict[str, str]]:
+        problems = [f"task '{task}': no classes. Give their names under task: classes, in the order of the labels, or a file with one on each line."
+                    for task, spec in tasks.items() if not spec.classes]  # fmt: skip
+        missing = [name for name in (PROJECTION, *TEXT[1:]) if base is None or name not in base.tensors]
+        if missing:
+            problems.append(f"base_model: zero-shot heads need a whole CLIP model, with its text tower; {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing from {base.label if base else 'the recipe, which names no base'}.")  # fmt: skip
+        names = {task: _lines(spec.classes, folder) for task, spec in tasks.items() if spec.classes}
+        templates = {task: _lines(spec.templates, folder) or TEMPLATES for task, spec in tasks.items()}
+        problems += [f"task '{task}': template {own!r} has no {{}} where the class goes. Add it." for task, all in templates.items() for own in all if "{}" not in own]  # fmt: skip
+        if problems or base is None:
+            raise RecipeError(problems[0] if len(problems) == 1 else itemise(f"recipe: {len(problems)} problem(s).", problems))  # fmt: skip
+        prompts = {task: [[own.replace("{}", name) for own in templates[task]] for name in named] for task, named in names.items()}  # fmt: skip
+        heads = ZeroShotHeads(base, prompts)
+        made = {task: ZeroShotExpert(expert, base, heads, task, names[task]) for task, expert in experts.items()}
+        kept = {f"{part}*": "the base's text tower, which heads are made by" for part in TEXT}
+        if not any(expert.projected for expert in made.values()):
+            kept[PROJECTION] = "no expert has a projection of its own"
+        return dict(made), kept
+
+
+def _lines(given: str | Sequence[str] | None, folder: Path) -> list[str]:
+    """A list as it is; of a file its lines."""
+    if not isinstance(given, str):
+        return list(given or ())
+    path = folder / given
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"{path}: no readable list ({error}). Give a text file with one entry on each line."
+        ) from None
