@@ -85,21 +85,25 @@ def table(bed: str, rows: list[str], costs: bool = False) -> list[str]:
         records = load(bed, row)
         if not records:
             continue
-        means = [r["mean"] for r in records]
-        spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
-        scores = {task: statistics.mean(r["scores"][task] for r in records) for task in tasks}
-        normal = 100 * statistics.mean(scores[task] / experts["scores"][task] for task in tasks)
-        gap = 100 * (statistics.mean(means) - average["mean"]) / (experts["mean"] - average["mean"])
-        cells = [
-            f"{statistics.mean(means):.1f}{spread}",
-            f"{normal:.1f}",
-            f"{gap:.0f}%",
-            *(f"{scores[task]:.1f}" for task in tasks),
-            *(_cost(records) if costs else ()),
-            str(len(records)),
-        ]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+        mean = statistics.mean(r["mean"] for r in records)
+        gap = f"{100 * (mean - average['mean']) / (experts['mean'] - average['mean']):.0f}%"
+        lines.append(_row(bed, row, records, [gap], costs))
     return lines
+
+
+def _row(bed: str, row: str, records: list[dict[str, Any]], more: list[str], costs: bool) -> str:
+    """A row's line: mean over seeds ± the sample standard deviation, normalised mean, `more`, each task's mean, costs, seeds."""
+    tasks, experts = TASKS[bed], load(bed, "experts")[0]["scores"]
+    scores = {task: statistics.mean(r["scores"][task] for r in records) for task in tasks}
+    normal = 100 * statistics.mean(scores[task] / experts[task] for task in tasks)
+    cells = [_spread(records), f"{normal:.1f}", *more, *(f"{scores[task]:.1f}" for task in tasks)]
+    return f"| {row} | " + " | ".join([*cells, *(_cost(records) if costs else ()), str(len(records))]) + " |"
+
+
+def _spread(records: list[dict[str, Any]]) -> str:
+    """The mean of the mean scores, and ± their sample standard deviation where there are several."""
+    means = [r["mean"] for r in records]
+    return f"{statistics.mean(means):.1f}" + (f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else "")
 
 
 def _cost(records: list[dict[str, Any]]) -> tuple[str, str]:
@@ -113,10 +117,10 @@ def _cost(records: list[dict[str, Any]]) -> tuple[str, str]:
 
 def task_aware(bed: str) -> list[str]:
     """Rows whose every task has weights of its own, with their size; nothing before they have records."""
-    found = [records[0] for row in TASK_AWARE if (records := load(bed, row))]
+    found = {row: records for row in TASK_AWARE if (records := load(bed, row))}
     if not found:
         return []
-    experts = load(bed, "experts")[0]["scores"]
+    names = ["", "mean", "norm.", "of the experts' size", "× one model", *TASKS[bed], "s", "GB", "seeds"]
     lines = [
         "### Task-aware methods",
         "",
@@ -124,15 +128,13 @@ def task_aware(bed: str) -> list[str]:
         "of those above. WEMoE and Twin-Merging use it for the head alone: their weights are merged as each input asks. Sizes are of all",
         "weights, heads included, beside all experts whole and beside one network.",
         "",
-        "| | mean | norm. | of the experts' size | × one model | " + " | ".join(TASKS[bed]) + " |",
-        "|---" * (len(TASKS[bed]) + 5) + "|",
+        "| " + " | ".join(names) + " |",
+        "|---" * len(names) + "|",
     ]
-    for record in found:
-        scores, size = record["scores"], record["bytes"]
-        normal = 100 * statistics.mean(scores[task] / experts[task] for task in TASKS[bed])
-        cells = [f"{record['mean']:.1f}", f"{normal:.1f}", f"{100 * size['bundle'] / size['experts']:.0f}%"]
-        cells += [f"{size['bundle'] / size['one']:.1f}", *(f"{scores[task]:.1f}" for task in TASKS[bed])]
-        lines.append(f"| {record['row']} | " + " | ".join(cells) + " |")
+    for row, records in found.items():
+        size = records[0]["bytes"]
+        sizes = [f"{100 * size['bundle'] / size['experts']:.0f}%", f"{size['bundle'] / size['one']:.1f}"]
+        lines.append(_row(bed, row, records, sizes, True))
     return [*lines, ""]
 
 
@@ -152,12 +154,8 @@ def ablation(bed: str) -> list[str]:
 
 
 def _mean(bed: str, row: str) -> str:
-    means = [r["mean"] for r in load(bed, row)]
-    if not means:
-        return "not run"
-    return f"{statistics.mean(means):.1f}" + (
-        f" ± {statistics.stdev(means):.1f} ({len(means)} seeds)" if len(means) > 1 else ""
-    )
+    records = load(bed, row)
+    return _spread(records) + (f" ({len(records)} seeds)" if len(records) > 1 else "") if records else "not run"
 
 
 def settings(bed: str) -> list[str]:
