@@ -175,7 +175,7 @@ def test_names_and_templates_may_be_files(zoo: Path) -> None:
     ({"digits": {"classes": None}, "shapes": {"classes": None}}, {}, r"2 problem.*digits.*shapes.*one on each line"),
     ({"digits": {"templates": ["a photo"]}}, {}, r"template 'a photo' has no \{\}"),
     ({"digits": {"classes": "lost.txt"}}, {}, r"lost.txt: no readable list"),
-    ({}, {"base_model": "models/digits"}, r"whole CLIP model.*logit_scale are missing"),
+    ({}, {"base_model": "models/digits"}, r"whole CLIP model.*missing from models/digits: visual_projection.weight, text_projection.weight, logit_scale"),
     ({}, {"base_model": None, "merge_method": "average"}, r"names no base"),
     ({"digits": {"kind": "image-classification"}, "shapes": {"kind": "image-classification"}}, {}, r"of zero-shot-image-classification, and this is image-classification"),
 ])  # fmt: skip

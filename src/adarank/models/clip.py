@@ -8,7 +8,7 @@ and merging move the image tower alone. Radford et al. 2021, arXiv:2103.00020; h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,23 +225,40 @@ class ZeroShotImageClassifiers(ImageClassifiers):
     def complete(
         self, base: Checkpoint | None, experts: Mapping[str, Checkpoint], tasks: Mapping[str, TaskSpec], folder: Path
     ) -> tuple[dict[str, Checkpoint], dict[str, str]]:
-        problems = [f"task '{task}': no classes. Give their names under task: classes, in the order of the labels, or a file with one on each line."
-                    for task, spec in tasks.items() if not spec.classes]  # fmt: skip
-        missing = [name for name in (PROJECTION, *TEXT[1:]) if base is None or name not in base.tensors]
-        if missing:
-            problems.append(f"base_model: zero-shot heads need a whole CLIP model, with its text tower; {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing from {base.label if base else 'the recipe, which names no base'}.")  # fmt: skip
-        names = {task: _lines(spec.classes, folder) for task, spec in tasks.items() if spec.classes}
-        templates = {task: _lines(spec.templates, folder) or TEMPLATES for task, spec in tasks.items()}
-        problems += [f"task '{task}': template {own!r} has no {{}} where the class goes. Add it." for task, all in templates.items() for own in all if "{}" not in own]  # fmt: skip
+        names = {task: _lines(spec.classes, folder) for task, spec in tasks.items()}
+        templates = {task: _lines(spec.templates, folder) or list(TEMPLATES) for task, spec in tasks.items()}
+        problems = [*_unfit(names, templates), *_no_clip(base)]
         if problems or base is None:
-            raise RecipeError(problems[0] if len(problems) == 1 else itemise(f"recipe: {len(problems)} problem(s).", problems))  # fmt: skip
-        prompts = {task: [[own.replace("{}", name) for own in templates[task]] for name in named] for task, named in names.items()}  # fmt: skip
+            heading = f"recipe: {len(problems)} problem(s)."
+            raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))
+        prompts = {
+            task: [[own.replace("{}", name) for own in templates[task]] for name in each]
+            for task, each in names.items()
+        }
         heads = ZeroShotHeads(base, prompts)
         made = {task: ZeroShotExpert(expert, base, heads, task, names[task]) for task, expert in experts.items()}
         kept = {f"{part}*": "the base's text tower, which heads are made by" for part in TEXT}
         if not any(expert.projected for expert in made.values()):
             kept[PROJECTION] = "no expert has a projection of its own"
         return dict(made), kept
+
+
+def _unfit(names: Mapping[str, Sequence[str]], templates: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """What is wrong with classes and templates, in sentences."""
+    for task, classes in names.items():
+        if not classes:
+            yield f"task '{task}': no classes. Give their names under task: classes, in the order of the labels, or a file with one on each line."
+        for own in templates[task]:
+            if "{}" not in own:
+                yield f"task '{task}': template {own!r} has no {{}} where the class goes. Add it."
+
+
+def _no_clip(base: Checkpoint | None) -> Iterator[str]:
+    """Why heads cannot be made by the base, if they cannot."""
+    missing = [name for name in (PROJECTION, *TEXT[1:]) if base is None or name not in base.tensors]
+    if missing:
+        where = base.label if base else "the recipe, which names no base"
+        yield f"base_model: zero-shot heads need a whole CLIP model, with its text tower; missing from {where}: {', '.join(missing)}."
 
 
 def _lines(given: str | Sequence[str] | None, folder: Path) -> list[str]:
