@@ -171,6 +171,13 @@ def test_names_and_templates_may_be_files(zoo: Path) -> None:
     assert job.experts["shapes"].config["id2label"] == {"0": "red square", "1": "blue circle", "2": "dog"}
 
 
+def test_classes_may_be_numbers_and_what_yaml_takes_for_a_truth_value_is_refused(zoo: Path) -> None:
+    job = open_job(load_recipe(recipe(zoo, tasks={"digits": {"classes": [0, 1]}})))
+    assert job.experts["digits"].config["id2label"] == {"0": "0", "1": "1"}
+    with pytest.raises(RecipeError, match="classes"):
+        load_recipe(recipe(zoo, "wrong.yaml", tasks={"digits": {"classes": [True, False]}}))
+
+
 @pytest.mark.parametrize(("tasks", "changes", "text"), [
     ({"digits": {"classes": None}, "shapes": {"classes": None}}, {}, r"2 problem.*digits.*shapes.*one on each line"),
     ({"digits": {"templates": ["a photo"]}}, {}, r"template 'a photo' has no \{\}"),

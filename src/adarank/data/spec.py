@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from adarank.settings import Settings
 
@@ -62,6 +62,14 @@ class TaskSpec(Settings):
     limit: int | None = Field(None, ge=1)
     classes: tuple[str, ...] | str | None = None
     templates: tuple[str, ...] | str | None = None
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _digits(cls, given: Any) -> Any:
+        """Classes that YAML reads as numbers. What it reads as true and false (`no`) needs quotes and is refused."""
+        if not isinstance(given, (list, tuple)):
+            return given
+        return [str(own) if isinstance(own, int) and not isinstance(own, bool) else own for own in given]
 
 
 class DataSettings(Settings):
