@@ -54,7 +54,8 @@ def _sentence(kind: type[BaseModel], problem: Any) -> str:
     if problem["type"] in _PLAIN:
         return f"{path or 'value'}: {_PLAIN[problem['type']]} is needed, got {_short(problem['input'])}"
     got = "" if problem["type"] == "missing" else f" (got {_short(problem['input'])})"
-    return f"{path or 'value'}: {problem['msg']}{got}"
+    told = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"]  # ours, without a prefix
+    return f"{path or 'value'}: {told}{got}"
 
 
 def _short(value: Any) -> str:
