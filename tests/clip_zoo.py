@@ -78,7 +78,7 @@ def _as(form: str, expert: Any, config: Any) -> Any:
     with torch.random.fork_rng():  # the same towers in any form
         made = getattr(transformers, form)(config.vision_config)
     if form == "CLIPVisionModel":
-        made.load_state_dict(expert.vision_model.state_dict())
+        getattr(made, "vision_model", made).load_state_dict(expert.vision_model.state_dict())  # by version
         return made
     made.vision_model.load_state_dict(expert.vision_model.state_dict())
     made.visual_projection.load_state_dict(expert.visual_projection.state_dict())

@@ -49,7 +49,7 @@ def by_clip(model: Any, zoo: Path, classes: tuple[str, ...], images: Tensor, tem
     logits, units = [], []
     for template in templates:
         text = tokens([template.replace("{}", name) for name in classes], padding=True, return_tensors="pt")
-        out = model(**text, pixel_values=images)
+        out = model(input_ids=text["input_ids"], attention_mask=text["attention_mask"], pixel_values=images)
         logits.append(out.logits_per_image)
         units.append(out.text_embeds.double().numpy())
     if len(templates) == 1:

@@ -138,7 +138,8 @@ def _direction(tower: nn.Module, tokens: Any, prompts: Sequence[str], most: int)
         batch = tokens(
             list(prompts[first : first + _PROMPTS]), padding=True, truncation=True, max_length=most, return_tensors="pt"
         )
-        found.append(functional.normalize(tower(**batch).text_embeds.float(), dim=-1))
+        out = tower(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        found.append(functional.normalize(out.text_embeds.float(), dim=-1))
     return functional.normalize(torch.cat(found).mean(dim=0), dim=0)
 
 

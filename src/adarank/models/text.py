@@ -111,9 +111,9 @@ def tokenizer_of(folder: Path) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(
-            f"{folder}: no usable tokenizer ({str(error).splitlines()[0]}). Copy the tokenizer's files beside the weights."
+            f"{folder}: no usable tokenizer ({str(error).strip().split(chr(10))[0]}). Copy the tokenizer's files beside the weights."
         ) from None
     # without any of its files some versions make a tokenizer that knows no word; tokenizers of bytes have no files
     files = {*tokenizer.vocab_files_names.values(), *(("tokenizer.json",) if tokenizer.vocab_files_names else ())}
