@@ -155,6 +155,8 @@ def test_planning_reads_headers_alone_and_tells_what_is_not_used(
     monkeypatch.setattr(ZeroShotHeads, "_tower", lambda self: pytest.fail("a text tower was loaded"))
     described = describe(open_job(load_recipe(recipe(folder))))
     assert described["kind"] == "zero-shot-image-classification"
+    tower = whole(folder, "base").text_model.state_dict().values()
+    assert described["peak_bytes"] - 300 * 2**20 >= 4 * sum(own.numel() for own in tower)
     assert described["heads"] == {task: ["classifier.weight"] for task in CLASSES}
     assert main(["plan", str(recipe(folder))]) == 0
     shown = capsys.readouterr().out

@@ -131,6 +131,11 @@ class Checkpoint:
         return self.folder
 
     @property
+    def making_bytes(self) -> int:
+        """Memory that tensors take to be made which are in no file."""
+        return 0
+
+    @property
     def unused(self) -> Mapping[str, str]:
         """What is in the files and not among the tensors -> why."""
         return {}

@@ -167,13 +167,18 @@ def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
 
 def peak_bytes(job: Job) -> int:
     """Predicted peak of anonymous memory in bytes, without the activations of a network's batches."""
+    return _RUNTIME_BYTES + max(_held_bytes(job), *(expert.making_bytes for expert in job.experts.values()))
+
+
+def _held_bytes(job: Job) -> int:
+    """What merging, adapting or training holds."""
     if job.recipe.trains:
-        return _RUNTIME_BYTES + 4 * _trained_numel(job)
+        return 4 * _trained_numel(job)
     if job.recipe.modular:
-        return _RUNTIME_BYTES + _modular_bytes(job)
+        return _modular_bytes(job)
     if not job.recipe.adaptive:
         merging = max((_streamed_bytes(job, name) for name in job.network.merged()), default=0)
-        return _RUNTIME_BYTES + max(merging, _measuring_bytes(job))
+        return max(merging, _measuring_bytes(job))
     spectra = job.recipe.adaptation()[0].spectra
     tasks = len(job.experts)
     total = 0
@@ -185,7 +190,7 @@ def peak_bytes(job: Job) -> int:
         total += 3 * info.numel  # origin, live weight, gradient
         total += tasks * (min(rows, columns) * (rows + columns) if decomposed else info.numel)
     kept = sum(i.numel for n, i in job.network.tensors.items() if job.network.choices[n].action == "keep")
-    return _RUNTIME_BYTES + 4 * (total + kept + _head_numel(job))
+    return 4 * (total + kept + _head_numel(job))
 
 
 def _head_numel(job: Job) -> int:
@@ -204,7 +209,7 @@ def _measuring_bytes(job: Job) -> int:
 def _modular_bytes(job: Job) -> int:
     """The network twice while one is loaded, the heads, and what modules hold; the start that is adapted, if it is."""
     start = job.recipe.start()
-    before = peak_bytes(replace(job, recipe=start)) - _RUNTIME_BYTES if start is not None and start.adaptive else 0
+    before = _held_bytes(replace(job, recipe=start)) if start is not None and start.adaptive else 0
     body = sum(info.numel for info in job.network.tensors.values())
     own = sum(layout_bytes(each) for each in job.part_layouts()[1].values())
     return max(before, 4 * (2 * body + _head_numel(job)) + own)

@@ -177,6 +177,10 @@ class ZeroShotExpert(Checkpoint):
         return self._expert.read(self._stored[name])
 
     @property
+    def making_bytes(self) -> int:
+        return 4 * sum(info.numel for name, info in self._base.tensors.items() if name.startswith(TEXT))
+
+    @property
     def unused(self) -> Mapping[str, str]:
         others = [n for n in self._expert.tensors if n not in (*self._stored.values(), PROJECTION)]
         parts = ", ".join(dict.fromkeys(name.split(".", 1)[0] for name in others))
