@@ -58,6 +58,7 @@ class Bed:
         adapt: origin -> settings of the loop.
         training: settings of multi-task training.
         bases: settings of the loop for AdaRank on other bases, where the default's take too long.
+        routed: steps of WEMoE.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Bed:
     adapt: Mapping[str, Mapping[str, Any]]
     training: Mapping[str, Any]
     bases: Mapping[str, Any] = field(default_factory=dict)
+    routed: int = 100
 
 
 _LAMBDA = [0.1, 0.2, 0.3, 0.4, 0.5, 0.7]
@@ -96,15 +98,15 @@ TASK_AWARE: dict[str, tuple[str, Grid]] = {
     "TSV-C": ("tsv_c", {}),
     "CART-indexing": ("cart_indexing", {"rank": [0.08], "lambda": [0.7, 1.0, 1.3, 1.6, 2.0]}),
 }
-# Adapters and routers, on task arithmetic with the λ of the row TA: (method, its own parameters, its adapt block).
-# Steps and WEMoE's step size were set by hand for two cores: the paper's are 1,000 and 1e-4.
-_ROUTERS = {"steps": 100, "check_every": 50}
-MODULES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "TA+Surgery": ("surgery", {}, {}),
-    "WEMoE, entropy": ("wemoe", {"lr": 1e-3}, {"preset": "paper", **_ROUTERS}),
-    "WEMoE": ("wemoe", {"lr": 1e-3}, _ROUTERS),
-    "Twin-Merging": ("twin_merging", {}, {}),
+# Adapters and routers, on task arithmetic with the λ of the row TA: (method, its adapt block). WEMoE has as many steps as
+# two cores can take, each as much larger than the paper's (1,000 of 1e-4) as they are fewer.
+MODULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "TA+Surgery": ("surgery", {}),
+    "WEMoE, entropy": ("wemoe", {"preset": "paper"}),
+    "WEMoE": ("wemoe", {}),
+    "Twin-Merging": ("twin_merging", {}),
 }
+_WEMOE = 1000 * 1e-4
 # row -> (method, parameters). Nothing is chosen; the seed picks the 256 adapt inputs per task that are looked at. The
 # empirical Fisher information reads their labels.
 STATISTICS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,6 +125,7 @@ MINILM = Bed(
     },
     {"steps": 600, "batch_size": 8, "lr": 1e-4, "heads": "expert"},  # in so few steps fresh heads would not get far
     {"steps": 100, "check_every": 25},
+    routed=30,
 )
 # lr × steps is that of AdaMerging's released vision settings: 1e-3 × 500.
 _DEMO = {"steps": 150, "batch_size": 16, "lr_masks": 1 / 300, "lr_lambda": 1 / 300}
@@ -291,7 +294,11 @@ class Bench:
 
     def modules(self, row: str, seed: int, scale: Mapping[str, float]) -> None:
         """Train a row's adapters or routers and score the networks that carry them."""
-        name, parameters, adapt = MODULES[row]
+        name, adapt = MODULES[row]
+        parameters: dict[str, Any] = {}
+        if name == "wemoe":
+            steps = self.bed.routed
+            parameters, adapt = {"lr": _WEMOE / steps}, {**adapt, "steps": steps, "check_every": steps // 2}
         arithmetic = {"start": {"parameters": dict(scale)}} if name == "surgery" else dict(scale)
         changes = {"merge_method": name, "parameters": {**parameters, **arithmetic}, "adapt": adapt, "seed": seed}
         self.scored_bundle(row, seed, changes, "λ on select, with labels; modules: no labels", self._data_of(seed))
