@@ -4,7 +4,8 @@
 
 FOLDER as for table.py. Every run is judged at its checks as the tool does, on unlabelled select inputs; beside that, and
 seen by nothing but this study, test inputs are scored there with labels. A run that the record has is not repeated.
-Runs are shorter than adarank's default, all of a test bed equally (`SIZES`), so compare them with one another.
+Runs are shorter than adarank's default, all of a test bed equally (`SIZES`), so compare them with one another. Masks are
+binary, as in the paper, unless a run says otherwise.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Size:
 
 
 SIZES = {"demo-8": Size(60, 3, 128, 200), "minilm-8": Size(60, 3, 128, 200)}
+SOFT = {"mask": "soft"}  # adarank's default
 SIGNALS = {"agreement": 1, "divergence": -1, "histogram": -1, "entropy": -1}  # which way is better
 Data = dict[str, TaskData]
 
@@ -156,6 +158,9 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
             "λ alone": Variant({"learn_masks": False}),
             "masks alone": Variant({"learn_lambda": False}),
             "top components alone": Variant({"returnable": False}),
+            "soft masks": Variant(SOFT),
+            "soft masks alone": Variant({**SOFT, "learn_lambda": False}),
+            "top components alone, soft masks": Variant({**SOFT, "returnable": False}),
         },
         "λ shared": {f"per {own}": Variant({"lambda_per": own}) for own in ("layer", "task", "model")},
         "bases": {
@@ -185,7 +190,7 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
             "last task with another's inputs": Variant(change=foreign, fresh=True),
         },
         "tasks": {f"first {count}": Variant(tasks=tuple(tasks[:count])) for count in (2, 4)},
-        "subsets": {draw: Variant(tasks=own, checks=4) for own, draw in subsets(tasks).items()},
+        "subsets": {draw: Variant(SOFT, tasks=own, checks=4) for own, draw in subsets(tasks).items()},
     }
 
 
@@ -227,7 +232,7 @@ class Studies:
         tasks = list(variant.tasks or self.bench.data)
         start = {} if variant.tasks else self.record.get("start", {})
         based = "basis" in variant.parameters
-        parameters = {**({} if based else start), **variant.parameters}
+        parameters = {"mask": "binary", **({} if based else start), **variant.parameters}
         loop = {"steps": self.size.steps, "check_every": self.size.steps // (variant.checks or self.size.checks),
                 "check_inputs": self.size.watched, **variant.adapt}  # fmt: skip
         content = self._adapt(label, tasks, parameters, loop, variant)

@@ -156,23 +156,26 @@ class Adapted:
 
 
 _AVERAGE, _BASE = {"origin": "average"}, {"origin": "pretrained", "rank": 1.0}
+_BINARY = {"mask": "binary"}  # the paper's; adarank's own default is soft masks
 ADAPTED: dict[str, Adapted] = {
     "AdaRank": Adapted("adarank", None),
-    "AdaRank about the base": Adapted("adarank", None, {"origin": "pretrained"}),
-    "TSV-M+AdaRank": Adapted("adarank", None, {"basis": "tsv_m"}),
-    "Iso-C+AdaRank": Adapted("adarank", None, {"basis": "iso_c"}),
-    "Iso-CTS+AdaRank": Adapted("adarank", None, {"basis": "iso_cts"}),
-    "CART+AdaRank": Adapted("adarank", "CART", _AVERAGE),
-    "TA+AdaRank": Adapted("adarank", "TA", _BASE),
+    "AdaRank, binary masks": Adapted("adarank", None, _BINARY),
+    "AdaRank about the base": Adapted("adarank", None, {"origin": "pretrained", **_BINARY}),
+    "TSV-M+AdaRank": Adapted("adarank", None, {"basis": "tsv_m", **_BINARY}),
+    "Iso-C+AdaRank": Adapted("adarank", None, {"basis": "iso_c", **_BINARY}),
+    "Iso-CTS+AdaRank": Adapted("adarank", None, {"basis": "iso_cts", **_BINARY}),
+    "CART+AdaRank": Adapted("adarank", "CART", {**_AVERAGE, **_BINARY}),
+    "TA+AdaRank": Adapted("adarank", "TA", {**_BASE, **_BINARY}),
     "CART++": Adapted("cart++", "CART", _AVERAGE),
     "AdaMerging": Adapted("adamerging", "TA", _BASE),
     "AdaMerging, task-wise": Adapted("adamerging", "TA", {**_BASE, "lambda_per": "task"}, steps=100),
     "AdaMerging++": Adapted("adamerging++", "TIES", _BASE, steps=100),
-    "CART+AdaRank, masks only": Adapted("adarank", "CART", {**_AVERAGE, "learn_lambda": False}),
-    "TA+AdaRank, masks only": Adapted("adarank", "TA", {**_BASE, "learn_lambda": False}),
+    "CART+AdaRank, masks only": Adapted("adarank", "CART", {**_AVERAGE, **_BINARY, "learn_lambda": False}),
+    "TA+AdaRank, masks only": Adapted("adarank", "TA", {**_BASE, **_BINARY, "learn_lambda": False}),
 }
 
 
+_DEFAULT_STEPS = ("AdaRank", "AdaRank, binary masks")  # rows without `bases` of their bed
 SEEDS = 3  # of every row in which unlabelled or labelled data are drawn at random
 TRAINED = "multi-task training"
 WORTH = 0.25  # points of mean score that a search must gain beyond its grid to go on there
@@ -330,7 +333,7 @@ class Bench:
         parameters = {**start, **own.parameters}
         changes = {"merge_method": own.method, "parameters": parameters, "seed": seed}
         chosen = "nothing: as adarank does by default, without labels"
-        changes["adapt"] = {} if row == "AdaRank" else dict(self.bed.bases)
+        changes["adapt"] = {} if row in _DEFAULT_STEPS else dict(self.bed.bases)
         if own.start:
             loop = dict(self.bed.adapt[parameters.get("origin", "pretrained")])
             if own.steps:

@@ -46,13 +46,14 @@ ROWS = [
     "TSV-M+AdaRank",
     "Iso-C+AdaRank",
     "Iso-CTS+AdaRank",
+    "AdaRank, binary masks",
     "AdaRank",
     "multi-task training",
     "experts",
 ]
 TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing", "TA+Surgery", "WEMoE, entropy", "WEMoE", "Twin-Merging"]
 HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
-        "AdaRank", "experts"]  # fmt: skip
+        "AdaRank, binary masks", "AdaRank", "experts"]  # fmt: skip
 
 
 def flat(values: dict[str, Any]) -> str:

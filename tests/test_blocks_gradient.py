@@ -14,7 +14,7 @@ from torch.func import functional_call
 from adarank.adapt.live import Learn, LiveWeights
 from adarank.adapt.objective import entropy
 from adarank.blocks import Blocks, scaled_block, task_vector_blocks
-from adarank.masks import straight_through
+from adarank.masks import MaskKind, straight_through
 from make import generator, randn
 
 F64 = torch.float64
@@ -60,11 +60,15 @@ def scaled_sum(origin: Tensor, deltas: Mapping[str, Tensor], lam: Tensor) -> Ten
 
 
 def masks_of(blocks: Blocks, kind: str, seed: int = 5) -> Tensor:
+    """Some kinds of binary masks, and soft ones: of any number, and with most components at exactly zero."""
+    if kind.startswith("soft"):
+        values = randn(seed, blocks.components, dtype=F64)
+        return values if kind == "soft" else values * (torch.rand(blocks.components, generator=generator(seed)) < 0.2)
     share = {"all": 2.0, "none": -1.0, "majority": 0.8, "minority": 0.2, "half": 0.5}[kind]
     return torch.rand(blocks.components, generator=generator(seed)) < share
 
 
-@pytest.mark.parametrize("kept", ["all", "none", "majority", "minority", "half"])
+@pytest.mark.parametrize("kept", ["all", "none", "majority", "minority", "half", "soft", "soft, few"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_compose_is_the_spectral_sum(shape: tuple[int, ...], kept: str) -> None:
     origin, deltas = task_vectors(shape, 3)
@@ -117,7 +121,7 @@ def autograd_gradients(
     return torch.autograd.grad((spectral_sum(origin, deltas, lam, mask) * grad).sum(), (lam, mask))
 
 
-@pytest.mark.parametrize("kept", ["all", "none", "majority", "minority"])
+@pytest.mark.parametrize("kept", ["all", "none", "majority", "minority", "soft", "soft, few"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient_of_masks_and_lambda_is_autograds(shape: tuple[int, ...], kept: str) -> None:
     origin, deltas = task_vectors(shape, 3)
@@ -178,6 +182,7 @@ class Body(nn.Module):
 
 MERGED = {"kernel": (3, 2, 2, 2), "weight": (5, 12), "bias": (5,), "factor": ()}
 SPECTRAL = ("kernel", "weight")
+LOGIT = 0.4
 
 
 class Toy:
@@ -191,7 +196,7 @@ class Toy:
             setattr(self.modules["b"], name, getattr(first, name))
         self.vectors = {name: task_vectors(shape, 2, i * 50) for i, (name, shape) in enumerate(MERGED.items())}
         blocks = {n: task_vector_blocks(*v) if n in SPECTRAL else scaled_block(*v) for n, v in self.vectors.items()}
-        self.live = LiveWeights({n: getattr(first, n) for n in MERGED}, blocks, learn, scale=0.4)
+        self.live = LiveWeights({n: getattr(first, n) for n in MERGED}, blocks, learn, scale=0.4, logit=LOGIT)
         self.live.lam.copy_(0.5 + 0.6 * randn(21, *self.live.lam.shape, dtype=F64))
         self.live.logits.copy_(randn(22, *self.live.logits.shape, dtype=F64))
 
@@ -210,7 +215,8 @@ class Toy:
         lam, logits = self.live.lam.clone().requires_grad_(), self.live.logits.clone().requires_grad_()
         learn = self.live.learn
         used = lam.clamp(*learn.clamp) if learn.clamp else lam
-        mask, place, weights = Keep.apply(logits, learn.temperature), 0, {}
+        mask = Keep.apply(logits, learn.temperature) if learn.mask == "binary" else (logits + LOGIT) / (2 * LOGIT)
+        place, weights = 0, {}
         for row, (name, (origin, deltas)) in enumerate(self.vectors.items()):
             if name in SPECTRAL:
                 count = 2 * min(origin.shape[0], origin.numel() // origin.shape[0])
@@ -222,9 +228,11 @@ class Toy:
         return torch.autograd.grad(total, (lam, logits))
 
 
-@pytest.mark.parametrize("temperature", [0.7, 10.0])
-def test_live_gradients_are_those_of_full_autograd(temperature: float) -> None:
-    toy = Toy(Learn(temperature=temperature))
+@pytest.mark.parametrize(
+    "learn", [Learn(temperature=0.7), Learn(temperature=10.0), Learn(mask="soft"), Learn(mask="soft", clamp=(0.2, 0.8))]
+)
+def test_live_gradients_are_those_of_full_autograd(learn: Learn) -> None:
+    toy = Toy(learn)
     toy.closed_form()
     by_lam, by_logits = toy.by_autograd()
     torch.testing.assert_close(toy.live.lam.grad, by_lam, rtol=0, atol=1e-11)
@@ -240,8 +248,9 @@ def test_live_gradient_of_lambda_alone_is_that_of_full_autograd() -> None:
     assert toy.live.logits.grad is None
 
 
-def test_live_gradient_of_masks_alone_is_that_of_full_autograd() -> None:
-    toy = Toy(Learn(lam=False))
+@pytest.mark.parametrize("mask", ["binary", "soft"])
+def test_live_gradient_of_masks_alone_is_that_of_full_autograd(mask: MaskKind) -> None:
+    toy = Toy(Learn(lam=False, mask=mask))
     toy.closed_form()
     torch.testing.assert_close(toy.live.logits.grad, toy.by_autograd()[1], rtol=0, atol=1e-11)
     assert toy.live.lam.grad is None
@@ -268,8 +277,9 @@ def test_gradients_of_several_tasks_add_up() -> None:
         torch.testing.assert_close(parts[0][kind] + parts[1][kind], parts[2][kind], rtol=0, atol=1e-12)
 
 
-def test_written_weights_are_the_spectral_sum() -> None:
-    toy = Toy(Learn(clamp=(0.0, 1.0)))
+@pytest.mark.parametrize("mask", ["binary", "soft"])
+def test_written_weights_are_the_spectral_sum(mask: MaskKind) -> None:
+    toy = Toy(Learn(clamp=(0.0, 1.0), mask=mask))
     toy.live.write()
     masks = toy.live.masks()
     for row, (name, (origin, deltas)) in enumerate(toy.vectors.items()):
@@ -293,11 +303,12 @@ def test_a_tensor_without_gradient_leaves_its_lambda_alone() -> None:
     assert not toy.live.logits.grad.any()
 
 
+@pytest.mark.parametrize("mask", ["binary", "soft"])
 @pytest.mark.parametrize("rank", [0.01, 0.34, 1.0])
-def test_the_start_keeps_the_top_components_of_each_task(rank: float) -> None:
+def test_the_start_keeps_the_top_components_of_each_task(rank: float, mask: MaskKind) -> None:
     origin, deltas = task_vectors((6, 9), 3)
     blocks = {"w": task_vector_blocks(origin, deltas)}
-    live = LiveWeights({"w": nn.Parameter(origin.clone())}, blocks, Learn(), scale=1.5, rank=rank, logit=0.3)
+    live = LiveWeights({"w": nn.Parameter(origin.clone())}, blocks, Learn(mask=mask), scale=1.5, rank=rank, logit=0.3)
     live.write()
     count = max(1, int(rank * 6))
     cut = []
@@ -307,3 +318,20 @@ def test_the_start_keeps_the_top_components_of_each_task(rank: float) -> None:
     torch.testing.assert_close(live.parameters["w"].detach(), origin + 1.5 * sum(cut), rtol=0, atol=1e-12)
     assert torch.allclose(live.logits.abs(), torch.tensor(0.3, dtype=F64), rtol=1e-6)
     assert live.kept_share() == pytest.approx(count / 6)
+
+
+def test_soft_masks_that_are_not_to_return_stay_zero() -> None:
+    """Components pruned at the start have no gradient, so the loop's optimiser cannot move them."""
+    toy = Toy(Learn(mask="soft", returnable=False))
+    toy.live.reset(0.4, 0.5)
+    toy.closed_form()
+    pruned = toy.live.logits < 0
+    assert pruned.any()
+    assert not toy.live.logits.grad[pruned].any()
+    assert toy.live.logits.grad[~pruned].all()
+    assert not torch.cat(list(toy.live.masks().values()))[pruned].any()
+
+
+def test_where_masks_are_not_learned_soft_ones_are_binary() -> None:
+    toy = Toy(Learn(masks=False, mask="soft"))
+    assert all(mask.dtype == torch.bool for mask in toy.live.masks().values())

@@ -71,9 +71,13 @@ def test_a_loaded_task_gives_the_scored_logits(zoo: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(adarank.load_task(out, task)(**batch).logits, models.modules[task](**batch).logits)
 
 
-def test_masked_reproduces_the_adapted_weights_bit_for_bit(zoo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mask", ["binary", "soft"])
+def test_masked_reproduces_the_adapted_weights_bit_for_bit(zoo: Path, tmp_path: Path, mask: str) -> None:
     adapted, again = tmp_path / "adapted", tmp_path / "again"
-    adarank.merge_recipe(load_recipe(recipe(zoo, **ADAPT)), adapted)
+    changes = {**ADAPT, "parameters": {**ADAPT["parameters"], "mask": mask}}
+    adarank.merge_recipe(load_recipe(recipe(zoo, **changes)), adapted)
+    stored = adarank.MaskFile.load(adapted / FILE).masks.values()
+    assert {own.is_floating_point() for own in stored} == {mask == "soft"}
     changes = {"merge_method": "masked", "parameters": {"masks": str(adapted / FILE)}}
     adarank.merge_recipe(load_recipe(recipe(zoo, "masked.yaml", **changes)), again)
     assert same(weights(adapted), weights(again))

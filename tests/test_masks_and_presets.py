@@ -16,7 +16,7 @@ from torch import Tensor
 from adarank.adapt import ADAPTIVE, PRESETS, AdaptSettings
 from adarank.adapt.methods import with_preset
 from adarank.errors import CheckpointError, RecipeError
-from adarank.masks import MaskFile, hard, random_mask, straight_through, top_mask
+from adarank.masks import MaskFile, hard, kept, random_mask, soft, straight_through, top_mask
 from adarank.methods import METHODS
 from adarank.settings import Settings, parse
 from adarank.spectrum import top_count
@@ -27,17 +27,18 @@ def bits(seed: int, count: int, share: float = 0.5) -> Tensor:
     return torch.rand(count, generator=generator(seed)) < share
 
 
-def mask_file(sizes: dict[str, tuple[int, ...]], tasks: int) -> MaskFile:
+def mask_file(sizes: dict[str, tuple[int, ...]], tasks: int, soft: bool = False) -> MaskFile:
     lam = {name: randn(i, tasks) for i, name in enumerate([*sizes, "norm.weight"])}
-    masks = {name: bits(i, sum(own)) for i, (name, own) in enumerate(sizes.items())}
+    made = (lambda seed, count: randn(seed + 50, count)) if soft else bits
+    masks = {name: made(i, sum(own)) for i, (name, own) in enumerate(sizes.items())}
     return MaskFile("average", tuple(f"t{i}" for i in range(tasks)), lam, masks, sizes, {"seed": 3, "note": "é"})
 
 
-@given(st.integers(1, 4), st.lists(st.integers(1, 23), max_size=3))
+@given(st.integers(1, 4), st.lists(st.integers(1, 23), max_size=3), st.booleans())
 def test_a_masks_file_reloaded_is_bit_for_bit_the_same(
-    tmp_path_factory: pytest.TempPathFactory, tasks: int, ranks: list[int]
+    tmp_path_factory: pytest.TempPathFactory, tasks: int, ranks: list[int], soft: bool
 ) -> None:
-    first = mask_file({f"m{i}.weight": (rank,) * tasks for i, rank in enumerate(ranks)}, tasks)
+    first = mask_file({f"m{i}.weight": (rank,) * tasks for i, rank in enumerate(ranks)}, tasks, soft)
     path = tmp_path_factory.mktemp("masks") / "masks.safetensors"
     first.save(path)
     second = MaskFile.load(path)
@@ -46,6 +47,7 @@ def test_a_masks_file_reloaded_is_bit_for_bit_the_same(
     assert list(second.lam) == list(first.lam)
     assert all(torch.equal(second.lam[n], first.lam[n]) for n in first.lam)
     assert set(second.masks) == set(first.masks)
+    assert all(second.masks[n].dtype == first.masks[n].dtype for n in first.masks)
     assert all(torch.equal(second.masks[n], first.masks[n]) for n in first.masks)
     assert second.kept_share() == first.kept_share()
 
@@ -55,6 +57,22 @@ def test_kept_components_are_counted_per_task() -> None:
     masks = MaskFile("average", file.tasks, file.lam, {"m": torch.tensor([1, 0, 1, 1, 1, 1]).bool()}, file.sizes, {})
     assert masks.kept("m") == [2, 3]
     assert masks.kept_share() == pytest.approx(5 / 6)
+
+
+def test_of_soft_masks_what_is_nearer_to_kept_than_to_pruned_counts() -> None:
+    values = torch.tensor([1.2, 0.499, -2.0, 0.5, 0.0, 3.0])
+    masks = MaskFile("average", ("a", "b"), {"m": torch.ones(2)}, {"m": values}, {"m": (3, 3)}, {})
+    assert masks.kept("m") == [1, 2]
+    assert masks.kept_share() == pytest.approx(0.5)
+
+
+@given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=9), st.sampled_from([0.1, 0.3, 2.0]))
+def test_a_soft_mask_counts_as_kept_where_its_logits_binary_one_is(values: list[float], logit: float) -> None:
+    logits = torch.tensor([*values, logit, -logit])
+    mask = soft(logits, logit)
+    assert mask[-2:].tolist() == [1.0, 0.0]
+    clear = logits.abs() > 1e-6
+    assert torch.equal(kept(mask)[clear], hard(logits)[clear])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.95])
@@ -87,6 +105,8 @@ FOREIGN: dict[str, tuple[dict[str, str], dict[str, Tensor]]] = {
                                  {"lambda": torch.ones(3, 1), "mask.w": torch.zeros(2, dtype=torch.uint8)}),
     "lambda of another number of tasks": ({"format": FORMAT, "header": json.dumps(HEADER)},
                                           {"lambda": torch.ones(1, 4), "mask.w": torch.zeros(2, dtype=torch.uint8)}),
+    "soft mask of another length": ({"format": "adarank-masks-2", "header": json.dumps(HEADER)},
+                                    {"lambda": torch.ones(1, 1), "mask.w": torch.zeros(8)}),
 }  # fmt: skip
 
 

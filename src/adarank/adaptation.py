@@ -63,7 +63,11 @@ def adapt_job(run: Run) -> Adaptation:
     )
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = live.mask_file(job.network.tasks, method.origin, about)
-    own = {"components_kept": live.kept_share(), "kept": [round(v, 5) for v in history.kept]}
+    own = {
+        "components_kept": live.kept_share(),
+        "kept": [round(v, 5) for v in history.kept],
+        "mask": live.mask_kind,
+    }
     return Adaptation(job, live, masks, report(history, job, settings, data) | own)
 
 

@@ -1,6 +1,6 @@
 """Everything spectral is one sum:
 
-    W = origin + Σ_t λ_t · U_t diag(b_t ∘ s_t) V_tᵀ        b ∈ {0, 1}
+    W = origin + Σ_t λ_t · U_t diag(b_t ∘ s_t) V_tᵀ        b ∈ {0, 1}, or real numbers (soft masks)
 
 and this file holds it, with its gradient in closed form. With G = dL/dW, for component r of task t:
 
@@ -58,13 +58,15 @@ class Blocks:
     def compose(self, lam: Tensor, mask: Tensor) -> Tensor:
         """The merged tensor, in the origin's shape and on its device.
 
-        Each task costs only its fewer components: those kept, or those pruned taken away from the whole
-        task vector. Live adaptation and the `masked` method both call this, so what ships is what was adapted.
+        With a binary mask each task costs only its fewer components: those kept, or those pruned taken away from
+        the whole task vector. Live adaptation and the `masked` method both call this, so what ships is what was adapted.
 
         Arguments:
             lam: (tasks,) coefficients, on the CPU.
-            mask: (K,) bool, True for kept, on the CPU.
+            mask: (K,) bool, True for kept, or float: what each component is multiplied by; on the CPU.
         """
+        if mask.is_floating_point() and self.components:
+            return self._compose_soft(lam, mask)
         coefficients = lam.tolist()
         total = as_matrix(self.origin).clone()
         signed = []
@@ -79,6 +81,19 @@ class Blocks:
             total.addmm_(self.u[:, chosen] * factors, self.v[:, chosen].T)
         return total.reshape(self.origin.shape)
 
+    def _compose_soft(self, lam: Tensor, mask: Tensor) -> Tensor:
+        factors = self.s * (self._owner(lam) * mask).to(self.s)
+        u, v = self.u, self.v
+        chosen = mask.nonzero().squeeze(1)
+        if 2 * len(chosen) < len(mask):  # as at the start, where most are zero
+            index = chosen.to(self.s.device)
+            u, v, factors = u[:, index], v[:, index], factors[index]
+        return torch.addmm(as_matrix(self.origin), u * factors, v.T).reshape(self.origin.shape)
+
+    def _owner(self, lam: Tensor) -> Tensor:
+        """(K,) the λ of each component's task."""
+        return lam.repeat_interleave(torch.tensor(self.sizes))
+
     def gradient(self, grad: Tensor, lam: Tensor, mask: Tensor, learn_masks: bool) -> Gradient:
         """Gradients of every λ and every mask entry from G = dL/dW, in closed form, on G's device.
 
@@ -91,10 +106,8 @@ class Blocks:
         if not (learn_masks and self.components):
             return Gradient(self._lambda_gradient(flat, mask), torch.zeros_like(self.s))
         inner = self._inner(flat, None) * self.s
-        kept = torch.where(mask.to(inner.device), inner, 0.0)
-        by_task = torch.stack([part.sum() for part in kept.split(self.sizes)])
-        owner = lam.repeat_interleave(torch.tensor(self.sizes))
-        return Gradient(by_task, inner * owner.to(inner))
+        by_task = torch.stack([part.sum() for part in (inner * mask.to(inner)).split(self.sizes)])
+        return Gradient(by_task, inner * self._owner(lam).to(inner))
 
     def _lambda_gradient(self, flat: Tensor, mask: Tensor) -> Tensor:
         values = []

@@ -35,12 +35,13 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One tensor of an adapted output: λ and, for a matrix, kept components per task."""
+    """One tensor of an adapted output: λ and, for a matrix, kept components per task, of a soft mask those at ½ or above."""
 
     name: str
     lam: tuple[float, ...]
     kept: tuple[int, ...]
     sizes: tuple[int, ...]
+    soft: bool = False
 
 
 def inspect_checkpoint(path: Path, base: Path | None = None) -> list[TensorRow]:
@@ -71,8 +72,10 @@ def inspect_output(path: Path) -> tuple[tuple[str, ...], list[LayerRow]]:
     masks = MaskFile.load(path / FILE)
     rows = []
     for name, lam in masks.lam.items():
-        kept = tuple(masks.kept(name)) if name in masks.masks else ()
-        rows.append(LayerRow(name, tuple(lam.tolist()), kept, masks.sizes.get(name, ())))
+        own = masks.masks.get(name)
+        kept = () if own is None else tuple(masks.kept(name))
+        soft = own is not None and own.is_floating_point()
+        rows.append(LayerRow(name, tuple(lam.tolist()), kept, masks.sizes.get(name, ()), soft))
     return masks.tasks, rows
 
 

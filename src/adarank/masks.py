@@ -1,8 +1,12 @@
-"""Binary masks over singular components: how they are made, learned and kept.
+"""Masks over singular components: how they are made, learned and kept.
 
-A mask is learned through one logit per component: kept when σ(logit/τ) ≥ 0.5, that is when the logit is
-not negative. The forward pass sees exactly 0 or 1; the backward pass the slope of the sigmoid (a straight-through
-estimator). AdaRank, Section 5 and Appendix A.
+A mask is learned through one logit per component, which starts at +l (kept) or -l (pruned).
+
+binary   b = [σ(logit/τ) ≥ 0.5] = [logit ≥ 0]     exactly 0 or 1; its gradient is the sigmoid's slope (a straight-through
+                                                  estimator). AdaRank, Section 5 and Appendix A.
+soft     b = (logit + l) / 2l                     any real number, 1 or 0 at the start; its gradient is exact
+
+Soft masks are ours: every component gets a coefficient of its own, and what binary masks keep is what they have at ½ or more.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +28,8 @@ from adarank.spectrum import top_count
 from adarank.writer import write_tensors
 
 FILE = "masks.safetensors"
-_FORMAT = "adarank-masks-1"
+_FORMAT, _SOFT_FORMAT = "adarank-masks-1", "adarank-masks-2"  # the second may have soft masks
+MaskKind = Literal["binary", "soft"]
 
 
 def top_mask(sizes: tuple[int, ...], share: float) -> Tensor:
@@ -50,6 +55,16 @@ def straight_through(grad_mask: Tensor, logits: Tensor, temperature: float) -> T
     return grad_mask * soft * (1 - soft) / temperature
 
 
+def soft(logits: Tensor, logit: float) -> Tensor:
+    """Soft masks: 0 at -`logit`, 1 at +`logit`, and linear, within these and beyond."""
+    return (logits + logit) / (2 * logit)
+
+
+def kept(mask: Tensor) -> Tensor:
+    """Bool: True where a component is kept; of a soft mask, where it is nearer to 1 than to 0, or above."""
+    return mask >= 0.5 if mask.is_floating_point() else mask
+
+
 @dataclass(frozen=True)
 class MaskFile:
     """What adaptation found: enough to merge again without data or network.
@@ -58,7 +73,7 @@ class MaskFile:
         origin: "pretrained" or "average".
         tasks: the order of λ and of each mask's parts: the tasks, and "common" last where the basis has such a block.
         lam: tensor name -> (tasks,) float32 coefficients.
-        masks: matrix name -> (K,) bool over all tasks' components.
+        masks: matrix name -> (K,) over all tasks' components: bool, or float32 where masks are soft.
         sizes: matrix name -> components per task.
         about: how it was made: settings, input hashes.
         basis: how matrices were decomposed.
@@ -89,23 +104,24 @@ class MaskFile:
     def kept_share(self) -> float:
         """Share of all components that are kept."""
         total = sum(mask.numel() for mask in self.masks.values())
-        return sum(int(mask.sum()) for mask in self.masks.values()) / max(1, total)
+        return sum(int(kept(mask).sum()) for mask in self.masks.values()) / max(1, total)
 
     def kept(self, name: str) -> list[int]:
         """Components kept per task in one matrix."""
-        return [int(own.sum()) for own in self.masks[name].split(self.sizes[name])]
+        return [int(own.sum()) for own in kept(self.masks[name]).split(self.sizes[name])]
 
     def save(self, path: Path | str) -> None:
-        """Write λ as float32 and the masks as bits."""
+        """Write λ and soft masks as float32, binary masks as bits."""
         path = Path(path)
         names = list(self.lam)
         tensors = {"lambda": torch.stack([self.lam[name].float().cpu() for name in names])}
         for name, mask in self.masks.items():
-            tensors[f"mask.{name}"] = pack(mask)
+            tensors[f"mask.{name}"] = mask.float().cpu() if mask.is_floating_point() else pack(mask)
+        form = _SOFT_FORMAT if any(mask.is_floating_point() for mask in self.masks.values()) else _FORMAT
         header = {"origin": self.origin, "tasks": list(self.tasks), "tensors": names, "about": dict(self.about), "basis": self.basis,
                   "sizes": {name: list(sizes) for name, sizes in self.sizes.items()},
                   **({"thresholds": dict(self.thresholds)} if self.thresholds else {})}  # fmt: skip
-        write_tensors(path, tensors, {"format": _FORMAT, "header": json.dumps(header)})
+        write_tensors(path, tensors, {"format": form, "header": json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path) -> MaskFile:
@@ -122,9 +138,9 @@ class MaskFile:
             raise CheckpointError(
                 f"{path}: not a whole masks file ({error}). Give the {FILE} of an adapted output."
             ) from None
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") not in (_FORMAT, _SOFT_FORMAT):
             raise CheckpointError(
-                f"{path}: not a masks file of this version (needed format {_FORMAT}, got {metadata.get('format')})."
+                f"{path}: not a masks file of this version (needed format {_FORMAT} or {_SOFT_FORMAT}, got {metadata.get('format')})."
             )
         try:
             return cls._parse(json.loads(metadata["header"]), tensors)
@@ -140,9 +156,17 @@ class MaskFile:
             raise ValueError(f"λ of shape {tuple(tensors['lambda'].shape)} for {len(tasks)} tasks")
         lam = dict(zip(header["tensors"], tensors["lambda"], strict=True))
         sizes = {name: tuple(parts) for name, parts in header["sizes"].items()}
-        masks = {n: unpack(tensors[f"mask.{n}"], (sum(parts),)) for n, parts in sizes.items()}
+        masks = {n: _mask(tensors[f"mask.{n}"], sum(parts)) for n, parts in sizes.items()}
         thresholds = {task: float(value) for task, value in header.get("thresholds", {}).items()}
         if thresholds and not thresholds.keys() >= set(tasks) - {COMMON}:
             raise ValueError(f"thresholds for {len(thresholds)} of {len(tasks)} tasks")
         basis = header.get("basis", "task_vectors")
         return cls(header["origin"], tasks, lam, masks, sizes, header["about"], basis, thresholds)
+
+
+def _mask(stored: Tensor, components: int) -> Tensor:
+    if not stored.is_floating_point():
+        return unpack(stored, (components,))
+    if stored.shape != (components,):
+        raise ValueError(f"a soft mask of shape {tuple(stored.shape)} for {components} components")
+    return stored

@@ -19,7 +19,7 @@ from adarank.adapt.tying import LambdaPer, tie
 from adarank.bases import BASES, Basis
 from adarank.blocks import Blocks
 from adarank.errors import RecipeError
-from adarank.masks import MaskFile, hard, straight_through, top_mask
+from adarank.masks import MaskFile, MaskKind, hard, soft, straight_through, top_mask
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class Learn:
 
     Attributes:
         masks, lam: learn the masks, learn the coefficients.
-        temperature: τ of the mask's sigmoid.
+        temperature: τ of a binary mask's sigmoid.
         clamp: λ is used clamped to this range; its gradient is zero outside.
         per: what has a λ of its own.
         returnable: components pruned at the start may come back. If not, their logits have no gradient.
+        mask: `binary` or `soft`, where masks are learned.
     """
 
     masks: bool = True
@@ -40,6 +41,7 @@ class Learn:
     clamp: tuple[float, float] | None = None
     per: LambdaPer = "tensor"
     returnable: bool = True
+    mask: MaskKind = "binary"
 
 
 class LiveWeights:
@@ -101,7 +103,8 @@ class LiveWeights:
         """Go back to a start: λ `scale` everywhere, the first `rank` of each matrix's and task's components kept."""
         kept = torch.cat([top_mask(block.sizes, rank) for block in self.blocks.values()])
         self.lam.fill_(scale)
-        self.logits.copy_(torch.where(kept, self._logit, -self._logit))
+        self.logits.fill_(-self._logit)
+        self.logits[kept] = self._logit
         self._free = kept | self.learn.returnable
 
     @torch.no_grad()
@@ -138,8 +141,14 @@ class LiveWeights:
         return self._tying.spread(self.lam.clamp(*self.learn.clamp) if self.learn.clamp else self.lam)
 
     def masks(self) -> dict[str, Tensor]:
-        """Tensor name -> (components,) bool."""
-        return dict(zip(self.blocks, hard(self.logits).split(self._parts), strict=True))
+        """Tensor name -> (components,) bool, or float where masks are soft."""
+        values = soft(self.logits, self._logit) if self.mask_kind == "soft" else hard(self.logits)
+        return dict(zip(self.blocks, values.split(self._parts), strict=True))
+
+    @property
+    def mask_kind(self) -> MaskKind:
+        """Binary where masks are not learned: then they are what they start as, 0 and 1."""
+        return self.learn.mask if self.learn.masks else "binary"
 
     def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile:
         """The masks and λ of this moment, as the file that the method `masked` applies."""
@@ -150,7 +159,7 @@ class LiveWeights:
         return MaskFile(origin, basis.groups(tasks), lam, masks, sizes, about, basis.name, basis.thresholds)
 
     def kept_share(self) -> float:
-        """Share of all components that are kept now; 1 if there are none."""
+        """Share of all components that are kept now (of soft masks: that are at ½ or above); 1 if there are none."""
         return float(hard(self.logits).double().mean()) if self.logits.numel() else 1.0
 
     def _set_gradients(self, grad_lam: Tensor, grad_mask: Tensor) -> None:
@@ -161,4 +170,8 @@ class LiveWeights:
         if self.learn.lam:
             self.lam.grad = grad_lam
         if self.learn.masks:
-            self.logits.grad = straight_through(grad_mask.where(self._free, 0.0), self.logits, self.learn.temperature)
+            grad = grad_mask.where(self._free, 0.0)
+            if self.mask_kind == "soft":
+                self.logits.grad = grad / (2 * self._logit)
+            else:
+                self.logits.grad = straight_through(grad, self.logits, self.learn.temperature)

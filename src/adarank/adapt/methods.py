@@ -25,6 +25,7 @@ from adarank.adapt.tying import LambdaPer
 from adarank.bases import BASES, Basis
 from adarank.blocks import build_blocks
 from adarank.errors import RecipeError
+from adarank.masks import MaskKind
 from adarank.settings import Settings, nearest, parse
 from adarank.task_vectors import Network
 from adarank.threshold import global_thresholds
@@ -123,10 +124,14 @@ class AdaRank(AdaptiveMethod):
             all components, as their static methods do.
         returnable: components that are pruned at the start may come back. If not, adaptation chooses among the top
             ones that are kept there (the paper's ablation).
+        mask: `soft`: what a component is multiplied by is learned, from 1 where it is kept at the start and 0 where not.
+            `binary`: whether it is kept, as in the paper.
     """
 
     name: ClassVar[str] = "adarank"
-    formula: ClassVar[str] = "W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ; b, λ = argmin Σ_t ℓ(f(W, x_t))"
+    formula: ClassVar[str] = (
+        "W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ; b, λ = argmin Σ_t ℓ(f(W, x_t)), b binary or soft"
+    )
     source: ClassVar[str] = "Lee et al. 2025, arXiv:2503.22178"
 
     basis: Literal["task_vectors", "tsv_m", "iso_c", "iso_cts"] = Field(
@@ -136,13 +141,16 @@ class AdaRank(AdaptiveMethod):
     rank: Share = Field(AUTO, description="share of components kept at the start, in (0, 1], or auto")
     scale: Number = Field(AUTO, alias="lambda", description="λ at the start, or auto")
     returnable: bool = Field(True, description="components pruned at the start may come back")
+    mask: MaskKind = Field("soft", description="any number for each component, or binary: kept or not, the paper's")
 
     @classmethod
     def paper(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks."""
         if given.get("basis", "task_vectors") != "task_vectors":
-            return {"rank": 1.0, "lambda": 1.0}
-        return {"rank": 1.0, "lambda": 0.3} if given.get("origin") == "pretrained" else {"rank": 0.16, "lambda": 2.3}
+            rank, scale = 1.0, 1.0
+        else:
+            rank, scale = (1.0, 0.3) if given.get("origin") == "pretrained" else (0.16, 2.3)
+        return {"rank": rank, "lambda": scale, "mask": "binary"}
 
     @model_validator(mode="before")
     @classmethod
@@ -169,7 +177,7 @@ class AdaRank(AdaptiveMethod):
         return BASES[self.basis]
 
     def learn(self, settings: AdaptSettings) -> Learn:
-        return replace(super().learn(settings), returnable=self.returnable)
+        return replace(super().learn(settings), returnable=self.returnable, mask=self.mask)
 
 
 class AdaMerging(AdaptiveMethod):

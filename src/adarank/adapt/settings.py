@@ -30,8 +30,8 @@ class AdaptSettings(Settings):
         schedule: `cosine` or `linear` down to zero, or `constant` (the papers').
         warmup: share of the steps over which step sizes first rise linearly.
         betas: Adam's decay rates.
-        temperature: τ of the mask's sigmoid.
-        logit: mask logits start at plus and minus this.
+        temperature: τ of a binary mask's sigmoid.
+        logit: mask logits start at plus and minus this; a soft mask is 1 and 0 there, and linear.
         clamp: λ is used clamped to this range.
         save_every: steps between two saves of the state.
         check_every: steps between two judgements; `auto` is 40, or two passes over the inputs of the task with the fewest
@@ -70,7 +70,7 @@ class AdaptSettings(Settings):
     schedule: Literal["constant", "cosine", "linear"] = Field("cosine", description="of all step sizes")
     warmup: float = Field(0.0, ge=0, le=1, description="share of the steps over which step sizes first rise linearly")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
-    temperature: float = Field(10.0, gt=0, description="τ of the mask's sigmoid")
+    temperature: float = Field(10.0, gt=0, description="τ of a binary mask's sigmoid")
     logit: float = Field(0.1, gt=0, description="mask logits start at ±this")
     clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
     save_every: int = Field(25, ge=1, description="steps between two saves of the state")

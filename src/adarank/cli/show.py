@@ -195,6 +195,8 @@ def layers(tasks: tuple[str, ...], rows: list[LayerRow]) -> None:
         if row.kept:
             grid.add_row("", "kept", *(f"{k}/{n}" for k, n in zip(row.kept, row.sizes, strict=True)), style="cyan")
     out.print(grid)
+    if any(row.soft for row in rows):
+        out.print("Masks are soft: a component counts as kept where its mask is ½ or more.", style="dim")
 
 
 def _widest(rows: Sequence[TensorRow | LayerRow]) -> int:
@@ -246,6 +248,7 @@ def adapted(found: Mapping[str, Any]) -> None:
         )
     taken = f"{found['steps']} steps" + (", stopped early" if found["stopped_early"] else "")
     kept = f", {100 * found['components_kept']:.2f}% of the components kept" if "components_kept" in found else ""
+    kept += " (their soft masks are ½ or more)" if found.get("mask") == "soft" else ""
     out.print(taken + kept)
     if "steps_kept" in found:
         steps = ", ".join(f"{task} {step}" for task, step in found["steps_kept"].items())
