@@ -50,7 +50,7 @@ def tables() -> list[str]:
         default = {bed: studies_of(bed)["runs"]["objectives"]["self-label"] for bed in beds}
         rows = dict.fromkeys(row for bed in beds for row in studies_of(bed)["runs"][name])
         if name != "objectives":
-            lines.append("| default | " + " | ".join(_cells(default[bed]) for bed in beds) + " |")
+            lines.append("| self-label, binary masks | " + " | ".join(_cells(default[bed]) for bed in beds) + " |")
         for row in rows:
             own = [studies_of(bed)["runs"][name].get(row) for bed in beds]
             lines.append(f"| {row} | " + " | ".join(_cells(run) if run else "| |" for run in own) + " |")
@@ -60,7 +60,8 @@ def tables() -> list[str]:
 
 # what one has or wants, what to say in the recipe, and the run that shows what it comes to
 CHOICES = (
-    ("nothing in particular", "nothing", "objectives", "self-label"),
+    ("nothing in particular", "nothing", "learned", "soft masks"),
+    ("the paper's binary masks, as have all rows below", "`mask: binary`", "objectives", "self-label"),
     ("four times the time", "`batch_size: 32`", "batch", "32 inputs"),
     ("the expert's features as well as its answers", "`objective: {self-label: 1.0, features: 0.5}`", "objectives", "self-label and features"),
     ("the spectrum as it was cut, and λ alone", "`learn_masks: false`", "learned", "λ alone"),

@@ -62,16 +62,20 @@ def test_plan_lists_all_unreadable_checkpoints(zoo: Path, capsys: pytest.Capture
     assert "models/two" in error
 
 
+@pytest.mark.parametrize("mask", ["binary", "soft"])
 def test_evaluate_and_inspect_print_what_json_holds(
-    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mask: str
 ) -> None:
-    path, out = str(recipe(zoo, **ADAPT)), str(tmp_path / "out")
-    shown(capsys, "merge", path, out)
+    changes = {**ADAPT, "parameters": {**ADAPT.get("parameters", {}), "mask": mask}}
+    path, out = str(recipe(zoo, **changes)), str(tmp_path / "out")
+    assert ("soft masks" in shown(capsys, "merge", path, out)) == (mask == "soft")
     table = json.loads(shown(capsys, "evaluate", path, out, "--json"))
     text = shown(capsys, "evaluate", path, out)
     assert all(f"{table['summary'][row]['mean']:.1f}" in text for row in ("base", out, "experts"))
     layers = json.loads(shown(capsys, "inspect", out, "--json"))["layers"]
-    assert layers[0]["name"].split(".")[0] in shown(capsys, "inspect", out)
+    text = shown(capsys, "inspect", out)
+    assert layers[0]["name"].split(".")[0] in text
+    assert ("Masks are soft" in text) == (mask == "soft")
     tensors = json.loads(
         shown(capsys, "inspect", str(zoo / "models" / "mood"), "--base", str(zoo / "models" / "base"), "--json")
     )
