@@ -120,7 +120,10 @@ class Autograd:
         tasks = len(setup.job.network.tasks)
         self.lam = torch.full((len(self.sizes), tasks), setup.method.scale, requires_grad=True)
         self.optimiser = torch.optim.Adam(
-            [{"params": [self.lam], "lr": settings.lr_lambda}, {"params": [self.logits], "lr": settings.lr_masks}],
+            [
+                {"params": [self.lam], "lr": settings.lr_lambda},
+                {"params": [self.logits], "lr": settings.mask_step(False)},
+            ],
             betas=settings.betas,
         )
         self.keys = {task: self._keys(task) for task in setup.job.network.tasks}
@@ -200,7 +203,7 @@ class SideBySide:
 
     def _check(self, live: LiveWeights, engine_loss: float, loss: float) -> dict[str, float]:
         reference, settings = self.reference, self.reference.setup.settings
-        moved = (live.logits - reference.logits.detach()).abs() / settings.lr_masks
+        moved = (live.logits - reference.logits.detach()).abs() / settings.mask_step(False)
         return {
             "loss_engine": engine_loss,
             "loss_autograd": loss,

@@ -159,6 +159,7 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
             "masks alone": Variant({"learn_lambda": False}),
             "top components alone": Variant({"returnable": False}),
             "soft masks": Variant(SOFT),
+            "soft masks, steps that move each alike": Variant(SOFT, adapt={"step_unit": "mask"}),
             "soft masks alone": Variant({**SOFT, "learn_lambda": False}),
             "top components alone, soft masks": Variant({**SOFT, "returnable": False}),
         },

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,8 +15,9 @@ from torch.func import functional_call
 
 from adarank.adapt.live import Learn, LiveWeights
 from adarank.adapt.objective import entropy
+from adarank.adapt.settings import AdaptSettings
 from adarank.blocks import Blocks, scaled_block, task_vector_blocks
-from adarank.masks import MaskKind, straight_through
+from adarank.masks import MaskKind, pace, straight_through
 from make import generator, randn
 
 F64 = torch.float64
@@ -215,7 +218,11 @@ class Toy:
         lam, logits = self.live.lam.clone().requires_grad_(), self.live.logits.clone().requires_grad_()
         learn = self.live.learn
         used = lam.clamp(*learn.clamp) if learn.clamp else lam
-        mask = Keep.apply(logits, learn.temperature) if learn.mask == "binary" else (logits + LOGIT) / (2 * LOGIT)
+        if learn.mask == "binary":
+            mask = Keep.apply(logits, learn.temperature)
+        else:
+            moved = logits - LOGIT  # all components are kept at the start
+            mask = 1 + (moved * self.paces() if learn.unit == "weights" else moved) / (2 * LOGIT)
         place, weights = 0, {}
         for row, (name, (origin, deltas)) in enumerate(self.vectors.items()):
             if name in SPECTRAL:
@@ -227,10 +234,24 @@ class Toy:
         total = sum(entropy(functional_call(self.modules[t], weights, (self.inputs[t],))) for t in tasks)
         return torch.autograd.grad(total, (lam, logits))
 
+    def paces(self) -> Tensor:
+        """rms(s)/s of each task's matrix, at most 20, from NumPy's SVDs."""
+        paces = []
+        for name in SPECTRAL:
+            for delta in self.vectors[name][1].values():
+                s = np.linalg.svd(delta.flatten(1).numpy(), compute_uv=False)
+                paces.append(np.minimum(np.sqrt(np.mean(s**2)) / s, 20))
+        return torch.from_numpy(np.concatenate(paces))
 
-@pytest.mark.parametrize(
-    "learn", [Learn(temperature=0.7), Learn(temperature=10.0), Learn(mask="soft"), Learn(mask="soft", clamp=(0.2, 0.8))]
-)
+
+SOFT = {
+    "soft": Learn(mask="soft"),
+    "soft, clamped": Learn(mask="soft", clamp=(0.2, 0.8)),
+    "soft, steps in masks": Learn(mask="soft", unit="mask"),
+}
+
+
+@pytest.mark.parametrize("learn", [Learn(temperature=0.7), Learn(temperature=10.0), *SOFT.values()])
 def test_live_gradients_are_those_of_full_autograd(learn: Learn) -> None:
     toy = Toy(learn)
     toy.closed_form()
@@ -332,6 +353,48 @@ def test_soft_masks_that_are_not_to_return_stay_zero() -> None:
     assert not torch.cat(list(toy.live.masks().values()))[pruned].any()
 
 
+@pytest.mark.parametrize("learn", SOFT.values(), ids=SOFT)
+def test_a_step_moves_what_its_unit_says_alike(learn: Learn) -> None:
+    toy = Toy(learn)
+    toy.live.reset(0.4, 0.5)
+    before = toy.live.masks()
+    toy.live.logits += 0.01
+    for name, mask in toy.live.masks().items():
+        if name not in SPECTRAL:
+            continue
+        block = toy.live.blocks[name]
+        moved = mask - before[name]
+        for own, s in zip(moved.split(block.sizes), block.s.split(block.sizes), strict=True):
+            assert s[0] / s[-1] > 1.5
+            scale = s / s.square().mean().sqrt() if learn.unit == "weights" else torch.ones_like(s)
+            torch.testing.assert_close(own * scale, torch.full_like(s, 0.01 / (2 * LOGIT)), rtol=1e-9, atol=0)
+
+
+def test_paces_of_small_and_of_undetermined_components_are_bounded() -> None:
+    s = torch.tensor([3.0, 1.0, 1e-2, 1e-9, 0.0])
+    rms = math.sqrt((9 + 1 + 1e-4) / 3)
+    torch.testing.assert_close(pace(s), torch.tensor([rms / 3, rms, 20.0, 1.0, 1.0]))
+    assert pace(torch.zeros(4)).tolist() == [1.0] * 4
+    assert pace(torch.zeros(0)).shape == (0,)
+
+
 def test_where_masks_are_not_learned_soft_ones_are_binary() -> None:
     toy = Toy(Learn(masks=False, mask="soft"))
     assert all(mask.dtype == torch.bool for mask in toy.live.masks().values())
+
+
+@pytest.mark.parametrize(
+    ("learn", "given", "wanted"),
+    [
+        (Learn(mask="soft"), "auto", 0.02),
+        (Learn(mask="soft", unit="mask"), "auto", 0.005),
+        (Learn(), "auto", 0.005),
+        (Learn(mask="soft"), 0.3, 0.3),
+        (Learn(), 0.3, 0.3),
+    ],
+)
+def test_auto_is_a_step_in_its_own_unit(learn: Learn, given: float | str, wanted: float) -> None:
+    toy = Toy(learn)
+    settings = AdaptSettings(lr_masks=given, lr_lambda=0.07)
+    lam, logits = toy.live.optimiser(settings).param_groups
+    assert (lam["lr"], logits["lr"], logits["start"]) == (0.07, wanted, wanted)

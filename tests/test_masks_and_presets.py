@@ -220,7 +220,7 @@ def test_all_problems_of_the_settings_come_at_once() -> None:
 @pytest.mark.parametrize("values", [
     {"steps": 1.5}, {"steps": None}, {"lr_masks": -1}, {"lr_lambda": "x"}, {"schedule": "square"}, {"betas": [0.9]},
     {"temperature": 0}, {"logit": 0}, {"clamp": [1]}, {"save_every": 0}, {"clamp": [1.0, 0.0]}, {"betas": [0.9, 1.5]},
-    {"lr_masks": float("nan")},
+    {"lr_masks": float("nan")}, {"lr_masks": float("inf")}, {"lr_masks": "much"}, {"lr_masks": True}, {"step_unit": "logits"},
 ])  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(values))):

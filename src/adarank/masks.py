@@ -7,6 +7,7 @@ binary   b = [σ(logit/τ) ≥ 0.5] = [logit ≥ 0]     exactly 0 or 1; its grad
 soft     b = (logit + l) / 2l                     any real number, 1 or 0 at the start; its gradient is exact
 
 Soft masks are ours: every component gets a coefficient of its own, and what binary masks keep is what they have at ½ or more.
+Adam moves every number alike, so small singular components would hardly move a weight: `pace` makes up for that.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from torch import Tensor
 from adarank.bases import BASES, COMMON, Basis
 from adarank.bundle import pack, unpack
 from adarank.errors import CheckpointError, MismatchError
-from adarank.spectrum import top_count
+from adarank.spectrum import determined, top_count
 from adarank.writer import write_tensors
 
 FILE = "masks.safetensors"
 _FORMAT, _SOFT_FORMAT = "adarank-masks-1", "adarank-masks-2"  # the second may have soft masks
 MaskKind = Literal["binary", "soft"]
+MOST = 20.0  # of a component's pace
 
 
 def top_mask(sizes: tuple[int, ...], share: float) -> Tensor:
@@ -58,6 +60,21 @@ def straight_through(grad_mask: Tensor, logits: Tensor, temperature: float) -> T
 def soft(logits: Tensor, logit: float) -> Tensor:
     """Soft masks: 0 at -`logit`, 1 at +`logit`, and linear, within these and beyond."""
     return (logits + logit) / (2 * logit)
+
+
+def pace(s: Tensor) -> Tensor:
+    """How much faster than its logit each component's soft mask moves, so that Adam's steps move b∘s alike: rms(s)/s_r.
+
+    Capped, as the smallest would else go from 0 to 1 in a step or two. Components that are rounding keep 1, and count not.
+
+    Arguments:
+        s: (r,) singular values of one task's matrix, descending.
+    """
+    real = determined(s)
+    if not bool(real.any()):
+        return torch.ones_like(s)
+    rms = s[real].square().mean().sqrt()
+    return torch.where(real, (rms / s).clamp(max=MOST), 1.0)
 
 
 def kept(mask: Tensor) -> Tensor:

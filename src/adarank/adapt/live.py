@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.settings import AdaptSettings, StepUnit
 from adarank.adapt.tying import LambdaPer, tie
 from adarank.bases import BASES, Basis
 from adarank.blocks import Blocks
 from adarank.errors import RecipeError
-from adarank.masks import MaskFile, MaskKind, hard, soft, straight_through, top_mask
+from adarank.masks import MaskFile, MaskKind, hard, pace, soft, straight_through, top_mask
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Learn:
         per: what has a λ of its own.
         returnable: components pruned at the start may come back. If not, their logits have no gradient.
         mask: `binary` or `soft`, where masks are learned.
+        unit: of soft masks, what a step moves alike for all components of a matrix and task: `weights` or `mask`.
     """
 
     masks: bool = True
@@ -42,6 +43,7 @@ class Learn:
     per: LambdaPer = "tensor"
     returnable: bool = True
     mask: MaskKind = "binary"
+    unit: StepUnit = "weights"
 
 
 class LiveWeights:
@@ -56,7 +58,8 @@ class LiveWeights:
 
     Attributes:
         lam: the coefficients, on the CPU: (tensors, tasks), or fewer rows and columns where they are tied.
-        logits: (all components,) mask logits, on the CPU, matrix after matrix in the order of `blocks`.
+        logits: (all components,) mask logits, on the CPU, matrix after matrix in the order of `blocks`. Soft masks move
+            `pace` times as far from their start, where steps count in weights.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class LiveWeights:
         self._parts = [sum(block.sizes) for block in self.blocks.values()]
         self.logits = torch.empty(sum(self._parts), dtype=dtype)
         self._logit = logit
+        self._pace = self._paces() if self.mask_kind == "soft" and learn.unit == "weights" else None
         self.reset(scale, rank)
         for (
             parameter
@@ -89,7 +93,8 @@ class LiveWeights:
         if self.learn.lam:
             groups.append({"params": [self.lam], "lr": settings.lr_lambda, "start": settings.lr_lambda})
         if self.learn.masks and self.logits.numel():
-            groups.append({"params": [self.logits], "lr": settings.lr_masks, "start": settings.lr_masks})
+            step = settings.mask_step(self._pace is not None)
+            groups.append({"params": [self.logits], "lr": step, "start": step})
         if not groups:
             raise RecipeError("adapt: neither λ nor masks are learned. Use a data-free method, or learn one of them.")
         return torch.optim.Adam(groups, betas=settings.betas)
@@ -105,6 +110,7 @@ class LiveWeights:
         self.lam.fill_(scale)
         self.logits.fill_(-self._logit)
         self.logits[kept] = self._logit
+        self._start = self.logits.clone()
         self._free = kept | self.learn.returnable
 
     @torch.no_grad()
@@ -142,7 +148,8 @@ class LiveWeights:
 
     def masks(self) -> dict[str, Tensor]:
         """Tensor name -> (components,) bool, or float where masks are soft."""
-        values = soft(self.logits, self._logit) if self.mask_kind == "soft" else hard(self.logits)
+        logits = self._used_logits()
+        values = soft(logits, self._logit) if self.mask_kind == "soft" else hard(logits)
         return dict(zip(self.blocks, values.split(self._parts), strict=True))
 
     @property
@@ -160,7 +167,15 @@ class LiveWeights:
 
     def kept_share(self) -> float:
         """Share of all components that are kept now (of soft masks: that are at ½ or above); 1 if there are none."""
-        return float(hard(self.logits).double().mean()) if self.logits.numel() else 1.0
+        return float(hard(self._used_logits()).double().mean()) if self.logits.numel() else 1.0
+
+    def _used_logits(self) -> Tensor:
+        """What masks are made of. At the start exactly the logits, so that what is 0 or 1 there stays so."""
+        return self.logits if self._pace is None else self._start + (self.logits - self._start) * self._pace
+
+    def _paces(self) -> Tensor:
+        parts = [pace(own) for block in self.blocks.values() for own in block.s.split(block.sizes)]
+        return torch.cat(parts).to(self.logits)
 
     def _set_gradients(self, grad_lam: Tensor, grad_mask: Tensor) -> None:
         grad_lam = self._tying.gather(grad_lam)
@@ -172,6 +187,7 @@ class LiveWeights:
         if self.learn.masks:
             grad = grad_mask.where(self._free, 0.0)
             if self.mask_kind == "soft":
+                grad = grad if self._pace is None else grad * self._pace
                 self.logits.grad = grad / (2 * self._logit)
             else:
                 self.logits.grad = straight_through(grad, self.logits, self.learn.temperature)

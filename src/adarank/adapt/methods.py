@@ -177,7 +177,7 @@ class AdaRank(AdaptiveMethod):
         return BASES[self.basis]
 
     def learn(self, settings: AdaptSettings) -> Learn:
-        return replace(super().learn(settings), returnable=self.returnable, mask=self.mask)
+        return replace(super().learn(settings), returnable=self.returnable, mask=self.mask, unit=settings.step_unit)
 
 
 class AdaMerging(AdaptiveMethod):

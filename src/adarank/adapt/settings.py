@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from adarank.adapt.judge import Signal
 from adarank.adapt.objective import OBJECTIVES, Filter, SelfLabel, Weights, as_weights, check_objective
 from adarank.settings import Settings
 
 AUTO: Literal["auto"] = "auto"
+StepUnit = Literal["weights", "mask"]
 _NAMES = ", ".join(OBJECTIVES)
+
+
+def _at_least_zero_or_auto(given: Any) -> Any:
+    number = isinstance(given, (int, float)) and not isinstance(given, bool) and given >= 0
+    if not number and given != AUTO:
+        raise ValueError("a number of at least 0, or auto, was needed")
+    return given
 
 
 class AdaptSettings(Settings):
@@ -21,7 +29,10 @@ class AdaptSettings(Settings):
     Arguments:
         steps: Adam steps; each sees one batch of every task.
         batch_size: inputs per task and step.
-        lr_masks, lr_lambda: Adam step sizes of mask logits and of λ.
+        lr_masks, lr_lambda: Adam step sizes of mask logits and of λ. `lr_masks: auto` is 0.02 where steps count in weights
+            and 0.005 elsewhere.
+        step_unit: of soft masks, what a step moves alike for all components of a matrix and task: the `weights`, whose
+            unit is the root mean square of its singular values; or the `mask`, which moves weights less along the smaller.
         objective: what every task minimises: a name, or a mapping from names to weights.
         objectives: task -> its own objective, instead of `objective`.
         self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
@@ -53,7 +64,10 @@ class AdaptSettings(Settings):
 
     steps: int = Field(200, ge=0, description="Adam steps")
     batch_size: int = Field(8, ge=1, description="inputs per task and step")
-    lr_masks: float = Field(5e-3, ge=0, description="Adam step size of the mask logits")
+    lr_masks: Annotated[float | Literal["auto"], BeforeValidator(_at_least_zero_or_auto)] = Field(
+        AUTO, description="Adam step size of the mask logits; auto: 0.02 where steps count in weights, 0.005 elsewhere"
+    )
+    step_unit: StepUnit = Field("weights", description="of soft masks: what a step moves alike for all components")
     lr_lambda: float = Field(2e-2, ge=0, description="Adam step size of λ")
     objective: str | Weights = Field(
         "self-label", description=f"what is minimised: {_NAMES}; or name: weight of several"
@@ -115,6 +129,12 @@ class AdaptSettings(Settings):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: both must be in [0, 1), got {self.betas}")
         return self
+
+    def mask_step(self, in_weights: bool) -> float:
+        """`lr_masks`, or what `auto` stands for."""
+        if self.lr_masks == AUTO:
+            return 0.02 if in_weights else 0.005
+        return self.lr_masks
 
     def factor(self, step: int) -> float:
         """What step sizes are multiplied by at a step, counted from 0."""
