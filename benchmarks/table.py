@@ -220,7 +220,7 @@ class Bench:
             "command": self.command,
             "inputs": self.inputs,
             "versions": versions(),
-            "machine": machine(),
+            "machine": machine(self.job.recipe.device),
         }
         self.records.mkdir(parents=True, exist_ok=True)
         write_json(self.path(row, seed), record)
@@ -278,7 +278,7 @@ class Bench:
                 "best": {**best.settings, "mean": best.mean, **best.scores},
                 "points": [{**point.settings, "mean": point.mean, **point.scores} for point in found],
                 "command": self.command,
-                "machine": machine(),
+                "machine": machine(self.job.recipe.device),
                 "versions": versions(),
                 **clock.spent(),
             }

@@ -18,7 +18,7 @@ def test_weights_are_the_slopes_of_the_smooth_maximum(tasks: int, steps: int, st
     start = losses[:, :FIRST].mean(axis=1)
     decay = MOMENTUM ** np.arange(steps - FIRST - 1, -1, -1) * (1 - MOMENTUM)
     mean = start * MOMENTUM ** (steps - FIRST) + losses[:, FIRST:] @ decay
-    ratio = torch.tensor((mean - start) / start, requires_grad=True)
+    ratio = torch.tensor((mean - start) / np.maximum(start, start.mean()), requires_grad=True)
     (tasks / strength * torch.logsumexp(strength * ratio, dim=0)).backward()
     assert ratio.grad is not None
     assert task_weights(losses.tolist(), strength, [0] * tasks) == pytest.approx(ratio.grad.tolist())
@@ -37,11 +37,17 @@ def test_the_first_steps_and_strength_0_are_the_plain_sum(length: int) -> None:
     assert task_weights([[1.0] * 40, [5.0] * 20 + [9.0] * 20], 0.0, [0, 3]) == [1.0, 1.0]
 
 
-def test_it_does_not_depend_on_the_unit_of_a_loss() -> None:
-    fall, rise = [1.0, 0.9] * 10, [1.0, 1.1] * 10
-    assert task_weights([[100 * v for v in fall], rise], 3.0, [0, 0]) == pytest.approx(
-        task_weights([fall, rise], 3.0, [0, 0])
-    )
+def test_it_does_not_depend_on_the_unit_of_the_losses() -> None:
+    losses = [[1.0, 0.9] * 10, [1.0, 1.1] * 10, [0.2, 0.3] * 10]
+    found = task_weights([[100 * v for v in own] for own in losses], 3.0, [0, 0, 0])
+    assert found == pytest.approx(task_weights(losses, 3.0, [0, 0, 0]))
+
+
+def test_a_task_that_starts_at_its_expert_does_not_take_all_the_weight() -> None:
+    """Its loss is ten times what it was, and still the smallest."""
+    level, lost = [1.0] * 30, [0.01] * FIRST + [0.1] * 22
+    first, *_, last = task_weights([level, level, level, lost], 4.0, [0, 0, 0, 0])
+    assert 1 < last / first < 2
 
 
 def test_losses_below_0_that_fall_have_fallen() -> None:

@@ -71,8 +71,16 @@ def mean(scores: Scores) -> float:
 class Build:
     """One build: its folders, settings, and the four stages."""
 
-    def __init__(self, data: Path, out: Path, seed: int, size_name: str, device: torch.device) -> None:
-        self.data, self.out, self.work = data, out, out / "work"
+    def __init__(
+        self,
+        data: Path,
+        out: Path,
+        seed: int,
+        size_name: str,
+        device: torch.device,
+        alone: list[str] | None = None,
+    ) -> None:
+        self.data, self.out, self.work, self.alone = data, out, out / "work", alone
         self.seed, self.size_name, self.size, self.device = seed, size_name, SIZES[size_name], device
         self.started = time.monotonic()
 
@@ -113,7 +121,8 @@ class Build:
         self.splits()
         self.base()
         self.experts()
-        self.save()
+        if self.alone is None:
+            self.save()
 
     def splits(self) -> None:
         """Write each task's adapt, select and test files."""
@@ -148,8 +157,19 @@ class Build:
         save_file(tensors, heads)
         publish(folder, lambda place: save_base(trainer.body, place, self.size))
         scores = self.validate(load_body(folder, self.device))
-        write_record(self.work / "base.json", {"validation": scores, "sha256": self.base_digest()})
+        content = {"validation": scores, "sha256": self.base_digest(), "trained_on": self.here()}
+        write_record(self.work / "base.json", content)
         self.log(f"base: validation mean {mean(scores):.3f} {rounded_scores(scores)}")
+
+    def here(self) -> dict[str, str]:
+        """The device, and the versions of what trains on it."""
+        cuda = self.device.type == "cuda"
+        packages = ("torch", "transformers", "safetensors", "numpy", "pillow")
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        }
 
     def base_digest(self) -> str:
         """Identity of the base and its heads: experts of another one are stale."""
@@ -169,8 +189,10 @@ class Build:
         }
 
     def experts(self) -> None:
-        """Fine-tune one expert per task from the base as written."""
+        """Fine-tune one expert per task from the base as written, or those alone that were asked for."""
         for i, task in enumerate(TASKS):
+            if self.alone is not None and task.name not in self.alone:
+                continue
             folder, record = self.out / "experts" / task.name, self.work / f"expert-{task.name}.json"
             if folder.is_dir() and read_record(record).get("base") == self.base_digest():
                 self.log(f"expert {task.name}: there")
@@ -186,7 +208,8 @@ class Build:
             publish(folder, fill)
             body = load_body(folder, self.device)
             score = accuracy(body, head, data.validation, data.validation_labels)
-            write_record(record, {"base": self.base_digest(), "validation": score})
+            content = {"base": self.base_digest(), "validation": score, "trained_on": self.here()}
+            write_record(record, content)
             self.log(f"expert {task.name}: validation {score:.3f}")
 
     def merged_scores(self, base: ViTModel, experts: list[ViTModel]) -> dict[str, Scores]:
@@ -240,14 +263,13 @@ class Build:
             self.log("save: there")
             return
         path.unlink(missing_ok=True)
-        packages = ("torch", "transformers", "safetensors", "numpy", "pillow")
         manifest: dict[str, Any] = {
             "name": "demo-8",
             "seed": self.seed,
             "size": self.size_name,
             "settings": dataclasses.asdict(self.size),
-            "device": self.device.type,
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+            "trained_on": read_record(self.work / "base.json")["trained_on"],
+            "measured_on": self.here(),
             "sources_sha256": self.sources,
             "splits": {t.name: read_record(self.work / f"split-{t.name}.json") for t in TASKS},
             "accuracy": self.measure(),
@@ -278,12 +300,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", choices=sorted(SIZES), default="full")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--experts", nargs="*", choices=[task.name for task in TASKS], metavar="TASK",
+        help="train these alone and stop, so that several processes can share the work",
+    )  # fmt: skip
     options = parser.parse_args()
     name = options.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1 if options.size == "tiny" else 2)
-    Build(options.data, options.out, options.seed, options.size, torch.device(name)).run()
+    Build(options.data, options.out, options.seed, options.size, torch.device(name), options.experts).run()
     return 0
 
 

@@ -54,47 +54,80 @@ def compiled(body: ViTModel, size: Size) -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Some images of each task, to draw from as often from one task as from another."""
+
+    index: Tensor  # into the mixture's images, task after task
+    start: Tensor  # of each task in `index`
+    count: Tensor
+
+    def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Places of `size` images in the mixture, and their tasks."""
+        task = torch.arange(size, device=self.start.device) % len(self.start)
+        place = torch.rand(size, generator=generator, device=self.start.device) * self.count[task]
+        return self.index[self.start[task] + place.long()], task
+
+
+def make_pool(parts: list[Tensor]) -> Pool:
+    """The pool of these places, a tensor of them for each task."""
+    counts = torch.tensor([len(part) for part in parts], device=parts[0].device)
+    return Pool(torch.cat(parts), counts.cumsum(0) - counts, counts)
+
+
+@dataclass(frozen=True)
 class Mixture:
     """All tasks' train images behind one another, with labels counted on from task to task."""
 
     images: Tensor
     labels: Tensor
-    start: Tensor  # of each task in `images`
-    count: Tensor
-    labelled: Tensor  # how many of a task's first images may be used with labels
-    flip: Tensor
+    whole: Pool
+    named: Pool  # the few whose labels may be used
+    flip: Tensor  # how likely a task's images are mirrored
     owner: Tensor  # the task of each class
 
-    def draw(self, named: Tensor, masked: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Augmented images, labels and tasks: one that may be named for each task in `named`, then `masked` of all.
 
-        The latter are spread evenly over the tasks.
-        """
-        device = self.start.device
-        others = torch.arange(masked, device=device) % len(self.start)
-        limit = torch.cat([self.labelled[named], self.count[others]])
-        task = torch.cat([named, others])
-        place = torch.rand(len(task), generator=generator, device=device) * limit
-        index = self.start[task] + place.long()
-        images = augment(to_input(self.images[index]), BASE_POLICY, generator, self.flip[task])
-        return images, self.labels[index], task
+def first_of_each_class(labels: Tensor, limit: int) -> Tensor:
+    """Places of the first `limit` images of every class."""
+    order = torch.sort(labels, stable=True).indices
+    counts = labels.bincount()
+    rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
+    return order[rank < limit]
 
 
 def make_mixture(tasks: list[Task], data: list[TaskImages], size: Size) -> Mixture:
     """Lay the tasks' train images out as one mixture."""
     device = data[0].train.device
     classes = torch.tensor([len(d.class_names) for d in data])
-    counts = torch.tensor([len(d.train) for d in data])
     first_class = (classes.cumsum(0) - classes).tolist()
+    counts = torch.tensor([len(d.train) for d in data])
+    first_image = (counts.cumsum(0) - counts).tolist()
     return Mixture(
         images=torch.cat([d.train for d in data]),
         labels=torch.cat([d.train_labels + c for d, c in zip(data, first_class, strict=True)]),
-        start=(counts.cumsum(0) - counts).to(device),
-        count=counts.to(device),
-        labelled=(counts * size.labelled).long().to(device),
+        whole=make_pool(
+            [torch.arange(len(d.train), device=device) + i for d, i in zip(data, first_image, strict=True)]
+        ),
+        named=make_pool(
+            [
+                first_of_each_class(d.train_labels, size.labelled) + i
+                for d, i in zip(data, first_image, strict=True)
+            ]
+        ),
         flip=torch.tensor([t.policy.flip for t in tasks], device=device),
         owner=torch.repeat_interleave(torch.arange(len(data)), classes).to(device),
     )
+
+
+def contrast(views: Tensor, heat: float) -> Tensor:
+    """How badly each view tells its other half from all others: mean -log softmax of cosines (Chen et al. 2020).
+
+    Arguments:
+        views: (2n, d); rows i and n + i show one image.
+    """
+    n = len(views) // 2
+    units = F.normalize(views, dim=1)
+    cosines = (units @ units.T).fill_diagonal_(float("-inf")) / heat
+    return F.cross_entropy(cosines, torch.arange(2 * n, device=views.device).roll(n))
 
 
 def hide_patches(images: Tensor, size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,14 +141,13 @@ def hide_patches(images: Tensor, size: Size, generator: torch.Generator) -> tupl
 
 
 class BaseTrainer:
-    """Trains one body to fill in hidden patches of all images and, so far, to name some.
+    """Trains one body on three things at once: the names of few images, which two views show one image, hidden patches.
 
-    A task's label loss fades out as its validation accuracy nears `Task.base_target`: that
-    keeps the base a mediocre classifier of every task while its features keep improving.
+    So its features come from all train images, and its heads from few labels: it knows a little of every task.
     """
 
     def __init__(self, tasks: list[Task], data: list[TaskImages], size: Size, seed: int) -> None:
-        self.tasks, self.data, self.size = tasks, data, size
+        self.data, self.size = data, size
         self.device = data[0].train.device
         torch.manual_seed(seed_for(seed, "base"))
         self.generator = torch.Generator(self.device).manual_seed(seed_for(seed, "base"))
@@ -123,74 +155,51 @@ class BaseTrainer:
         self.body = new_body(size).to(self.device)
         self.forward = compiled(self.body, size)
         self.heads = nn.Linear(size.hidden, len(self.mixture.owner)).to(self.device)
+        self.projector = nn.Sequential(
+            nn.Linear(size.hidden, 2 * size.hidden), nn.GELU(), nn.Linear(2 * size.hidden, size.hidden)
+        ).to(self.device)
         self.painter = nn.Linear(size.hidden, 3 * size.patch**2).to(self.device)
-        self.target = torch.tensor([t.base_target for t in tasks], device=self.device)
-        self.weight = torch.ones(len(tasks), device=self.device)
-        limit = size.check_images
-        first_class = [int((self.mixture.owner < i).sum()) for i in range(len(tasks))]
-        self.probe = torch.cat([d.validation[:limit] for d in data])
-        self.probe_labels = torch.cat(
-            [d.validation_labels[:limit] + c for d, c in zip(data, first_class, strict=True)]
-        )
-        self.probe_task = torch.cat([d.validation_labels[:limit] * 0 + i for i, d in enumerate(data)])
 
     def head(self, task: int) -> Head:
         """One task's rows of the heads."""
         rows = self.mixture.owner == task
         return rounded(self.heads.weight[rows]), rounded(self.heads.bias[rows])
 
-    def class_scores(self, states: Tensor, task: Tensor) -> Tensor:
+    def class_scores(self, features: Tensor, task: Tensor) -> Tensor:
         """Logits over all classes, those of other tasks than a sample's own left out."""
-        logits = self.heads(states[:, 0]).float()
-        return logits.masked_fill(self.mixture.owner != task[:, None], float("-inf"))
+        return self.heads(features).float().masked_fill(self.mixture.owner != task[:, None], float("-inf"))
 
     def loss(self, autocast: torch.autocast) -> Tensor:
-        """Label loss on some images of a batch, hidden-patch loss on the others, in one forward pass.
-
-        Tasks far from their target get more of the images: the others would be drawn in vain.
-        """
-        n = self.size.base_batch - self.size.base_masked
-        need = self.weight.clamp(min=0.1)
-        named = torch.multinomial(need, n, replacement=True, generator=self.generator)
-        images, labels, task = self.mixture.draw(named, self.size.base_masked, self.generator)
-        labels, task = labels[:n], task[:n]
-        masked, pixels, hidden = hide_patches(images[n:], self.size, self.generator)
+        """The three losses, in one forward pass."""
+        size, mixture = self.size, self.mixture
+        named, task = mixture.named.draw(size.base_named, self.generator)
+        paired, pair_task = mixture.whole.draw(size.base_paired, self.generator)
+        masked, masked_task = mixture.whole.draw(size.base_masked, self.generator)
+        places, owners = torch.cat([named, paired, paired, masked]), [task, pair_task, pair_task, masked_task]
+        flip = mixture.flip[torch.cat(owners)]
+        images = augment(to_input(mixture.images[places]), BASE_POLICY, self.generator, flip)
+        named_end, paired_end = size.base_named, size.base_named + 2 * size.base_paired
+        holed, pixels, hidden = hide_patches(images[paired_end:], size, self.generator)
         with autocast:
-            states = self.forward(torch.cat([images[:n], masked])).last_hidden_state
-            logits = self.class_scores(states[:n], task)
-            painted = self.painter(states[n:, 1:]).float()
-        naming = F.cross_entropy(logits, labels, reduction="none") * self.weight[task]
+            states = self.forward(torch.cat([images[:paired_end], holed])).last_hidden_state
+            logits = self.class_scores(states[:named_end, 0], task)
+            views = self.projector(states[named_end:paired_end, 0]).float()
+            painted = self.painter(states[paired_end:, 1:]).float()
+        naming = F.cross_entropy(logits, mixture.labels[named])
         error = (painted - pixels).square().mean(-1)
         painting = (error * hidden).sum() / hidden.sum().clamp(min=1)
-        return naming.mean() + self.size.mask_weight * painting
-
-    @torch.no_grad()
-    def check(self, autocast: torch.autocast) -> Tensor:
-        """Validation accuracy per task on a few images; sets the label-loss weights."""
-        self.body.eval()
-        with autocast:
-            states = self.body(to_input(self.probe)).last_hidden_state
-            right = self.class_scores(states, self.probe_task).argmax(1) == self.probe_labels
-        self.body.train()
-        hits = torch.zeros_like(self.target).index_add_(0, self.probe_task, right.float())
-        scores = hits / self.probe_task.bincount(minlength=len(self.tasks))
-        self.weight = ((self.target - scores) / 0.1).clamp(0, 1)
-        return scores
+        return naming + contrast(views, size.heat) + size.mask_weight * painting
 
     def train(self, log: Log) -> None:
         """Run all steps."""
         steps = self.size.base_steps
-        modules = [self.body, self.heads, self.painter]
+        modules = [self.body, self.heads, self.projector, self.painter]
         stepper = Stepper(modules, self.size.base_rate, steps, self.size.weight_decay)
-        scores = self.check(stepper.autocast)
         for step in range(steps):
             loss = self.loss(stepper.autocast)
             stepper.step(loss)
-            if (step + 1) % self.size.check_every == 0:
-                scores = self.check(stepper.autocast)
             if (step + 1) % max(1, steps // 10) == 0:
-                each = " ".join(f"{x:.2f}" for x in scores.tolist())
-                log(f"base step {step + 1}/{steps} loss {loss.item():.3f} validation {each}")
+                log(f"base step {step + 1}/{steps} loss {loss.item():.3f}")
 
 
 def train_expert(
@@ -202,7 +211,7 @@ def train_expert(
     generator = torch.Generator(device).manual_seed(seed_for(seed, "expert", task.name))
     body = copy.deepcopy(body).train()
     forward = compiled(body, size)
-    steps = size.long_steps if task.long else size.steps
+    steps = size.steps
     stepper = Stepper([body], size.rate, steps, size.weight_decay)
     for step in range(steps):
         index = torch.randint(len(data.train), (size.batch,), generator=generator, device=device)
@@ -210,7 +219,7 @@ def train_expert(
         images = augment(to_input(data.train[index]), task.policy, generator)
         with stepper.autocast:
             logits = F.linear(forward(images).last_hidden_state[:, 0], *head).float()
-        loss = F.cross_entropy(logits, data.train_labels[index], label_smoothing=size.smoothing)
+        loss = F.cross_entropy(logits, data.train_labels[index])
         stepper.step(loss)
         if (step + 1) % max(1, steps // 2) == 0:
             log(f"{task.name} step {step + 1}/{steps} loss {loss.item():.3f}")

@@ -1,10 +1,12 @@
 """How much each task's loss counts in a step: more, the less it has fallen since the start.
 
-    r_t = (m_t - m_t⁰) / |m_t⁰|            m_t: running mean of the task's losses, m_t⁰: mean of its first ones
-    w_t = T · softmax(κ r + d)_t           d_t: how far judgements found the task behind its start
+    r_t = (m_t - m_t⁰) / u_t               m_t: running mean of the task's losses, m_t⁰: mean of its first ones
+    u_t = max(|m_t⁰|, mean_t |m_t⁰|)
+    w_t = ½ + ½ T · softmax(κ r + d)_t     d_t: how far judgements found the task behind its start
 
 With d = 0 these are the slopes of (T/κ) log Σ_t exp(κ r_t), a smooth maximum: a task that gets worse pulls the harder, the
-worse it gets, so that no task pays for the others. d answers for what is promised, agreement with the expert, where the
+worse it gets, so that no task pays for the others. A task that starts all but at its expert has a loss of almost nothing, which a
+few inputs multiply: its unit is what the tasks lose on average, or it would take all the weight. d answers for what is promised, agreement with the expert, where the
 loss does not tell. κ = 0 is the papers' plain sum. A function of what was seen so far: no label, no state of its own.
 
 What is still behind after the last step is repaired: in the further steps, tasks with a debt weigh as much as all the others.
@@ -22,6 +24,7 @@ from adarank.adapt.judge import Judged, standard_error, worse
 
 FIRST = 8  # losses that m_t⁰ is the mean of; until then all tasks count alike
 MOMENTUM = 0.9
+EVEN = 0.5  # of the whole weight, which all tasks share alike whatever happens: none is ever left to itself
 
 
 def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequence[float]) -> list[float]:
@@ -34,8 +37,15 @@ def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequ
     """
     if strength == 0 or len(losses[0]) < FIRST:  # too early to tell
         return [1.0] * len(losses)
-    exponents = [strength * _relative(own) + debt for own, debt in zip(losses, debts, strict=True)]
-    weights: list[float] = (torch.tensor(exponents, dtype=torch.float64).softmax(dim=0) * len(losses)).tolist()
+    starts = [sum(own[:FIRST]) / FIRST for own in losses]
+    usual = sum(map(abs, starts)) / len(starts)
+    units = [max(abs(start), usual, 1e-3) for start in starts]
+    exponents = [
+        strength * max(0.0, _running(own, start) - start) / unit + debt
+        for own, start, unit, debt in zip(losses, starts, units, debts, strict=True)
+    ]
+    shares = torch.tensor(exponents, dtype=torch.float64).softmax(dim=0)
+    weights: list[float] = (EVEN + (1 - EVEN) * len(losses) * shares).tolist()
     return weights
 
 
@@ -68,8 +78,9 @@ def behind(tasks: Sequence[str], judged: Mapping[int, Judged]) -> list[float]:
     return list(debts.values())
 
 
-def _relative(losses: Sequence[float]) -> float:
-    start = now = sum(losses[:FIRST]) / FIRST
+def _running(losses: Sequence[float], start: float) -> float:
+    """The running mean after the first ones, whose mean it starts from."""
+    now = start
     for loss in losses[FIRST:]:
         now = MOMENTUM * now + (1 - MOMENTUM) * loss
-    return (now - start) / max(abs(start), 1e-3)
+    return now
