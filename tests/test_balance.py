@@ -13,22 +13,33 @@ from adarank.adapt.judge import Signals
 
 
 @given(st.integers(1, 6), st.integers(FIRST, 30), st.floats(0.1, 8.0), st.integers(0, 99))
-def test_weights_are_the_slopes_of_the_smooth_maximum(tasks: int, steps: int, strength: float, seed: int) -> None:
+def test_half_is_shared_evenly_and_half_by_the_slopes_of_the_smooth_maximum(
+    tasks: int, steps: int, strength: float, seed: int
+) -> None:
     losses = np.random.default_rng(seed).uniform(0.1, 3.0, (tasks, steps))
     start = losses[:, :FIRST].mean(axis=1)
     decay = MOMENTUM ** np.arange(steps - FIRST - 1, -1, -1) * (1 - MOMENTUM)
     mean = start * MOMENTUM ** (steps - FIRST) + losses[:, FIRST:] @ decay
-    ratio = torch.tensor((mean - start) / np.maximum(start, start.mean()), requires_grad=True)
+    risen = np.maximum(0, (mean - start) / np.maximum(start, start.mean()))
+    ratio = torch.tensor(risen, requires_grad=True)
     (tasks / strength * torch.logsumexp(strength * ratio, dim=0)).backward()
     assert ratio.grad is not None
-    assert task_weights(losses.tolist(), strength, [0] * tasks) == pytest.approx(ratio.grad.tolist())
+    wanted = (1 + ratio.grad) / 2
+    assert task_weights(losses.tolist(), strength, [0] * tasks) == pytest.approx(wanted.tolist())
 
 
-def test_a_task_that_gets_worse_counts_more() -> None:
-    better, worse = [1.0] * FIRST + [0.5] * 20, [1.0] * FIRST + [1.2] * 20
-    own = task_weights([better, worse, better], 4.0, [0, 0, 0])
-    assert own[1] > 5 * own[0] == 5 * own[2]
+def test_a_task_that_gets_worse_counts_more_and_one_that_gains_much_not_less() -> None:
+    better, much_better, worse = ([1.0] * FIRST + [last] * 30 for last in (0.9, 0.1, 1.5))
+    own = task_weights([better, worse, much_better], 4.0, [0, 0, 0])
+    assert own[1] > 2 * own[0] == 2 * own[2]
     assert sum(own) == pytest.approx(3)
+
+
+@given(st.lists(st.floats(0, 50), min_size=1, max_size=9))
+def test_no_task_is_left_to_itself(debts: list[float]) -> None:
+    own = task_weights([[1.0] * 20] * len(debts), 4.0, debts)
+    assert min(own) >= 0.5
+    assert sum(own) == pytest.approx(len(debts))
 
 
 @pytest.mark.parametrize("length", [0, 1, FIRST - 1])
@@ -53,17 +64,17 @@ def test_a_task_that_starts_at_its_expert_does_not_take_all_the_weight() -> None
 def test_losses_below_0_that_fall_have_fallen() -> None:
     sinking, rising = [-1.0] * FIRST + [-1.5] * 9, [-1.0] * FIRST + [-0.5] * 9
     first, second = task_weights([sinking, rising], 4.0, [0, 0])
-    assert first < 1 < second
+    assert 0.5 < first < 1 < second
 
 
 def agreeing(**shares: float) -> dict[str, Signals]:
     return {task: Signals(share, 0.0, 0.0, 0.0, 0.5, 0.5, 100) for task, share in shares.items()}
 
 
-def test_a_debt_multiplies_a_tasks_weight_by_e() -> None:
+def test_a_debt_multiplies_what_is_not_shared_evenly_by_e() -> None:
     losses = [[1.0] * 20, [1.0] * 20]
     first, second = task_weights(losses, 4.0, [0, 1])
-    assert second / first == pytest.approx(np.e)
+    assert (second - 0.5) / (first - 0.5) == pytest.approx(np.e)
 
 
 def test_debts_are_made_by_falling_behind_the_start_and_paid_back_after() -> None:

@@ -386,7 +386,7 @@ def test_where_masks_are_not_learned_soft_ones_are_binary() -> None:
 @pytest.mark.parametrize(
     ("learn", "given", "wanted"),
     [
-        (Learn(mask="soft"), "auto", 0.02),
+        (Learn(mask="soft"), "auto", 0.01),
         (Learn(mask="soft", unit="mask"), "auto", 0.005),
         (Learn(), "auto", 0.005),
         (Learn(mask="soft"), 0.3, 0.3),

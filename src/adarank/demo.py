@@ -29,11 +29,11 @@ ZOO = Path(__file__).parent / "demo8"
 # Coefficients are the best on the labelled select split (records/demo-8/search-*.json); no test label was read.
 ROWS: dict[str, dict[str, Any]] = {
     "average": {"merge_method": "average"},
-    "TA": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.05}},
+    "TA": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.1}},
     "CART": {"merge_method": "cart", "parameters": {"rank": 0.16, "lambda": 0.7}},
     "AdaMerging": {
         "merge_method": "adamerging",
-        "parameters": {"lambda": 0.05},
+        "parameters": {"lambda": 0.1},
         "adapt": {
             "steps": 20,
             "check_every": 10,

@@ -1,13 +1,14 @@
-"""How much each task's loss counts in a step: more, the less it has fallen since the start.
+"""How much each task's loss counts in a step: more, where it is worse than at the start.
 
-    r_t = (m_t - m_t⁰) / u_t               m_t: running mean of the task's losses, m_t⁰: mean of its first ones
+    r_t = max(0, m_t - m_t⁰) / u_t         m_t: running mean of the task's losses, m_t⁰: mean of its first ones
     u_t = max(|m_t⁰|, mean_t |m_t⁰|)
     w_t = ½ + ½ T · softmax(κ r + d)_t     d_t: how far judgements found the task behind its start
 
-With d = 0 these are the slopes of (T/κ) log Σ_t exp(κ r_t), a smooth maximum: a task that gets worse pulls the harder, the
-worse it gets, so that no task pays for the others. A task that starts all but at its expert has a loss of almost nothing, which a
-few inputs multiply: its unit is what the tasks lose on average, or it would take all the weight. d answers for what is promised, agreement with the expert, where the
-loss does not tell. κ = 0 is the papers' plain sum. A function of what was seen so far: no label, no state of its own.
+With d = 0 the second half are the slopes of (T/κ) log Σ_t exp(κ r_t), a smooth maximum: a task that gets worse pulls the
+harder, the worse it gets, so that no task pays for the others; tasks that gain count alike, however much. Two things keep
+one task from taking all the weight: the half that is shared evenly, and the unit u_t, as a task that starts all but at its expert
+has a loss of almost nothing, which a few inputs multiply. d answers for what is promised, agreement with the expert, where
+the loss does not tell. κ = 0 is the papers' plain sum. A function of what was seen so far: no label, no state of its own.
 
 What is still behind after the last step is repaired: in the further steps, tasks with a debt weigh as much as all the others.
 

@@ -29,14 +29,14 @@ class AdaptSettings(Settings):
     Arguments:
         steps: Adam steps; each sees one batch of every task.
         batch_size: inputs per task and step.
-        lr_masks, lr_lambda: Adam step sizes of mask logits and of λ. `lr_masks: auto` is 0.02 where steps count in weights
+        lr_masks, lr_lambda: Adam step sizes of mask logits and of λ. `lr_masks: auto` is 0.01 where steps count in weights
             and 0.005 elsewhere.
         step_unit: of soft masks, what a step moves alike for all components of a matrix and task: the `weights`, whose
             unit is the root mean square of its singular values; or the `mask`, which moves weights less along the smaller.
         objective: what every task minimises: a name, or a mapping from names to weights.
         objectives: task -> its own objective, instead of `objective`.
         self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
-        balance: κ: how much more a task's loss counts, the less it has fallen since the start; 0 is the papers' sum.
+        balance: κ: how much more a task's loss counts, the more it has risen since the start; 0 is the papers' sum.
         momentum: of the running mean prediction that `infomax` and `filtered-entropy` look at.
         schedule: `cosine` or `linear` down to zero, or `constant` (the papers').
         warmup: share of the steps over which step sizes first rise linearly.
@@ -65,7 +65,7 @@ class AdaptSettings(Settings):
     steps: int = Field(200, ge=0, description="Adam steps")
     batch_size: int = Field(8, ge=1, description="inputs per task and step")
     lr_masks: Annotated[float | Literal["auto"], BeforeValidator(_at_least_zero_or_auto)] = Field(
-        AUTO, description="Adam step size of the mask logits; auto: 0.02 where steps count in weights, 0.005 elsewhere"
+        AUTO, description="Adam step size of the mask logits; auto: 0.01 where steps count in weights, 0.005 elsewhere"
     )
     step_unit: StepUnit = Field("weights", description="of soft masks: what a step moves alike for all components")
     lr_lambda: float = Field(2e-2, ge=0, description="Adam step size of λ")
@@ -76,7 +76,7 @@ class AdaptSettings(Settings):
     self_label: SelfLabel = SelfLabel()
     filter: Filter = Filter()
     balance: float = Field(
-        4.0, ge=0, description="κ: how much more tasks count whose loss has fallen less; 0 is the papers' sum"
+        4.0, ge=0, description="κ: how much more tasks count whose loss has risen; 0 is the papers' sum"
     )
     momentum: float = Field(
         0.9, ge=0, lt=1, description="of the running mean prediction of infomax and filtered-entropy"
@@ -133,7 +133,7 @@ class AdaptSettings(Settings):
     def mask_step(self, in_weights: bool) -> float:
         """`lr_masks`, or what `auto` stands for."""
         if self.lr_masks == AUTO:
-            return 0.02 if in_weights else 0.005
+            return 0.01 if in_weights else 0.005
         return self.lr_masks
 
     def factor(self, step: int) -> float:
