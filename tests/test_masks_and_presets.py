@@ -180,7 +180,7 @@ def test_every_preset_keeps_to_the_papers(preset: str) -> None:
 
 
 def test_the_defaults_follow_the_experts_and_keep_the_best_step() -> None:
-    assert (AdaptSettings().objective, AdaptSettings().keep, AdaptSettings().tolerance) == ("self-label", "best", 0.0)
+    assert (AdaptSettings().objective, AdaptSettings().keep, AdaptSettings().tolerance) == ("self-label", "best", 1.0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

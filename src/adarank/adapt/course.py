@@ -16,7 +16,7 @@ from adarank.adapt.settings import AUTO, AdaptSettings
 EVERY = 40  # steps between two judgements, at most
 PASSES = 2  # over the inputs of the task that has fewest: what is learned from few is learned, and overdone, sooner
 SHORTEST = 5  # steps between two judgements, and steps of a round, at least
-REPAIR_FACTOR = 0.5  # of the step sizes: enough to move a task by some inputs, too little to undo the others
+REPAIR_FACTOR = 0.2  # of the step sizes: enough to move a task by some inputs, too little to undo the others
 Seen = Mapping[int, Judged]
 
 

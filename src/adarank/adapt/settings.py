@@ -49,10 +49,10 @@ class AdaptSettings(Settings):
             where that is less, 5 at least.
         check_inputs: inputs per task that a judgement looks at, at most.
         keep: `best`: the judged step nearest to the experts at which no task agrees less with its expert than at the
-            start, which is the start itself if there is none. `last`: the last step, as in the papers.
+            start, but for what `tolerance` allows; which is the start itself if there is none. `last`: the last step, as in the papers.
         signal: what nearest means. `agreement` is in the unit of what is promised, weighs tasks alike whatever their
             number of classes, and does not depend on how sure the predictions are; `divergence` is finer.
-        tolerance: how many standard errors a task's agreement may fall below the start's; 0 is not at all.
+        tolerance: how many standard errors a task's agreement may fall below the start's; 0 is not at all, by not one input.
         patience: take no further steps after so many judgements in a row that were no nearer to the experts; `keep: last`
             takes them all.
         repair: rounds of further steps, each of a quarter of `check_every` (5 steps at least, if that has as many), from the
@@ -95,7 +95,7 @@ class AdaptSettings(Settings):
     keep: Literal["best", "last"] = Field("best", description="the step whose weights are written")
     signal: Signal = Field("agreement", description="with the experts, by which best is meant")
     tolerance: float = Field(
-        0.0, ge=0, description="standard errors that a task's agreement may fall below the start's"
+        1.0, ge=0, description="standard errors that a task's agreement may fall below the start's"
     )
     patience: int | None = Field(
         5, ge=1, description="judgements in a row no nearer to the experts after which steps end; null is never"
