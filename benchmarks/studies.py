@@ -4,8 +4,8 @@
 
 FOLDER as for table.py. Every run is judged at its checks as the tool does, on unlabelled select inputs; beside that, and
 seen by nothing but this study, test inputs are scored there with labels. A run that the record has is not repeated.
-Runs are shorter than adarank's default, all of a test bed equally (`SIZES`), so compare them with one another. Masks are
-binary, as in the paper, unless a run says otherwise.
+Runs are shorter than adarank's default, all of a test bed equally (`SIZES`), so compare them with one another. In all else
+they are what adarank does by default, unless their label says otherwise.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Size:
 
 
 SIZES = {"demo-8": Size(60, 3, 128, 200), "minilm-8": Size(60, 3, 128, 200)}
-SOFT = {"mask": "soft"}  # adarank's default
+BINARY = {"mask": "binary"}  # the paper's
 SIGNALS = {"agreement": 1, "divergence": -1, "histogram": -1, "entropy": -1}  # which way is better
 Data = dict[str, TaskData]
 
@@ -158,10 +158,10 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
             "λ alone": Variant({"learn_masks": False}),
             "masks alone": Variant({"learn_lambda": False}),
             "top components alone": Variant({"returnable": False}),
-            "soft masks": Variant(SOFT),
-            "soft masks, steps that move each alike": Variant(SOFT, adapt={"step_unit": "mask"}),
-            "soft masks alone": Variant({**SOFT, "learn_lambda": False}),
-            "top components alone, soft masks": Variant({**SOFT, "returnable": False}),
+            "masks' steps all alike": Variant(adapt={"step_unit": "mask"}),
+            "binary masks": Variant(BINARY),
+            "binary masks alone": Variant({**BINARY, "learn_lambda": False}),
+            "binary masks, top components alone": Variant({**BINARY, "returnable": False}),
         },
         "λ shared": {f"per {own}": Variant({"lambda_per": own}) for own in ("layer", "task", "model")},
         "bases": {
@@ -173,13 +173,19 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
         },
         "step sizes": {
             "masks 1e-3, λ 1e-3": Variant(adapt={"lr_masks": 1e-3, "lr_lambda": 1e-3}),
-            "masks 5e-3, λ 5e-3": Variant(adapt={"lr_masks": 5e-3, "lr_lambda": 5e-3}),
-            "masks 1e-2, λ 2e-2": Variant(adapt={"lr_masks": 1e-2, "lr_lambda": 2e-2}),
+            "masks 5e-3, λ 1e-2": Variant(adapt={"lr_masks": 5e-3, "lr_lambda": 1e-2}),
+            "masks 1e-2, λ 1e-2": Variant(adapt={"lr_masks": 1e-2, "lr_lambda": 1e-2}),
+            "masks 2e-2, λ 2e-2": Variant(adapt={"lr_masks": 2e-2, "lr_lambda": 2e-2}),
             "constant": Variant(adapt={"schedule": "constant"}),
+        },
+        "keeping": {
+            "tolerance 0": Variant(adapt={"tolerance": 0.0}),
+            "balance 0": Variant(adapt={"balance": 0.0}),
+            "balance 0, tolerance 0": Variant(adapt={"balance": 0.0, "tolerance": 0.0}),
+            "neither repair nor way back, tolerance 0": Variant(adapt={"repair": 0, "retreat": 0, "tolerance": 0.0}),
         },
         "data": {
             "16 inputs a task": Variant(adapt=often, change=budget(16)),
-            "16 inputs a task, one error's tolerance": Variant(adapt={**often, "tolerance": 1.0}, change=budget(16)),
             "1%": Variant(adapt=often, change=share(0.01)),
             "10%": Variant(adapt=often, change=share(0.1)),
         },
@@ -191,7 +197,7 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
             "last task with another's inputs": Variant(change=foreign, fresh=True),
         },
         "tasks": {f"first {count}": Variant(tasks=tuple(tasks[:count])) for count in (2, 4)},
-        "subsets": {draw: Variant(SOFT, tasks=own, checks=4) for own, draw in subsets(tasks).items()},
+        "subsets": {draw: Variant(tasks=own, checks=4) for own, draw in subsets(tasks).items()},
     }
 
 
@@ -233,7 +239,7 @@ class Studies:
         tasks = list(variant.tasks or self.bench.data)
         start = {} if variant.tasks else self.record.get("start", {})
         based = "basis" in variant.parameters
-        parameters = {"mask": "binary", **({} if based else start), **variant.parameters}
+        parameters = {**({} if based else start), **variant.parameters}
         loop = {"steps": self.size.steps, "check_every": self.size.steps // (variant.checks or self.size.checks),
                 "check_inputs": self.size.watched, **variant.adapt}  # fmt: skip
         content = self._adapt(label, tasks, parameters, loop, variant)

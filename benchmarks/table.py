@@ -9,7 +9,8 @@ demo-8: the experts and images that adarank ships; FOLDER takes what is written 
 λ and rank of static methods, which adaptive ones start from, are chosen on the labelled `select` split, on grids that
 widen until the best point lies inside; adaptation reads no label. The reference "multi-task training" reads those of the
 rows that the experts were trained on: `train.tsv` beside minilm-8's `test.tsv`; demo-8's are not shipped, so there it
-needs `--labelled DIR`, its sources (`--data` in zoo/README.md), and is left out without.
+needs `--labelled DIR`, its sources (`--data` in zoo/README.md), and is left out without. So does the empirical Fisher
+information there: demo-8's adapt images have no labels.
 
 Rows whose record exists are skipped; an adaptation that was cut off continues from its saved state.
 """
@@ -233,11 +234,25 @@ class Bench:
     def path(self, row: str, seed: int) -> Path:
         return self.records / f"{row.replace('+', '-plus-').replace(',', '').replace(' ', '-').lower()}-seed{seed}.json"
 
-    def static(self, row: str, method: Method, chosen: str, seed: int = 0) -> None:
+    def from_statistics(self, row: str, seed: int) -> None:
+        """Merge by a method that looks at inputs; where adapt inputs have no labels, at labelled ones of `--labelled`."""
+        name, parameters = STATISTICS[row]
+        chosen, data = "nothing to choose", self.data
+        if parameters and self.bed is DEMO:  # empirical
+            if self.labelled is None:
+                print(f"{row}: left out; give --labelled", flush=True)
+                return
+            data = load_tasks(open_job(self.recipe({"merge_method": "average", "models": self._labelled_models()})))
+            chosen += "; labels of the experts' training rows"
+        self.static(row, parse(METHODS[name], {**parameters, "seed": seed}, name), chosen, seed, data)
+
+    def static(
+        self, row: str, method: Method, chosen: str, seed: int = 0, data: Mapping[str, TaskData] | None = None
+    ) -> None:
         clock = Clock()
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as kept:
-            known, found = statistics.inform(method, self.job, self.models, self.data, Path(kept))
+            known, found = statistics.inform(method, self.job, self.models, data or self.data, Path(kept))
             self.models.fill(merge_tensors(known, self.job.network))
         spent = clock.spent()
         spent = {"merge_seconds": spent["seconds"], "peak_resident_bytes": spent["peak_resident_bytes"]}
@@ -470,9 +485,9 @@ def run(bench: Bench, rows: list[str], seeds: int = SEEDS) -> None:
         if wanted(row):
             bench.bundle(row)
     for seed in range(SEEDS):
-        for row, (name, parameters) in STATISTICS.items():
-            if wanted(row, seed) and not (parameters and bench.bed is DEMO):  # its adapt images have no labels
-                bench.static(row, parse(METHODS[name], {**parameters, "seed": seed}, name), "nothing to choose", seed)
+        for row in STATISTICS:
+            if wanted(row, seed):
+                bench.from_statistics(row, seed)
         for row, own in ADAPTED.items():
             if wanted(row, seed):
                 bench.adapted(row, seed, best[own.start] if own.start else {})
