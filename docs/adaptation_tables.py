@@ -15,7 +15,7 @@ Run = Mapping[str, Any]
 
 def studies_of(bed: str) -> dict[str, Any]:
     path = RECORDS / bed / "studies.json"
-    return json.loads(path.read_text()) if path.exists() else {"runs": {}, "correlations": {}}
+    return json.loads(path.read_text()) if path.exists() else {"runs": {}}
 
 
 def agreement(check: Run) -> float:
@@ -101,7 +101,7 @@ def _cells(run: Run) -> str:
 
 
 def signals() -> list[str]:
-    beds = [bed for bed in BEDS if studies_of(bed)["correlations"]]
+    beds = [bed for bed in BEDS if studies_of(bed).get("correlations")]
     lines = ["| signal | " + " | ".join(f"{bed}: means | {bed}: per task" for bed in beds) + " |",
              "|---" * (1 + 2 * len(beds)) + "|"]  # fmt: skip
     found = {bed: studies_of(bed)["correlations"] for bed in beds}
