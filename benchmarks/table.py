@@ -148,19 +148,23 @@ class Adapted:
             kept as in the papers. None: all is as adarank does by default, with no label anywhere.
         parameters: all its others.
         steps: where it differs from the bed's: so many, each as much larger as they are fewer.
+        loop: of rows without labelled start, settings of the loop beside the defaults; None is the bed's for other bases.
     """
 
     method: str
     start: str | None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    loop: Mapping[str, Any] | None = None
 
 
 _AVERAGE, _BASE = {"origin": "average"}, {"origin": "pretrained", "rank": 1.0}
 _BINARY = {"mask": "binary"}  # the paper's; adarank's own default is soft masks
 ADAPTED: dict[str, Adapted] = {
-    "AdaRank": Adapted("adarank", None),
-    "AdaRank, binary masks": Adapted("adarank", None, _BINARY),
+    "AdaRank": Adapted("adarank", None, loop={}),
+    "AdaRank, 32 inputs a step": Adapted("adarank", None, loop={"batch_size": 32}),
+    "AdaRank, binary masks": Adapted("adarank", None, _BINARY, loop={}),
+    "TSV-M+AdaRank, soft masks": Adapted("adarank", None, {"basis": "tsv_m"}, loop={}),
     "AdaRank about the base": Adapted("adarank", None, {"origin": "pretrained", **_BINARY}),
     "TSV-M+AdaRank": Adapted("adarank", None, {"basis": "tsv_m", **_BINARY}),
     "Iso-C+AdaRank": Adapted("adarank", None, {"basis": "iso_c", **_BINARY}),
@@ -174,9 +178,6 @@ ADAPTED: dict[str, Adapted] = {
     "CART+AdaRank, masks only": Adapted("adarank", "CART", {**_AVERAGE, **_BINARY, "learn_lambda": False}),
     "TA+AdaRank, masks only": Adapted("adarank", "TA", {**_BASE, **_BINARY, "learn_lambda": False}),
 }
-
-
-_DEFAULT_STEPS = ("AdaRank", "AdaRank, binary masks")  # rows without `bases` of their bed
 SEEDS = 3  # of every row in which unlabelled or labelled data are drawn at random
 TRAINED = "multi-task training"
 WORTH = 0.25  # points of mean score that a search must gain beyond its grid to go on there
@@ -348,7 +349,7 @@ class Bench:
         parameters = {**start, **own.parameters}
         changes = {"merge_method": own.method, "parameters": parameters, "seed": seed}
         chosen = "nothing: as adarank does by default, without labels"
-        changes["adapt"] = {} if row in _DEFAULT_STEPS else dict(self.bed.bases)
+        changes["adapt"] = dict(self.bed.bases if own.loop is None else own.loop)
         if own.start:
             loop = dict(self.bed.adapt[parameters.get("origin", "pretrained")])
             if own.steps:

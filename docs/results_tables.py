@@ -46,8 +46,10 @@ ROWS = [
     "TSV-M+AdaRank",
     "Iso-C+AdaRank",
     "Iso-CTS+AdaRank",
+    "TSV-M+AdaRank, soft masks",
     "AdaRank, binary masks",
     "AdaRank",
+    "AdaRank, 32 inputs a step",
     "multi-task training",
     "experts",
 ]
