@@ -133,7 +133,7 @@ def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
 
 
 def best_step(judged: Mapping[int, Judged], signal: Signal, tolerance: float) -> int:
-    """Of the judged steps at which no task agrees less with its expert than at the start, the one with the best mean
+    """Of the judged steps at which no task is `worse` than at the start, the one with the best mean
     signal; the earlier one of equals. The start always qualifies, so it is the answer when nothing is better.
 
     Whether a step qualifies depends on it and the start alone, so the answer changes only to the step judged last.
@@ -169,7 +169,7 @@ def choose_best(judged: Mapping[int, Judged], signal: Signal, tolerance: float, 
 
 
 def fits(back: Back, judged: Mapping[int, Judged], tolerance: float) -> bool:
-    """True if no task agrees less with its expert there than at the start."""
+    """True if no task is `worse` there than at the start."""
     return not worse(back.judged, judged[0], tolerance)
 
 
