@@ -62,7 +62,7 @@ def tables() -> list[str]:
 CHOICES = (
     ("nothing in particular", "nothing", "objectives", "self-label"),
     ("the paper's binary masks", "`mask: binary`", "learned", "binary masks"),
-    ("four times the time", "`batch_size: 32`", "batch", "32 inputs"),
+    ("two to three times the time", "`batch_size: 32`", "batch", "32 inputs"),
     ("the expert's features as well as its answers", "`objective: {self-label: 1.0, features: 0.5}`", "objectives", "self-label and features"),
     ("the spectrum as it was cut, and λ alone", "`learn_masks: false`", "learned", "λ alone"),
     ("no component that was cut away at the start", "`returnable: false`", "learned", "top components alone"),
