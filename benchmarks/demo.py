@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from adarank.record import machine, versions
-from adarank.writer import write_json
+from adarank.io.record import machine, versions
+from adarank.io.writer import write_json
 
 ROOT = Path(__file__).parent.parent
 

@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adarank
-from adarank.masks import MaskFile
-from adarank.writer import write_json
+from adarank.io.writer import write_json
+from adarank.spectral.masks import MaskFile
 
 REQUIREMENTS = ("torch==2.13.0", "fusion-bench==0.2.33")
 COUNTED = ("fusion-bench", "torch", "numpy", "lightning", "transformers")

@@ -23,15 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adarank import demo, pipeline
-from adarank.blocks import task_vector_blocks
-from adarank.checkpoint import Checkpoint
+from adarank.io.checkpoint import Checkpoint
+from adarank.io.record import machine, versions
+from adarank.io.writer import write_json
 from adarank.methods import METHODS, Method, merge_tensors
-from adarank.plan import open_job
-from adarank.recipe import load_recipe, parse_recipe
-from adarank.record import machine, versions
+from adarank.recipe.plan import open_job
+from adarank.recipe.schema import load_recipe, parse_recipe
 from adarank.settings import parse
-from adarank.writer import write_json
+from adarank.spectral.blocks import task_vector_blocks
+from adarank.workflow import demo
+from adarank.workflow import merge as pipeline
 
 RECORD = Path(__file__).parent.parent / "records" / "costs" / "gpu.json"
 DEVICES = ("cpu", "cuda")

@@ -5,7 +5,7 @@
 All data-free methods are measured unless some are named.
 
 FOLDER gets the inputs (seeded random weights, sharded safetensors) and the merged models; both are deleted after.
-Every merge is `adarank.pipeline.merge` in a process of its own, whose RssAnon (from /proc/PID/status: what it holds
+Every merge is `adarank.workflow.merge.merge` in a process of its own, whose RssAnon (from /proc/PID/status: what it holds
 beside mapped files) is sampled every 20 ms. PyTorch and transformers are in it; `imported` is their share.
 
 Methods with spectra take minutes of SVD over all layers. They are measured on fewer layers of the same shapes, as
@@ -28,13 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adarank import pipeline
-from adarank.masks import MaskFile, top_mask
+from adarank.io.record import machine, versions
+from adarank.io.writer import Layout, write_checkpoint, write_json
 from adarank.methods import METHODS, Informed
-from adarank.plan import open_job
-from adarank.recipe import DTYPES, parse_recipe
-from adarank.record import machine, versions
-from adarank.writer import Layout, write_checkpoint, write_json
+from adarank.recipe.plan import open_job
+from adarank.recipe.schema import DTYPES, parse_recipe
+from adarank.spectral.masks import MaskFile, top_mask
+from adarank.workflow import merge as pipeline
 
 EXPERTS = ("one", "two", "three")
 HIDDEN, VOCABULARY = 1024, 32_000

@@ -35,11 +35,11 @@ import yaml
 from peers import environment, head, largest, last_line, relative
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adarank import pipeline
-from adarank.checkpoint import Checkpoint
 from adarank.errors import AdaRankError
-from adarank.recipe import load_recipe
-from adarank.writer import write_json
+from adarank.io.checkpoint import Checkpoint
+from adarank.io.writer import write_json
+from adarank.recipe.schema import load_recipe
+from adarank.workflow import merge as pipeline
 
 REQUIREMENTS = ("torch==2.13.0", "mergekit==0.1.5")
 EXPERTS = ("code", "chat", "maths")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adarank.record import machine, versions
+from adarank.io.record import machine, versions
 
 State = Mapping[str, Tensor]
 _VERSIONS = """

@@ -32,21 +32,22 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from adarank import adaptation, networks
-from adarank.adapt.live import Learn, LiveWeights
+from adarank.adapt.live_weights import Learn, LiveWeights
 from adarank.adapt.loop import History, adapt
-from adarank.adapt.objective import entropy
+from adarank.adapt.objectives import entropy
 from adarank.adapt.settings import AdaptSettings
-from adarank.blocks import Blocks, build_blocks
-from adarank.masks import top_mask
+from adarank.io.record import machine, versions
+from adarank.io.writer import write_json
 from adarank.models import TaskModels
-from adarank.models.base import module_keys
-from adarank.plan import Job, open_job
-from adarank.recipe import load_recipe, parse_recipe
-from adarank.record import machine, versions
-from adarank.spectrum import as_matrix
-from adarank.tasks import load_tasks
-from adarank.writer import write_json
+from adarank.models.tied import module_keys
+from adarank.recipe.plan import Job, open_job
+from adarank.recipe.schema import load_recipe, parse_recipe
+from adarank.spectral.blocks import Blocks, build_blocks
+from adarank.spectral.masks import top_mask
+from adarank.spectral.svd import as_matrix
+from adarank.workflow import adapt as adaptation
+from adarank.workflow import build_networks as networks
+from adarank.workflow.load_tasks import load_tasks
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "minilm-8"
 STARTS = {"CART": "adarank-cart", "TA": "adarank-ta"}

@@ -24,18 +24,18 @@ import torch
 from scipy.stats import spearmanr
 from table import BEDS, ROOT, Bench
 
-from adarank.adapt.judge import Back, Judged, first_collapse, worse
+from adarank.adapt.choice import Back, Judged, first_collapse, worse
 from adarank.adapt.loop import History, Loss, Memory, adapt
-from adarank.adapt.start import GLANCE
-from adarank.adaptation import task_losses
+from adarank.adapt.start_search import GLANCE
 from adarank.data.splits import Splits
 from adarank.data.task import Batch, Examples, TaskData
-from adarank.experts import Outputs, expert_outputs, judge_of
-from adarank.networks import build_models, network_tensors
-from adarank.plan import open_job
-from adarank.record import machine, versions
-from adarank.scoring import score_all, score_experts
-from adarank.writer import write_json
+from adarank.io.record import machine, versions
+from adarank.io.writer import write_json
+from adarank.recipe.plan import open_job
+from adarank.workflow.adapt import task_losses
+from adarank.workflow.build_networks import build_models, network_tensors
+from adarank.workflow.evaluate import score_all, score_experts
+from adarank.workflow.experts import Outputs, expert_outputs, judge_of
 
 
 @dataclass(frozen=True)

@@ -32,20 +32,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from adarank import demo, networks, pipeline, scoring, statistics
-from adarank.checkpoint import Checkpoint
+from adarank.calibration import gather as statistics
 from adarank.data.task import TaskData
-from adarank.evaluate import Table
-from adarank.masks import FILE, MaskFile, random_mask
+from adarank.io.checkpoint import Checkpoint
+from adarank.io.record import Clock, machine, versions
+from adarank.io.writer import write_json
 from adarank.methods import METHODS, Masked, Method, WeightAverage, merge_tensors
-from adarank.plan import open_job
-from adarank.recipe import Recipe, load_recipe, parse_recipe
-from adarank.record import Clock, machine, versions
-from adarank.search import Point, each_tasks_best, edges, try_points
-from adarank.serving import load_bundle
+from adarank.outputs.bundle import load_bundle
+from adarank.recipe.plan import open_job
+from adarank.recipe.schema import Recipe, load_recipe, parse_recipe
 from adarank.settings import parse
-from adarank.tasks import load_tasks
-from adarank.writer import write_json
+from adarank.spectral.masks import FILE, MaskFile, random_mask
+from adarank.workflow import build_networks as networks
+from adarank.workflow import demo
+from adarank.workflow import evaluate as scoring
+from adarank.workflow import merge as pipeline
+from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.scores import Table
+from adarank.workflow.search import Point, each_tasks_best, edges, try_points
 
 ROOT = Path(__file__).parent.parent
 Grid = dict[str, list[float]]

@@ -30,10 +30,10 @@ from results_tables import (
     task_aware,
 )
 
-from adarank.catalogue import catalogue, presets
 from adarank.cli.main import parser
-from adarank.papers import ROWS as PAPER_ROWS
-from adarank.papers import SETTINGS
+from adarank.recipe.catalogue import catalogue, presets
+from adarank.recipe.papers import ROWS as PAPER_ROWS
+from adarank.recipe.papers import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import adarank
-from adarank import catalogue
 from adarank.methods import METHODS
+from adarank.recipe import catalogue
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "adarank"

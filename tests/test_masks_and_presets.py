@@ -16,10 +16,10 @@ from torch import Tensor
 from adarank.adapt import ADAPTIVE, PRESETS, AdaptSettings
 from adarank.adapt.methods import with_preset
 from adarank.errors import CheckpointError, RecipeError
-from adarank.masks import MaskFile, hard, kept, random_mask, soft, straight_through, top_mask
 from adarank.methods import METHODS
 from adarank.settings import Settings, parse
-from adarank.spectrum import top_count
+from adarank.spectral.masks import MaskFile, hard, kept, random_mask, soft, straight_through, top_mask
+from adarank.spectral.svd import top_count
 from make import generator, randn
 
 

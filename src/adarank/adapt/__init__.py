@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adarank.adapt.live import Learn, LiveWeights
+from adarank.adapt.live_weights import Learn, LiveWeights
 from adarank.adapt.loop import History, adapt
 from adarank.adapt.methods import ADAPTIVE, PRESETS, AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings

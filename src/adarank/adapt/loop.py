@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from adarank.adapt.balance import behind, repair_weights, task_weights
-from adarank.adapt.course import Course
-from adarank.adapt.judge import Back, Choice, Judge, Signals, best_step, choose_best, fits
+from adarank.adapt.choice import Back, Choice, Judge, Signals, best_step, choose_best, fits
 from adarank.adapt.learner import Learner, between
+from adarank.adapt.schedule import Course
 from adarank.adapt.settings import AdaptSettings
-from adarank.adapt.start import Grid, Tried, best_of, find_start
-from adarank.adapt.state import read_state
+from adarank.adapt.start_search import Grid, Tried, best_of, find_start
 from adarank.errors import AdaptationError, Interrupted
-from adarank.writer import write_state
+from adarank.io.state import read_state
+from adarank.io.writer import write_state
 
 Loss = Callable[[int], Tensor]
 """step -> scalar loss of one task, with its graph."""

@@ -18,17 +18,17 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from adarank.adapt.live import Learn, LiveWeights
+from adarank.adapt.live_weights import Learn, LiveWeights
 from adarank.adapt.settings import AdaptSettings
-from adarank.adapt.start import AUTO, Grid, grid_of
+from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
-from adarank.bases import BASES, Basis
-from adarank.blocks import build_blocks
+from adarank.alignment.task_vectors import Network
 from adarank.errors import RecipeError
-from adarank.masks import MaskKind
 from adarank.settings import Settings, nearest, parse
-from adarank.task_vectors import Network
-from adarank.threshold import global_thresholds
+from adarank.sparsify.threshold import global_thresholds
+from adarank.spectral.bases import BASES, Basis
+from adarank.spectral.blocks import build_blocks
+from adarank.spectral.masks import MaskKind
 
 
 def _number_or_auto(given: Any) -> Any:

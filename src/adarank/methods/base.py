@@ -14,11 +14,11 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from adarank.checkpoint import check_result
+from adarank.alignment.task_vectors import Network, OriginKind
 from adarank.errors import MismatchError, RecipeError, itemise
-from adarank.methods.weights import PerTensor, TensorWeights, rest
+from adarank.io.checkpoint import check_result
+from adarank.methods.per_tensor import PerTensor, TensorWeights, rest
 from adarank.settings import Settings
-from adarank.task_vectors import Network, OriginKind
 
 __all__ = [
     "Deltas",

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adarank.checkpoint import Checkpoint, TensorInfo
 from adarank.data.spec import TaskSpec
 from adarank.errors import CheckpointError, RecipeError, itemise
-from adarank.models.base import quiet_transformers
+from adarank.io.checkpoint import Checkpoint, TensorInfo
 from adarank.models.image import ImageClassifiers
 from adarank.models.text import tokenizer_of
+from adarank.models.tied import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

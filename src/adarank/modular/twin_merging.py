@@ -41,8 +41,8 @@ from adarank.modular.base import (
     module_names,
     whole,
 )
-from adarank.modular.merging import Deltas, Mounted, Route, carry, mounted
-from adarank.spectrum import decompose, top_count
+from adarank.modular.layers import Deltas, Mounted, Route, carry, mounted
+from adarank.spectral.svd import decompose, top_count
 
 
 class TwinMerging(Modular):
