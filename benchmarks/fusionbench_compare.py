@@ -34,7 +34,7 @@ from torch import Tensor
 
 import adarank
 from adarank.io.writer import write_json
-from adarank.spectral.masks import MaskFile
+from adarank.spectral.mask_file import MaskFile
 
 REQUIREMENTS = ("torch==2.13.0", "fusion-bench==0.2.33")
 COUNTED = ("fusion-bench", "torch", "numpy", "lightning", "transformers")

@@ -27,8 +27,8 @@ from adarank.io.checkpoint import Checkpoint
 from adarank.io.record import machine, versions
 from adarank.io.writer import write_json
 from adarank.methods import METHODS, Method, merge_tensors
-from adarank.recipe.plan import open_job
-from adarank.recipe.schema import load_recipe, parse_recipe
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.settings import parse
 from adarank.spectral.blocks import task_vector_blocks
 from adarank.workflow import demo

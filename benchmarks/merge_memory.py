@@ -31,9 +31,11 @@ from torch import Tensor
 from adarank.io.record import machine, versions
 from adarank.io.writer import Layout, write_checkpoint, write_json
 from adarank.methods import METHODS, Informed
-from adarank.recipe.plan import open_job
-from adarank.recipe.schema import DTYPES, parse_recipe
-from adarank.spectral.masks import MaskFile, top_mask
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import parse_recipe
+from adarank.recipe.schema import DTYPES
+from adarank.spectral.mask_file import MaskFile
+from adarank.spectral.masks import top_mask
 from adarank.workflow import merge as pipeline
 
 EXPERTS = ("one", "two", "three")

@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adarank.errors import AdaRankError
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.writer import write_json
-from adarank.recipe.schema import load_recipe
+from adarank.recipe.reader import load_recipe
 from adarank.workflow import merge as pipeline
 
 REQUIREMENTS = ("torch==2.13.0", "mergekit==0.1.5")

@@ -32,16 +32,17 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from adarank.adapt.history import History
 from adarank.adapt.live_weights import Learn, LiveWeights
-from adarank.adapt.loop import History, adapt
+from adarank.adapt.loop import adapt
 from adarank.adapt.objectives import entropy
 from adarank.adapt.settings import AdaptSettings
 from adarank.io.record import machine, versions
 from adarank.io.writer import write_json
 from adarank.models import TaskModels
 from adarank.models.tied import module_keys
-from adarank.recipe.plan import Job, open_job
-from adarank.recipe.schema import load_recipe, parse_recipe
+from adarank.recipe.job import Job, open_job
+from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import top_mask
 from adarank.spectral.svd import as_matrix

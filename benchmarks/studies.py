@@ -24,14 +24,17 @@ import torch
 from scipy.stats import spearmanr
 from table import BEDS, ROOT, Bench
 
-from adarank.adapt.choice import Back, Judged, first_collapse, worse
-from adarank.adapt.loop import History, Loss, Memory, adapt
+from adarank.adapt.agreement import Judged, first_collapse, worse
+from adarank.adapt.choice import Back
+from adarank.adapt.history import History
+from adarank.adapt.learner import Loss, Memory
+from adarank.adapt.loop import adapt
 from adarank.adapt.start_search import GLANCE
 from adarank.data.splits import Splits
 from adarank.data.task import Batch, Examples, TaskData
 from adarank.io.record import machine, versions
 from adarank.io.writer import write_json
-from adarank.recipe.plan import open_job
+from adarank.recipe.job import open_job
 from adarank.workflow.adapt import task_losses
 from adarank.workflow.build_networks import build_models, network_tensors
 from adarank.workflow.evaluate import score_all, score_experts

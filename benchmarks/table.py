@@ -32,19 +32,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from adarank.calibration import gather as statistics
 from adarank.data.task import TaskData
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.record import Clock, machine, versions
 from adarank.io.writer import write_json
 from adarank.methods import METHODS, Masked, Method, WeightAverage, merge_tensors
 from adarank.outputs.bundle import load_bundle
-from adarank.recipe.plan import open_job
-from adarank.recipe.schema import Recipe, load_recipe, parse_recipe
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe, parse_recipe
+from adarank.recipe.schema import Recipe
 from adarank.settings import parse
-from adarank.spectral.masks import FILE, MaskFile, random_mask
+from adarank.spectral.mask_file import FILE, MaskFile
+from adarank.spectral.masks import random_mask
 from adarank.workflow import build_networks as networks
-from adarank.workflow import demo
+from adarank.workflow import calibrate, demo
 from adarank.workflow import evaluate as scoring
 from adarank.workflow import merge as pipeline
 from adarank.workflow.load_tasks import load_tasks
@@ -257,7 +258,7 @@ class Bench:
         clock = Clock()
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as kept:
-            known, found = statistics.inform(method, self.job, self.models, data or self.data, Path(kept))
+            known, found = calibrate.inform(method, self.job, self.models, data or self.data, Path(kept))
             self.models.fill(merge_tensors(known, self.job.network))
         spent = clock.spent()
         spent = {"merge_seconds": spent["seconds"], "peak_resident_bytes": spent["peak_resident_bytes"]}

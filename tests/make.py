@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adarank.alignment.align import align
 from adarank.alignment.selection import Select
-from adarank.alignment.task_vectors import Network, align
+from adarank.alignment.task_vectors import Network
 from adarank.io.checkpoint import Checkpoint, MemorySource
 
 State = dict[str, Tensor]

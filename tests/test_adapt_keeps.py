@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from adarank.adapt import AdaptSettings, History, adapt
-from adarank.adapt.choice import Signals, first_collapse, signals
-from adarank.adapt.loop import Loss, Progress
+from adarank.adapt.agreement import Signals, first_collapse, signals
+from adarank.adapt.history import Progress
+from adarank.adapt.learner import Loss
 from adarank.adapt.objectives import entropy
 from adarank.errors import Interrupted
 from make import randn

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adarank.adapt import AdaptSettings, History, Learn, LiveWeights, adapt
-from adarank.adapt.loop import Loss
+from adarank.adapt.learner import Loss
 from adarank.errors import AdaptationError, Interrupted, RecipeError
 from adarank.spectral.blocks import scaled_block, task_vector_blocks
 from make import generator, randn

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adarank.adapt.choice import Signals
-from adarank.adapt.loop import History, adapt
+from adarank.adapt.agreement import Signals
+from adarank.adapt.history import History
+from adarank.adapt.loop import adapt
 from adarank.adapt.methods import AdaRank
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import RANKS, SCALES, Grid, climb, find_start, grid_of

@@ -21,11 +21,12 @@ import image_zoo
 import text_zoo
 from adarank.cli.main import main
 from adarank.errors import CheckpointError, OutputError
-from adarank.io.bundle import About, BundleFolder, Names, finish, key, pack, unpack, write_parts
+from adarank.io.bits import pack, unpack
+from adarank.io.bundle import About, BundleFolder, Names, finish, key, write_parts
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.writer import BUNDLE
 from adarank.methods import METHODS
-from adarank.recipe.schema import load_recipe
+from adarank.recipe.reader import load_recipe
 from adarank.workflow.search import Axis, search
 from make import FLOATS, identical, randn, read_all
 from test_end_to_end import KILLED

@@ -15,9 +15,10 @@ from adarank.cli.main import main
 from adarank.io.checkpoint import Checkpoint
 from adarank.methods import METHODS, Informed
 from adarank.recipe.catalogue import catalogue
+from adarank.recipe.job import open_job
 from adarank.recipe.papers import ROWS, SETTINGS
-from adarank.recipe.plan import open_job, peak_bytes
-from adarank.recipe.schema import load_recipe, parse_recipe
+from adarank.recipe.plan import peak_bytes
+from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.workflow import merge as pipeline
 
 TOLD = {"slerp": {"t": 0.5}, "nuslerp": {}}

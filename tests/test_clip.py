@@ -18,8 +18,9 @@ from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, RecipeError
 from adarank.models.clip import ZeroShotHeads, classifier_class
-from adarank.recipe.plan import describe, open_job
-from adarank.recipe.schema import load_recipe
+from adarank.recipe.job import open_job
+from adarank.recipe.plan import describe
+from adarank.recipe.reader import load_recipe
 from adarank.workflow import build_networks as networks
 from adarank.workflow.load_tasks import load_tasks
 from clip_zoo import CLASSES, FORMS, make_zoo, recipe, whole

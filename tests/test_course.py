@@ -7,7 +7,8 @@ import random
 import pytest
 
 from adarank.adapt import AdaptSettings
-from adarank.adapt.choice import Judged, Signals, best_step, mean_signal, worse
+from adarank.adapt.agreement import Judged, Signals, mean_signal, worse
+from adarank.adapt.choice import best_step
 from adarank.adapt.schedule import Course
 
 SETTINGS = AdaptSettings(steps=200)

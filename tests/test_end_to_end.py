@@ -19,8 +19,8 @@ from adarank.adapt.objectives import OBJECTIVES
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.models.head_inputs import head_inputs, head_parts
-from adarank.recipe.schema import load_recipe
-from adarank.spectral.masks import FILE
+from adarank.recipe.reader import load_recipe
+from adarank.spectral.mask_file import FILE
 from adarank.workflow import adapt as adaptation
 from adarank.workflow import build_networks as networks
 from adarank.workflow import experts

@@ -20,8 +20,8 @@ import adarank
 from adarank.errors import RecipeError
 from adarank.io.checkpoint import Checkpoint
 from adarank.methods import METHODS, merge_tensors
-from adarank.recipe.plan import open_job
-from adarank.recipe.schema import load_recipe, parse_recipe
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.workflow import merge as pipeline
 
 HIDDEN, FFN, VOCABULARY, LAYERS = 4, 6, 5, 3

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import adarank
 import image_zoo
 import text_zoo
-from adarank.adapt.loop import History
+from adarank.adapt.history import History
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, Interrupted, RecipeError
@@ -28,8 +28,9 @@ from adarank.io.checkpoint import Checkpoint
 from adarank.models.head_inputs import head_inputs
 from adarank.modular import surgery, wemoe
 from adarank.modular.twin_merging import Router
-from adarank.recipe.plan import open_job, settings_in_force
-from adarank.recipe.schema import load_recipe
+from adarank.recipe.job import open_job
+from adarank.recipe.plan import settings_in_force
+from adarank.recipe.reader import load_recipe
 from adarank.workflow import evaluate as scoring
 from adarank.workflow import merge as pipeline
 from adarank.workflow import modular as assembly

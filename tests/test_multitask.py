@@ -17,10 +17,10 @@ from torch import Tensor
 import adarank
 import image_zoo
 import text_zoo
-from adarank.adapt.loop import History
+from adarank.adapt.history import History
 from adarank.cli.main import main
 from adarank.errors import DataError, Interrupted, RecipeError
-from adarank.recipe.schema import load_recipe
+from adarank.recipe.reader import load_recipe
 from adarank.workflow import build_networks as networks
 from adarank.workflow import evaluate as scoring
 from adarank.workflow import merge as pipeline

@@ -17,7 +17,7 @@ from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError
 from adarank.methods import METHODS
-from adarank.recipe.schema import load_recipe
+from adarank.recipe.reader import load_recipe
 from adarank.spectral import svd as spectrum
 from adarank.spectral.svd import decompose, stored_spectra
 from adarank.workflow import evaluate as scoring

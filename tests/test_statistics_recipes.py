@@ -24,9 +24,11 @@ from adarank.cli.main import main
 from adarank.errors import AdaRankError
 from adarank.io.writer import RECORD
 from adarank.methods import METHODS, Informed
-from adarank.recipe.schema import load_recipe
+from adarank.recipe.reader import load_recipe
 from adarank.workflow import build_networks as networks
-from adarank.workflow.load_tasks import load_tasks, sampled
+from adarank.workflow import calibrate
+from adarank.workflow.calibrate import sampled
+from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.search import parse_axis, search
 
 NAMES = [name for name, kind in METHODS.items() if issubclass(kind, Informed)]
@@ -276,7 +278,7 @@ def test_a_walk_that_ends_passes_early_measures_what_whole_passes_do(zoo: Path, 
     data = load_tasks(job)
 
     def found() -> dict[str, Tensor]:
-        known, _ = statistics.inform(job.method, job, networks.build_models(job), data)
+        known, _ = calibrate.inform(job.method, job, networks.build_models(job), data)
         return {n: known.statistics.read(n, "mood") for n in sorted(known.statistics.names)}
 
     early = found()

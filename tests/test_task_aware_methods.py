@@ -15,7 +15,8 @@ from torch import Tensor
 
 import adarank
 from adarank.errors import RecipeError
-from adarank.io.bundle import WHOLE, packed_size, unpack
+from adarank.io.bits import packed_size, unpack
+from adarank.io.bundle import WHOLE
 from adarank.io.writer import layout_bytes
 from adarank.methods import METHODS
 from adarank.methods.task_aware.base import Site, Taskwise, in_memory, layouts, sites_of, task_parts

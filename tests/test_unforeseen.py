@@ -16,12 +16,13 @@ import transformers
 from torch import Tensor, nn
 
 import adarank
-from adarank.adapt.choice import best_step, choose_best, mean_signal, signals
+from adarank.adapt.agreement import mean_signal, signals
+from adarank.adapt.choice import best_step, choose_best
 from adarank.adapt.objectives import divergences, entropy
 from adarank.cli.main import main
 from adarank.errors import AdaptationError, CheckpointError, DataError, RecipeError, itemise
 from adarank.models.text import tokenizer_of
-from adarank.recipe.schema import load_recipe
+from adarank.recipe.reader import load_recipe
 from adarank.workflow.merge import merge
 from text_zoo import ADAPT, make_zoo, recipe
 

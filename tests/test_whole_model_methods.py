@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adarank
-from adarank.alignment.task_vectors import align
+from adarank.alignment.align import align
 from adarank.errors import RecipeError
 from adarank.io.checkpoint import MemorySource
 from adarank.methods import METHODS, Informed, merge_tensors

@@ -14,9 +14,9 @@ from adarank.api import Adapted, adapt, evaluate, merge, merge_each
 from adarank.errors import AdaRankError
 from adarank.outputs.bundle import Bundle, extract, from_bundle, load_bundle
 from adarank.outputs.merged import load_task
-from adarank.recipe.plan import open_job
-from adarank.recipe.schema import load_recipe
-from adarank.spectral.masks import MaskFile
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe
+from adarank.spectral.mask_file import MaskFile
 from adarank.workflow.evaluate import evaluate as evaluate_recipe
 from adarank.workflow.merge import merge as merge_recipe
 

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.loop import History, Loss, Memory, Progress
+from adarank.adapt.history import History, Progress
+from adarank.adapt.learner import Loss, Memory
 from adarank.adapt.loop import adapt as run_adaptation
 from adarank.adapt.methods import ADAPTIVE
 from adarank.adapt.multitask import Multitask
 from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, running_mean
 from adarank.adapt.objectives import objective as combined
-from adarank.adapt.problem import Asked, Forward
+from adarank.adapt.problem import Asked
 from adarank.adapt.settings import AdaptSettings
+from adarank.alignment.align import align
 from adarank.alignment.selection import Select
-from adarank.alignment.task_vectors import Network, align
+from adarank.alignment.task_vectors import Network
 from adarank.calibration.gather import Gatherer, Sample, Store
 from adarank.errors import DataError, RecipeError, itemise
 from adarank.io.checkpoint import MemorySource, cast
@@ -27,9 +29,10 @@ from adarank.methods import METHODS, Informed, Method, merge_tensors
 from adarank.methods.per_tensor import resolve
 from adarank.methods.task_aware.base import Taskwise, in_memory, rebuilt, sites_of
 from adarank.models import share
+from adarank.models.predict import Forward
 from adarank.modular import MODULAR
 from adarank.settings import nearest, parse
-from adarank.spectral.masks import MaskFile
+from adarank.spectral.mask_file import MaskFile
 from adarank.workflow.scores import score
 
 State = Mapping[str, Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -89,3 +89,11 @@ class Parameters:
     def kept_share(self) -> float | None:
         """There are no components."""
         return None
+
+
+Loss = Callable[[int], Tensor]
+"""step -> scalar loss of one task, with its graph."""
+
+
+Memory = dict[str, Tensor]
+"""What losses remember from step to step, such as running means. It is saved and restored with the state."""

@@ -19,7 +19,8 @@ from adarank.adapt.tying import LambdaPer, tie
 from adarank.errors import RecipeError
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import Blocks
-from adarank.spectral.masks import MaskFile, MaskKind, hard, pace, soft, straight_through, top_mask
+from adarank.spectral.mask_file import MaskFile
+from adarank.spectral.masks import MaskKind, hard, pace, soft, straight_through, top_mask
 
 
 @dataclass(frozen=True)

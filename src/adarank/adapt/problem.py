@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.choice import Judge, Signals, signals
+from adarank.adapt.agreement import Judge, Signals, signals
 from adarank.adapt.objectives import NEED_EXPERT
 from adarank.adapt.schedule import Course
 from adarank.adapt.settings import AdaptSettings
-
-Forward = Callable[[nn.Module, Any], Tensor]
+from adarank.models.predict import Forward
 
 
 @dataclass

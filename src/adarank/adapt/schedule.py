@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adarank.adapt.choice import Judged, best_step, mean_error, mean_signal, worse
+from adarank.adapt.agreement import Judged, mean_error, mean_signal, worse
+from adarank.adapt.choice import best_step
 from adarank.adapt.settings import AUTO, AdaptSettings
 
 EVERY = 40  # steps between two judgements, at most

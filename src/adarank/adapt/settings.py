@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from adarank.adapt.choice import Signal
+from adarank.adapt.agreement import Signal
 from adarank.adapt.objectives import OBJECTIVES, Filter, SelfLabel, Weights, as_weights, check_objective
 from adarank.settings import Settings
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from adarank.adapt.choice import Judge, Signal, mean_signal
+from adarank.adapt.agreement import Judge, Signal, mean_signal
 from adarank.adapt.learner import Learner
 
 AUTO: Literal["auto"] = "auto"

@@ -157,9 +157,11 @@ def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import show
     from adarank.errors import DataError
     from adarank.methods import Informed
-    from adarank.recipe.plan import describe, open_job
-    from adarank.recipe.schema import load_recipe
-    from adarank.workflow.load_tasks import check_tasks, sampled
+    from adarank.recipe.job import open_job
+    from adarank.recipe.plan import describe
+    from adarank.recipe.reader import load_recipe
+    from adarank.workflow.calibrate import sampled
+    from adarank.workflow.load_tasks import check_tasks
 
     job = open_job(load_recipe(options.recipe))
     described = describe(job)
@@ -189,7 +191,7 @@ def _merge(options: argparse.Namespace) -> None:
     from adarank.cli import console as words
     from adarank.cli import show
     from adarank.cli.progress import Adapting
-    from adarank.recipe.schema import load_recipe
+    from adarank.recipe.reader import load_recipe
     from adarank.workflow import merge as pipeline
 
     progress = Adapting()
@@ -228,7 +230,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from adarank.cli import show
-    from adarank.recipe.schema import load_recipe
+    from adarank.recipe.reader import load_recipe
     from adarank.workflow import evaluate as scoring
 
     table = scoring.evaluate(load_recipe(options.recipe), options.outputs, options.split, show.note)

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
-from adarank.adapt.loop import History
+from adarank.adapt.history import History
 from adarank.cli.console import clock, err, recent
 from adarank.workflow.search import Point
 

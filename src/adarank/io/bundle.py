@@ -11,7 +11,7 @@ A part is one stored tensor. Its name in shared.safetensors and own.safetensors 
 `mask:encoder.0.weight`, or `PART:` if it belongs to the whole model. The part `whole` is a tensor as it is: a task
 whose files have `whole:NAME` uses that for NAME. What other parts mean is the kind's business.
 
-Another kind of bundle: give `write_parts` the layouts of its parts and a stream of them (`bundles.write_bundle` does the
+Another kind of bundle: give `write_parts` the layouts of its parts and a stream of them (`outputs.write.write_bundle` does the
 rest of the folder), and add a line to `KINDS` of `outputs/bundle.py`, which turns the parts of one task into tensors and,
 where the network needs more than tensors (an adapter, a router), into a module. A kind whose parts come of one tensor's
 task vectors at a time is a `Taskwise` method (`methods/task_aware/base.py`) and needs no line there.
@@ -20,18 +20,14 @@ task vectors at a time is a `Taskwise` method (`methods/task_aware/base.py`) and
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Network
 from adarank.errors import CheckpointError, itemise
 from adarank.io.checkpoint import DTYPES, NAMES, Checkpoint, Source, file_sha256
 from adarank.io.writer import BUNDLE, RECORD, Layout, TensorFile, layout_bytes, write_json
@@ -51,24 +47,6 @@ def key(part: str, name: str = "") -> str:
     return f"{part}:{name}"
 
 
-def pack(mask: Tensor) -> Tensor:
-    """A bool tensor of any shape as bits, eight entries a byte: (⌈n/8⌉,) uint8."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
-
-
-def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The bool tensor of `shape` that `pack` made `bits` of."""
-    count = torch.Size(shape).numel()
-    if bits.numel() != packed_size(count):  # numpy would fill up with zeros
-        raise ValueError(f"{bits.numel()} bytes for {count} bits")
-    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count)).bool().reshape(shape)
-
-
-def packed_size(count: int) -> int:
-    """Bytes of `count` bits."""
-    return -(-count // 8)
-
-
 @dataclass(frozen=True)
 class Names:
     """What the tensors of a bundle are called in one expert's own files.
@@ -84,15 +62,6 @@ class Names:
     def of(self, name: str) -> str | None:
         """The expert's name of a tensor; None if it has none."""
         return self.renamed.get(name, self.prefix + name)
-
-    @classmethod
-    def in_expert(cls, network: Network, task: str) -> Names:
-        """The names that a task's expert uses."""
-        known = network.experts[task].names
-        stored = {name: None if name in network.heads[task] else known.get(name) for name in network.tensors}
-        fronts = Counter(own.removesuffix(name) for name, own in stored.items() if own and own.endswith(name))
-        prefix = fronts.most_common(1)[0][0] if fronts else ""
-        return cls(prefix, {name: own for name, own in stored.items() if own != prefix + name})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,7 @@ class Clock:
             lines = Path("/proc/self/status").read_text().splitlines()
             return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+Note = Callable[[str], None]
+"""Told, in a sentence, what stage begins."""

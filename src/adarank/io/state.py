@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adarank.errors import RecipeError
+from adarank.errors import OutputError, RecipeError
 from adarank.io.checkpoint import DAMAGED
 
 _STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
@@ -32,3 +33,20 @@ def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
             f"{path}: the saved state belongs to another run (inputs or settings differ). Delete it to start anew, or give another output path."
         )
     return content
+
+
+def write_state(path: Path, content: Mapping[str, Any], what: str) -> None:
+    """Save what a later run may take up, whole or not at all.
+
+    Raises:
+        OutputError: the disk is full or read-only.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(content), partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
+        raise OutputError(
+            f"{path}: {what} cannot be saved ({error}). Free space or give another output path."
+        ) from None

@@ -115,23 +115,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, _NUMBERS.sub(lambda found: " ".join(found.group().split()), text) + "\n")
 
 
-def write_state(path: Path, content: Mapping[str, Any], what: str) -> None:
-    """Save what a later run may take up, whole or not at all.
-
-    Raises:
-        OutputError: the disk is full or read-only.
-    """
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(content), partial)
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
-        raise OutputError(
-            f"{path}: {what} cannot be saved ({error}). Free space or give another output path."
-        ) from None
-
-
 def write_checkpoint(
     folder: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = 5 * 10**9
 ) -> list[Path]:

@@ -53,7 +53,7 @@ class Method(Settings):
         formula, source: one line each for the catalogue.
         spectral: True if it decomposes matrices; the memory plan counts an SVD's workspace then.
         per_model: settings that each model of a recipe may carry.
-        task_aware: True if each task gets weights of its own (`taskwise.py`).
+        task_aware: True if each task gets weights of its own (`task_aware/base.py`).
         passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.
         data: what it reads of the tasks' data, in words; empty for data-free methods.
     """

@@ -19,9 +19,9 @@ from torch.nn import functional
 from adarank.data.spec import TaskSpec
 from adarank.errors import CheckpointError, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, TensorInfo
+from adarank.models.family import quiet_transformers
 from adarank.models.image import ImageClassifiers
 from adarank.models.text import tokenizer_of
-from adarank.models.tied import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch
 from adarank.errors import CheckpointError, DataError
 from adarank.io.checkpoint import Checkpoint
-from adarank.models.tied import Family
+from adarank.models.family import Family
 
 
 class TextExamples:

@@ -14,16 +14,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from adarank.adapt.methods import PRESETS
+from adarank.adapt.presets import PRESETS
 from adarank.adapt.settings import AdaptSettings
 from adarank.errors import RecipeError
 from adarank.io.bundle import WHOLE, BundleFolder, PartFile, key
 from adarank.io.writer import Layout
 from adarank.methods.task_aware.base import Site
 from adarank.models import FAMILIES
+from adarank.models.family import Family
 from adarank.models.head_inputs import head_inputs, owners, pooled
-from adarank.models.tied import Family, held_tensors, stored_keys
+from adarank.models.tied import held_tensors, stored_keys
 from adarank.settings import Settings, parse
+from adarank.sparsify.threshold import top_count
 
 __all__ = [
     "FAMILIES",
@@ -45,6 +47,7 @@ __all__ = [
     "module_names",
     "pooled",
     "settled",
+    "top_count",
     "whole",
     "whole_tensors",
 ]

@@ -15,7 +15,7 @@ from adarank.errors import CheckpointError
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.writer import BUNDLE, RECORD
 from adarank.models import FAMILIES, kind_of
-from adarank.models.tied import quiet_transformers
+from adarank.models.family import quiet_transformers
 from adarank.settings import nearest
 
 

@@ -1,8 +1,9 @@
-"""What lies beside merged weights: configuration, tokenizer and processor files, and the tasks' heads."""
+"""What lies in an output: a bundle's parts; beside weights configuration, tokenizer and processor files, and the tasks' heads."""
 
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from adarank.alignment.task_vectors import Network
 from adarank.io.bundle import HEAD, About, Names, Piece, finish, task_folder, write_parts
 from adarank.io.writer import Layout, write_json, write_tensors
 from adarank.methods.task_aware.base import Taskwise, task_parts
-from adarank.recipe.plan import Job
+from adarank.recipe.job import Job
 
 CONFIG = "config.json"
 
@@ -88,6 +90,15 @@ def write_bundle(folder: Path, job: Job, parts: Parts) -> dict[str, Any]:
     write_root_files(folder, job)
     for task in job.network.tasks:
         write_task_files(task_folder(folder, task), job, task)
-    names = {task: Names.in_expert(job.network, task) for task in job.network.tasks}
+    names = {task: names_in_expert(job.network, task) for task in job.network.tasks}
     models = job.family.kind if job.family else None
     return finish(folder, About(parts.kind, parts.settings, models, job.layout(), names))
+
+
+def names_in_expert(network: Network, task: str) -> Names:
+    """What a task's expert calls the tensors of a network."""
+    known = network.experts[task].names
+    stored = {name: None if name in network.heads[task] else known.get(name) for name in network.tensors}
+    fronts = Counter(own.removesuffix(name) for name, own in stored.items() if own and own.endswith(name))
+    prefix = fronts.most_common(1)[0][0] if fronts else ""
+    return Names(prefix, {name: own for name, own in stored.items() if own != prefix + name})

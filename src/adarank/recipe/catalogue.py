@@ -8,14 +8,15 @@ from typing import Any, get_args
 
 import annotated_types  # pydantic's own vocabulary of bounds
 
-from adarank.adapt.methods import ADAPTIVE, PRESETS, AdaptiveMethod
+from adarank.adapt.methods import ADAPTIVE, AdaptiveMethod
 from adarank.adapt.multitask import Multitask
+from adarank.adapt.presets import PRESETS
 from adarank.adapt.settings import AdaptSettings
 from adarank.errors import RecipeError
 from adarank.methods import METHODS, Informed, Masked, Method
 from adarank.modular import MODULAR, Modular
 from adarank.settings import Settings, nearest
-from adarank.spectral.masks import MaskFile
+from adarank.spectral.mask_file import MaskFile
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ A whole model is read twice for that, and what is kept between tensors are 65,53
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from adarank.alignment.task_vectors import Network, OriginKind
-from adarank.spectral.svd import top_count
 
 _BUCKETS = 2**16
 
@@ -80,3 +80,8 @@ def _descend(counts: Tensor, rank: int) -> tuple[int, int]:
 
 def _number(upper: int, lower: int) -> float:
     return torch.tensor((upper << 16) | lower, dtype=torch.int32).view(torch.float32).item()
+
+
+def top_count(share: float, rank: int) -> int:
+    """How many of `rank` components a share keeps: ⌊share·rank⌋, at least 1 (CART's k)."""
+    return min(rank, max(1, math.floor(share * rank + 1e-9)))

@@ -105,11 +105,6 @@ def _svd(flat: Tensor, name: str) -> Spectrum:
     )
 
 
-def top_count(share: float, rank: int) -> int:
-    """How many of `rank` components a share keeps: ⌊share·rank⌋, at least 1 (CART's k)."""
-    return min(rank, max(1, math.floor(share * rank + 1e-9)))
-
-
 def energy(s: Tensor) -> float:
     """Σσ²: the squared Frobenius norm of the matrix."""
     return float(s.double().square().sum())

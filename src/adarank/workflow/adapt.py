@@ -8,17 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from adarank.adapt.choice import Judged, collapsed, first_collapse
+from adarank.adapt.agreement import Judged, collapsed, first_collapse
+from adarank.adapt.history import History
+from adarank.adapt.learner import Loss, Memory
 from adarank.adapt.live_weights import LiveWeights
-from adarank.adapt.loop import History, Loss, Memory, adapt
+from adarank.adapt.loop import adapt
 from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import GLANCE
 from adarank.data.task import TaskData
 from adarank.models import TaskModels
 from adarank.models.head_inputs import head_inputs, head_parts
-from adarank.recipe.plan import Job
-from adarank.spectral.masks import MaskFile
+from adarank.recipe.job import Job
+from adarank.spectral.mask_file import MaskFile
 from adarank.workflow.build_networks import build_models, changed_tensors, family_of
 from adarank.workflow.context import Run
 from adarank.workflow.experts import Outputs, judge_of, watched

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Member, Network
+from adarank.alignment.task_vectors import member_tensors
 from adarank.errors import RecipeError
-from adarank.io.checkpoint import check_finite, check_result
+from adarank.io.checkpoint import check_result
 from adarank.models import Family, TaskModels, share
-from adarank.recipe.plan import Job
+from adarank.recipe.job import Job
 
 
 def build_models(job: Job) -> TaskModels:
@@ -26,16 +26,6 @@ def network_tensors(job: Job, which: str) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the base or of one expert, for every tensor it shares with the network."""
     network = job.network
     return member_tensors(network, network.reference() if which == "base" else network.experts[which])
-
-
-def member_tensors(
-    network: Network, member: Member, names: Iterable[str] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of one checkpoint of a network, for every tensor (of `names`) that it shares with it."""
-    for name in network.tensors if names is None else names:
-        if name in member.names:
-            info = member.info(name)
-            yield name, check_finite(member.source.read(info.name), info.name, info.file)
 
 
 def changed_tensors(job: Job, changed: Mapping[str, Tensor], by: str) -> Iterator[tuple[str, Tensor]]:

@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adarank.adapt.loop import Progress
+from adarank.adapt.history import Progress
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.task import TaskData
+from adarank.io.record import Note
 from adarank.io.state import read_state
 from adarank.models import TaskModels
-from adarank.recipe.plan import Job, Note
+from adarank.recipe.job import Job
 from adarank.workflow.experts import Outputs, expert_outputs
 
 

@@ -11,14 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from adarank.adapt.loop import Progress
+from adarank.adapt.history import Progress
 from adarank.adapt.methods import ADAPTIVE
 from adarank.errors import CheckpointError, itemise
 from adarank.io.checkpoint import Checkpoint
+from adarank.io.record import Note
 from adarank.io.writer import check_output
 from adarank.methods import merge_tensors
-from adarank.recipe.plan import Note, open_job
-from adarank.recipe.schema import Recipe, load_recipe, parse_recipe
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe, parse_recipe
+from adarank.recipe.schema import Recipe
 from adarank.workflow.build_networks import build_models, network_tensors
 from adarank.workflow.evaluate import score_all, score_experts
 from adarank.workflow.load_tasks import load_tasks

@@ -18,13 +18,15 @@ from adarank.data.task import TaskData
 from adarank.errors import MismatchError
 from adarank.io.bundle import is_bundle
 from adarank.io.checkpoint import Checkpoint
+from adarank.io.record import Note
 from adarank.io.writer import RECORD
 from adarank.methods import Method, merge_tensors
 from adarank.methods.task_aware.base import Taskwise, in_memory, rebuilt
 from adarank.models import TaskModels
 from adarank.outputs.bundle import Bundle
-from adarank.recipe.plan import Job, Note, open_job
-from adarank.recipe.schema import Recipe, RecipeLike, load_recipe
+from adarank.recipe.job import Job, open_job
+from adarank.recipe.reader import RecipeLike, load_recipe
+from adarank.recipe.schema import Recipe
 from adarank.workflow.build_networks import build_models, family_of, network_tensors
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.scores import Table, evaluate_task

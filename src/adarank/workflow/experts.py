@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adarank.adapt.choice import Judge, signals
+from adarank.adapt.agreement import Judge, signals
 from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.io.checkpoint import DAMAGED
-from adarank.io.writer import write_state
+from adarank.io.record import Note
+from adarank.io.state import write_state
 from adarank.models import TaskModels
 from adarank.models.head_inputs import Pool, head_inputs, head_parts
-from adarank.recipe.plan import Job, Note
+from adarank.models.predict import predict
+from adarank.recipe.job import Job
 from adarank.workflow.build_networks import family_of, network_tensors
-from adarank.workflow.scores import predict
 
 FILE = "experts.pt"
 

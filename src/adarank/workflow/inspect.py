@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from adarank.alignment.task_vectors import align
+from adarank.alignment.align import align
 from adarank.io.checkpoint import Checkpoint, check_finite
 from adarank.io.writer import RECORD
-from adarank.spectral.masks import FILE, MaskFile
+from adarank.spectral.mask_file import FILE, MaskFile
 from adarank.spectral.svd import as_matrix, decompose, effective_rank
 
 

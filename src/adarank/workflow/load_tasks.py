@@ -13,9 +13,8 @@ from adarank.data.splits import Splits, by_file, by_fraction, limited
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, DataError, itemise
 from adarank.io.checkpoint import Checkpoint
-from adarank.methods import Informed
-from adarank.models.tied import Family
-from adarank.recipe.plan import Job
+from adarank.models.family import Family
+from adarank.recipe.job import Job
 
 R = TypeVar("R")
 
@@ -100,29 +99,6 @@ def check_tasks(job: Job) -> dict[str, Rows]:
     return _each(job, lambda reader, name, spec, expert: reader.read(name, spec, expert.config))
 
 
-def sampled(method: Informed, tasks: Mapping[str, Rows | TaskData]) -> dict[str, tuple[int, ...]]:
-    """The rows of each task's adapt split that a method takes its statistics of: a seeded choice.
-
-    Raises:
-        DataError: a task has none, or they lack the labels that the method reads; all such tasks are named.
-    """
-    rows = {task: limited(own.splits, method.examples, method.seed).rows["adapt"] for task, own in tasks.items()}
-    problems = [
-        f"task '{task}': no rows to take statistics of. Give its data an adapt split, or a larger adapt fraction."
-        for task, own in rows.items()
-        if not own
-    ]
-    for task, own in rows.items() if method.reads_labels else ():
-        bare = sum(tasks[task].labels[row] is None for row in own)
-        if bare:
-            problems.append(
-                f"task '{task}': {bare} of the {len(own)} adapt inputs carry no label, and 'kind: empirical' reads it. "
-                "Name the label column under task: columns, or leave out kind: by default no label is read."
-            )
-    _raise(problems)
-    return rows
-
-
 def _each(job: Job, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) -> dict[str, R]:
     found: dict[str, R] = {}
     problems: list[str] = []
@@ -134,11 +110,11 @@ def _each(job: Job, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) ->
             found[task] = do(reader, task, entry.task, job.experts[task])
         except AdaRankError as error:
             problems.append(str(error))
-    _raise(problems)
+    raise_together(problems)
     return found
 
 
-def _raise(problems: list[str]) -> None:
+def raise_together(problems: list[str]) -> None:
     if problems:
         heading = f"{len(problems)} tasks have unusable data:"
         raise DataError(problems[0] if len(problems) == 1 else itemise(heading, problems))

@@ -14,21 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adarank.adapt.loop import Progress
-from adarank.calibration.gather import inform_job
+from adarank.adapt.history import Progress
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, OutputError
-from adarank.io.record import Clock, machine, versions
+from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json
 from adarank.methods import Informed, merge_tensors
 from adarank.methods.task_aware.base import Taskwise
 from adarank.outputs.write import parts_of, write_bundle, write_head, write_root_files
-from adarank.recipe.plan import Job, Note, describe, open_job, settings_in_force, unheeded
-from adarank.recipe.schema import RecipeLike, load_recipe
-from adarank.spectral.masks import FILE as MASKS_FILE
+from adarank.recipe.job import Job, open_job
+from adarank.recipe.plan import describe, settings_in_force, unheeded
+from adarank.recipe.reader import RecipeLike, load_recipe
+from adarank.spectral.mask_file import FILE as MASKS_FILE
 from adarank.workflow.adapt import Adaptation, adapt_job
+from adarank.workflow.calibrate import inform_job, sampled
 from adarank.workflow.context import Run
-from adarank.workflow.load_tasks import load_tasks, sampled
+from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.modular import Assembly, assemble_job
 from adarank.workflow.train import Training, train_job
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from adarank.adapt.choice import Judge, Judged, Signal, mean_signal
-from adarank.adapt.learner import Parameters
-from adarank.adapt.loop import Loss, Memory, adapt
+from adarank.adapt.agreement import Judge, Judged, Signal, mean_signal
+from adarank.adapt.learner import Loss, Memory, Parameters
+from adarank.adapt.loop import adapt
 from adarank.adapt.settings import AdaptSettings
-from adarank.calibration.gather import inform_job
 from adarank.data.task import TaskData
 from adarank.io.bundle import WHOLE, Piece
 from adarank.io.writer import Layout
@@ -31,10 +30,12 @@ from adarank.models.tied import held_tensors, module_keys
 from adarank.modular import Modular, Surgery, TwinMerging, WEMoE, surgery, twin_merging, wemoe
 from adarank.modular.layers import Deltas, Route, mounted
 from adarank.outputs.write import Parts
-from adarank.recipe.plan import Job, open_job, settings_in_force
+from adarank.recipe.job import Job, open_job
+from adarank.recipe.plan import settings_in_force
 from adarank.settings import parse
 from adarank.workflow.adapt import adapt_job, report, task_losses
 from adarank.workflow.build_networks import build_models, changed_tensors, family_of
+from adarank.workflow.calibrate import inform_job
 from adarank.workflow.context import Run
 from adarank.workflow.experts import Outputs, ask, judge_of, watched
 

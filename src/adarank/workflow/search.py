@@ -16,21 +16,22 @@ from typing import Any
 
 import yaml
 
-from adarank.calibration.gather import inform
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import OutputError, RecipeError
-from adarank.io.record import Clock, machine, versions
+from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import write_json, write_text
 from adarank.methods import METHODS, Informed, Method
 from adarank.models import TaskModels
-from adarank.recipe.plan import Job, Note, open_job
-from adarank.recipe.schema import Recipe, load_recipe
+from adarank.recipe.job import Job, open_job
+from adarank.recipe.reader import load_recipe
+from adarank.recipe.schema import Recipe
 from adarank.settings import nearest, parse
 from adarank.spectral.svd import stored_spectra
 from adarank.workflow.build_networks import build_models
+from adarank.workflow.calibrate import inform, sampled
 from adarank.workflow.evaluate import score_method
-from adarank.workflow.load_tasks import load_tasks, sampled
+from adarank.workflow.load_tasks import load_tasks
 
 SPLIT: Split = "select"
 _MOST = 100_000

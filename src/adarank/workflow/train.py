@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from adarank.adapt.loop import History, Loss, adapt
+from adarank.adapt.history import History
+from adarank.adapt.learner import Loss
+from adarank.adapt.loop import adapt
 from adarank.adapt.multitask import JointTraining, Multitask
 from adarank.data.task import TaskData
 from adarank.models import TaskModels
-from adarank.recipe.plan import Job
+from adarank.recipe.job import Job
 from adarank.workflow.build_networks import build_models, changed_tensors, family_of
 from adarank.workflow.context import Run
 

@@ -2,7 +2,7 @@
 
     merged = Σ_t w_t W_t / Σ_t w_t        (without the division when normalize is false)
 
-Needs no base: the models themselves are summed. Weights may differ per tensor (see `weights.py`).
+Needs no base: the models themselves are summed. Weights may differ per tensor (see `per_tensor.py`).
 """
 
 from __future__ import annotations

@@ -18,37 +18,7 @@ from torch import Tensor
 
 from adarank.methods.base import Deltas, Method, OriginKind, PerTensor, TensorWeights, rest
 from adarank.sparsify.drop import norm_ratio
-
-
-class Election:
-    """Sums of positive and of negative entries, one task vector at a time, until the sign of the total chooses.
-
-    Arguments:
-        like: a tensor of the shape, dtype and device of what will be added.
-        zero_is_positive: where the total is exactly 0, take the positive entries, as mergekit; else neither, as the
-            TIES paper.
-    """
-
-    def __init__(self, like: Tensor, zero_is_positive: bool) -> None:
-        self._total, self._up, self._down, self._up_weight, self._down_weight = (
-            torch.zeros_like(like) for _ in "12345"
-        )
-        self._zero_is_positive = zero_is_positive
-
-    def add(self, vector: Tensor, weight: float = 1.0) -> None:
-        """Take in `vector`, which counts as `weight` where it agrees."""
-        self._total += vector
-        self._up += vector.clamp(min=0)
-        self._down += vector.clamp(max=0)
-        self._up_weight += weight * (vector > 0)
-        self._down_weight += weight * (vector < 0)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """The sum of the entries whose sign was elected, and the sum of their weights. Uses up the election."""
-        up = self._total >= 0 if self._zero_is_positive else self._total > 0
-        down = self._total < 0
-        total = self._up.mul_(up).add_(self._down.mul_(down))
-        return total, self._up_weight.mul_(up).add_(self._down_weight.mul_(down))
+from adarank.sparsify.sign_election import Election
 
 
 class SparseSum(Method):

@@ -22,7 +22,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from adarank.methods.base import Deltas, Method, Network, OriginKind
-from adarank.methods.sparse.base import Election
+from adarank.sparsify.sign_election import Election
 from adarank.sparsify.threshold import global_thresholds, trimmed
 
 

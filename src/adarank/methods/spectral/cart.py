@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.methods.base import Deltas, Method, Network, OriginKind, RecipeError
-from adarank.spectral.svd import effective_rank, low_rank_sum, top_count
+from adarank.sparsify.threshold import top_count
+from adarank.spectral.svd import effective_rank, low_rank_sum
 
 
 class CART(Method):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adarank.methods.base import Deltas, Method, MismatchError, Network, OriginKind, itemise, weighted_sum
 from adarank.spectral.blocks import task_vector_blocks
-from adarank.spectral.masks import MaskFile
+from adarank.spectral.mask_file import MaskFile
 
 
 class Masked(Method):

@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.methods.base import Deltas, Method, OriginKind, weighted_sum
-from adarank.spectral.svd import low_rank_sum, top_count
+from adarank.sparsify.threshold import top_count
+from adarank.spectral.svd import low_rank_sum
 
 
 class SVDk(Method):

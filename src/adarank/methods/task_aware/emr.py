@@ -21,7 +21,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from adarank.io.bundle import pack, packed_size, unpack
+from adarank.io.bits import pack, packed_size, unpack
 from adarank.methods.base import Deltas, Network, OriginKind
 from adarank.methods.task_aware.base import Part, Site, Slots, Taskwise
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.io.bundle import pack, packed_size, unpack
+from adarank.io.bits import pack, packed_size, unpack
 from adarank.methods.base import Deltas, OriginKind, PerTensor, rest, weighted_sum
 from adarank.methods.sparse.consensus_ta import margin
 from adarank.methods.task_aware.base import Part, Site, Slots, Taskwise

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from adarank.methods.base import OriginKind
 from adarank.methods.task_aware.low_rank import LowRank
-from adarank.spectral.svd import top_count
+from adarank.sparsify.threshold import top_count
 
 
 class TSVC(LowRank):
