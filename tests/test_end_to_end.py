@@ -117,9 +117,10 @@ def test_a_merge_done_twice_gives_the_same_bytes(zoo: Path, tmp_path: Path) -> N
 KILLED = """
 import os, sys
 from pathlib import Path
-from adarank import pipeline, writer
-from adarank.recipe import load_recipe
-from adarank.run import Run
+from adarank.workflow import merge as pipeline
+from adarank.io import writer
+from adarank.recipe.reader import load_recipe
+from adarank.workflow.context import Run
 import torch
 torch.set_num_threads(1)  # as in this process: the number of threads may change the last bits
 stop = int(sys.argv[3])
