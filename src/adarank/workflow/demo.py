@@ -28,7 +28,7 @@ from adarank.workflow.merge import merge
 from adarank.workflow.scores import Table
 
 ZOO = Path(__file__).parent.parent / "demo8"
-# Coefficients are the best on the labelled select split (records/demo-8/search-*.json); no test label was read.
+# Coefficients are the best on the labelled select split (kind "search" in records/demo-8.jsonl); no test label was read.
 ROWS: dict[str, dict[str, Any]] = {
     "average": {"merge_method": "average"},
     "TA": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.1}},
