@@ -147,7 +147,8 @@ def test_nothing_of_a_machine_or_workplace_is_named() -> None:
     for path in [
         *SOURCE.rglob("*.py"),
         *ROOT.glob("*.md"),
-        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "benchmarks").glob("*.py"),
+        *(ROOT / "records").glob("*.jsonl"),
     ]:
         assert not pattern.search(path.read_text(encoding="utf-8")), path
