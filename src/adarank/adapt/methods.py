@@ -78,9 +78,16 @@ class AdaptiveMethod(Settings):
     learn_lambda: bool = Field(True, description="learn λ")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What `preset: paper` starts from beside the settings given, where it differs from the defaults."""
-        return {}
+    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the method's paper starts from, beside the settings given: every setting, so that no preset has one from a default.
+
+        Arguments:
+            given: what a recipe says itself.
+        """
+        return {
+            "origin": "pretrained", "rank": 1.0, "lambda": 0.3, "lambda_per": "tensor",
+            "learn_masks": True, "learn_lambda": True,
+        }  # fmt: skip
 
     @property
     def spectra(self) -> bool:
@@ -144,13 +151,13 @@ class AdaRank(AdaptiveMethod):
     mask: MaskKind = Field("soft", description="any number for each component, or binary: kept or not, the paper's")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks."""
+        learned = {**super().paper(given), "basis": "task_vectors", "returnable": True, "mask": "binary"}
         if given.get("basis", "task_vectors") != "task_vectors":
-            rank, scale = 1.0, 1.0
-        else:
-            rank, scale = (1.0, 0.3) if given.get("origin") == "pretrained" else (0.16, 2.3)
-        return {"rank": rank, "lambda": scale, "mask": "binary"}
+            return {**learned, "lambda": 1.0}
+        about_average = given.get("origin", "average") == "average"
+        return {**learned, **({"origin": "average", "rank": 0.16, "lambda": 2.3} if about_average else {})}
 
     @model_validator(mode="before")
     @classmethod
@@ -189,6 +196,10 @@ class AdaMerging(AdaptiveMethod):
 
     learn_masks: Literal[False] = Field(False, description="learn the masks")
 
+    @classmethod
+    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().paper(given), "learn_masks": False}
+
 
 class AdaMergingPP(AdaMerging):
     """Learns λ per task and tensor, or per task, on what TIES leaves of each task vector (AdaMerging++).
@@ -203,6 +214,10 @@ class AdaMergingPP(AdaMerging):
     )
 
     density: float = Field(0.2, gt=0, le=1, description="share of the model's entries kept")
+
+    @classmethod
+    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().paper(given), "density": 0.2}
 
     def decomposition(self, network: Network, device: torch.device | str) -> Basis:
         thresholds = global_thresholds(network, self.origin, self.density, device)
@@ -221,14 +236,23 @@ class CARTpp(AdaptiveMethod):
     scale: Number = Field(1.0, alias="lambda", description="λ at the start, or auto")
     learn_masks: Literal[False] = Field(False, description="learn the masks")
 
+    @classmethod
+    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The best rank of CART's paper (Fig. 5), with the experts' full deviations from their mean."""
+        start = {"origin": "average", "rank": 0.08, "lambda": 1.0, "learn_masks": False}
+        return {**super().paper(given), **start}
+
 
 ADAPTIVE: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (AdaRank, AdaMerging, AdaMergingPP, CARTpp)}
 
 
-# What all the papers do: entropy, constant step sizes, as many steps as were asked for, the last one kept.
+# What all the papers do: entropy, constant step sizes, as many steps as were asked for, the last one kept. Everything that
+# the result depends on is written down, so that a default that changes changes no preset. How many steps neither paper
+# says; `logit` is the released code's, τ, Adam's rates, step size and batch size are of AdaRank's Appendix A.
 _PAPER: dict[str, Any] = {
-    "objective": "entropy", "schedule": "constant", "keep": "last", "patience": None, "lr_masks": 1e-3, "lr_lambda": 1e-3,
-    "balance": 0.0, "batch_size": 16,
+    "objective": "entropy", "objectives": {}, "schedule": "constant", "warmup": 0.0, "keep": "last", "patience": None,
+    "repair": 0, "retreat": 0, "lr_masks": 1e-3, "lr_lambda": 1e-3, "betas": [0.9, 0.999], "balance": 0.0,
+    "batch_size": 16, "steps": 200, "temperature": 10.0, "logit": 0.1, "step_unit": "mask", "clamp": None,
 }  # fmt: skip
 # Two batches of 16 a step, as the released loop really uses. AdaMerging++ takes the same.
 _ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500, "clamp": [0.0, 1.0]}
@@ -243,8 +267,8 @@ def _preset(
     }
 
 
-# The values of the released configurations, by model and number of tasks. For ViT-L/14 with 20 tasks about the
-# base the released file has λ 1.0 and rank 0.3, which look exchanged; both are kept as released.
+# The values of the released configurations, by model and number of tasks; all else is the method's `paper`. For ViT-L/14
+# with 20 tasks about the base the released file has λ 1.0 and rank 0.3, which look exchanged; both are kept as released.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {"parameters": {}, "adapt": _PAPER},
     "vit-b32-8-ta": _preset("pretrained", 0.3, 1.0, 16, 10_000),
@@ -282,8 +306,8 @@ def with_preset(
     kind = ADAPTIVE[name]
     preferred = {key: field.alias for key, field in kind.model_fields.items() if field.alias}
     given = {preferred.get(key, key): value for key, value in parameters.items()}
-    # released starts are of plain task vectors: with another basis only the loop's settings are meant
-    other_basis = given.get("basis", "task_vectors") != "task_vectors"
-    start = kind.paper(given) if preset and (preset == "paper" or other_basis) else values["parameters"]
+    # released starts are of plain task vectors: with another basis it is that of its static method
+    released = values["parameters"] if given.get("basis", "task_vectors") == "task_vectors" else {}
+    start = {**kind.paper(given), **released} if preset else {}
     method = parse(kind, {**start, **given}, f"parameters of '{name}'")
     return method, parse(AdaptSettings, {**values["adapt"], **adapt}, "adapt")
