@@ -20,6 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from adarank.cli.threads import wait_passively
+
+wait_passively()  # before PyTorch is loaded
+
 import torch
 from records import FOLDER, Records
 from torch import Tensor

@@ -25,6 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adarank.cli.threads import wait_passively
+
+wait_passively()  # before PyTorch is loaded
+
 import torch
 from records import FOLDER, Records
 from torch import Tensor

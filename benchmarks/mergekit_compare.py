@@ -30,6 +30,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from adarank.cli.threads import wait_passively
+
+wait_passively()  # before PyTorch is loaded
+
 import torch
 import yaml
 from peers import environment, head, largest, last_line, relative

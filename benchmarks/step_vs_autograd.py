@@ -28,6 +28,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from adarank.cli.threads import wait_passively
+
+wait_passively()  # before PyTorch is loaded
+
 import torch
 from records import FOLDER, Records
 from torch import Tensor

@@ -20,6 +20,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adarank.cli.threads import wait_passively
+
+wait_passively()  # before PyTorch is loaded
+
 import torch
 from records import FOLDER, SIGNALS, Record, Records, columns
 from scipy.stats import spearmanr

@@ -29,6 +29,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from adarank.cli.threads import wait_passively
+
+wait_passively()  # before PyTorch is loaded
+
 import numpy as np
 import torch
 from records import FOLDER, Records, summary

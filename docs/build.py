@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # records are read by what writes them
 
@@ -82,13 +83,20 @@ def methods_page() -> str:
         "",
         "## Presets",
         "",
-        "`adapt: {preset: NAME}`: the settings released with the papers.",
+        "`adapt: {preset: NAME}`: the settings released with the papers. A preset states every setting that its result depends on, so a default",
+        "of adarank's that changes changes none of them. What the table leaves open is as follows.",
+        "",
+        "- AdaRank: binary masks and a λ per tensor; the start is λ 2.3 with rank 0.16 about the average, λ 0.3 with rank 1 about the base, λ 1 with rank 1 on another basis.",
+        "- AdaMerging: λ 0.3 about the base, per tensor; ++ with a density of 0.2. CART++: λ 1 with rank 0.08 about the average, per tensor.",
+        "- Modular methods know `paper` alone, and have as many steps as in papers of their own.",
+        f"- The adapt block: {flat(presets()['paper']['adapt'])}. No paper says how many steps AdaRank takes; give `steps` beside `preset: paper`.",
         "",
         "| preset | parameters | adapt |",
         "|---|---|---|",
     ]
     lines += [
-        f"| `{name}` | {flat(preset['parameters'])} | {flat(preset['adapt'])} |" for name, preset in presets().items()
+        f"| `{name}` | {flat(preset['parameters'])} | {flat(_beside_paper(preset['adapt']))} |"
+        for name, preset in presets().items()
     ]
     lines += [
         "",
@@ -108,6 +116,11 @@ def methods_page() -> str:
             f"| {row.name} | {'; '.join(part for part in (recipe, row.hint) if part)} | {' | '.join(figures)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _beside_paper(adapt: Mapping[str, Any]) -> dict[str, Any]:
+    """What a preset's loop has that the one of `paper` has not."""
+    return {key: value for key, value in adapt.items() if presets()["paper"]["adapt"][key] != value}
 
 
 def cli_page() -> str:

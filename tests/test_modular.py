@@ -26,7 +26,8 @@ from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, Interrupted, RecipeError
 from adarank.io.checkpoint import Checkpoint
 from adarank.models.head_inputs import head_inputs
-from adarank.modular import surgery, wemoe
+from adarank.modular import MODULAR, surgery, wemoe
+from adarank.modular.base import settled
 from adarank.modular.twin_merging import Router
 from adarank.recipe.job import open_job
 from adarank.recipe.plan import settings_in_force
@@ -518,7 +519,10 @@ def test_the_router_learns_to_tell_the_tasks(images: Path, tmp_path: Path) -> No
         (of("surgery", start={"merge_method": "cart", "adapt": {"steps": 3}}), "start: adapt: 'cart' does not adapt"),
         (of("surgery", start={"merge_method": "adarank", "adapt": {"stepz": 3}}), "stepz"),
         (of("surgery", adapt={"objective": "entropy"}), "objective.*nothing to 'surgery'"),
-        (of("wemoe", adapt={"lr_masks": 0.1, "clamp": [0, 1]}), "clamp, lr_masks.*nothing to 'wemoe'"),
+        (
+            of("wemoe", adapt={"step_unit": "mask", "lr_masks": 0.1, "clamp": [0, 1]}),
+            "clamp, lr_masks, step_unit.*nothing to 'wemoe'",
+        ),
         (of("wemoe", adapt={"objectives": {"moot": "entropy"}}), "unknown task 'moot'"),
         (of("wemoe", adapt={"preset": "roberta-7-ta"}), "preset"),
         (of("twin_merging", rank=1.5), "rank"),
@@ -529,6 +533,13 @@ def test_the_router_learns_to_tell_the_tasks(images: Path, tmp_path: Path) -> No
 def test_recipes_that_make_no_sense_are_refused(text: Path, changes: dict[str, Any], match: str) -> None:
     with pytest.raises(RecipeError, match=match):
         load_recipe(write(text, **changes))
+
+
+@pytest.mark.parametrize("name", ["surgery", "wemoe", "twin_merging"])
+def test_the_papers_preset_keeps_a_modular_methods_own_steps(name: str) -> None:
+    plain, paper = (settled(MODULAR[name], {}, {}, preset)[1] for preset in (None, "paper"))
+    assert paper.steps == plain.steps == MODULAR[name].defaults["steps"]
+    assert (paper.keep, paper.schedule, paper.betas) == ("last", "constant", (0.9, 0.999))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,17 +8,23 @@ From files: `load_recipe` and `merge_recipe`, or the command line (`adarank --he
 
 from __future__ import annotations
 
-from adarank.adapt.settings import AdaptSettings
-from adarank.alignment.selection import Select
-from adarank.api import Adapted, adapt, evaluate, merge, merge_each
-from adarank.errors import AdaRankError
-from adarank.outputs.bundle import Bundle, extract, from_bundle, load_bundle
-from adarank.outputs.merged import load_task
-from adarank.recipe.job import open_job
-from adarank.recipe.reader import load_recipe
-from adarank.spectral.mask_file import MaskFile
-from adarank.workflow.evaluate import evaluate as evaluate_recipe
-from adarank.workflow.merge import merge as merge_recipe
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adarank.adapt.settings import AdaptSettings
+    from adarank.alignment.selection import Select
+    from adarank.api import Adapted, adapt, evaluate, merge, merge_each
+    from adarank.errors import AdaRankError
+    from adarank.outputs.bundle import Bundle, extract, from_bundle, load_bundle
+    from adarank.outputs.merged import load_task
+    from adarank.recipe.job import open_job
+    from adarank.recipe.reader import load_recipe
+    from adarank.spectral.mask_file import MaskFile
+    from adarank.workflow.evaluate import evaluate as evaluate_recipe
+    from adarank.workflow.merge import merge as merge_recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,3 +47,45 @@ __all__ = [
     "merge_recipe",
     "open_job",
 ]
+# public name -> where it is; that module is imported when the name is first used, so that `import adarank` loads no PyTorch
+_HOMES = {
+    "AdaRankError": "errors:AdaRankError",
+    "AdaptSettings": "adapt.settings:AdaptSettings",
+    "Adapted": "api:Adapted",
+    "Bundle": "outputs.bundle:Bundle",
+    "MaskFile": "spectral.mask_file:MaskFile",
+    "Select": "alignment.selection:Select",
+    "adapt": "api:adapt",
+    "evaluate": "api:evaluate",
+    "evaluate_recipe": "workflow.evaluate:evaluate",
+    "extract": "outputs.bundle:extract",
+    "from_bundle": "outputs.bundle:from_bundle",
+    "load_bundle": "outputs.bundle:load_bundle",
+    "load_recipe": "recipe.reader:load_recipe",
+    "load_task": "outputs.merged:load_task",
+    "merge": "api:merge",
+    "merge_each": "api:merge_each",
+    "merge_recipe": "workflow.merge:merge",
+    "open_job": "recipe.job:open_job",
+}
+
+
+class _Package(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'adarank' has no attribute '{name}'")
+        module, _, attribute = _HOMES[name].partition(":")
+        value = getattr(import_module(f"adarank.{module}"), attribute)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # files called `adapt` and `evaluate`, once imported, must not take the place of the functions
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_HOMES})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -77,9 +77,16 @@ class AdaptiveMethod(Settings):
     learn_lambda: bool = Field(True, description="learn λ")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What `preset: paper` starts from beside the settings given, where it differs from the defaults."""
-        return {}
+    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the method's paper starts from, beside the settings given: every setting, so that no preset has one from a default.
+
+        Arguments:
+            given: what a recipe says itself.
+        """
+        return {
+            "origin": "pretrained", "rank": 1.0, "lambda": 0.3, "lambda_per": "tensor",
+            "learn_masks": True, "learn_lambda": True,
+        }  # fmt: skip
 
     @property
     def spectra(self) -> bool:
@@ -143,13 +150,13 @@ class AdaRank(AdaptiveMethod):
     mask: MaskKind = Field("soft", description="any number for each component, or binary: kept or not, the paper's")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks."""
+        learned = {**super().paper(given), "basis": "task_vectors", "returnable": True, "mask": "binary"}
         if given.get("basis", "task_vectors") != "task_vectors":
-            rank, scale = 1.0, 1.0
-        else:
-            rank, scale = (1.0, 0.3) if given.get("origin") == "pretrained" else (0.16, 2.3)
-        return {"rank": rank, "lambda": scale, "mask": "binary"}
+            return {**learned, "lambda": 1.0}
+        about_average = given.get("origin", "average") == "average"
+        return {**learned, **({"origin": "average", "rank": 0.16, "lambda": 2.3} if about_average else {})}
 
     @model_validator(mode="before")
     @classmethod
@@ -188,6 +195,10 @@ class AdaMerging(AdaptiveMethod):
 
     learn_masks: Literal[False] = Field(False, description="learn the masks")
 
+    @classmethod
+    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().paper(given), "learn_masks": False}
+
 
 class AdaMergingPP(AdaMerging):
     """Learns λ per task and tensor, or per task, on what TIES leaves of each task vector (AdaMerging++).
@@ -202,6 +213,10 @@ class AdaMergingPP(AdaMerging):
     )
 
     density: float = Field(0.2, gt=0, le=1, description="share of the model's entries kept")
+
+    @classmethod
+    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().paper(given), "density": 0.2}
 
     def decomposition(self, network: Network, device: torch.device | str) -> Basis:
         thresholds = global_thresholds(network, self.origin, self.density, device)
@@ -219,6 +234,12 @@ class CARTpp(AdaptiveMethod):
     rank: Share = Field(0.08, description="share of components kept, in (0, 1], or auto")
     scale: Number = Field(1.0, alias="lambda", description="λ at the start, or auto")
     learn_masks: Literal[False] = Field(False, description="learn the masks")
+
+    @classmethod
+    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The best rank of CART's paper (Fig. 5), with the experts' full deviations from their mean."""
+        start = {"origin": "average", "rank": 0.08, "lambda": 1.0, "learn_masks": False}
+        return {**super().paper(given), **start}
 
 
 ADAPTIVE: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (AdaRank, AdaMerging, AdaMergingPP, CARTpp)}

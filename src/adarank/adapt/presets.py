@@ -10,13 +10,14 @@ from adarank.adapt.settings import AdaptSettings
 from adarank.errors import RecipeError
 from adarank.settings import nearest, parse
 
-# What all the papers do: entropy, constant step sizes, as many steps as were asked for, the last one kept.
+# What all the papers do: entropy, constant step sizes, as many steps as were asked for, the last one kept. Everything that
+# the result depends on is written down, so that a default that changes changes no preset. How many steps neither paper
+# says; `logit` is the released code's, τ, Adam's rates, step size and batch size are of AdaRank's Appendix A.
 _PAPER: dict[str, Any] = {
-    "objective": "entropy", "schedule": "constant", "keep": "last", "patience": None, "lr_masks": 1e-3, "lr_lambda": 1e-3,
-    "balance": 0.0, "batch_size": 16,
+    "objective": "entropy", "objectives": {}, "schedule": "constant", "warmup": 0.0, "keep": "last", "patience": None,
+    "repair": 0, "retreat": 0, "lr_masks": 1e-3, "lr_lambda": 1e-3, "betas": [0.9, 0.999], "balance": 0.0,
+    "batch_size": 16, "steps": 200, "temperature": 10.0, "logit": 0.1, "step_unit": "mask", "clamp": None,
 }  # fmt: skip
-
-
 # Two batches of 16 a step, as the released loop really uses. AdaMerging++ takes the same.
 _ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500, "clamp": [0.0, 1.0]}
 
@@ -30,8 +31,8 @@ def _preset(
     }
 
 
-# The values of the released configurations, by model and number of tasks. For ViT-L/14 with 20 tasks about the
-# base the released file has λ 1.0 and rank 0.3, which look exchanged; both are kept as released.
+# The values of the released configurations, by model and number of tasks; all else is the method's `paper`. For ViT-L/14
+# with 20 tasks about the base the released file has λ 1.0 and rank 0.3, which look exchanged; both are kept as released.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {"parameters": {}, "adapt": _PAPER},
     "vit-b32-8-ta": _preset("pretrained", 0.3, 1.0, 16, 10_000),
@@ -69,8 +70,8 @@ def with_preset(
     kind = ADAPTIVE[name]
     preferred = {key: field.alias for key, field in kind.model_fields.items() if field.alias}
     given = {preferred.get(key, key): value for key, value in parameters.items()}
-    # released starts are of plain task vectors: with another basis only the loop's settings are meant
-    other_basis = given.get("basis", "task_vectors") != "task_vectors"
-    start = kind.paper(given) if preset and (preset == "paper" or other_basis) else values["parameters"]
+    # released starts are of plain task vectors: with another basis it is that of its static method
+    released = values["parameters"] if given.get("basis", "task_vectors") == "task_vectors" else {}
+    start = {**kind.paper(given), **released} if preset else {}
     method = parse(kind, {**start, **given}, f"parameters of '{name}'")
     return method, parse(AdaptSettings, {**values["adapt"], **adapt}, "adapt")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from adarank.cli.threads import wait_passively
 from adarank.errors import AdaRankError, Interrupted
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 our own error, 2 wrong usage, 130 interrupted."""
     options = parser().parse_args(arguments)
+    wait_passively()
     signal.signal(signal.SIGTERM, _terminate)  # so that a termination cleans up as Ctrl-C does
     try:
         _threads(options.threads)

@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 # Settings of the loop that are about λ and masks, or about logits.
-OF_COMPONENTS = frozenset({"lr_masks", "lr_lambda", "temperature", "logit", "clamp"})
+OF_COMPONENTS = frozenset({"lr_masks", "lr_lambda", "step_unit", "temperature", "logit", "clamp"})
 OF_LOGITS = frozenset({"objective", "objectives", "self_label", "filter", "momentum", "balance"})
 
 
@@ -133,6 +133,7 @@ def settled(
         raise RecipeError(f"adapt: {', '.join(idle)} mean(s) nothing to '{kind.name}'. Remove it.")
     if preset not in (None, "paper"):
         raise RecipeError(f"adapt: preset '{preset}' is not for '{kind.name}', which knows 'paper'.")
-    values = {k: v for k, v in PRESETS["paper"]["adapt"].items() if k not in kind.unused} if preset else {}
+    others = kind.unused | {"steps"}  # as many as in the method's own paper, which its defaults have
+    values = {k: v for k, v in PRESETS["paper"]["adapt"].items() if k not in others} if preset else {}
     method = parse(kind, parameters, f"parameters of '{kind.name}'")
     return method, parse(AdaptSettings, {**kind.defaults, **values, **adapt}, "adapt")
