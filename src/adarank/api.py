@@ -24,11 +24,12 @@ from adarank.alignment.selection import Select
 from adarank.alignment.task_vectors import Network
 from adarank.calibration.gather import Gatherer, Sample, Store
 from adarank.errors import DataError, RecipeError, itemise
-from adarank.io.checkpoint import MemorySource, cast
+from adarank.io.checkpoint import MemorySource, cast, check_any
 from adarank.methods import METHODS, Informed, Method, merge_tensors
 from adarank.methods.per_tensor import resolve
 from adarank.methods.task_aware.base import Taskwise, in_memory, rebuilt, sites_of
 from adarank.models import share
+from adarank.models.compatibility import check_modules
 from adarank.models.predict import Forward
 from adarank.modular import MODULAR
 from adarank.settings import nearest, parse
@@ -365,7 +366,12 @@ def _network(
     base: nn.Module | State | None, experts: Mapping[str, nn.Module | State], select: Select | None
 ) -> Network:
     sources = {task: MemorySource(_state(expert), f"expert '{task}'") for task, expert in experts.items()}
-    return align(MemorySource(_state(base), "base") if base is not None else None, sources, select, task_heads=True)
+    for source in sources.values():
+        check_any(source)
+    root = MemorySource(_state(base), "base") if base is not None else None
+    network = align(root, sources, select, task_heads=True)
+    check_modules(network, base, experts)
+    return network
 
 
 def _state(model: nn.Module | State) -> State:

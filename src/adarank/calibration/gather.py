@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from adarank.alignment.task_vectors import Network, member_tensors
 from adarank.calibration.hooks import Grams, Seen, add_squared_gradients, label_weights, linear_layers, watched
+from adarank.io.archive import load_signed
 from adarank.io.checkpoint import DAMAGED, check_finite
 from adarank.io.record import Note
 from adarank.io.state import write_state
@@ -65,7 +66,7 @@ class Store:
         path = self._path(key)
         if key not in self._parts and path is not None and path.exists():
             try:
-                self._parts[key] = torch.load(path, weights_only=True, mmap=True)
+                self._parts[key] = load_signed(path, mmap=True)
             except (pickle.UnpicklingError, *DAMAGED):
                 return None
         return self._parts.get(key)

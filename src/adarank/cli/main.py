@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank.cli.threads import wait_passively
-from adarank.errors import AdaRankError, Interrupted
+from adarank.errors import AdaRankError, Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from adarank.workflow.scores import Table
 
+BUG = 70  # sysexits.h: an internal software error
+_MOST_THREADS = 1024
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 our own error, 2 wrong usage, 130 interrupted."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 done, 1 an error in what was given or in the system, told in a sentence, 2 wrong usage, 70 a bug
+        of adarank's own, 130 interrupted.
+    """
+    _print_anything()
     options = parser().parse_args(arguments)
     wait_passively()
     signal.signal(signal.SIGTERM, _terminate)  # so that a termination cleans up as Ctrl-C does
@@ -36,7 +48,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("adarank: interrupted; no output was left behind.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, MemoryError) as error:  # of the system: no file at fault that a reader knew of
+        print(f"adarank: {_of_the_system(error)}", file=sys.stderr)
+        return 1
+    except Exception as error:  # the last resort: nobody planned for it, so it is ours to mend
+        traceback.print_exc()
+        print(
+            f"adarank: a bug in adarank ({type(error).__name__}), not in what you gave it. No output was left behind. "
+            "Please report the lines above, the command and the versions of adarank and torch.",
+            file=sys.stderr,
+        )
+        return BUG
     return 0
+
+
+def _of_the_system(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "there is not enough memory. Close other programs, or merge smaller models."
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}the system refuses ({error.strerror or error}). Check the path, its permissions and the free space."
+
+
+def _print_anything() -> None:
+    """Text that the terminal's encoding lacks, or that is no text (names of files may be so), is printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -120,10 +160,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _threads(count: int | None) -> None:
-    if count:
-        import torch
+    if count is None:
+        return
+    if not 1 <= count <= _MOST_THREADS:
+        raise RecipeError(
+            f"--threads {count}: a number from 1 to {_MOST_THREADS} is needed. Leave it out for PyTorch's choice."
+        )
+    import torch
 
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
 
 
 def _print_json(content: Any) -> None:
@@ -219,7 +264,7 @@ def _merge(options: argparse.Namespace) -> None:
     for kind in ("adaptation", "training", "statistics"):
         for line in record.get(kind, {}).get("notes", ()):
             words.out.print(line, style="dim")
-    show.remarks(record["plan"], record["kept_though_changed"])
+    show.remarks(record["plan"], record["kept_though_changed"], record["kept_though_of_other_shape"])
     written = f" written in {words.clock(record['seconds'])}"
     if "bundle" in record:
         show.say(options.out, f"{written}: {show.bundle_size(record['bundle'])}")

@@ -47,8 +47,11 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     for names, tasks in _same_heads(described["heads"]).items():
         out.print(f"        head of {tasks}: {', '.join(names)}")
     for member, dropped in described["dropped"].items():
-        for name, reason in dropped.items():
-            out.print(f"        not used from {member}: {name} ({reason})")
+        for reason in dict.fromkeys(dropped.values()):
+            unused = [name for name, why in dropped.items() if why == reason]
+            few = unused if len(unused) <= 3 else [f"{unused[0]} and {len(unused) - 1} more"]
+            for name in few:
+                out.print(f"        not used from {member}: {name} ({reason})")
     for task, splits in described.get("splits", {}).items():
         out.print(f"        inputs of {task}: " + ", ".join(f"{count} to {split}" for split, count in splits.items()))
     if "statistics" in described:
@@ -70,8 +73,16 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     out.print(f"  output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}")
 
 
-def remarks(described: Mapping[str, Any], changed: Mapping[str, float] | None = None) -> None:
-    """What a user may not expect: of the recipe, and of what was kept from the base though experts changed it."""
+def remarks(
+    described: Mapping[str, Any],
+    changed: Mapping[str, float] | None = None,
+    reshaped: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+) -> None:
+    """What a user may not expect: of the recipe, and of what was kept from the base though experts changed it.
+
+    Arguments:
+        changed: tensor -> by how much; `reshaped`: tensor -> expert -> the shape that it has there.
+    """
     for text in described["notes"]:
         say("note:", f" {text}", "bold yellow")
     far = {name: share for name, share in (changed or {}).items() if share > 0.01}
@@ -84,6 +95,11 @@ def remarks(described: Mapping[str, Any], changed: Mapping[str, float] | None = 
             f" kept from the base though experts changed them: {names}{more}. To merge them: select: {{scale: [{patterns}]}}.",
             "bold yellow",
         )
+
+    if reshaped:
+        listed = [f"{name} ({', '.join(f'{tuple(own)} in {task}' for task, own in of.items())})" for name, of in reshaped.items()]  # fmt: skip
+        more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+        say("note:", f" kept from the base where experts have another shape: {', '.join(listed[:3])}{more}.", "bold yellow")  # fmt: skip
 
 
 def task_aware(kind: str) -> str:

@@ -19,7 +19,6 @@ task vectors at a time is a `Taskwise` method (`methods/task_aware/base.py`) and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,7 +28,10 @@ from typing import Any
 from torch import Tensor
 
 from adarank.errors import CheckpointError, itemise
-from adarank.io.checkpoint import DTYPES, NAMES, Checkpoint, Source, file_sha256
+from adarank.io.checkpoint import DTYPES, NAMES, Checkpoint, Source, leads_out
+from adarank.io.files import file_sha256
+from adarank.io.hub import local_path
+from adarank.io.parsing import parse_json
 from adarank.io.writer import BUNDLE, RECORD, Layout, TensorFile, layout_bytes, write_json
 from adarank.settings import nearest
 
@@ -165,6 +167,7 @@ def finish(folder: Path, about: About) -> dict[str, Any]:
 
 def is_bundle(path: Path) -> bool:
     """True for a bundle's folder."""
+    local_path(path)
     return (path / BUNDLE).is_file()
 
 
@@ -203,6 +206,7 @@ class BundleFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        local_path(folder)
         content = _content(self.folder)
         try:
             self.about = About.parsed(content)
@@ -252,6 +256,17 @@ class BundleFolder:
         self._check(list(found.values()))
         return list(found.values())
 
+    def module_files(self) -> list[Path]:
+        """What the modules of a sentence encoder need beside weights, in folders of their own."""
+        found = [self.folder / name for name in self._files if "/" in name and not name.startswith("tasks/")]
+        self._check(found)
+        return found
+
+    def module_paths(self) -> list[str]:
+        """The folders that names of tensors start with, of a sentence encoder's modules."""
+        named = dict.fromkeys(name.rpartition("/")[0] for name in self.about.tensors if "/" in name)
+        return [path for path in named if (self.folder / path).is_dir()]
+
     def check(self) -> None:
         """Compare every file with its SHA-256.
 
@@ -283,7 +298,11 @@ class BundleFolder:
         return None
 
     def _check_lengths(self) -> None:
-        problems = []
+        problems = [
+            f"{BUNDLE} names {name!r}, which is outside of the folder" for name in self._files if leads_out(name)
+        ]
+        if problems:
+            raise CheckpointError(_unusable(self.folder, problems))
         needed = [SHARED, *(f"tasks/{task}/{OWN}" for task in self.about.tasks)]
         problems += [
             f"{self.folder / name}: not in {BUNDLE}'s list of files" for name in needed if name not in self._files
@@ -312,7 +331,7 @@ def _content(folder: Path) -> dict[str, Any]:
             f"{folder}: not a bundle (no {BUNDLE}). Give a folder that adarank merge wrote with a task-aware method."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         found = content["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}). Copy the bundle again.") from None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from adarank.errors import OutputError, RecipeError
+from adarank.io.archive import load_signed, signed
 from adarank.io.checkpoint import DAMAGED
 
 _STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
@@ -23,7 +24,7 @@ def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
         RecipeError: it is damaged, no state, or belongs to another run.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = load_signed(path)
     except (pickle.UnpicklingError, *DAMAGED) as error:
         raise RecipeError(f"{path}: the saved state is damaged ({error}). Delete it to start anew.") from None
     if not isinstance(content, dict) or not content.keys() >= _STATE:
@@ -44,7 +45,7 @@ def write_state(path: Path, content: Mapping[str, Any], what: str) -> None:
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(content), partial)
+        torch.save(signed(content), partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
         raise OutputError(

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch, Examples
-from adarank.errors import CheckpointError, RecipeError, itemise
+from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
+from adarank.io.hub import offline
+from adarank.models.tied import LOCALLY, loading, refuse_missing
 
 
 class Family(Protocol):
@@ -63,6 +65,7 @@ class Family(Protocol):
 
     def load(self, expert: Checkpoint) -> nn.Module:
         """A model with its head, in float32 and evaluation mode."""
+        expert.check_bytes()
         return load_quietly(self.auto_class(), expert.folder)
 
     def columns(self, spec: TaskSpec) -> list[str]:
@@ -94,7 +97,7 @@ def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
     found: dict[str, str] = {}
     with quiet_transformers(), torch.random.fork_rng():
         loader: Any = type(module)
-        tried = loader.from_pretrained(None, config=module.config, state_dict=probe, dtype=torch.float32)
+        tried = loader.from_pretrained(None, config=module.config, state_dict=probe, dtype=torch.float32, **LOCALLY)
     for key, tensor in tried.state_dict().items():
         number = float(tensor.flatten()[0]) if tensor.is_floating_point() and tensor.numel() else 0.0
         name = numbered.get(int(number)) if math.isfinite(number) else None
@@ -107,29 +110,27 @@ def load_quietly(auto_class: Any, folder: Path) -> nn.Module:
     """A model of `folder` in float32 and evaluation mode, without the loader's own progress bars and notes.
 
     Raises:
-        CheckpointError: the folder's config and weights make no model of this class.
+        CheckpointError: the folder's config and weights make no model of this class, not a whole one, or one whose code
+            lies beside them.
     """
-    try:
-        with quiet_transformers():
-            module: nn.Module = auto_class.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        # TypeError: config.json names no architectures, and the model type has several
-        raise CheckpointError(
-            f"{folder}: cannot be loaded as {auto_class.__name__} ({str(error).splitlines()[0][:200]}). Check config.json and the weights."
-        ) from None
-    return module.to(torch.float32).eval()
+    with loading(folder, f"cannot be loaded as {auto_class.__name__}", "Check config.json and the weights."):
+        module, report = auto_class.from_pretrained(str(folder), output_loading_info=True, **LOCALLY)
+    refuse_missing(module, report["missing_keys"], str(folder))
+    made: nn.Module = module.to(torch.float32).eval()
+    return made
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no notes on missing heads from its loader."""
+    """No progress bars and no notes on missing heads from its loader, and no question to the hub."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with offline():
+            yield
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()

@@ -6,15 +6,22 @@ it ties the tensors of several modules together by name, and fills them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adarank.alignment.selection import computed
 from adarank.alignment.task_vectors import Network
-from adarank.errors import MismatchError, itemise
-from adarank.models.family import loaded_names
+from adarank.errors import AdaRankError, CheckpointError, MismatchError, itemise
+from adarank.models.family import loaded_names, quiet_transformers
+
+# What every loader of `transformers` is told: no code of a checkpoint runs, nobody is asked, nothing is fetched.
+LOCALLY: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,15 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
         heads[task] = {network.experts[task].names[name]: held[key] for name, key in own_keys.items()}
         for name in own:
             key = keys.get(name)
-            if key is not None:
+            kept, shape = network.choices[name].action == "keep", network.tensors[name].shape
+            if key is not None and kept and tuple(held[key].shape) != shape:
+                if not computed(network.tensors[name]):  # a network computes its own, of the length that it needs
+                    problems.append(f"{name}: {shape} is kept from the base, and the model of task '{task}' has {tuple(held[key].shape)}")  # fmt: skip
+            elif key is not None:
                 tensor = shared.setdefault(name, held[key])
                 for twin in [k for k, t in held.items() if t is held[key]]:  # tied weights stay tied
                     _set(module, twin, tensor)
-            elif network.choices[name].action != "keep":
+            elif not kept:
                 problems.append(f"{name}: no such tensor in the model of task '{task}' ({type(module).__name__})")
     if problems:
         remedy = (
@@ -137,3 +148,54 @@ def _set(module: nn.Module, key: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = tensor  # type: ignore[assignment]
     else:
         owner._buffers[leaf] = tensor
+
+
+def refuse_missing(module: nn.Module, missing: Iterable[str], where: str) -> None:
+    """Parameters that no file holds are random after loading, and float buffers as a fresh network has them.
+
+    Arguments:
+        missing: names that the loader missed; those of integer buffers, which are computed, do no harm.
+        where: the checkpoint, for the error.
+
+    Raises:
+        CheckpointError: there are such tensors; a few are named.
+    """
+    learned = {name for name, tensor in held_tensors(module).items() if tensor.is_floating_point()}
+    lost = sorted(learned.intersection(missing))
+    if not lost:
+        return
+    named = ", ".join(f"'{name}'" for name in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    headless = " It has no head." if not any(name.startswith(prefix) for name in lost) else ""
+    raise CheckpointError(
+        f"{where}: {type(module).__name__} has {len(lost)} tensor(s) that no file there holds: {named}. They would be "
+        f"random.{headless} Give the whole model that was fine-tuned for the task, its head included; to merge it "
+        "without a head, leave its task out of the recipe."
+    )
+
+
+@contextmanager
+def loading(folder: Path, failure: str, remedy: str) -> Iterator[None]:
+    """Around a loader of `transformers`: it is quiet, asks nobody, and what it raises becomes a sentence.
+
+    Arguments:
+        failure: what the sentence says of the folder, such as `no usable tokenizer`.
+
+    Raises:
+        CheckpointError: the loader gave up.
+    """
+    try:
+        with quiet_transformers():
+            yield
+    except AdaRankError:
+        raise
+    except Exception as error:  # of damaged files its loaders, and the parsers below them, raise every class there is
+        raise CheckpointError(f"{folder}: {failure} ({_why(error)}). {remedy}") from error
+
+
+def _why(error: Exception) -> str:
+    """Why a loader gave up, in a line."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, auto_map, which adarank never runs"
+    text = " ".join(str(error).split())[:200]
+    return text if type(error) in (OSError, ValueError, RuntimeError) and text else f"{type(error).__name__}: {text}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +14,11 @@ from torch import Tensor, nn
 from adarank.errors import CheckpointError
 from adarank.io.bundle import BundleFolder
 from adarank.io.checkpoint import check_finite
+from adarank.io.files import read_json
+from adarank.io.lock import resolved
+from adarank.io.output_folder import check_outside
 from adarank.io.record import versions
-from adarank.io.writer import BUNDLE, RECORD, Layout, atomic_folder, write_checkpoint, write_json
+from adarank.io.writer import BUNDLE, Layout, atomic_folder, write_folders, write_record
 from adarank.methods import METHODS
 from adarank.methods.task_aware.base import Taskwise, rebuilt
 from adarank.modular import Surgery, TwinMerging, WEMoE, surgery, twin_merging, wemoe
@@ -116,8 +118,9 @@ class Bundle(BundleFolder):
             CheckpointError: no such task, or its expert's configuration names no architecture.
         """
         file = self.of_task(task) / CONFIG
-        config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        module = filled(empty(config, self.about.models, file), dict(self.state(task)), f"{self.folder}: task '{task}'")
+        module = filled(
+            empty(read_json(file), self.about.models, file), dict(self.state(task)), f"{self.folder}: task '{task}'"
+        )
         return self.dress(task, module)
 
     def dress(self, task: str, module: nn.Module) -> nn.Module:
@@ -169,16 +172,21 @@ def extract(folder: str | Path, task: str, out: Path, force: bool = False) -> di
             f"{bundle.folder}: networks of '{bundle.about.kind}' are more than their weights. Use adarank.from_bundle."
         )
     layout, files = bundle.layout(task), bundle.side_files(task)
+    check_outside(resolved(out), [bundle.folder])
     with atomic_folder(out, force) as target:
-        write_checkpoint(target, layout, bundle.state(task))
+        write_folders(target, layout, bundle.state(task), bundle.module_paths())
         for file in files:
-            shutil.copyfile(file, target / file.name)
+            shutil.copy(file, target / file.name)  # with its permissions
+        for file in bundle.module_files():
+            place = target / file.relative_to(bundle.folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
         origin = {
-            "bundle": str(folder),
+            "bundle": bundle.folder.resolve().name,
             "task": task,
             "kind": bundle.about.kind,
             "settings": dict(bundle.about.settings),
         }
         record = {"extracted": origin, "versions": versions()}
-        write_json(target / RECORD, record)
+        write_record(target, record)
     return record

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adarank.alignment.task_vectors import Network
 from adarank.io.bundle import HEAD, About, Names, Piece, finish, task_folder, write_parts
+from adarank.io.sentence import ROOT_FILES
 from adarank.io.writer import Layout, write_json, write_tensors
 from adarank.methods.task_aware.base import Taskwise, task_parts
 from adarank.recipe.job import Job
@@ -20,12 +21,38 @@ from adarank.recipe.job import Job
 CONFIG = "config.json"
 
 
+def check_companions(job: Job) -> None:
+    """Look at all that will be copied, before anything is spent.
+
+    Raises:
+        CheckpointError: a file is a link out of its model's folder.
+    """
+    for checkpoint in (job.root, *(job.experts.values() if job.task_aware else ())):
+        checkpoint.side_files()
+
+
 def write_root_files(folder: Path, job: Job) -> None:
     """Configuration, tokenizer and processor files of the base; the configuration names the output's dtype."""
     for file in job.root.side_files():
-        shutil.copyfile(file, folder / file.name)
-    if job.recipe.output_dtype() is not None and (folder / CONFIG).exists():
+        shutil.copy(file, folder / file.name)  # with its permissions
+    if (job.recipe.output_dtype() is not None or job.recipe.dequantize) and (folder / CONFIG).exists():
         write_json(folder / CONFIG, _in_dtype(job.root.config, job))
+    _write_modules(folder, job)
+
+
+def _write_modules(folder: Path, job: Job) -> None:
+    """What the modules of a sentence encoder need beside weights: the base's, else those that all experts agree on.
+
+    The experts' stay behind where they have weights that the base lacks, and so the output.
+    """
+    encoder = next((c for c in (job.root, *job.experts.values()) if c.modules), None)
+    if encoder is None or (encoder is not job.root and any(module.weights for module in encoder.modules)):
+        return
+    beside = [] if encoder is job.root else [f for name in ROOT_FILES if (f := encoder.folder / name).exists()]
+    for file in [*beside, *(file for module in encoder.modules for file in module.files)]:
+        target = folder / file.relative_to(encoder.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)  # with its permissions
 
 
 def write_head(target: Path, job: Job, task: str, head: Mapping[str, Tensor] | None = None) -> None:
@@ -44,7 +71,7 @@ def write_task_files(target: Path, job: Job, task: str) -> None:
     roots = {file.name: file.read_bytes() for file in job.root.side_files()}
     for file in job.experts[task].side_files():
         if file.name != CONFIG and roots.get(file.name) != file.read_bytes():
-            shutil.copyfile(file, target / file.name)
+            shutil.copy(file, target / file.name)
     if job.experts[task].config:
         write_json(target / CONFIG, _in_dtype(job.experts[task].config, job))
 

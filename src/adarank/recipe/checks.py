@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from adarank.adapt.methods import ADAPTIVE
 from adarank.errors import RecipeError, itemise
+from adarank.io.hub import same_model
 from adarank.methods import METHODS
 from adarank.modular import MODULAR
 from adarank.recipe.schema import Recipe
@@ -22,12 +23,13 @@ def check(recipe: Recipe, where: str) -> None:
 
 def _problems(recipe: Recipe) -> list[str]:
     problems = []
-    problems += [f"models: '{task}' cannot name a task here (a folder heads/{task} is made, and 'base' is the base). Give task: name." for task in recipe.experts
+    problems += [f"models: '{task}' cannot name a task here (a folder heads/{task} is made, and 'base' is the base). Give another one under task: name." for task in recipe.experts
                  if task in ("", ".", "..") or (task == "base" and recipe.base_model) or "/" in task or "\\" in task]  # fmt: skip
     given = Counter(m.task.name for m in recipe.models if m.task and m.task.name)
     problems += [f"models: {times} tasks are called '{name}'. Give each a name of its own."
                  for name, times in given.items() if times > 1]  # fmt: skip
-    if recipe.merge_method == "linear" and recipe.base_model not in (None, *(m.model for m in recipe.models)):
+    listed = any(same_model(m.model, recipe.base_model, recipe.folder) for m in recipe.models)
+    if recipe.merge_method == "linear" and recipe.base_model is not None and not listed:
         problems.append(
             "base_model: 'linear' sums the models alone. List the base among the models too, or remove base_model."
         )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from adarank.alignment.align import align
 from adarank.alignment.task_vectors import Network
-from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
+from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
-from adarank.io.hub import resolve
+from adarank.io.sentence import check_modules
 from adarank.io.writer import Layout, layout_bytes
 from adarank.methods import Method
 from adarank.methods.task_aware.base import Site, Taskwise, layouts, sites_of
-from adarank.models import FAMILIES, Family, kind_of
+from adarank.models import FAMILIES, Family, foreign_code, kind_of, no_classifier
+from adarank.models.compatibility import check_compatible
 from adarank.recipe.checks import different_kinds
+from adarank.recipe.plan import _check_bodies, _no_classifier, _open, _refuse
 from adarank.recipe.schema import Recipe
 
 
@@ -28,6 +30,7 @@ class Job:
         folders: task -> folder of its expert.
         family: the kind of model, if the recipe's models have tasks.
         method: the method with its settings, checked against the network; None if the recipe adapts or trains.
+        notes: how the models differ where that stops no merge, in sentences.
     """
 
     recipe: Recipe
@@ -36,6 +39,7 @@ class Job:
     network: Network
     family: Family | None
     method: Method | None
+    notes: tuple[str, ...] = ()
 
     @property
     def root(self) -> Checkpoint:
@@ -88,48 +92,44 @@ class Job:
 
 
 def open_job(recipe: Recipe) -> Job:
-    """Open and align everything that a recipe names. Reads headers only.
+    """Open and align everything that a recipe names. Reads headers, integers, and tables that may be tied.
 
     Raises:
         AdaRankError: what cannot be opened or does not fit, all at once.
     """
-    opened: dict[str, Checkpoint] = {}
-    problems: list[str] = []
-    wanted = {
-        **({"base": recipe.base_model} if recipe.base_model else {}),
-        **{t: e.model for t, e in recipe.experts.items()},
-    }
-    for name, reference in wanted.items():
-        try:
-            opened[name] = Checkpoint(resolve(reference, recipe.folder), reference)
-        except AdaRankError as error:
-            problems.append(str(error))
-    if len(problems) == 1:
-        raise CheckpointError(problems[0])
-    if problems:
-        raise CheckpointError(itemise(f"{len(problems)} checkpoints cannot be read:", problems))
+    base, opened = _open(recipe)
     if recipe.layer_range is not None:
-        _check_layers(recipe.layer_range, opened)
-    base = opened.pop("base", None) if recipe.base_model else None
+        _check_layers(recipe.layer_range, [*([base] if base else []), *opened.values()])
     family = _family(recipe, opened)
+    if family is not None and recipe.dequantize:
+        raise RecipeError(
+            "dequantize: true is for models without tasks: networks are loaded from their files. De-quantise the models first."
+        )
     keep_embeddings = bool(family and family.keep_embeddings) and not recipe.trains  # fine-tuning trains them too
     kept: dict[str, str] = {}
     if family is not None:
-        tasks = {task: entry.task for task, entry in recipe.experts.items() if entry.task}
-        opened, kept = family.complete(base, opened, tasks, recipe.folder)
+        opened, kept = family.complete(base, opened, recipe.tasks, recipe.folder)
+    else:
+        check_modules(
+            {checkpoint.label: checkpoint.modules for checkpoint in [*([base] if base else []), *opened.values()]}
+        )
     network = align(base, opened, recipe.select, keep_embeddings, family is not None, kept)
     for task, member in network.experts.items():
         member.dropped.update(opened[task].unused)
+    if base is not None and network.base is not None:
+        network.base.dropped.update(base.unused)
+    _check_bodies(recipe, opened, network)
+    notes = check_compatible(network, base, opened)
     method = None if recipe.learns else recipe.method(network.merged())
     if method is not None:
         method.check(network)
-    return Job(recipe, base, opened, network, family, method)
+    return Job(recipe, base, opened, network, family, method, tuple(notes))
 
 
-def _check_layers(wanted: tuple[int, int], opened: Mapping[str, Checkpoint]) -> None:
+def _check_layers(wanted: tuple[int, int], opened: Sequence[Checkpoint]) -> None:
     """One slice stands for whole models if it has all their layers."""
     problems = []
-    for own in opened.values():
+    for own in opened:
         known = (own.config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
         count = next((found for found in known if found is not None), None)
         if count is None or tuple(wanted) != (0, count):
@@ -143,17 +143,20 @@ def _check_layers(wanted: tuple[int, int], opened: Mapping[str, Checkpoint]) -> 
 
 def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
     """The kind of the recipe's tasks: as it says, else as the experts' config.json tells. None if there are no tasks."""
-    tasks = {name: entry.task for name, entry in recipe.experts.items() if entry.task}
-    kinds = {name: task.kind or kind_of(experts[name].config) for name, task in tasks.items()}
-    untold = [
+    kinds = {name: task.kind or kind_of(experts[name].config) for name, task in recipe.tasks.items()}
+    others = [name for name in recipe.tasks if no_classifier(experts[name].config)]
+    problems = [_no_classifier(name, experts[name]) for name in others]
+    problems += [
         f"models: the kind of task '{name}' cannot be told from {experts[name].folder / 'config.json'}. Give task: kind, one of {', '.join(FAMILIES)}."
         for name, kind in kinds.items()
-        if kind is None
+        if kind is None and name not in others
+    ]
+    foreign = {experts[name].folder: foreign_code(experts[name].config) for name in recipe.tasks}
+    problems += [
+        f"{folder / 'config.json'}: {what}, and adarank never runs code of a checkpoint. Merge it by a data-free method, without a task."
+        for folder, what in foreign.items()
+        if what
     ]
     known = {kind for kind in kinds.values() if kind}
-    problems = untold + ([different_kinds(known)] if len(known) > 1 else [])
-    if problems:
-        raise RecipeError(
-            problems[0] if len(problems) == 1 else itemise(f"recipe: {len(problems)} problem(s).", problems)
-        )
+    _refuse([*problems, *([different_kinds(known)] if len(known) > 1 else [])])
     return FAMILIES[known.pop()] if known else None

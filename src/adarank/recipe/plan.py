@@ -3,15 +3,67 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adarank.alignment.selection import computed
+from adarank.alignment.task_vectors import Member, Network
+from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
+from adarank.io.checkpoint import Checkpoint, check_any
+from adarank.io.dequantise import Dequantised
+from adarank.io.hub import resolve
+from adarank.io.quantised import quantisation, refuse_quantised
 from adarank.io.writer import layout_bytes
 from adarank.methods import Informed, RegMean
+from adarank.models import FAMILIES, classes_of, no_classifier
 from adarank.recipe.job import Job
+from adarank.recipe.schema import Recipe
 
 _RUNTIME_BYTES = 300 * 2**20  # PyTorch and Python themselves
+
+
+def _open(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+    """The recipe's base and experts, which are not quantised, or turned into floats. All problems at once."""
+    problems: list[str] = []
+
+    def opened(reference: str) -> list[Checkpoint]:
+        try:
+            checkpoint = Checkpoint(resolve(reference, recipe.folder), reference)
+            check_any(checkpoint)
+            return [Dequantised(checkpoint) if recipe.dequantize and quantisation(checkpoint) else checkpoint]
+        except AdaRankError as error:
+            problems.append(str(error))
+            return []
+
+    base = opened(recipe.base_model) if recipe.base_model else []
+    experts = {task: opened(entry.model) for task, entry in recipe.experts.items()}
+    if problems:
+        heading = f"{len(problems)} checkpoints cannot be read:"
+        raise CheckpointError(problems[0] if len(problems) == 1 else itemise(heading, problems))
+    refuse_quantised([*base, *(checkpoint for each in experts.values() for checkpoint in each)])
+    return next(iter(base), None), {task: each[0] for task, each in experts.items()}
+
+
+def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Network) -> None:
+    """A body alone can merge, and neither be adapted nor scored on data."""
+    with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
+    bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]
+    _refuse([_no_classifier(task, experts[task]) for task in bodies])
+
+
+def _no_classifier(task: str, expert: Checkpoint) -> str:
+    return (
+        f"models: the expert of task '{task}' ({expert.label}) is a {classes_of(expert.config)} by its config.json, without the head of a classifier. "
+        f"Tasks are of {', '.join(FAMILIES)}: give the model that was fine-tuned as one, or no task, as models merge without tasks too."
+    )
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        heading = f"recipe: {len(problems)} problem(s)."
+        raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))
 
 
 def peak_bytes(job: Job) -> int:
@@ -74,7 +126,7 @@ def _trained_numel(job: Job) -> int:
 def _streamed_bytes(job: Job, name: str) -> int:
     """What merging one tensor holds at a time: origin, sum, one task vector; casts; the method's workspace."""
     info = job.network.tensors[name]
-    copies = 4 + (info.dtype.itemsize < 4)
+    copies = 4 + (info.dtype.itemsize < 4) + 2 * job.recipe.dequantize  # codes as floats, and their scales
     decomposed = job.network.choices[name].action == "decompose"
     if job.method is not None:
         copies += job.method.workspace(len(job.experts), decomposed)
@@ -108,28 +160,48 @@ def _decomposes(job: Job) -> bool:
 
 def plan_notes(job: Job) -> list[str]:
     """What a user may not expect of this recipe, in sentences."""
-    method = job.method
+    method, notes = job.method, list(job.notes)
     if len(job.experts) == 2 and method is not None and method.name == "cart":
-        return [
+        notes.append(
             "About the average, two experts have equal and opposite task vectors: 'cart' gives their average, whatever its settings. "
             "With two experts use a method about the base, such as tsv_m, or adarank."
-        ]
-    return []
+        )
+    return notes
 
 
-def unheeded(job: Job) -> dict[str, float]:
-    """Tensors that are kept from the base though experts changed them -> the largest ‖τ‖ / ‖W₀‖. Reads those tensors."""
-    network, found = job.network, {}
-    for name, choice in network.choices.items():
-        if choice.action != "keep" or not network.tensors[name].dtype.is_floating_point or network.base is None:
-            continue
-        start = network.base.read(name)
-        whole = float(start.norm())
-        owners = [own for task, own in network.experts.items() if name in own.names and name not in network.heads[task]]
-        change = max((float((expert.read(name) - start).norm()) for expert in owners), default=0.0)
+def unheeded(job: Job) -> dict[str, dict[str, Any]]:
+    """What the record says of tensors that are kept from the base though experts have others. Reads those tensors.
+
+    Returns:
+        `kept_though_changed`: tensor -> the largest ‖τ‖ / ‖W₀‖ of experts that have it in the base's shape;
+        `kept_though_of_other_shape`: tensor -> task -> the shape that its expert has.
+    """
+    changed: dict[str, Any] = {}
+    shapes: dict[str, Any] = {}
+    for name in _kept_of_learned(job.network):
+        start = job.network.reference().read(name)
+        whole, change = float(start.norm()), 0.0
+        for task, member in _owners(job.network, name).items():
+            if member.info(name).shape != tuple(start.shape):
+                shapes.setdefault(name, {})[task] = list(member.info(name).shape)
+            else:
+                change = max(change, float((member.read(name) - start).norm()))
         if change > 0:
-            found[name] = change / whole if whole else float("inf")
-    return {name: round(share, 5) for name, share in found.items()}
+            changed[name] = round(change / whole, 5) if whole else float("inf")
+    return {"kept_though_changed": changed, "kept_though_of_other_shape": shapes}
+
+
+def _kept_of_learned(network: Network) -> list[str]:
+    """Tensors that are kept from the base, buffers that models compute not among them."""
+    if network.base is None:
+        return []
+    kept = [name for name, choice in network.choices.items() if choice.action == "keep"]
+    return [name for name in kept if not computed(network.base.info(name))]
+
+
+def _owners(network: Network, name: str) -> dict[str, Member]:
+    """The experts that have a tensor, and not as part of their head."""
+    return {t: m for t, m in network.experts.items() if name in m.names and name not in network.heads[t]}
 
 
 def describe(job: Job, out: Path | None = None) -> dict[str, Any]:

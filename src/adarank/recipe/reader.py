@@ -12,6 +12,8 @@ import yaml
 from adarank.adapt.methods import ADAPTIVE
 from adarank.adapt.multitask import Multitask
 from adarank.errors import RecipeError, itemise
+from adarank.io.hub import local_path
+from adarank.io.parsing import parse_yaml
 from adarank.methods import METHODS
 from adarank.modular import MODULAR
 from adarank.recipe.checks import check
@@ -37,6 +39,7 @@ def load_recipe(given: RecipeLike) -> Recipe:
     if isinstance(given, Mapping):
         return parse_recipe(given, Path.cwd())
     path = Path(given)
+    local_path(path, kind=RecipeError)
     values = _read_yaml(path, ())
     return parse_recipe(values, path.resolve().parent, str(path))
 
@@ -48,15 +51,19 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in inside:
         raise RecipeError(f"{path}: extends itself, by way of {inside[-1]}. Remove one of the extends lines.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a mapping of settings was needed, got {type(values).__name__}.")
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    if not isinstance(parent, str) or (path.parent / parent).resolve().parent != path.resolve().parent:
+    if (
+        not isinstance(parent, str)
+        or "\0" in parent
+        or (path.parent / parent).resolve().parent != path.resolve().parent
+    ):
         raise RecipeError(f"{path}: extends must name a recipe in the same folder, got {parent!r}.")
     return {**_read_yaml(path.parent / parent, (*inside, path.resolve())), **values}
 

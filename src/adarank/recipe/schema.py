@@ -16,6 +16,7 @@ from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.selection import Select
 from adarank.data.spec import DataSettings, TaskSpec
+from adarank.io.hub import called, same_model
 from adarank.methods import METHODS, Method
 from adarank.methods.per_tensor import resolve
 from adarank.modular import MODULAR, Modular, Surgery
@@ -41,6 +42,12 @@ class ModelEntry(Settings):
     parameters: dict[str, Any] = Field({}, description="settings")
     task: TaskSpec | None = None
 
+    @property
+    def has_task(self) -> bool:
+        """Whether the recipe says more of a task than what tables call the model."""
+        given = self.task.model_dump(exclude_unset=True, exclude_none=True) if self.task else {}
+        return bool(given.keys() - {"name"})
+
 
 class AdaptBlock(AdaptSettings):
     """The `adapt` block: the loop's settings and perhaps a preset that gives their defaults."""
@@ -60,6 +67,7 @@ class Recipe(Settings):
     select: Select = Select()
     dtype: _Dtype | None = None
     out_dtype: _Dtype | None = None
+    dequantize: bool = False
     tokenizer_source: Literal["base"] | None = None
     adapt: AdaptBlock | None = None
     data: DataSettings = DataSettings()
@@ -95,9 +103,15 @@ class Recipe(Settings):
     @property
     def experts(self) -> dict[str, ModelEntry]:
         """Task name -> model. The base, if it is listed among the models as mergekit allows, is no expert."""
-        uses_base = self.merge_method != "linear"
-        entries = [m for m in self.models if not (uses_base and m.model == self.base_model and m.task is None)]
-        return dict(zip(_task_names(entries), entries, strict=True))
+        base = None if self.merge_method == "linear" else self.base_model
+        entries = [m for m in self.models if m.has_task or not same_model(m.model, base, self.folder)]
+        reserved = {"base"} if self.base_model else set()  # what tables and records call the base
+        return dict(zip(_task_names(entries, reserved, self.folder), entries, strict=True))
+
+    @property
+    def tasks(self) -> dict[str, TaskSpec]:
+        """Task name -> what the recipe says of the task, for models that have one. A name alone is a label."""
+        return {name: entry.task for name, entry in self.experts.items() if entry.task and entry.has_task}
 
     @property
     def kinds(self) -> set[str]:
@@ -149,14 +163,19 @@ class Recipe(Settings):
         return parse(kind, values, f"parameters of '{self.merge_method}'")
 
 
-def _task_names(entries: list[ModelEntry]) -> list[str]:
-    """Each expert's task name: as given, else the last part of its path; made unique by a number."""
-    names = [e.task.name if e.task and e.task.name else Path(e.model.split("@")[0]).name for e in entries]
+def _task_names(entries: list[ModelEntry], reserved: set[str], folder: Path) -> list[str]:
+    """Each expert's task name: as given, else the last part of its path; made unique by a number.
+
+    Arguments:
+        reserved: names that only the recipe itself may ask for, and is refused then.
+    """
+    given = [e.task.name if e.task else None for e in entries]
+    names = [name or called(e.model, folder) for name, e in zip(given, entries, strict=True)]
     counts = Counter(names)
     taken = {name for name in names if counts[name] == 1}
     unique = []
-    for name in names:
-        if counts[name] > 1:
+    for name, label in zip(names, given, strict=True):
+        if counts[name] > 1 or (not label and name in reserved):
             name = next(n for n in (f"{name}-{i}" for i in count(1)) if n not in taken)
             taken.add(name)
         unique.append(name)

@@ -16,7 +16,7 @@ from adarank.adapt.methods import ADAPTIVE
 from adarank.errors import CheckpointError, itemise
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.record import Note
-from adarank.io.writer import check_output
+from adarank.io.writer import claimed
 from adarank.methods import merge_tensors
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe, parse_recipe
@@ -99,7 +99,12 @@ def run(
     Raises:
         AdaRankError: a file of the demo is missing or changed, or `out` cannot be written.
     """
-    check_output(out, force)
+    with claimed(out, force) as place:
+        return _run(place, quick, seed, force, note, progress, zoo)
+
+
+def _run(out: Path, quick: bool, seed: int, force: bool, note: Note, progress: Progress | None, zoo: Path) -> Table:
+    """What `run` does, once the output is this run's alone."""
     check_zoo(zoo)
     recipe = load_recipe(zoo / "recipe.yaml")
     jobs = {row: open_job(_changed(recipe, changes, quick, seed)) for row, changes in ROWS.items()}

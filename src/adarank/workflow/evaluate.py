@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from adarank.alignment.task_vectors import Network
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.errors import MismatchError
+from adarank.errors import CheckpointError, MismatchError
 from adarank.io.bundle import is_bundle
 from adarank.io.checkpoint import Checkpoint
+from adarank.io.files import read_json
+from adarank.io.hub import local_path
 from adarank.io.record import Note
 from adarank.io.writer import RECORD
 from adarank.methods import Method, merge_tensors
@@ -46,6 +47,8 @@ def evaluate(
         split: `test`, or `select` while choosing settings.
     """
     recipe = load_recipe(recipe)
+    for path in outputs:
+        local_path(path)
     job = open_job(recipe)
     data = load_tasks(job)
     opened = {_row(path, recipe): _open_output(path, job.network) for path in map(Path, outputs)}
@@ -71,12 +74,22 @@ def evaluate(
 
 @contextmanager
 def heads_of(out: Path, models: TaskModels) -> Iterator[None]:
-    """While it is open the models have the heads of an output: those of the experts, unless it was trained."""
+    """While it is open the models have the heads of an output: those of the experts, unless it was trained.
+
+    Raises:
+        MismatchError: it was trained, and the head of a task is not there or is of another shape.
+    """
+    trained = "training" in read_json(out / RECORD)
     before = {task: {n: own.detach().clone() for n, own in head.items()} for task, head in models.heads.items()}
     for task, head in models.heads.items():
         file = out / "heads" / task / "head.safetensors"
         if file.exists():
-            _fill_head(head, load_file(file), str(file))
+            stored = Checkpoint(file)
+            _fill_head(head, {name: stored.read(name) for name in stored.tensors}, str(file))
+        elif head and trained:
+            raise MismatchError(
+                f"{file}: is missing, and this output was trained with heads of its own. Copy the output again."
+            )
     try:
         yield
     finally:
@@ -146,8 +159,16 @@ def _score_each(
 
 def _row(path: Path, recipe: Recipe) -> str:
     """A row's name: the output's path, whether it was trained on labels, and whether what it learned from may be scored."""
-    file = path / RECORD
-    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    record = read_json(path / RECORD)
+    try:
+        return _row_of(path, record, recipe)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / RECORD}: a damaged record ({type(error).__name__}: {error}). Copy it again, or merge again."
+        ) from None
+
+
+def _row_of(path: Path, record: Mapping[str, Any], recipe: Recipe) -> str:
     used = record.get("adaptation") or record.get("statistics") or record.get("training")
     if not used:
         return str(path)

@@ -18,6 +18,7 @@ from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
+from adarank.io.archive import load_signed
 from adarank.io.checkpoint import DAMAGED
 from adarank.io.record import Note
 from adarank.io.state import write_state
@@ -157,7 +158,7 @@ def _by_row(rows: list[int], values: Tensor, count: int) -> Tensor:
 def _read(path: Path, fingerprint: str) -> dict[str, Outputs] | None:
     """What is kept, or None if there is nothing, it is damaged, or it is of others: then it is computed anew."""
     try:
-        content = torch.load(path, weights_only=True)
+        content = load_signed(path)
         if content["fingerprint"] != fingerprint:
             return None
         return {task: Outputs(own["logits"], own["features"]) for task, own in content["outputs"].items()}

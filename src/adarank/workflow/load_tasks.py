@@ -130,11 +130,10 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
         )
     if spec.columns.label not in table:
         return [None] * count
-    by_name = {str(label): int(number) for label, number in (config.get("label2id") or {}).items()}
-    # a configuration that names no classes has transformers' default of two
-    classes = len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
+    by_name, classes = _classes(config, name)
     found: list[int | None] = []
-    for row, value in enumerate(table[spec.columns.label], start=1):
+    for row, stored in enumerate(table[spec.columns.label], start=1):
+        value = stored.tolist() if hasattr(stored, "tolist") else stored  # of NumPy's numbers and arrays plain ones
         if (
             value is None or value != value or str(value).strip() in ("-1", "")
         ):  # how files say that a label is withheld
@@ -144,12 +143,23 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
         number = int(value) if named is None and _is_integer(value) else named
         if number is None or not 0 <= number < classes:
             known = ", ".join(by_name) or f"0 to {classes - 1}"
-            shown = value.item() if hasattr(value, "item") else value
             raise DataError(
-                f"task '{name}': row {row} has label {shown!r}; the expert knows {known}. Use its class numbers or names."
+                f"task '{name}': row {row} has label {value!r}; the expert knows {known}. Use its class numbers or names."
             )
         found.append(number)
     return found
+
+
+def _classes(config: Mapping[str, Any], task: str) -> tuple[dict[str, int], int]:
+    """Class name -> number, and how many classes there are, by an expert's `config.json`."""
+    try:
+        by_name = {str(label): int(number) for label, number in (config.get("label2id") or {}).items()}
+        # a configuration that names no classes has transformers' default of two
+        return by_name, len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DataError(
+            f"task '{task}': config.json of its expert names no classes that can be read (label2id, id2label or num_labels: {error}). Mend it."
+        ) from None
 
 
 def _is_integer(value: Any) -> bool:

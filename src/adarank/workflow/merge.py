@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ from torch import Tensor
 
 from adarank.adapt.history import Progress
 from adarank.data.task import TaskData
-from adarank.errors import AdaRankError, OutputError
+from adarank.errors import OutputError
+from adarank.io.output_folder import check_outside, remove_ours
+from adarank.io.paths import portable, read_paths
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json
+from adarank.io.writer import atomic_folder, claimed, state_folder, write_folders, write_record
 from adarank.methods import Informed, merge_tensors
 from adarank.methods.task_aware.base import Taskwise
-from adarank.outputs.write import parts_of, write_bundle, write_head, write_root_files
+from adarank.outputs.write import check_companions, parts_of, write_bundle, write_head, write_root_files
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.plan import describe, settings_in_force, unheeded
 from adarank.recipe.reader import RecipeLike, load_recipe
+from adarank.recipe.schema import Recipe
 from adarank.spectral.mask_file import FILE as MASKS_FILE
 from adarank.workflow.adapt import Adaptation, adapt_job
 from adarank.workflow.calibrate import inform_job, sampled
@@ -55,10 +58,23 @@ def merge(
         Interrupted: adaptation was stopped; the same call continues it.
     """
     recipe = load_recipe(recipe)
-    out = Path(out)
-    check_output(out, force)
+    with claimed(Path(out), force) as place:
+        return _merge(recipe, place, force, note, progress, data)
+
+
+def _merge(
+    recipe: Recipe,
+    out: Path,
+    force: bool,
+    note: Note,
+    progress: Progress | None,
+    data: Mapping[str, TaskData] | None,
+) -> dict[str, Any]:
+    """What `merge` does, once the output is this run's alone."""
     clock = Clock()
     job = open_job(recipe)
+    check_outside(out, read_paths(job))
+    check_companions(job)
     _check_disk(job, out)
     torch.manual_seed(recipe.seed)
     if data is None:
@@ -67,7 +83,7 @@ def merge(
         sampled(job.method, data)  # refused here, before anything is computed
     note("Hashing the inputs")
     record: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
+        "recipe": portable(recipe),
         "settings": settings_in_force(job),
         "seed": recipe.seed,
         "versions": versions(),
@@ -76,7 +92,7 @@ def merge(
     }
     state = out.parent / f".{out.name}.state"
     learned: Adaptation | Training | Assembly | None = None
-    with _no_leavings(state):
+    with _kept(state) if recipe.needs_data else nullcontext():
         if job.method is None:
             learn = train_job if recipe.trains else assemble_job if recipe.modular else adapt_job
             learned = learn(Run(job, data, record, state / "state.pt", note, progress))
@@ -94,28 +110,29 @@ def merge(
         else:
             _write_merged(folder, job, tensors, learned)
         record |= {"training" if recipe.trains else "adaptation": learned.report} if learned else {}
-        record |= {"kept_though_changed": unheeded(job), "plan": describe(job), **clock.spent()}
-        write_json(folder / RECORD, record)
-    shutil.rmtree(state, ignore_errors=True)
+        record |= {**unheeded(job), "plan": describe(job), **clock.spent()}
+        write_record(folder, record)
+    remove_ours(state)
     return record
 
 
 @contextmanager
-def _no_leavings(state: Path) -> Iterator[None]:
-    """An adaptation that fails before it has saved a state leaves nothing of it behind, nor do statistics that fail."""
-    try:
-        yield
-    except AdaRankError:
-        if not any(state.rglob("state.pt")):  # of a start that is adapted itself, too
-            shutil.rmtree(state, ignore_errors=True)
-        raise
+def _kept(state: Path) -> Iterator[None]:
+    """While it is open `state` is this run's folder. What fails before a state is saved leaves nothing of it behind."""
+    with state_folder(state):
+        try:
+            yield
+        except Exception:  # of whatever kind
+            if not any(state.rglob("state.pt")):  # of a start that is adapted itself, too
+                remove_ours(state)
+            raise
 
 
 def _write_merged(
     folder: Path, job: Job, tensors: Iterator[tuple[str, Tensor]], learned: Adaptation | Training | Assembly | None
 ) -> None:
     """One model: its weights, what lies beside them, each task's head, and the masks."""
-    write_checkpoint(folder, job.layout(), tensors)
+    write_folders(folder, job.layout(), tensors, [module.path for module in job.root.modules])
     write_root_files(folder, job)
     for task, names in job.network.heads.items():
         if names:
