@@ -22,7 +22,8 @@ SOURCE = ROOT / "src" / "adarank"
 LAYERS = [
     {"errors"},
     {"settings"},
-    {"io", "data"},
+    {"io"},
+    {"data"},
     {"alignment"},
     {"models", "sparsify"},
     {"spectral"},

@@ -368,8 +368,7 @@ def _network(
     sources = {task: MemorySource(_state(expert), f"expert '{task}'") for task, expert in experts.items()}
     for source in sources.values():
         check_any(source)
-    root = MemorySource(_state(base), "base") if base is not None else None
-    network = align(root, sources, select, task_heads=True)
+    network = align(MemorySource(_state(base), "base") if base is not None else None, sources, select, task_heads=True)
     check_modules(network, base, experts)
     return network
 

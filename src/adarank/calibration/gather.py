@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from adarank.alignment.task_vectors import Network, member_tensors
 from adarank.calibration.hooks import Grams, Seen, add_squared_gradients, label_weights, linear_layers, watched
 from adarank.io.archive import load_signed
-from adarank.io.checkpoint import DAMAGED, check_finite
+from adarank.io.checkpoint import check_finite
+from adarank.io.pickled import DAMAGED
 from adarank.io.record import Note
 from adarank.io.state import write_state
 from adarank.methods import Fisher, Informed, RegMean, RegMeanPlusPlus, merge_tensor

@@ -66,7 +66,7 @@ def load_saved(file: Path, mmap: bool = False) -> Any:
     Raises:
         ValueError: damaged, as far as a CRC-32 tells.
         pickle.UnpicklingError: it would need to run code.
-        RuntimeError, ...: damaged in another way; see `checkpoint.DAMAGED`.
+        RuntimeError, ...: damaged in another way; see `pickled.DAMAGED`.
     """
     check_archive(file)
     return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zip(file))

@@ -7,8 +7,6 @@ tensor into memory. safetensors files (one or sharded) are mapped, so their byte
 
 from __future__ import annotations
 
-import pickle
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -18,26 +16,13 @@ import torch
 from torch import Tensor
 
 from adarank.errors import CheckpointError, OutputError, RecipeError, itemise, reading
-from adarank.io.archive import check_archive, is_zip
-from adarank.io.files import check_file, file_sha256, open_safetensors, read_json
+from adarank.io.files import file_sha256, open_safetensors, read_json
 from adarank.io.hub import local_path
+from adarank.io.pickled import LEGACY, check_members, load_pickled, shared_storage
 from adarank.io.quantised import DEQUANTISE, FLOAT8, method_beside, method_in, quantised_file
 from adarank.io.sentence import Module, modules_of
 from adarank.io.side_files import side_files
 
-LEGACY = (".bin", ".pt", ".pth")
-# What PyTorch's weights-only reader raises on bytes that are no pickle of its own.
-DAMAGED = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-)
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -104,7 +89,7 @@ class MemorySource:
         self.label = label
         self._state = dict(state)
         self.tensors = {n: TensorInfo(n, tuple(t.shape), t.dtype, label) for n, t in self._state.items()}
-        self.aliases = _shared_storage(self._state)
+        self.aliases = shared_storage(self._state)
         self.config: Mapping[str, Any] = {}
         self.quantisation: str | None = None
         self.modules: Sequence[Module] = ()
@@ -168,7 +153,7 @@ class Checkpoint:
 
     def _check_bytes(self, file: str) -> None:
         if file in self._unchecked:
-            _check_archive(Path(file), tensors=True)
+            check_members(Path(file), tensors=True)
             self._unchecked.discard(file)
 
     @property
@@ -217,11 +202,11 @@ class Checkpoint:
         self._handles[str(file)] = handle
 
     def _open_legacy(self, file: Path, prefix: str) -> None:
-        state = _load_legacy(file)
+        state = load_pickled(file)
         for name, tensor in state.items():
             _check_plain(tensor, name, file)
             self._add(prefix, TensorInfo(name, tuple(tensor.shape), tensor.dtype, str(file)))
-        self.aliases.update({prefix + name: prefix + first for name, first in _shared_storage(state).items()})
+        self.aliases.update({prefix + name: prefix + first for name, first in shared_storage(state).items()})
         self._handles[str(file)] = state
         self._unchecked.add(str(file))
 
@@ -262,18 +247,6 @@ def _unread(file: Path, name: str, dtype: str) -> str:
     """The sentence about a tensor whose dtype is none that is read."""
     remedy = "Save it in another dtype." if "complex" in dtype or dtype.startswith("C") else DEQUANTISE
     return f"{file}: tensor '{name}' has dtype {dtype}, and adarank reads {', '.join(DTYPES)}. {remedy}"
-
-
-def _shared_storage(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> the earlier name whose memory it shares entirely: the tied weights of a state dict."""
-    places: dict[tuple[Any, ...], str] = {}
-    aliases = {}
-    for name, tensor in state.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        first = places.setdefault(place, name)
-        if first != name and tensor.numel():
-            aliases[name] = first
-    return aliases
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -344,44 +317,6 @@ def leads_out(name: str) -> bool:
     """True if a name that a file gives of another one beside it leads out of their folder."""
     parts = name.replace("\\", "/").split("/")
     return ".." in parts or name == "" or parts[0] == "" or PureWindowsPath(name).drive != "" or "\0" in name
-
-
-def _load_legacy(file: Path) -> dict[str, Tensor]:
-    """A pickled state dict, read without running any code from it."""
-    check_file(file)
-    _check_archive(file, tensors=False)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:160]
-        if "torchao" in str(error):
-            raise CheckpointError(f"{file}: quantised (torchao). {DEQUANTISE}") from None
-        raise CheckpointError(
-            f"{file}: this pickle needs to run code to load, which adarank never does ({reason}). If you trust its origin, "
-            f"convert it once in an isolated environment: torch.load('{file.name}', weights_only=False), then "
-            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
-        ) from None
-    except DAMAGED as error:
-        raise _damaged(file, error) from None
-    for wrapper in ("state_dict", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(f"{file}: not a state dict of tensors. Save model.state_dict() with safetensors.")
-    return {str(name): tensor for name, tensor in state.items()}
-
-
-def _check_archive(file: Path, tensors: bool) -> None:
-    try:
-        check_archive(file, tensors)
-    except (ValueError, OSError) as error:
-        raise _damaged(file, error) from None
-
-
-def _damaged(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: damaged weights file ({str(error)[:160] or 'it ends too early'}). Copy or download it again."
-    )
 
 
 def _check_plain(tensor: Tensor, name: str, file: Path) -> None:

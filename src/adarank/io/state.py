@@ -11,7 +11,7 @@ import torch
 
 from adarank.errors import OutputError, RecipeError
 from adarank.io.archive import load_signed, signed
-from adarank.io.checkpoint import DAMAGED
+from adarank.io.pickled import DAMAGED
 
 _STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
           "judged", "judging_seconds", "start", "best", "source", "starts", "memory"}  # fmt: skip

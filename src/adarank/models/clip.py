@@ -21,8 +21,9 @@ from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, TensorInfo
 from adarank.io.hub import local_path
 from adarank.models.image import ImageClassifiers
+from adarank.models.loading import LOCALLY, loading
 from adarank.models.text import tokenizer_of
-from adarank.models.tied import LOCALLY, held_tensors, loading, refuse_missing, stored_keys
+from adarank.models.tied import held_tensors, refuse_missing, stored_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ from typing import Any
 from adarank.errors import CheckpointError
 from adarank.io.hub import configuration_errors
 from adarank.io.parsing import parse_json
-from adarank.models.family import quiet_transformers
+from adarank.models.loading import quiet_transformers
 from adarank.models.text import AFTER_PADDING
 
 

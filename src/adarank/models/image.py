@@ -22,7 +22,7 @@ from adarank.io.files import read_json
 from adarank.io.hub import local_path
 from adarank.models.depth import bits_per_channel
 from adarank.models.family import Family
-from adarank.models.tied import LOCALLY, loading
+from adarank.models.loading import LOCALLY, loading
 
 _KEPT_BYTES = 128 * 2**20  # processed images that a task keeps in memory; the rest are processed anew for each batch
 _LEAST = 2**13  # pixels that a small image counts as: batches of more than 128 are slower on a CPU, not faster

@@ -17,7 +17,7 @@ from adarank.errors import CheckpointError, DataError
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import read_json
 from adarank.models.family import Family
-from adarank.models.tied import LOCALLY, loading
+from adarank.models.loading import LOCALLY, loading
 
 
 class TextExamples:

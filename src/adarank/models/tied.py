@@ -6,22 +6,16 @@ it ties the tensors of several modules together by name, and fills them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adarank.alignment.selection import computed
 from adarank.alignment.task_vectors import Network
-from adarank.errors import AdaRankError, CheckpointError, MismatchError, itemise
-from adarank.models.family import loaded_names, quiet_transformers
-
-# What every loader of `transformers` is told: no code of a checkpoint runs, nobody is asked, nothing is fetched.
-LOCALLY: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+from adarank.errors import CheckpointError, MismatchError, itemise
+from adarank.models.loading import loaded_names
 
 
 @dataclass(frozen=True)
@@ -172,30 +166,3 @@ def refuse_missing(module: nn.Module, missing: Iterable[str], where: str) -> Non
         f"random.{headless} Give the whole model that was fine-tuned for the task, its head included; to merge it "
         "without a head, leave its task out of the recipe."
     )
-
-
-@contextmanager
-def loading(folder: Path, failure: str, remedy: str) -> Iterator[None]:
-    """Around a loader of `transformers`: it is quiet, asks nobody, and what it raises becomes a sentence.
-
-    Arguments:
-        failure: what the sentence says of the folder, such as `no usable tokenizer`.
-
-    Raises:
-        CheckpointError: the loader gave up.
-    """
-    try:
-        with quiet_transformers():
-            yield
-    except AdaRankError:
-        raise
-    except Exception as error:  # of damaged files its loaders, and the parsers below them, raise every class there is
-        raise CheckpointError(f"{folder}: {failure} ({_why(error)}). {remedy}") from error
-
-
-def _why(error: Exception) -> str:
-    """Why a loader gave up, in a line."""
-    if "trust_remote_code" in str(error):
-        return "it needs code of its own, auto_map, which adarank never runs"
-    text = " ".join(str(error).split())[:200]
-    return text if type(error) in (OSError, ValueError, RuntimeError) and text else f"{type(error).__name__}: {text}"

@@ -15,7 +15,7 @@ from adarank.io.files import open_safetensors, read_json
 from adarank.io.hub import local_path
 from adarank.io.writer import BUNDLE, RECORD
 from adarank.models import FAMILIES, foreign_code, kind_of
-from adarank.models.tied import LOCALLY, loading
+from adarank.models.loading import LOCALLY, loading
 from adarank.settings import nearest
 
 

@@ -9,16 +9,18 @@ import torch
 
 from adarank.alignment.align import align
 from adarank.alignment.task_vectors import Network
-from adarank.errors import RecipeError, itemise
-from adarank.io.checkpoint import Checkpoint
+from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
+from adarank.io.checkpoint import Checkpoint, check_any
+from adarank.io.dequantise import Dequantised
+from adarank.io.hub import resolve
+from adarank.io.quantised import quantisation, refuse_quantised
 from adarank.io.sentence import check_modules
 from adarank.io.writer import Layout, layout_bytes
 from adarank.methods import Method
 from adarank.methods.task_aware.base import Site, Taskwise, layouts, sites_of
-from adarank.models import FAMILIES, Family, foreign_code, kind_of, no_classifier
+from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
 from adarank.models.compatibility import check_compatible
 from adarank.recipe.checks import different_kinds
-from adarank.recipe.plan import _check_bodies, _no_classifier, _open, _refuse
 from adarank.recipe.schema import Recipe
 
 
@@ -160,3 +162,45 @@ def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
     known = {kind for kind in kinds.values() if kind}
     _refuse([*problems, *([different_kinds(known)] if len(known) > 1 else [])])
     return FAMILIES[known.pop()] if known else None
+
+
+def _open(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+    """The recipe's base and experts, which are not quantised, or turned into floats. All problems at once."""
+    problems: list[str] = []
+
+    def opened(reference: str) -> list[Checkpoint]:
+        try:
+            checkpoint = Checkpoint(resolve(reference, recipe.folder), reference)
+            check_any(checkpoint)
+            return [Dequantised(checkpoint) if recipe.dequantize and quantisation(checkpoint) else checkpoint]
+        except AdaRankError as error:
+            problems.append(str(error))
+            return []
+
+    base = opened(recipe.base_model) if recipe.base_model else []
+    experts = {task: opened(entry.model) for task, entry in recipe.experts.items()}
+    if problems:
+        heading = f"{len(problems)} checkpoints cannot be read:"
+        raise CheckpointError(problems[0] if len(problems) == 1 else itemise(heading, problems))
+    refuse_quantised([*base, *(checkpoint for each in experts.values() for checkpoint in each)])
+    return next(iter(base), None), {task: each[0] for task, each in experts.items()}
+
+
+def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Network) -> None:
+    """A body alone can merge, and neither be adapted nor scored on data."""
+    with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
+    bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]
+    _refuse([_no_classifier(task, experts[task]) for task in bodies])
+
+
+def _no_classifier(task: str, expert: Checkpoint) -> str:
+    return (
+        f"models: the expert of task '{task}' ({expert.label}) is a {classes_of(expert.config)} by its config.json, without the head of a classifier. "
+        f"Tasks are of {', '.join(FAMILIES)}: give the model that was fine-tuned as one, or no task, as models merge without tasks too."
+    )
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        heading = f"recipe: {len(problems)} problem(s)."
+        raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))

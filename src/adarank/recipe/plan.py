@@ -3,67 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adarank.alignment.selection import computed
 from adarank.alignment.task_vectors import Member, Network
-from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
-from adarank.io.checkpoint import Checkpoint, check_any
-from adarank.io.dequantise import Dequantised
-from adarank.io.hub import resolve
-from adarank.io.quantised import quantisation, refuse_quantised
 from adarank.io.writer import layout_bytes
 from adarank.methods import Informed, RegMean
-from adarank.models import FAMILIES, classes_of, no_classifier
 from adarank.recipe.job import Job
-from adarank.recipe.schema import Recipe
 
 _RUNTIME_BYTES = 300 * 2**20  # PyTorch and Python themselves
-
-
-def _open(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
-    """The recipe's base and experts, which are not quantised, or turned into floats. All problems at once."""
-    problems: list[str] = []
-
-    def opened(reference: str) -> list[Checkpoint]:
-        try:
-            checkpoint = Checkpoint(resolve(reference, recipe.folder), reference)
-            check_any(checkpoint)
-            return [Dequantised(checkpoint) if recipe.dequantize and quantisation(checkpoint) else checkpoint]
-        except AdaRankError as error:
-            problems.append(str(error))
-            return []
-
-    base = opened(recipe.base_model) if recipe.base_model else []
-    experts = {task: opened(entry.model) for task, entry in recipe.experts.items()}
-    if problems:
-        heading = f"{len(problems)} checkpoints cannot be read:"
-        raise CheckpointError(problems[0] if len(problems) == 1 else itemise(heading, problems))
-    refuse_quantised([*base, *(checkpoint for each in experts.values() for checkpoint in each)])
-    return next(iter(base), None), {task: each[0] for task, each in experts.items()}
-
-
-def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Network) -> None:
-    """A body alone can merge, and neither be adapted nor scored on data."""
-    with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
-    bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]
-    _refuse([_no_classifier(task, experts[task]) for task in bodies])
-
-
-def _no_classifier(task: str, expert: Checkpoint) -> str:
-    return (
-        f"models: the expert of task '{task}' ({expert.label}) is a {classes_of(expert.config)} by its config.json, without the head of a classifier. "
-        f"Tasks are of {', '.join(FAMILIES)}: give the model that was fine-tuned as one, or no task, as models merge without tasks too."
-    )
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        heading = f"recipe: {len(problems)} problem(s)."
-        raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))
 
 
 def peak_bytes(job: Job) -> int:

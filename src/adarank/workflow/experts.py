@@ -19,7 +19,7 @@ from adarank.adapt.settings import AdaptSettings
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.io.archive import load_signed
-from adarank.io.checkpoint import DAMAGED
+from adarank.io.pickled import DAMAGED
 from adarank.io.record import Note
 from adarank.io.state import write_state
 from adarank.models import TaskModels

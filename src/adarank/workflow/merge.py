@@ -18,13 +18,13 @@ from adarank.adapt.history import Progress
 from adarank.data.task import TaskData
 from adarank.errors import OutputError
 from adarank.io.output_folder import check_outside, remove_ours
-from adarank.io.paths import portable, read_paths
 from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import atomic_folder, claimed, state_folder, write_folders, write_record
 from adarank.methods import Informed, merge_tensors
 from adarank.methods.task_aware.base import Taskwise
 from adarank.outputs.write import check_companions, parts_of, write_bundle, write_head, write_root_files
 from adarank.recipe.job import Job, open_job
+from adarank.recipe.paths import portable, read_paths
 from adarank.recipe.plan import describe, settings_in_force, unheeded
 from adarank.recipe.reader import RecipeLike, load_recipe
 from adarank.recipe.schema import Recipe

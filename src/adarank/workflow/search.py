@@ -24,12 +24,12 @@ from adarank.io.hub import local_path
 from adarank.io.lock import resolved
 from adarank.io.output_folder import check_ours, is_as_listed, read_list, remove_ours, sha256
 from adarank.io.parsing import parse_json, parse_yaml, repetition
-from adarank.io.paths import portable
 from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import json_text, locked, state_folder, write_json, write_text
 from adarank.methods import METHODS, Informed, Method
 from adarank.models import TaskModels
 from adarank.recipe.job import Job, open_job
+from adarank.recipe.paths import portable
 from adarank.recipe.reader import load_recipe
 from adarank.recipe.schema import Recipe
 from adarank.settings import nearest, parse
