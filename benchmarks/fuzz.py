@@ -107,7 +107,13 @@ class Watch:
         if isinstance(path, int) or path is None:
             return
         place = os.readlink(f"/proc/self/fd/{folder}") if isinstance(folder, int) and folder >= 0 else ""
-        full = os.path.realpath(os.path.join(place, os.fsdecode(path)))
+        given = os.path.join(place, os.fsdecode(path))
+        follows = event in ("open", "os.truncate", "os.chmod", "os.chown")  # the others are about a link itself
+        full = (
+            os.path.realpath(given)
+            if follows
+            else os.path.join(os.path.realpath(os.path.dirname(given) or "."), os.path.basename(given))
+        )
         if not full.startswith(self.allowed):
             self.events.append(f"{event} {full}")
 
@@ -142,6 +148,7 @@ class Bed:
         for _ in range(rng.choice([1, 1, 1, 2])):
             if self.kind.made and (not self.files or rng.random() < 0.5):
                 name = rng.choice(list(self.kind.made))
+                remove(self.inputs / name)
                 (self.inputs / name).write_bytes(self.kind.made[name](rng))
             else:
                 file = rng.choice(self.files)
@@ -171,9 +178,17 @@ def changed_bytes(mutate: Callable[[random.Random, bytes], bytes], rng: random.R
         return mutations.mutated_bytes(rng, content)
 
 
+def remove(file: Path) -> None:
+    """Whatever is there."""
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    else:
+        file.unlink(missing_ok=True)
+
+
 def displaced(rng: random.Random, file: Path) -> None:
     """Something else in the file's place: a folder, nothing, an empty file, a broken link, itself."""
-    file.unlink()
+    remove(file)
     kind = rng.randrange(5)
     if kind == 0:
         file.mkdir()

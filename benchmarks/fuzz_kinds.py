@@ -153,7 +153,7 @@ def parquet(columns: dict[str, Any]) -> bytes:
 def odd_jsonl(rng: random.Random) -> bytes:
     rows = [{"text": "good bad", "label": 1}, {"text": "red blue", "label": 0}, {"text": "one", "label": "mood-1"}]
     lines = (
-        [json.dumps(row) for row in mutated_tree(rng, rows)] if rng.random() < 0.8 else ["[" * 90, "{}", "3", "null"]
+        [json.dumps(mutated_tree(rng, row)) for row in rows] if rng.random() < 0.8 else ["[" * 90, "{}", "3", "null"]
     )
     return "\n".join(lines).encode()
 

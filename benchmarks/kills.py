@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -152,6 +153,7 @@ def kill_all(folder: Path, kills: int, seed: int, commands: list[Command] = COMM
     while sum(seen["killed"] for seen in ends.values()) < kills:
         for command in commands:
             ends[command.name] += strike(command, known[command.name], folder, zoo, draw)
+        print(f"{sum(seen['killed'] for seen in ends.values())} kills so far", file=sys.stderr, flush=True)
     return ends
 
 

@@ -147,7 +147,7 @@ def test_notes_are_shown_and_recorded(tmp_path: Path, capsys: Any) -> None:
     save(tmp_path / "base", base, LLAMA)
     for name, state in experts.items():
         save(tmp_path / name, state, {**LLAMA, "max_position_embeddings": 128})
-    path = text_zoo.recipe(tmp_path, base_model="base", merge_method="average", models=[{"model": own} for own in experts])  # fmt: skip
+    path = text_zoo.recipe(tmp_path, base_model="base", merge_method="average", models=[{"model": name} for name in experts])  # fmt: skip
     assert main(["plan", str(path)]) == 0
     assert "max_position_embeddings is 64 in the base, 128 in expert 'task0'" in " ".join(capsys.readouterr().out.split())  # fmt: skip
     record = adarank.merge_recipe(path, tmp_path / "out")

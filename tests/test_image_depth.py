@@ -47,7 +47,7 @@ def tiff(bits: int, channels: int, photometric: int = 2, planar: int = 1, kind: 
     listed = [(256, 1, SIDE), (257, 1, SIDE), (258, channels, after if channels > 2 else bits), (259, 1, 1),
               (262, 1, photometric), (273, 1, after + 2 * channels), (277, 1, channels), (278, 1, SIDE),
               (279, 1, len(content)), (284, 1, planar), (339, 1, kind)]  # fmt: skip
-    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, *own) for tag, *own in listed)
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, *values) for tag, *values in listed)
     return b"II*\0" + struct.pack("<IH", 8, len(listed)) + entries + bytes(4) + struct.pack("<H", bits) * channels + content  # fmt: skip
 
 
@@ -94,8 +94,8 @@ PLAIN = {
 def load(folder: Path, content: bytes) -> None:
     """A task's two images, the second with this content. Pillow tells formats by content, whatever the name says."""
     (folder / "data" / "cat").mkdir(parents=True)
-    for number, own in enumerate((png(8, 2, 3), content)):
-        (folder / "data" / "cat" / f"{number}.png").write_bytes(own)
+    for number, image in enumerate((png(8, 2, 3), content)):
+        (folder / "data" / "cat" / f"{number}.png").write_bytes(image)
     processor().save_pretrained(folder)
     (folder / "config.json").write_text('{"num_channels": 3}')
     reader = TaskReader(FAMILIES["image-classification"], DataSettings(), folder)

@@ -27,7 +27,7 @@ def without(folder: Path, drop: Callable[[str], bool]) -> list[str]:
     """Take tensors out of a model's file; returns their names."""
     file = folder / "model.safetensors"
     state = load_file(file)
-    save_file({name: own for name, own in state.items() if not drop(name)}, file, {"format": "pt"})
+    save_file({name: tensor for name, tensor in state.items() if not drop(name)}, file, {"format": "pt"})
     return [name for name in state if drop(name)]
 
 
@@ -86,8 +86,8 @@ def test_a_body_alone_is_no_expert_of_a_task(tmp_path: Path, capsys: Any) -> Non
         assert main([command[0], str(text_zoo.recipe(folder)), *command[1:]]) == 1
         text = " ".join(capsys.readouterr().err.split())
         assert "task 'mood' (models/mood) is a BertModel by its config.json, without the head of a classifier" in text
-    bare = [{"model": "models/mood"}, {"model": "models/colour"}]  # without tasks they merge
-    path = text_zoo.recipe(folder, "bare.yaml", models=bare, select={"head": ["classifier*"]})
+    untasked = [{"model": "models/mood"}, {"model": "models/colour"}]  # without tasks they merge
+    path = text_zoo.recipe(folder, "untasked.yaml", models=untasked, select={"head": ["classifier*"]})
     assert main(["merge", str(path), str(tmp_path / "out")]) == 0
 
 
@@ -105,9 +105,9 @@ def test_a_model_with_another_head_has_no_classes(tmp_path: Path, name: str, kin
         save(tmp_path / task, state, config)
     (tmp_path / "rows.jsonl").write_text('{"text": "no label here"}\n' * 9)
     task = {"data": "rows.jsonl", **({"kind": kind} if kind else {})}
-    path = text_zoo.recipe(tmp_path, base_model="base", merge_method="average", models=[{"model": own, "task": {"name": own, **task}} for own in experts])  # fmt: skip
+    path = text_zoo.recipe(tmp_path, base_model="base", merge_method="average", models=[{"model": name, "task": {"name": name, **task}} for name in experts])  # fmt: skip
     for command in (["plan", path], ["merge", path, tmp_path / "out"], ["evaluate", path]):
-        assert main([str(own) for own in command]) == 1
+        assert main([str(part) for part in command]) == 1
         text = " ".join(capsys.readouterr().err.split())
         assert f"task 'task0' (task0) is a {name} by its config.json" in text
         assert "task1" in text
@@ -135,6 +135,8 @@ def test_a_head_of_other_classes_than_the_config_is_refused(tmp_path: Path) -> N
     file = folder / "models" / "colour" / "config.json"
     config = json.loads(file.read_text())
     labels = {str(number): f"colour-{number}" for number in range(5)}
-    file.write_text(json.dumps({**config, "id2label": labels, "label2id": {own: int(n) for n, own in labels.items()}}))
+    file.write_text(
+        json.dumps({**config, "id2label": labels, "label2id": {label: int(n) for n, label in labels.items()}})
+    )
     with pytest.raises(AdaRankError, match=r"models/colour: cannot be loaded .*"):
         adarank.evaluate_recipe(text_zoo.recipe(folder))

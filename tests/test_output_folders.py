@@ -417,7 +417,7 @@ def test_side_files_keep_their_permissions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["models/base", "models/mood"])
 def test_a_link_out_of_a_models_folder_is_refused(tmp_path: Path, where: str) -> None:
     zoo = text_zoo.make_zoo(tmp_path / "zoo")
-    (tmp_path / "secret").write_text("key")
+    (tmp_path / "secret").write_text("{}")
     file = zoo / where / "tokenizer_config.json"
     file.unlink()
     file.symlink_to(tmp_path / "secret")

@@ -174,7 +174,8 @@ def test_experts_without_modules_leave_the_bases_as_they_are(tmp_path: Path) -> 
     models = make_zoo(tmp_path) / "models"
     top = tensors(3, {"linear.weight": (4, 16), "linear.bias": (4,)})
     encoder(models / "base", load_file(models / "base" / "model.safetensors"), top)
-    (models / "base" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    config = json.loads((models / "mood" / "config.json").read_text())
+    (models / "base" / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
     record = adarank.merge_recipe(recipe(tmp_path), tmp_path / "out")
     assert record["plan"]["tensors"]["2_Dense/linear.weight"]["reason"] == "in the base only: no expert has it"
     written = load_file(tmp_path / "out" / "2_Dense" / "model.safetensors")

@@ -58,13 +58,13 @@ def vocab_json(folder: Path, words: Sequence[str], added: Sequence[str] = ()) ->
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: row for row, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    decoder = {str(len(words) + i): {"content": own} for i, own in enumerate(added)}
+    decoder = {str(len(words) + i): {"content": token} for i, token in enumerate(added)}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
     return folder
 
 
 def _added(folder: Path, words: Sequence[str], added: Sequence[str]) -> None:
-    (folder / "added_tokens.json").write_text(json.dumps({own: len(words) + i for i, own in enumerate(added)}))
+    (folder / "added_tokens.json").write_text(json.dumps({token: len(words) + i for i, token in enumerate(added)}))
 
 
 def message(*fields: tuple[int, bytes]) -> bytes:
@@ -226,10 +226,10 @@ def test_folders_without_a_vocabulary_are_left_out(tmp_path: Path) -> None:
 
 def language_models(folder: Path, words: Mapping[str, Sequence[str]]) -> Path:
     """Models of one shape with an embedding table, and a recipe."""
-    for number, (name, own) in enumerate(words.items()):
+    for number, (name, listed) in enumerate(words.items()):
         state = {"model.embed_tokens.weight": torch.randn(ROWS, 4), "model.layers.0.mlp.up_proj.weight": torch.randn(4, 4)}  # fmt: skip
         save(folder / name, {key: value + number for key, value in state.items()}, {"model_type": "none"})
-        fast(folder / name, own)
+        fast(folder / name, listed)
     models = [{"model": name} for name in words if name != "base"]
     return recipe(folder, merge_method="task_arithmetic", base_model="base", models=models, parameters={"weight": 0.5})
 
@@ -249,7 +249,7 @@ def test_a_merge_of_other_vocabularies_is_refused(tmp_path: Path, command: str, 
 
 def test_experts_without_a_base_are_compared_too(tmp_path: Path) -> None:
     path = language_models(tmp_path, {"base": WORDS, "a": WORDS[::-1], "b": WORDS})
-    values = {"merge_method": "average", "models": [{"model": str(tmp_path / own)} for own in "ab"], "device": "cpu"}
+    values = {"merge_method": "average", "models": [{"model": str(tmp_path / name)} for name in "ab"], "device": "cpu"}
     with pytest.raises(MismatchError, match="in expert 'a'"):
         adarank.open_job(adarank.load_recipe(values))
     assert path.exists()

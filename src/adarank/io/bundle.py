@@ -104,13 +104,28 @@ class About:
 
     @classmethod
     def parsed(cls, content: Mapping[str, Any]) -> About:
-        """What `plain` gave."""
+        """What `plain` gave. JSON may hold anything: a `ValueError`, `KeyError`, … if it is not that."""
+        _check_types(content)
         names = {task: Names(own["prefix"], dict(own["renamed"])) for task, own in content["tasks"].items()}
         bad = [task for task in names if task in ("", ".", "..") or "/" in task or "\\" in task]
         if bad:
             raise ValueError(f"'{bad[0]}' names no task")
         tensors = {n: (tuple(own["shape"]), DTYPES[own["dtype"]]) for n, own in content["tensors"].items()}
         return cls(content["kind"], dict(content["settings"]), content["models"], tensors, names)
+
+
+def _check_types(content: Mapping[str, Any]) -> None:
+    """Names are text, shapes and sizes are counts; a `ValueError` if not."""
+    renamed = [own["renamed"] for own in content["tasks"].values()]
+    texts = [content["kind"], content["models"] or "", *(own["prefix"] for own in content["tasks"].values())]
+    texts += [name or "" for own in renamed for name in own.values()]
+    sizes, shapes = content["bytes"], [own["shape"] for own in content["tensors"].values()]
+    counts = [sizes["bundle"], sizes["shared"], sizes["experts"], sizes["one"], *sizes["tasks"].values()]
+    counts += [length for shape in shapes for length in shape]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a name that is no text")
+    if not all(isinstance(count, int) and 0 <= count < 2**63 for count in counts):
+        raise ValueError("a size that is no count")
 
 
 def task_folder(folder: Path, task: str) -> Path:

@@ -321,13 +321,12 @@ def leads_out(name: str) -> bool:
 
 def _check_plain(tensor: Tensor, name: str, file: Path) -> None:
     """Refuse what a pickle may hold beside ordinary tensors: sparse, nested, quantised and empty-handed (meta) ones."""
-    ordinary = not (tensor.is_nested or tensor.is_sparse or tensor.is_quantized or tensor.is_meta)
-    if not ordinary or tensor.layout != torch.strided:
+    if tensor.dtype not in _READ.values():
+        raise CheckpointError(_unread(file, name, str(tensor.dtype).removeprefix("torch.")))
+    if tensor.is_nested or tensor.is_sparse or tensor.is_meta or tensor.layout != torch.strided:
         raise CheckpointError(
             f"{file}: tensor '{name}' holds no ordinary numbers, and adarank reads dense tensors of {', '.join(DTYPES)}. Save the model again in one of these."
         )
-    if tensor.dtype not in _READ.values():
-        raise CheckpointError(_unread(file, name, str(tensor.dtype).removeprefix("torch.")))
 
 
 def check_finite(tensor: Tensor, name: str, file: str) -> Tensor:

@@ -5,6 +5,7 @@ The only file that names `huggingface_hub`.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ def local_path(given: str | Path, folder: Path | None = None, kind: type[AdaRank
     except (FileNotFoundError, NotADirectoryError):
         pass  # nothing is there: the caller says what was needed
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise kind(f"{path}: is a link that leads back to itself. Give another path.") from None
         raise kind(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from None
     except (ValueError, RuntimeError) as error:  # a NUL, a lone surrogate; `~name` of nobody
         raise kind(f"{str(given)!r}: no path ({error}). Give another.") from None
@@ -101,7 +104,7 @@ def _download(reference: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=PATTERNS))
     except Exception as error:  # the hub client's errors share no base class
         raise CheckpointError(
-            f"{reference}: not a local path, and the hub did not give it ({type(error).__name__}: {error}). "
+            f"{reference}: not a local path, and the hub did not give it ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
             "Check the name and revision, log in if it is private, or download it and give the folder."
         ) from error
 

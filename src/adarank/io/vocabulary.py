@@ -115,8 +115,8 @@ def _tokenizer_json(file: Path) -> Vocabulary:
     content = _object(file)
     model = content["model"]
     listed = model["vocab"]
-    ids = _integers(file, listed) if isinstance(listed, dict) else {own[0]: row for row, own in enumerate(listed)}
-    ids |= {own["content"]: int(own["id"]) for own in content.get("added_tokens") or ()}
+    ids = _integers(file, listed) if isinstance(listed, dict) else {entry[0]: row for row, entry in enumerate(listed)}
+    ids |= {entry["content"]: int(entry["id"]) for entry in content.get("added_tokens") or ()}
     merges = tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ())
     return Vocabulary(file, ids, merges, {key: content.get(key) for key in ("normalizer", "pre_tokenizer")})
 
@@ -151,10 +151,10 @@ def _tiktoken(content: bytes) -> Iterator[tuple[str, int]]:
 
 def _sentencepiece(content: bytes) -> list[str]:
     """The pieces of a SentencePiece model in order: field 1 of its message, and of each its field 1."""
-    pieces = [next(text for number, text in _fields(own) if number == 1) for number, own in _fields(content) if number == 1]  # fmt: skip
+    pieces = [next(text for number, text in _fields(piece) if number == 1) for number, piece in _fields(content) if number == 1]  # fmt: skip
     if not pieces:
         raise ValueError("neither a SentencePiece model nor a table of tiktoken")
-    return [own.decode("utf-8") for own in pieces]
+    return [piece.decode("utf-8") for piece in pieces]
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -194,7 +194,7 @@ def _decoder(file: Path, config: Mapping[str, Any]) -> dict[str, int]:
     """The added tokens that tokenizer_config.json lists by id."""
     listed = config.get("added_tokens_decoder") or {}
     try:
-        return {str(own["content"]): int(number) for number, own in listed.items()}
+        return {str(entry["content"]): int(number) for number, entry in listed.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file}: added_tokens_decoder is no table of tokens ({error}). Copy or download it again."

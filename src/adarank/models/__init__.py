@@ -46,7 +46,7 @@ def no_classifier(config: Mapping[str, Any], head: bool = True) -> bool:
         head: the model has tensors beside its body, which may be a classifier's though the class is that of a body.
     """
     named = classes_of(config)
-    of_a_family = any(own in named for family in ALL for own in family.architectures)
+    of_a_family = any(part in named for family in ALL for part in family.architectures)
     return bool(named) and not of_a_family and (not head or _OTHER_HEAD.search(named) is not None)
 
 

@@ -33,10 +33,12 @@ def check_compatible(network: Network, base: Checkpoint | None, experts: Mapping
         CheckpointError: a file of a vocabulary or an image processor is damaged.
     """
     members = _labelled(base, experts)
-    of_settings, notes = compare_configurations({name: own.config for name, own in members.items()}, _tied(network))
-    folders = {name: own.folder for name, own in members.items() if own.path.is_dir()}
+    of_settings, notes = compare_configurations(
+        {name: member.config for name, member in members.items()}, _tied(network)
+    )
+    folders = {name: member.folder for name, member in members.items() if member.path.is_dir()}
     holders, rows = _tables(network)
-    of_tokens, more = compare_vocabularies({name: own for name, own in folders.items() if name in holders}, rows)
+    of_tokens, more = compare_vocabularies({name: folder for name, folder in folders.items() if name in holders}, rows)
     _refuse(of_settings, of_tokens)
     return [*notes, *more, *compare_processors(folders)]
 
@@ -47,13 +49,18 @@ def check_modules(network: Network, base: object, experts: Mapping[str, object])
     Raises:
         MismatchError: a setting that decides what shared tensors compute differs.
     """
-    readers = {n: getattr(getattr(own, "config", None), "to_dict", None) for n, own in _labelled(base, experts).items()}
+    readers = {
+        n: getattr(getattr(member, "config", None), "to_dict", None) for n, member in _labelled(base, experts).items()
+    }
     configs = {name: read() for name, read in readers.items() if read is not None}
     _refuse(compare_configurations(configs, _tied(network))[0], [])
 
 
 def _labelled(base: Member | None, experts: Mapping[str, Member]) -> dict[str, Member]:
-    return {**({"the base": base} if base is not None else {}), **{f"expert '{t}'": own for t, own in experts.items()}}
+    return {
+        **({"the base": base} if base is not None else {}),
+        **{f"expert '{t}'": member for t, member in experts.items()},
+    }
 
 
 def _tied(network: Network) -> bool:
@@ -128,8 +135,8 @@ def compare_vocabularies(folders: Mapping[str, Path], rows: int) -> tuple[list[s
         rows: how many ids the embedding table has; tokens beyond them are no matter.
     """
     kinds = {name: kinds_of(folder) for name, folder in folders.items()}
-    kinds = {name: own for name, own in kinds.items() if own}
-    shared = next((kind for kind in ("tokens", "pieces") if all(kind in own for own in kinds.values())), None)
+    kinds = {name: listed for name, listed in kinds.items() if listed}
+    shared = next((kind for kind in ("tokens", "pieces") if all(kind in listed for listed in kinds.values())), None)
     if rows == 0 or len(kinds) < 2:
         return [], []
     if shared is None:

@@ -100,8 +100,8 @@ def compare_configurations(
         problems += [text for key, text in said.items() if difference.decides(key)]
         rest = [text for key, text in said.items() if not difference.decides(key) and difference.matters(key)]
         notes += [f"config.json: {few(rest)}."] if rest else []
-        for part, own in _parts(kind, config):
-            firsts.setdefault(part, (name, own))
+        for part, inner in _parts(kind, config):
+            firsts.setdefault(part, (name, inner))
     return problems, notes
 
 
@@ -206,7 +206,7 @@ def compare_processors(folders: Mapping[str, Path]) -> list[str]:
     Raises:
         CheckpointError: a processor's file is damaged.
     """
-    settings = {name: own for name, folder in folders.items() if (own := _processor(folder))}
+    settings = {name: content for name, folder in folders.items() if (content := _processor(folder))}
     notes = []
     first = next(iter(settings), "")
     for name, other in settings.items():

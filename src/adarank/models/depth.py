@@ -65,5 +65,5 @@ def _jpeg2000(content: bytes) -> list[int]:
 
 def _avif(content: bytes) -> int:
     """Its `av1C` box has one bit for more than 8 bits a channel (AV1-ISOBMFF, 2.3.3)."""
-    boxes = (content[found.end() :] for found in re.finditer(b"av1C", content))
+    boxes = (content[mark.end() :] for mark in re.finditer(b"av1C", content))
     return 10 if any(len(box) > 2 and box[2] & 0x40 for box in boxes) else 8

@@ -60,10 +60,6 @@ def _kind(out: Path) -> str | None:
     """What the models of an output do, as its record says."""
     plan = read_json(out / RECORD).get("plan")
     kind = plan.get("kind") if isinstance(plan, dict) else None
-    if kind is not None and kind not in FAMILIES:
-        raise CheckpointError(
-            f"{out / RECORD}: models of the kind {kind!r}; known are {', '.join(FAMILIES)}. Merge again."
-        )
     return kind
 
 
@@ -86,6 +82,8 @@ def empty(config: Mapping[str, Any], kind: str | None, where: Path) -> nn.Module
     foreign = foreign_code(config)
     if foreign:
         raise CheckpointError(f"{where}: {foreign}, and adarank never runs code of a checkpoint.")
+    if kind is not None and kind not in FAMILIES:
+        raise CheckpointError(f"{where}: models of the kind {kind!r}; known are {', '.join(FAMILIES)}. Merge again.")
     kind = kind or kind_of(config)
     if kind is None and not hasattr(transformers, name):
         raise CheckpointError(
