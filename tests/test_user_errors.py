@@ -292,7 +292,7 @@ def test_tensors_that_hold_no_plain_numbers_are_named(plain: Path, odd: torch.Te
     save_bin(plain / "a", {"w": odd})
     told = refused(capsys, "merge", "r.yaml", "out")
     assert (
-        "pytorch_model.bin: tensor 'w' has dtype complex64" in told
+        "pytorch_model.bin: tensor 'w' has dtype" in told
         or "pytorch_model.bin: tensor 'w' holds" in told
         or "needs to run code" in told
     )
