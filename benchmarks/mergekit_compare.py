@@ -10,7 +10,8 @@ seeded noise. The second form prints mergekit's merges of the tiny models that a
 
 `dare_*` and `della*` drop at random, each tool from numbers of its own, so their recipes here drop nothing. Those of
 `ties` and `breadcrumbs*` agree because seeded noise has hardly two equal magnitudes at a threshold: mergekit's
-sort is not stable, and which of two equals is kept is its accident.
+sort is not stable, and which of two equals is kept is its accident. Those of `arcee_fusion` agree on tensors of up to
+10⁶ entries: of larger ones mergekit takes quartiles of a random sample.
 
 Two differences are meant: a recipe without tasks merges every float tensor, embeddings included, as mergekit does, but
 adarank keeps integer buffers from the base; and adarank's arithmetic is float32 whatever the inputs' dtype, with one
@@ -122,6 +123,14 @@ def selecting() -> dict[str, dict[str, Any]]:
         "della, nothing dropped": recipe("della", plain, {"epsilon": 0.1}),
         "della_linear, nothing dropped": recipe("della_linear", plain),
         "sce": recipe("sce", [None] * 3),
+        "ties, switches over the layers": recipe(
+            "ties", plain, {**density, "normalize": [False, True], "rescale": [True, False]}
+        ),
+        "arcee_fusion": recipe("arcee_fusion", plain) | {"models": [{"model": "./code"}]},
+        "ram": recipe("ram", [None] * 3, {"epsilon": 0.02}),
+        "ram, defaults": recipe("ram", [None] * 3),
+        "ramplus_tl": recipe("ramplus_tl", [None] * 3, {"epsilon": [0.01, 0.03]}),
+        "ramplus_tl, r and alpha": recipe("ramplus_tl", [None] * 3, {"epsilon": 0.02, "r": [0.1, 0.9], "alpha": 3.0}),
         "sce, a third selected": recipe("sce", [None] * 3, {"select_topk": 0.3, "int8_mask": True}),
     }
 
@@ -145,6 +154,45 @@ def _others(plain: list[float]) -> dict[str, dict[str, Any]]:
         "model_stock": recipe("model_stock", [None] * 3),
         "model_stock, filter_wise": recipe("model_stock", [None] * 3, {"filter_wise": True}),
         "task_arithmetic, lambda as gradient": recipe("task_arithmetic", plain, {"lambda": [0.2, 1.0]}),
+        **_on_the_sphere(plain),
+        **_switches(plain),
+    }
+
+
+def _on_the_sphere(plain: list[float]) -> dict[str, dict[str, Any]]:
+    """Karcher means, Multi-SLERP and NearSwap."""
+    one = {"models": [{"model": "./code"}]}
+    alone = {"models": [{"model": f"./{name}"} for name in EXPERTS]}
+    karcher = {"merge_method": "karcher", **alone}
+    return {
+        "karcher": karcher,
+        "karcher, one step": karcher | {"parameters": {"max_iter": 1}},
+        "karcher, tolerance over the layers": karcher | {"parameters": {"max_iter": 50, "tol": [1e-2, 1e-6]}},
+        "karcher, base listed": karcher | {"models": [{"model": "./base"}, *alone["models"]]},
+        "multislerp": recipe("multislerp", plain),
+        "multislerp, no base": {k: v for k, v in recipe("multislerp", plain).items() if k != "base_model"},
+        "multislerp, gradient": recipe("multislerp", [GRADIENT, [1.0, 0.0], 0.5]),
+        "multislerp, filters, not normalised": recipe("multislerp", [FILTERED, 0.5, 1.0], {"normalize_weights": False}),
+        "nearswap": recipe("nearswap", plain, {"t": 0.01}) | one,
+        "nearswap, gradients by filter": recipe("nearswap", plain, {"t": FILTERED}) | one,
+    }
+
+
+def _switches(plain: list[float]) -> dict[str, dict[str, Any]]:
+    """Settings that are true or false, over the layers and by filter."""
+    switch = [{"filter": "mlp", "value": [False, True, True]}, {"filter": "self_attn", "value": True}, {"value": False}]
+    two = {"models": recipe("nuslerp", plain)["models"][:2]}
+    return {
+        "linear, normalize over the layers": recipe("linear", plain, {"normalize": [True, False]}),
+        "linear, normalize by filter": recipe("linear", plain, {"normalize": switch}),
+        "task_arithmetic, normalize over the layers": recipe("task_arithmetic", plain, {"normalize": [False, True]}),
+        "task_arithmetic, normalize by filter": recipe("task_arithmetic", plain, {"normalize": switch}),
+        "nuslerp, switches by filter": recipe(
+            "nuslerp", plain, {"nuslerp_flatten": switch, "nuslerp_row_wise": [True, False]}
+        )
+        | two,
+        "model_stock, filter_wise over the layers": recipe("model_stock", [None] * 3, {"filter_wise": [True, False]}),
+        "multislerp, normalize_weights by filter": recipe("multislerp", plain, {"normalize_weights": switch}),
     }
 
 

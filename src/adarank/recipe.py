@@ -38,9 +38,6 @@ _NOT_DONE = {
 # mergekit's methods that this tool has not, and the nearest that it has.
 _NOT_HERE = {
     "passthrough": "It copies layers and merges nothing; copy the model, or use mergekit for layer slices.",
-    **dict.fromkeys(("karcher", "multislerp"), "Use 'nuslerp' for two models, 'linear' for more."),
-    **dict.fromkeys(("nearswap", "arcee_fusion"), "Use 'slerp' or 'nuslerp'."),
-    **dict.fromkeys(("ram", "ramplus_tl"), "Use 'ties' or 'sce'."),
 }
 
 
@@ -86,6 +83,12 @@ class Recipe(Settings):
     layer_range: tuple[int, int] | None = None  # of the one slice that the models were given in: it must be all layers
 
     @property
+    def merges_base(self) -> bool:
+        """True if a base that is listed among the models is merged as they are."""
+        kind = METHODS.get(self.merge_method)
+        return kind is not None and kind.merges_base
+
+    @property
     def adaptive(self) -> bool:
         return self.merge_method in ADAPTIVE
 
@@ -112,7 +115,7 @@ class Recipe(Settings):
     @property
     def experts(self) -> dict[str, ModelEntry]:
         """Task name -> model. The base, if it is listed among the models as mergekit allows, is no expert."""
-        uses_base = self.merge_method != "linear"
+        uses_base = not self.merges_base
         entries = [m for m in self.models if not (uses_base and m.model == self.base_model and m.task is None)]
         return dict(zip(_task_names(entries), entries, strict=True))
 
@@ -282,9 +285,9 @@ def _problems(recipe: Recipe) -> list[str]:
     given = Counter(m.task.name for m in recipe.models if m.task and m.task.name)
     problems += [f"models: {times} tasks are called '{name}'. Give each a name of its own."
                  for name, times in given.items() if times > 1]  # fmt: skip
-    if recipe.merge_method == "linear" and recipe.base_model not in (None, *(m.model for m in recipe.models)):
+    if recipe.merges_base and recipe.base_model not in (None, *(m.model for m in recipe.models)):
         problems.append(
-            "base_model: 'linear' sums the models alone. List the base among the models too, or remove base_model."
+            f"base_model: '{recipe.merge_method}' merges the models alone. List the base among the models too, or remove base_model."
         )
     if not recipe.experts:
         problems.append("models: no expert is given. A merge needs at least one.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adarank.methods.arcee_fusion import ArceeFusion
 from adarank.methods.average import WeightAverage
 from adarank.methods.base import Method, merge_tensor, merge_tensors
 from adarank.methods.breadcrumbs import Breadcrumbs
@@ -21,10 +22,15 @@ from adarank.methods.fisher import Fisher
 from adarank.methods.informed import Informed
 from adarank.methods.iso_c import IsoC
 from adarank.methods.iso_cts import IsoCTS
+from adarank.methods.karcher import Karcher
 from adarank.methods.linear import Linear
 from adarank.methods.masked import Masked
 from adarank.methods.model_stock import ModelStock
+from adarank.methods.multislerp import MultiSlerp
+from adarank.methods.nearswap import NearSwap
 from adarank.methods.nuslerp import NuSlerp
+from adarank.methods.ram import RAM
+from adarank.methods.ramplus_tl import RAMPlus
 from adarank.methods.regmean import RegMean
 from adarank.methods.regmean_plus_plus import RegMeanPlusPlus
 from adarank.methods.sce import SCE
@@ -43,6 +49,10 @@ ALL: tuple[type[Method], ...] = (
     Linear,
     Slerp,
     NuSlerp,
+    MultiSlerp,
+    Karcher,
+    NearSwap,
+    ArceeFusion,
     ModelStock,
     TaskArithmetic,
     Ties,
@@ -53,6 +63,8 @@ ALL: tuple[type[Method], ...] = (
     DellaLinear,
     Della,
     SCE,
+    RAM,
+    RAMPlus,
     TiesMerging,
     Dare,
     DareTiesMerging,
