@@ -1,4 +1,4 @@
-"""What `adarank demo` prints, how long it takes and how much memory: the record that the README shows.
+"""What `adarank demo` prints, how long it takes and how much memory: the record of the kind "demo" that the README shows.
 
     python benchmarks/demo.py FOLDER [--quick] [--threads 2]
 
@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from adarank.record import machine, versions
-from adarank.writer import write_json
+from records import FOLDER, Records
+
+from adarank.io.record import machine, versions
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,12 +43,15 @@ def main() -> None:
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     # where the package lies is this machine's business
     shown = [line for line in lines if "site-packages" not in line and str(ROOT) not in line]
-    write_json(
-        ROOT / "records" / "demo-8" / ("demo-quick.json" if options.quick else "demo.json"),
+    # each step's line is left out
+    progress = [line.rstrip() for line in done.stderr.splitlines() if str(ROOT) not in line and line[:5] != "step "]
+    Records(FOLDER / "demo-8.jsonl").write(
         {
+            "kind": "demo",
+            "name": "quick" if options.quick else "whole",
             "command": " ".join(["adarank", "demo", *flags]),
             "shown": shown,
-            "progress": [line.rstrip() for line in done.stderr.splitlines() if str(ROOT) not in line],
+            "progress": progress,
             "seconds": round(seconds, 1),
             "peak_resident_bytes": peak,
             "versions": versions(),

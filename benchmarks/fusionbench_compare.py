@@ -1,6 +1,6 @@
 """adarank beside FusionBench: the same models and settings merged by both, method by method, compared tensor by tensor.
 
-    python benchmarks/fusionbench_compare.py --venv VENV [--record records/peers/fusion-bench.json]
+    python benchmarks/fusionbench_compare.py --venv VENV [--records FILE]
 
 VENV is an environment of its own; it is made, and torch and fusion-bench are installed there from the registry with
 all their dependencies, if it is not there yet. `fusionbench_driver.py` runs in it and calls FusionBench's own
@@ -29,12 +29,12 @@ import torch
 from fusionbench_models import NOISE, SHAPES, SHARED, SPREAD, Experts, Models, State, classifier, inputs, models
 from fusionbench_rules import Rule
 from peers import environment, head, largest, last_line
+from records import FOLDER, Records
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adarank
-from adarank.masks import MaskFile
-from adarank.writer import write_json
+from adarank.spectral.mask_file import MaskFile
 
 REQUIREMENTS = ("torch==2.13.0", "fusion-bench==0.2.33")
 COUNTED = ("fusion-bench", "torch", "numpy", "lightning", "transformers")
@@ -210,6 +210,7 @@ def write_models(folder: Path, given: Mapping[str, Models]) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     python = environment(arguments.venv, REQUIREMENTS)
     record = head(
+        "FusionBench",
         "the same models and settings merged by adarank and by FusionBench's algorithms",
         "python benchmarks/fusionbench_compare.py --venv VENV",
         {"shapes": SHAPES, "spread": SPREAD, "noise": NOISE, "shared_noise": SHARED, "rounding": ROUNDING},
@@ -293,13 +294,11 @@ def kept(change: State) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, required=True, help="FusionBench's environment; made if it is not there")
-    parser.add_argument("--record", type=Path, default=Path("records/peers/fusion-bench.json"))
+    parser.add_argument("--records", type=Path, metavar="FILE", default=FOLDER / "peers.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    record = run(arguments)
-    arguments.record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.record, record)
+    Records(arguments.records).write(run(arguments))
 
 
 if __name__ == "__main__":

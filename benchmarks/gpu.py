@@ -1,6 +1,6 @@
 """AdaRank on a GPU beside the processor: the same results, and what a merge and an adaptation step take on each.
 
-    python benchmarks/gpu.py [RECORD] [--steps 20] [--width 1024] [--threads 8]
+    python benchmarks/gpu.py [--steps 20] [--width 1024] [--threads 8]
 
 On demo-8: data-free merges, and the first steps of the default adaptation from the same start, on both devices. On one matrix of
 `width`² for each of eight tasks: decomposition, composition and the closed-form gradient of masks and λ. A difference is relative to a
@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import FOLDER, Records
 from torch import Tensor
 
-from adarank import demo, pipeline
-from adarank.blocks import task_vector_blocks
-from adarank.checkpoint import Checkpoint
+from adarank.io.checkpoint import Checkpoint
+from adarank.io.record import machine, versions
 from adarank.methods import METHODS, Method, merge_tensors
-from adarank.plan import open_job
-from adarank.recipe import load_recipe, parse_recipe
-from adarank.record import machine, versions
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.settings import parse
-from adarank.writer import write_json
+from adarank.spectral.blocks import task_vector_blocks
+from adarank.workflow import demo
+from adarank.workflow import merge as pipeline
 
-RECORD = Path(__file__).parent.parent / "records" / "costs" / "gpu.json"
 DEVICES = ("cpu", "cuda")
 DATA_FREE: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"lambda": 0.3},
@@ -155,7 +155,7 @@ def matrices(width: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path, nargs="?", default=RECORD)
+    parser.add_argument("--records", type=Path, metavar="FILE", default=FOLDER / "costs.jsonl")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
@@ -163,6 +163,8 @@ def main() -> None:
     own = parser.parse_args()
     torch.set_num_threads(own.threads)
     content = {
+        "kind": "cost",
+        "name": "gpu",
         "what": "the same work on the processor and on a GPU",
         "command": f"python benchmarks/gpu.py --steps {own.steps} --width {own.width} --threads {own.threads}",
         "seed": 0,
@@ -172,7 +174,7 @@ def main() -> None:
         "merges": merges(own.repeats),
         "adaptation": adaptation(own.steps),
     }
-    write_json(own.record, content)
+    Records(own.records).write(content)
     print(content)
 
 

@@ -5,7 +5,7 @@
 All data-free methods are measured unless some are named.
 
 FOLDER gets the inputs (seeded random weights, sharded safetensors) and the merged models; both are deleted after.
-Every merge is `adarank.pipeline.merge` in a process of its own, whose RssAnon (from /proc/PID/status: what it holds
+Every merge is `adarank.workflow.merge.merge` in a process of its own, whose RssAnon (from /proc/PID/status: what it holds
 beside mapped files) is sampled every 20 ms. PyTorch and transformers are in it; `imported` is their share.
 
 Methods with spectra take minutes of SVD over all layers. They are measured on fewer layers of the same shapes, as
@@ -26,15 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import FOLDER, Records
 from torch import Tensor
 
-from adarank import pipeline
-from adarank.masks import MaskFile, top_mask
+from adarank.io.record import machine, versions
+from adarank.io.writer import Layout, write_checkpoint
 from adarank.methods import METHODS, Informed
-from adarank.plan import open_job
-from adarank.recipe import DTYPES, parse_recipe
-from adarank.record import machine, versions
-from adarank.writer import Layout, write_checkpoint, write_json
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import parse_recipe
+from adarank.recipe.schema import DTYPES
+from adarank.spectral.mask_file import MaskFile
+from adarank.spectral.masks import top_mask
+from adarank.workflow import merge as pipeline
 
 EXPERTS = ("one", "two", "three")
 HIDDEN, VOCABULARY = 1024, 32_000
@@ -179,13 +182,13 @@ def measure(arguments: argparse.Namespace, folder: Path, method: str, layers: in
 
 def run(arguments: argparse.Namespace) -> None:
     """Every method asked for; the record is written anew after each."""
-    path = arguments.record or Path(f"records/costs/merge-memory-{arguments.dtype}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     dtype = DTYPES[arguments.dtype]
     hidden = arguments.hidden
     full = layers_for(arguments.gigabytes * 1e9, dtype, hidden)
     few = full if arguments.all_layers else min(full, arguments.layers)
     record: dict[str, Any] = {
+        "kind": "cost",
+        "name": f"merge memory, {arguments.dtype}",
         "what": "peak anonymous memory of merging a base and three experts, PyTorch included",
         "command": f"python benchmarks/merge_memory.py --folder FOLDER --dtype {arguments.dtype} --gigabytes "
         f"{arguments.gigabytes} --hidden {hidden} --layers {arguments.layers} --repeats {arguments.repeats} --threads "
@@ -209,7 +212,7 @@ def run(arguments: argparse.Namespace) -> None:
                 make_models(folder, layout(layers, dtype, hidden), arguments.seed)
             for method in wanted:
                 record["methods"][method] = measure(arguments, folder, method, layers)
-                write_json(path, record)
+                Records(arguments.records).write(record)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -227,7 +230,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--note", default="", help="kept in the record, such as what else the machine did")
-    parser.add_argument("--record", type=Path, help="default: records/costs/merge-memory-DTYPE.json")
+    parser.add_argument("--records", type=Path, metavar="FILE", default=FOLDER / "costs.jsonl")
     parser.add_argument("--worker", choices=list(DATA_FREE), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

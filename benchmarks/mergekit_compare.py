@@ -1,6 +1,6 @@
 """adarank beside mergekit: the same recipe file, unchanged, merged by both, compared tensor by tensor.
 
-    python benchmarks/mergekit_compare.py --venv VENV [--record records/peers/mergekit.json]
+    python benchmarks/mergekit_compare.py --venv VENV [--records FILE]
     python benchmarks/mergekit_compare.py --venv VENV --values tests/test_mergekit_values.py
 
 VENV is an environment of its own; it is made, with torch and mergekit from the registry, if it is not there yet.
@@ -34,13 +34,13 @@ from typing import Any
 import torch
 import yaml
 from peers import environment, head, largest, last_line, relative
+from records import FOLDER, Records
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adarank import pipeline
-from adarank.checkpoint import Checkpoint
 from adarank.errors import AdaRankError
-from adarank.recipe import load_recipe
-from adarank.writer import write_json
+from adarank.io.checkpoint import Checkpoint
+from adarank.recipe.reader import load_recipe
+from adarank.workflow import merge as pipeline
 
 REQUIREMENTS = ("torch==2.13.0", "mergekit==0.1.5")
 EXPERTS = ("code", "chat", "maths")
@@ -355,6 +355,7 @@ def _in_their_dtype(values: Mapping[str, Any], folder: Path, merged: Checkpoint)
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     python, seed = environment(arguments.venv, REQUIREMENTS), arguments.seed
     record = head(
+        "mergekit",
         "the same recipe file merged by adarank and by mergekit's command line",
         "python benchmarks/mergekit_compare.py --venv VENV",
         {"model": SHAPE, "experts": len(EXPERTS), "noise": NOISE}, seed, python, ("mergekit", "torch"),
@@ -400,7 +401,7 @@ def print_values(test: Path, python: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, required=True, help="mergekit's environment; made if it is not there")
-    parser.add_argument("--record", type=Path, default=Path("records/peers/mergekit.json"))
+    parser.add_argument("--records", type=Path, metavar="FILE", default=FOLDER / "peers.jsonl")
     parser.add_argument("--values", type=Path, help="print expected values for this test file instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -409,9 +410,7 @@ def main() -> None:
     if arguments.values:
         print_values(arguments.values, environment(arguments.venv, REQUIREMENTS))
         return
-    record = run(arguments)
-    arguments.record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.record, record)
+    Records(arguments.records).write(run(arguments))
 
 
 if __name__ == "__main__":

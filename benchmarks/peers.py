@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adarank.record import machine, versions
+from adarank.io.record import machine, versions
 
 State = Mapping[str, Tensor]
 _VERSIONS = """
@@ -67,11 +67,13 @@ def largest(ours: State, theirs: State) -> tuple[float, str]:
 
 
 def head(
-    what: str, command: str, settings: Mapping[str, Any], seed: int, python: Path, packages: Sequence[str]
+    peer: str, what: str, command: str, settings: Mapping[str, Any], seed: int, python: Path, packages: Sequence[str]
 ) -> dict[str, Any]:
     """The beginning of a record: what ran on what; `packages` are those of the peer's environment that count."""
     there = installed(python)
     return {
+        "kind": "peer",
+        "name": peer,
         "what": what,
         "command": command,
         "settings": settings,

@@ -1,6 +1,6 @@
 """One adaptation step by adarank's engine beside the same step by plain autograd: time and peak memory.
 
-    python benchmarks/step_vs_autograd.py FOLDER [--steps 20] [--threads 2] [--record records/costs/step.json]
+    python benchmarks/step_vs_autograd.py FOLDER [--steps 20] [--threads 2] [--records FILE]
 
 FOLDER holds `models/` and `text/` as examples/minilm-8/README.md describes. Both sides adapt the recipes
 adarank-cart.yaml (few components kept) and adarank-ta.yaml (all kept) of that folder, on the same batches.
@@ -29,24 +29,26 @@ from statistics import median
 from typing import Any
 
 import torch
+from records import FOLDER, Records
 from torch import Tensor
 from torch.func import functional_call
 
-from adarank import adaptation, networks
-from adarank.adapt.live import Learn, LiveWeights
-from adarank.adapt.loop import History, adapt
-from adarank.adapt.objective import entropy
+from adarank.adapt.history import History
+from adarank.adapt.live_weights import Learn, LiveWeights
+from adarank.adapt.loop import adapt
+from adarank.adapt.objectives import entropy
 from adarank.adapt.settings import AdaptSettings
-from adarank.blocks import Blocks, build_blocks
-from adarank.masks import top_mask
+from adarank.io.record import machine, versions
 from adarank.models import TaskModels
-from adarank.models.base import module_keys
-from adarank.plan import Job, open_job
-from adarank.recipe import load_recipe, parse_recipe
-from adarank.record import machine, versions
-from adarank.spectrum import as_matrix
-from adarank.tasks import load_tasks
-from adarank.writer import write_json
+from adarank.models.tied import module_keys
+from adarank.recipe.job import Job, open_job
+from adarank.recipe.reader import load_recipe, parse_recipe
+from adarank.spectral.blocks import Blocks, build_blocks
+from adarank.spectral.masks import top_mask
+from adarank.spectral.svd import as_matrix
+from adarank.workflow import adapt as adaptation
+from adarank.workflow import build_networks as networks
+from adarank.workflow.load_tasks import load_tasks
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "minilm-8"
 STARTS = {"CART": "adarank-cart", "TA": "adarank-ta"}
@@ -314,6 +316,8 @@ def memory(start: str, side: str, cache: Path, arguments: argparse.Namespace) ->
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     record: dict[str, Any] = {
+        "kind": "cost",
+        "name": "step",
         "what": "one adaptation step of AdaRank on minilm-8: engine beside plain autograd",
         "command": " ".join(
             ["python benchmarks/step_vs_autograd.py FOLDER --steps", str(arguments.steps), "--threads",
@@ -343,7 +347,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each side, in turn")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--by-task", action="store_true", help="reference: one product per task")
-    parser.add_argument("--record", type=Path, default=Path("records/costs/step.json"))
+    parser.add_argument("--records", type=Path, metavar="FILE", default=FOLDER / "costs.jsonl")
     parser.add_argument("--note", default="", help="kept in the record, such as what else the machine did")
     parser.add_argument("--start", choices=list(STARTS), help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
@@ -353,9 +357,7 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(one_side(arguments)))
         return
-    record = run(arguments)
-    arguments.record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.record, record)
+    Records(arguments.records).write(run(arguments))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/studies.py minilm-8|demo-8 FOLDER [--studies NAME …] [--runs NAME …] [--threads 2]
 
 FOLDER as for table.py. Every run is judged at its checks as the tool does, on unlabelled select inputs; beside that, and
-seen by nothing but this study, test inputs are scored there with labels. A run that the record has is not repeated.
+seen by nothing but this study, test inputs are scored there with labels. Each run is a record of the kind "run" in
+records/BED.jsonl, beside one of the kind "studies" of what all have in common; a run that is recorded is not repeated.
 Runs are shorter than adarank's default, all of a test bed equally (`SIZES`), so compare them with one another. In all else
 they are what adarank does by default, unless their label says otherwise.
 """
@@ -11,7 +12,6 @@ they are what adarank does by default, unless their label says otherwise.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -21,21 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import FOLDER, SIGNALS, Record, Records, columns
 from scipy.stats import spearmanr
-from table import BEDS, ROOT, Bench
+from table import BEDS, Bench
 
-from adarank.adapt.judge import Back, Judged, first_collapse, worse
-from adarank.adapt.loop import History, Loss, Memory, adapt
-from adarank.adapt.start import GLANCE
-from adarank.adaptation import task_losses
+from adarank.adapt.agreement import Judged, first_collapse, worse
+from adarank.adapt.choice import Back
+from adarank.adapt.history import History
+from adarank.adapt.learner import Loss, Memory
+from adarank.adapt.loop import adapt
+from adarank.adapt.start_search import GLANCE
 from adarank.data.splits import Splits
 from adarank.data.task import Batch, Examples, TaskData
-from adarank.experts import Outputs, expert_outputs, judge_of
-from adarank.networks import build_models, network_tensors
-from adarank.plan import open_job
-from adarank.record import machine, versions
-from adarank.scoring import score_all, score_experts
-from adarank.writer import write_json
+from adarank.io.record import machine, versions
+from adarank.recipe.job import open_job
+from adarank.workflow.adapt import task_losses
+from adarank.workflow.build_networks import build_models, network_tensors
+from adarank.workflow.evaluate import score_all, score_experts
+from adarank.workflow.experts import Outputs, expert_outputs, judge_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,6 @@ class Size:
 
 SIZES = {"demo-8": Size(60, 3, 128, 200), "minilm-8": Size(60, 3, 128, 200)}
 BINARY = {"mask": "binary"}  # the paper's
-SIGNALS = {"agreement": 1, "divergence": -1, "histogram": -1, "entropy": -1}  # which way is better
 Data = dict[str, TaskData]
 
 
@@ -214,44 +216,47 @@ def subsets(tasks: list[str], count: int = 20) -> dict[tuple[str, ...], str]:
 
 
 class Studies:
-    """All runs of a test bed, in one record."""
+    """All runs of a test bed.
 
-    def __init__(self, bench: Bench, path: Path) -> None:
-        self.bench, self.size, self.path = bench, SIZES[bench.bed.name], path
-        self.record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    Attributes:
+        common: the record of what they have in common: the experts' scores, what ran, and the correlations over all runs.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.size, self.records = bench, SIZES[bench.bed.name], bench.records
+        blank: Record = {"kind": "studies", "name": "all", "seed": 0}
+        self.common = self.records.first(**blank) or blank
         self.asked = bench.folder / "studies"
         self.asked.mkdir(parents=True, exist_ok=True)
 
     def experts(self) -> None:
         """What each task's own expert scores on the inputs that all runs are scored on."""
-        if "experts" not in self.record:
+        if "experts" not in self.common:
             scores = score_experts(self.bench.job, self.bench.models, self._scored(list(self.bench.data)), "test")
             self.bench.models.fill(network_tensors(self.bench.job, "base"))
-            self.record["experts"] = {task: round(own, 2) for task, own in scores.items()}
-            write_json(self.path, self.record)
+            self.common["experts"] = {task: round(score, 2) for task, score in scores.items()}
+            self.records.write(self.common)
 
     def _scored(self, tasks: list[str]) -> dict[str, TaskData]:
         return {task: self.bench.data[task].spread("test", self.size.scored) for task in tasks}
 
     def run(self, study: str, label: str, variant: Variant) -> None:
-        if label in self.record["runs"].get(study, {}):
+        if self.records.first(kind="run", study=study, name=label):
             return
         tasks = list(variant.tasks or self.bench.data)
-        start = {} if variant.tasks else self.record.get("start", {})
-        based = "basis" in variant.parameters
-        parameters = {**({} if based else start), **variant.parameters}
+        default = self.records.first(kind="run", study="objectives", name="self-label")
+        start = {} if default is None or variant.tasks or "basis" in variant.parameters else default["start"]
+        parameters = {**start, **variant.parameters}
         loop = {"steps": self.size.steps, "check_every": self.size.steps // (variant.checks or self.size.checks),
                 "check_inputs": self.size.watched, **variant.adapt}  # fmt: skip
         content = self._adapt(label, tasks, parameters, loop, variant)
-        if label == "self-label":
-            self.record["start"] = content["start"]
-        self.record["runs"].setdefault(study, {})[label] = content
-        self.record |= {
-            "correlations": correlations(list(self.bench.data), [r for own in self.record["runs"].values() for r in own.values()]),
+        self.records.write({"kind": "run", "study": study, "name": label, "seed": 0, **content})
+        self.common |= {
+            "correlations": correlations(list(self.bench.data), self.records.find(kind="run")),
             "command": f"python benchmarks/studies.py {self.bench.bed.name} FOLDER",
-            "scored_per_task": self.size.scored, "seed": 0, "inputs": self.bench.inputs, "versions": versions(), "machine": machine(),
+            "scored_per_task": self.size.scored, "inputs": self.bench.inputs, "versions": versions(), "machine": machine(),
         }  # fmt: skip
-        write_json(self.path, self.record)
+        self.records.write(self.common)
         chosen = (content["step_kept"], content["share_kept"])
         kept = next(c for c in content["checks"] + content["way_back"] if (c["step"], c["share"]) == chosen)
         print(f"{study} / {label}: agreement {mean(content['checks'][0], 'agreement'):.3f} -> {mean(kept, 'agreement'):.3f}, "
@@ -300,15 +305,16 @@ class Studies:
 def report(
     history: History, scores: Mapping[int, list[dict[str, float]]], parameters: Any, loop: Any, tasks: list[str]
 ) -> dict[str, Any]:
-    """A run as the record has it."""
+    """A run as its record has it; scores and signals of a check are lists over `tasks`."""
     choice = history.choice
     assert choice is not None
     best = max(history.starts, key=lambda own: own.value, default=None)
 
     def check(own: Back) -> dict[str, Any]:
-        signals = {task: {name: round(v, 4) for name, v in asdict(seen).items()} for task, seen in own.judged.items()}
-        scored = {t: round(v, 2) for t, v in scores[own.step].pop(0).items()}
-        return {"step": own.step, "share": own.share, "signals": signals, "scores": scored}
+        signals = columns({task: asdict(judged) for task, judged in own.judged.items()}, tasks, SIGNALS)
+        scored = scores[own.step].pop(0)
+        return {"step": own.step, "share": own.share, "scores": [round(scored[task], 2) for task in tasks],
+                "signals": {name: [round(value, 4) for value in values] for name, values in signals.items()}}  # fmt: skip
 
     return {
         "settings": {"parameters": dict(parameters), "adapt": dict(loop)},
@@ -328,11 +334,11 @@ def report(
 
 
 def mean(check: Mapping[str, Any], name: str) -> float:
-    return statistics.mean(own[name] for own in check["signals"].values())
+    return statistics.mean(check["signals"][name])
 
 
 def score(check: Mapping[str, Any]) -> float:
-    return statistics.mean(check["scores"].values())
+    return statistics.mean(check["scores"])
 
 
 def correlations(tasks: list[str], runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -346,9 +352,9 @@ def correlations(tasks: list[str], runs: list[dict[str, Any]]) -> dict[str, dict
     for name, sign in SIGNALS.items() if len(checks) > 2 else ():
         all_checks = spearmanr([sign * mean(own, name) for own in checks], [score(own) for own in checks])
         own_tasks = []
-        for task in tasks:
-            x = [sign * own["signals"][task][name] for own in checks]
-            y = [own["scores"][task] for own in checks]
+        for place in range(len(tasks)):
+            x = [sign * check["signals"][name][place] for check in checks]
+            y = [check["scores"][place] for check in checks]
             if len(set(x)) > 1 and len(set(y)) > 1:
                 own_tasks.append(float(spearmanr(x, y).statistic))
         found[name] = {"all_checks": float(all_checks.statistic), "per_task": statistics.mean(own_tasks or [0.0]),
@@ -360,19 +366,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bed", choices=BEDS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--records", type=Path, default=ROOT / "records")
+    parser.add_argument("--records", type=Path, metavar="FILE", help="default: records/BED.jsonl")
     parser.add_argument("--studies", nargs="*", default=[])
     parser.add_argument("--runs", nargs="*", default=[])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    bench = Bench(BEDS[options.bed], options.folder, options.records / options.bed)
-    own = Studies(bench, options.records / options.bed / "studies.json")
-    own.experts()
-    for study, variants in studies(list(bench.data)).items():
+    records = Records(options.records or FOLDER / f"{options.bed}.jsonl")
+    bed_studies = Studies(Bench(BEDS[options.bed], options.folder, records))
+    bed_studies.experts()
+    for study, variants in studies(list(bed_studies.bench.data)).items():
         for label, variant in variants.items():
             if (not options.studies or study in options.studies) and (not options.runs or label in options.runs):
-                own.run(study, label, variant)
+                bed_studies.run(study, label, variant)
 
 
 if __name__ == "__main__":

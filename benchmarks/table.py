@@ -1,4 +1,4 @@
-"""The tables of both test beds: every method on eight real experts, one record per row.
+"""The tables of both test beds: every method on eight real experts, one record per row and seed.
 
     python benchmarks/table.py minilm-8 FOLDER [--rows NAME …] [--threads 2]
     python benchmarks/table.py demo-8 FOLDER
@@ -12,7 +12,7 @@ rows that the experts were trained on: `train.tsv` beside minilm-8's `test.tsv`;
 needs `--labelled DIR`, its sources (`--data` in zoo/README.md), and is left out without. So does the empirical Fisher
 information there: demo-8's adapt images have no labels.
 
-Rows whose record exists are skipped; an adaptation that was cut off continues from its saved state.
+Records are lines of records/BED.jsonl. Rows whose record exists are skipped; an adaptation that was cut off continues from its saved state.
 """
 
 from __future__ import annotations
@@ -31,21 +31,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from records import FOLDER, Records, summary
 
-from adarank import demo, networks, pipeline, scoring, statistics
-from adarank.checkpoint import Checkpoint
 from adarank.data.task import TaskData
-from adarank.evaluate import Table
-from adarank.masks import FILE, MaskFile, random_mask
+from adarank.io.checkpoint import Checkpoint
+from adarank.io.record import Clock, machine, versions
 from adarank.methods import METHODS, Masked, Method, WeightAverage, merge_tensors
-from adarank.plan import open_job
-from adarank.recipe import Recipe, load_recipe, parse_recipe
-from adarank.record import Clock, machine, versions
-from adarank.search import Point, each_tasks_best, edges, try_points
-from adarank.serving import load_bundle
+from adarank.outputs.bundle import load_bundle
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe, parse_recipe
+from adarank.recipe.schema import Recipe
 from adarank.settings import parse
-from adarank.tasks import load_tasks
-from adarank.writer import write_json
+from adarank.spectral.mask_file import FILE, MaskFile
+from adarank.spectral.masks import random_mask
+from adarank.workflow import build_networks as networks
+from adarank.workflow import calibrate, demo
+from adarank.workflow import evaluate as scoring
+from adarank.workflow import merge as pipeline
+from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.scores import Table
+from adarank.workflow.search import Point, each_tasks_best, edges, try_points
 
 ROOT = Path(__file__).parent.parent
 Grid = dict[str, list[float]]
@@ -186,7 +191,7 @@ WORTH = 0.25  # points of mean score that a search must gain beyond its grid to 
 class Bench:
     """The job, its data and one set of networks, shared by all rows."""
 
-    def __init__(self, bed: Bed, folder: Path, records: Path, labelled: Path | None = None) -> None:
+    def __init__(self, bed: Bed, folder: Path, records: Records, labelled: Path | None = None) -> None:
         self.bed, self.folder, self.records, self.labelled = bed, folder.resolve(), records, labelled
         self.job = open_job(self.recipe({"merge_method": "average"}))
         self.data = load_tasks(self.job)
@@ -210,8 +215,12 @@ class Bench:
         counts = {
             task: {split: len(rows) for split, rows in own.splits.rows.items()} for task, own in self.data.items()
         }
+        for part in ("adaptation", "training", "statistics"):
+            if part in content:
+                content[part] = summary(content[part], counts)
         record = {
-            "row": row,
+            "kind": "row",
+            "name": row,
             "seed": seed,
             "split": "test",
             "protocol": "disjoint",
@@ -224,16 +233,20 @@ class Bench:
             "versions": versions(),
             "machine": machine(self.job.recipe.device),
         }
-        self.records.mkdir(parents=True, exist_ok=True)
-        write_json(self.path(row, seed), record)
+        self.records.write(record)
         print(
             f"{row:28s} seed {seed}  mean {record['mean']:6.2f}  "
             + "  ".join(f"{t} {s:.1f}" for t, s in table.rows[row].items()),
             flush=True,
         )
 
-    def path(self, row: str, seed: int) -> Path:
-        return self.records / f"{row.replace('+', '-plus-').replace(',', '').replace(' ', '-').lower()}-seed{seed}.json"
+    def recorded(self, row: str, seed: int) -> bool:
+        return self.records.first(kind="row", name=row, seed=seed) is not None
+
+    def output(self, row: str, seed: int) -> Path:
+        """Where the row's merged model is written."""
+        name = row.replace("+", "-plus-").replace(",", "").replace(" ", "-").lower()
+        return self.folder / "out" / f"{name}-seed{seed}"
 
     def from_statistics(self, row: str, seed: int) -> None:
         """Merge by a method that looks at inputs; where adapt inputs have no labels, at labelled ones of `--labelled`."""
@@ -253,7 +266,7 @@ class Bench:
         clock = Clock()
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as kept:
-            known, found = statistics.inform(method, self.job, self.models, data or self.data, Path(kept))
+            known, found = calibrate.inform(method, self.job, self.models, data or self.data, Path(kept))
             self.models.fill(merge_tensors(known, self.job.network))
         spent = clock.spent()
         spent = {"merge_seconds": spent["seconds"], "peak_resident_bytes": spent["peak_resident_bytes"]}
@@ -265,11 +278,11 @@ class Bench:
         self.record(row, seed, content | ({"statistics": found} if found else {}))
 
     def search(self, row: str) -> dict[str, Any]:
-        """The settings of a row with the best mean on select; the whole grid is kept in a record of its own."""
+        """The settings of a row with the best mean on select; the whole grid is kept in a record of the kind "search"."""
         name, axes = TASK_AWARE[row] if row in TASK_AWARE else STATIC[row][:2]
         stem, kind = "energy" if "energy" in axes else name, METHODS[name]
-        path = self.records / f"search-{stem}.json"
-        if not path.exists():
+        record = self.records.first(kind="search", name=stem)
+        if record is None:
             clock = Clock()
 
             def tried(values: Mapping[str, Iterable[Any]]) -> list[Point]:
@@ -287,8 +300,9 @@ class Bench:
                 gained = max(point.mean for point in found) - before
             found += each_tasks_best(kind, found)
             best = max(found, key=lambda point: point.mean)
-            self.records.mkdir(parents=True, exist_ok=True)
-            content = {
+            record = {
+                "kind": "search",
+                "name": stem,
                 "method": name,
                 "split": "select, with labels",
                 "best": {**best.settings, "mean": best.mean, **best.scores},
@@ -298,9 +312,9 @@ class Bench:
                 "versions": versions(),
                 **clock.spent(),
             }
-            write_json(path, content)
+            self.records.write(record)
             shutil.rmtree(self.folder / "search" / stem)
-        best_point = json.loads(path.read_text())["best"]
+        best_point = record["best"]
         print(f"search {row}: {best_point}", flush=True)
         return {key: best_point[key] for key in axes}
 
@@ -326,7 +340,7 @@ class Bench:
         self, row: str, seed: int, changes: Mapping[str, Any], chosen: str, data: Mapping[str, TaskData]
     ) -> None:
         """Write a bundle, unless it is there, and the record of its scores."""
-        out = self.folder / "out" / self.path(row, seed).stem
+        out = self.output(row, seed)
         if not out.exists():
             pipeline.merge(self.recipe(changes), out, progress=_Printer(row, seed), data=data)
         bundle = load_bundle(out)
@@ -345,7 +359,7 @@ class Bench:
 
     def adapted(self, row: str, seed: int, start: Mapping[str, float]) -> None:
         own = ADAPTED[row]
-        out = self.folder / "out" / self.path(row, seed).stem
+        out = self.output(row, seed)
         parameters = {**start, **own.parameters}
         changes = {"merge_method": own.method, "parameters": parameters, "seed": seed}
         chosen = "nothing: as adarank does by default, without labels"
@@ -370,7 +384,7 @@ class Bench:
 
     def trained(self, row: str, seed: int) -> None:
         """The reference, with labels, on what the experts were trained on. It has heads of its own."""
-        out = self.folder / "out" / self.path(row, seed).stem
+        out = self.output(row, seed)
         if self.bed is DEMO and self.labelled is None:
             print(f"{row}: left out; give --labelled", flush=True)
             return
@@ -414,7 +428,7 @@ class Bench:
 
     def random_masks(self, row: str, of: str, seed: int) -> None:
         """The learned λ with masks of the same density in random places."""
-        learned = MaskFile.load(self.folder / "out" / self.path(of, 0).stem / FILE)
+        learned = MaskFile.load(self.output(of, 0) / FILE)
         generator = torch.Generator().manual_seed(seed)
         shuffled = {n: random_mask(m, learned.sizes[n], generator) for n, m in learned.masks.items()}
         method = Masked(masks=replace(learned, masks=shuffled))
@@ -460,7 +474,7 @@ def run(bench: Bench, rows: list[str], seeds: int = SEEDS) -> None:
     """Rows in the order of their use: what others start from first, second and third seeds last."""
 
     def wanted(row: str, seed: int = 0) -> bool:
-        return (not rows or row in rows) and seed < seeds and not bench.path(row, seed).exists()
+        return (not rows or row in rows) and seed < seeds and not bench.recorded(row, seed)
 
     if wanted("base"):
         bench.models.fill(networks.network_tensors(bench.job, "base"))
@@ -498,7 +512,7 @@ def run(bench: Bench, rows: list[str], seeds: int = SEEDS) -> None:
         if wanted(TRAINED, seed):
             bench.trained(TRAINED, seed)
     for of in ("CART+AdaRank", "TA+AdaRank"):
-        if wanted(f"{of}, random masks") and bench.path(of, 0).exists():
+        if wanted(f"{of}, random masks") and bench.recorded(of, 0):
             bench.random_masks(f"{of}, random masks", of, 0)
 
 
@@ -506,7 +520,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bed", choices=BEDS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--records", type=Path, help="default: records/BED")
+    parser.add_argument("--records", type=Path, metavar="FILE", help="default: records/BED.jsonl")
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--labelled", type=Path, metavar="DIR", help="demo-8 alone: its sources, with labels")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="at most so many of each row")
@@ -517,7 +531,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bed = BEDS[arguments.bed]
-    records = arguments.records or ROOT / "records" / bed.name
+    records = Records(arguments.records or FOLDER / f"{bed.name}.jsonl")
     run(Bench(bed, arguments.folder, records, arguments.labelled), arguments.rows, arguments.seeds)
     if not arguments.keep and not arguments.rows:
         shutil.rmtree(arguments.folder / "out", ignore_errors=True)

@@ -1,29 +1,34 @@
-"""The tables and curves of adaptation.md, from records/BED/studies.json."""
+"""The tables and curves of adaptation.md, from the records of the kinds "studies" and "run" of both test beds."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-RECORDS = Path(__file__).resolve().parent.parent / "records"
+from records import FOLDER, Records
+
 BEDS = ("demo-8", "minilm-8")
 Run = Mapping[str, Any]
 
 
+@cache
 def studies_of(bed: str) -> dict[str, Any]:
-    path = RECORDS / bed / "studies.json"
-    return json.loads(path.read_text()) if path.exists() else {"runs": {}}
+    """What all runs of a test bed have in common, and under `runs`: study -> name -> run."""
+    records = Records(FOLDER / f"{bed}.jsonl")
+    runs: dict[str, dict[str, Run]] = {}
+    for run in records.find(kind="run"):
+        runs.setdefault(run["study"], {})[run["name"]] = run
+    return {**(records.first(kind="studies") or {}), "runs": runs}
 
 
 def agreement(check: Run) -> float:
-    return 100 * statistics.mean(own["agreement"] for own in check["signals"].values())
+    return 100 * statistics.mean(check["signals"]["agreement"])
 
 
 def score(check: Run) -> float:
-    return statistics.mean(check["scores"].values())
+    return statistics.mean(check["scores"])
 
 
 def kept(run: Run) -> Run:
@@ -130,8 +135,8 @@ def subsets() -> list[str]:
 
 
 def _moved(run: Run) -> list[float]:
-    first, best = run["checks"][0]["signals"], kept(run)["signals"]
-    return [best[task]["agreement"] - first[task]["agreement"] for task in first]
+    first, best = (check["signals"]["agreement"] for check in (run["checks"][0], kept(run)))
+    return [after - before for before, after in zip(first, best, strict=True)]
 
 
 LINES = {"self-label": "#e4572e", "features": "#76b041", "infomax": "#f2a541", "filtered-entropy": "#4c78a8", "entropy": "#555555"}  # fmt: skip

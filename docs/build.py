@@ -7,12 +7,13 @@ python docs/build.py --check    # say what is out of date, exit 1
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # records are read by what writes them
 
 import adaptation_tables
 from results_tables import (
@@ -25,15 +26,16 @@ from results_tables import (
     flat,
     fusion_bench,
     peers,
+    record_of,
     settings,
     table,
     task_aware,
 )
 
-from adarank.catalogue import catalogue, presets
 from adarank.cli.main import parser
-from adarank.papers import ROWS as PAPER_ROWS
-from adarank.papers import SETTINGS
+from adarank.recipe.catalogue import catalogue, presets
+from adarank.recipe.papers import ROWS as PAPER_ROWS
+from adarank.recipe.papers import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,8 +163,7 @@ def results_page() -> str:
 
 def shown() -> list[str]:
     """What `adarank demo` printed, from its record."""
-    record = json.loads((ROOT / "records" / "demo-8" / "demo.json").read_text())
-    return ["```text", *record["shown"], "```"]
+    return ["```text", *record_of("demo-8", "demo", "whole")["shown"], "```"]
 
 
 def readme() -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from records import FOLDER, Record, Records
+
 TASKS = {
     "minilm-8": ["cola", "sst2", "mrpc", "mnli", "qnli", "agnews", "trec", "tweet_emotion"],
     "demo-8": ["mnist", "fashion_mnist", "kannada_mnist", "chars74k_fnt", "mnist_m", "usps", "gtsrb", "cifar10"],
@@ -65,10 +65,19 @@ def flat(values: dict[str, Any]) -> str:
     )
 
 
-def load(bed: str, row: str) -> list[dict[str, Any]]:
+@cache
+def recorded(subject: str, kind: str) -> list[Record]:
+    """All records of a kind."""
+    return Records(FOLDER / f"{subject}.jsonl").find(kind=kind)
+
+
+def load(bed: str, row: str) -> list[Record]:
     """The records of one row, by seed."""
-    found = [json.loads(path.read_text()) for path in sorted((ROOT / "records" / bed).glob("*-seed*.json"))]
-    return sorted((r for r in found if r["row"] == row), key=lambda r: r["seed"])
+    return sorted((r for r in recorded(bed, "row") if r["name"] == row), key=lambda r: r["seed"])
+
+
+def record_of(subject: str, kind: str, name: str) -> Record:
+    return next(record for record in recorded(subject, kind) if record["name"] == name)
 
 
 def table(bed: str, rows: list[str], costs: bool = False) -> list[str]:
@@ -197,7 +206,8 @@ def collapse(bed: str) -> list[str]:
         for record in load(bed, row)[:1]:
             found = record["adaptation"]
             seen = found["largest_class_share"]
-            cells = [f"{100 * seen[t]['before']:.0f} → {100 * seen[t]['after']:.0f}" for t in TASKS[bed]]
+            shares = dict(zip(record["scores"], zip(seen["before"], seen["after"], strict=True), strict=True))
+            cells = [f"{100 * shares[t][0]:.0f} → {100 * shares[t][1]:.0f}" for t in TASKS[bed]]
             lines.append(
                 f"| {row} | "
                 + " | ".join(cells)
@@ -208,7 +218,7 @@ def collapse(bed: str) -> list[str]:
 
 def costs() -> list[str]:
     """Adaptation steps beside plain autograd, peaks of data-free merges, and agreement with mergekit."""
-    step = json.loads((ROOT / "records" / "costs" / "step.json").read_text())
+    step = record_of("costs", "cost", "step")
     lines = [
         "| one step, all eight tasks | engine, s | plain autograd, s | time ratio (min to max) | peak memory ratio |",
         "|---|---|---|---|---|",
@@ -220,7 +230,7 @@ def costs() -> list[str]:
             f"| {start} start | {own:.2f} | {other:.2f} | {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) |"
             f" {found['peak_autograd_over_engine']:.2f} |"
         )
-    memory = json.loads((ROOT / "records" / "costs" / "merge-memory-float32.json").read_text())
+    memory = record_of("costs", "cost", "merge memory, float32")
     size = memory["settings"]["bytes_per_model"] / 1e9
     lines += [
         "",
@@ -241,7 +251,7 @@ def costs() -> list[str]:
 
 def peers() -> list[str]:
     """Largest relative differences from mergekit by method, over its recipes."""
-    record = json.loads((ROOT / "records" / "peers" / "mergekit.json").read_text())
+    record = record_of("peers", "peer", "mergekit")
     found: dict[str, dict[tuple[str, str], list[float]]] = {}
     for stored in ("float32", "bfloat16"):
         for result in record[stored]["recipes"] + record[f"{stored}_selecting"]["recipes"]:
@@ -263,7 +273,7 @@ def peers() -> list[str]:
 
 def fusion_bench() -> list[str]:
     """Largest relative differences from FusionBench, method by method, and why they are what they are."""
-    record = json.loads((ROOT / "records" / "peers" / "fusion-bench.json").read_text())
+    record = record_of("peers", "peer", "FusionBench")
     lines = [
         "| method | largest relative difference | values that differ | with FusionBench's rule | whose choice, with the formula |",
         "|---|---|---|---|---|",

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adarank.checkpoint import Checkpoint, MemorySource
-from adarank.select import Select
-from adarank.task_vectors import Network, align
+from adarank.alignment.align import align
+from adarank.alignment.selection import Select
+from adarank.alignment.task_vectors import Network
+from adarank.io.checkpoint import Checkpoint, MemorySource
 
 State = dict[str, Tensor]
 SHAPES: dict[str, tuple[int, ...]] = {

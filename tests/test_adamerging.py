@@ -17,13 +17,13 @@ from torch import nn
 
 import adarank
 from adarank.adapt import ADAPTIVE, AdaptSettings, LiveWeights
-from adarank.adapt.methods import with_preset
-from adarank.election import Agreeing
+from adarank.adapt.presets import with_preset
 from adarank.errors import CheckpointError
-from adarank.masks import FILE, MaskFile
 from adarank.methods import METHODS, Masked, merge_tensors
-from adarank.recipe import load_recipe
+from adarank.recipe.reader import load_recipe
 from adarank.settings import parse
+from adarank.sparsify.sign_election import Agreeing
+from adarank.spectral.mask_file import FILE, MaskFile
 from make import State, family, floats, network, permuted
 from test_whole_model_methods import DTYPES, coarse, flat, trimmed
 from text_zoo import ADAPT, make_zoo, recipe

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from adarank.adapt import AdaptSettings, History, adapt
-from adarank.adapt.judge import Signals, first_collapse, signals
-from adarank.adapt.loop import Loss, Progress
-from adarank.adapt.objective import entropy
+from adarank.adapt.agreement import Signals, first_collapse, signals
+from adarank.adapt.history import Progress
+from adarank.adapt.learner import Loss
+from adarank.adapt.objectives import entropy
 from adarank.errors import Interrupted
 from make import randn
 from test_adapt_loop import Problem, assert_same, boom, told

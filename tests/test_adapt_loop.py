@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from adarank.adapt import AdaptSettings, History, Learn, LiveWeights, adapt
-from adarank.adapt.loop import Loss
-from adarank.blocks import scaled_block, task_vector_blocks
+from adarank.adapt.learner import Loss
 from adarank.errors import AdaptationError, Interrupted, RecipeError
+from adarank.spectral.blocks import scaled_block, task_vector_blocks
 from make import generator, randn
 
 SETTINGS = AdaptSettings(steps=9, lr_masks=0.05, lr_lambda=0.02, schedule="constant", balance=0.0, save_every=3)

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adarank.adapt.judge import Signals
-from adarank.adapt.loop import History, adapt
+from adarank.adapt.agreement import Signals
+from adarank.adapt.history import History
+from adarank.adapt.loop import adapt
 from adarank.adapt.methods import AdaRank
 from adarank.adapt.settings import AdaptSettings
-from adarank.adapt.start import RANKS, SCALES, Grid, climb, find_start, grid_of
+from adarank.adapt.start_search import RANKS, SCALES, Grid, climb, find_start, grid_of
 from adarank.errors import RecipeError
 from adarank.settings import parse
 from test_adapt_keeps import SETTINGS, Judged

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adarank.checkpoint import Checkpoint, MemorySource, Source, TensorInfo
+from adarank.alignment.align import align
+from adarank.alignment.selection import Select, choose
+from adarank.alignment.task_vectors import Network
 from adarank.errors import MismatchError, RecipeError
-from adarank.select import Select, choose
-from adarank.task_vectors import Network, align
+from adarank.io.checkpoint import Checkpoint, MemorySource, Source, TensorInfo
 from make import BUFFER, State, family, identical, near, network, permuted, prefixed, randn, save, save_bin, state
 
 ENCODER = {

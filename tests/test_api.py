@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import adarank
-from adarank.adapt.course import Course
+from adarank.adapt.schedule import Course
 from adarank.errors import OutputError
 from adarank.methods import METHODS, Informed
-from adarank.methods.taskwise import Taskwise
+from adarank.methods.task_aware.base import Taskwise
 
 
 class Net(nn.Module):

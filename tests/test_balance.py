@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adarank.adapt.agreement import Signals
 from adarank.adapt.balance import FIRST, MOMENTUM, behind, repair_weights, task_weights
-from adarank.adapt.judge import Signals
 
 
 @given(st.integers(1, 6), st.integers(FIRST, 30), st.floats(0.1, 8.0), st.integers(0, 99))

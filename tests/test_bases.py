@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adarank
-from adarank.bases import BASES, assembled
-from adarank.blocks import scaled_block, task_vector_blocks
+from adarank.spectral.bases import BASES, assembled
+from adarank.spectral.blocks import scaled_block, task_vector_blocks
 
 shapes = st.tuples(st.integers(2, 9), st.integers(2, 9))
 

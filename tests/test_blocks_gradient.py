@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adarank.adapt.live import Learn, LiveWeights
-from adarank.adapt.objective import entropy
+from adarank.adapt.live_weights import Learn, LiveWeights
+from adarank.adapt.objectives import entropy
 from adarank.adapt.settings import AdaptSettings
-from adarank.blocks import Blocks, scaled_block, task_vector_blocks
-from adarank.masks import MaskKind, pace, straight_through
+from adarank.spectral.blocks import Blocks, scaled_block, task_vector_blocks
+from adarank.spectral.masks import MaskKind, pace, straight_through
 from make import generator, randn
 
 F64 = torch.float64

@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 import adarank
 import image_zoo
 import text_zoo
-from adarank.bundle import About, BundleFolder, Names, finish, key, pack, unpack, write_parts
-from adarank.checkpoint import Checkpoint
 from adarank.cli.main import main
 from adarank.errors import CheckpointError, OutputError
+from adarank.io.bits import pack, unpack
+from adarank.io.bundle import About, BundleFolder, Names, finish, key, write_parts
+from adarank.io.checkpoint import Checkpoint
+from adarank.io.writer import BUNDLE
 from adarank.methods import METHODS
-from adarank.recipe import load_recipe
-from adarank.search import Axis, search
-from adarank.writer import BUNDLE
+from adarank.recipe.reader import load_recipe
+from adarank.workflow.search import Axis, search
 from make import FLOATS, identical, randn, read_all
 from test_end_to_end import KILLED
 

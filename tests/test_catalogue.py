@@ -10,15 +10,16 @@ import pytest
 import torch
 
 import text_zoo
-from adarank import pipeline
 from adarank.adapt import PRESETS
-from adarank.catalogue import catalogue
-from adarank.checkpoint import Checkpoint
 from adarank.cli.main import main
+from adarank.io.checkpoint import Checkpoint
 from adarank.methods import METHODS, Informed
-from adarank.papers import ROWS, SETTINGS
-from adarank.plan import open_job, peak_bytes
-from adarank.recipe import load_recipe, parse_recipe
+from adarank.recipe.catalogue import catalogue
+from adarank.recipe.job import open_job
+from adarank.recipe.papers import ROWS, SETTINGS
+from adarank.recipe.plan import peak_bytes
+from adarank.recipe.reader import load_recipe, parse_recipe
+from adarank.workflow import merge as pipeline
 
 TOLD = {"slerp": {"t": 0.5}, "nuslerp": {}, "nearswap": {"t": 0.5}}
 STREAMED = [

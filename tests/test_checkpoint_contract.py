@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adarank.checkpoint import Checkpoint, MemorySource, check_finite
+from adarank.alignment.task_vectors import Member
 from adarank.errors import AdaRankError, CheckpointError, OutputError
-from adarank.task_vectors import Member
-from adarank.writer import RECORD, atomic_folder, check_output, write_checkpoint
+from adarank.io.checkpoint import Checkpoint, MemorySource, check_finite
+from adarank.io.writer import RECORD, atomic_folder, check_output, write_checkpoint
 from make import (
     State,
     identical,
@@ -315,7 +315,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatc
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("adarank.writer._write_tensor", full)
+    monkeypatch.setattr("adarank.io.writer._write_tensor", full)
     with pytest.raises(OutputError, match="disk is full"), atomic_folder(tmp_path / "out") as folder:
         write(folder, state(0))
     assert names(tmp_path) == set()

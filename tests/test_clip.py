@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import adarank
-from adarank import networks
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, RecipeError
 from adarank.models.clip import ZeroShotHeads, classifier_class
-from adarank.plan import describe, open_job
-from adarank.recipe import load_recipe
-from adarank.tasks import load_tasks
+from adarank.recipe.job import open_job
+from adarank.recipe.plan import describe
+from adarank.recipe.reader import load_recipe
+from adarank.workflow import build_networks as networks
+from adarank.workflow.load_tasks import load_tasks
 from clip_zoo import CLASSES, FORMS, make_zoo, recipe, whole
 
 ALL = {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.5}}

@@ -18,8 +18,8 @@ from rich.console import Console
 from adarank.cli import show
 from adarank.cli.main import main
 from adarank.errors import CheckpointError
-from adarank.evaluate import Table
-from adarank.hub import is_hub_id, resolve
+from adarank.io.hub import is_hub_id, resolve
+from adarank.workflow.scores import Table
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 
@@ -39,7 +39,7 @@ def test_plan_names_every_tensor_and_reads_no_weights(
     def read(*_: object) -> None:
         raise AssertionError("plan read a tensor")
 
-    monkeypatch.setattr("adarank.checkpoint.Checkpoint.read", read)
+    monkeypatch.setattr("adarank.io.checkpoint.Checkpoint.read", read)
     plan = json.loads(shown(capsys, "plan", str(recipe(zoo, **ADAPT)), "--json"))
     assert set(plan["tasks"]) == set(TASKS)
     assert set(plan["splits"]) == set(TASKS)

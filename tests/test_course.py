@@ -7,8 +7,9 @@ import random
 import pytest
 
 from adarank.adapt import AdaptSettings
-from adarank.adapt.course import Course
-from adarank.adapt.judge import Judged, Signals, best_step, mean_signal, worse
+from adarank.adapt.agreement import Judged, Signals, mean_signal, worse
+from adarank.adapt.choice import best_step
+from adarank.adapt.schedule import Course
 
 SETTINGS = AdaptSettings(steps=200)
 

@@ -23,7 +23,7 @@ from adarank.data.spec import Columns, DataSettings, SplitData, TaskSpec
 from adarank.data.splits import Splits, by_file, by_fraction, limited
 from adarank.data.task import Batch, TaskData
 from adarank.errors import DataError
-from adarank.tasks import TaskReader
+from adarank.workflow.load_tasks import TaskReader
 
 # Splits
 

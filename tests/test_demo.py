@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import adarank
-from adarank import demo
 from adarank.cli.main import main
 from adarank.errors import AdaRankError
+from adarank.workflow import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = os.environ.get("ADARANK_ZOO_DATA", "")

@@ -15,15 +15,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import adarank
-from adarank import adaptation, experts, networks, pipeline
-from adarank.adapt.objective import OBJECTIVES
+from adarank.adapt.objectives import OBJECTIVES
 from adarank.cli.main import main
 from adarank.data.task import TaskData
-from adarank.masks import FILE
-from adarank.models.features import head_inputs, head_parts
-from adarank.recipe import load_recipe
-from adarank.run import Run
-from adarank.tasks import load_tasks
+from adarank.models.head_inputs import head_inputs, head_parts
+from adarank.recipe.reader import load_recipe
+from adarank.spectral.mask_file import FILE
+from adarank.workflow import adapt as adaptation
+from adarank.workflow import build_networks as networks
+from adarank.workflow import experts
+from adarank.workflow import merge as pipeline
+from adarank.workflow.context import Run
+from adarank.workflow.load_tasks import load_tasks
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 
@@ -114,9 +117,10 @@ def test_a_merge_done_twice_gives_the_same_bytes(zoo: Path, tmp_path: Path) -> N
 KILLED = """
 import os, sys
 from pathlib import Path
-from adarank import pipeline, writer
-from adarank.recipe import load_recipe
-from adarank.run import Run
+from adarank.workflow import merge as pipeline
+from adarank.io import writer
+from adarank.recipe.reader import load_recipe
+from adarank.workflow.context import Run
 import torch
 torch.set_num_threads(1)  # as in this process: the number of threads may change the last bits
 stop = int(sys.argv[3])
@@ -295,7 +299,7 @@ def test_a_deleted_tail_of_the_disk_leaves_nothing(
     def full(handle: object, tensor: torch.Tensor) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("adarank.writer._write_tensor", full)
+    monkeypatch.setattr("adarank.io.writer._write_tensor", full)
     assert main(["merge", str(recipe(zoo)), str(tmp_path / "out")]) == 1
     assert "disk is full" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import adarank
-from adarank import networks
 from adarank.cli.main import main
 from adarank.errors import DataError, RecipeError
-from adarank.evaluate import predict
-from adarank.masks import FILE
 from adarank.models import FAMILIES, image, kind_of
-from adarank.recipe import load_recipe
-from adarank.tasks import load_tasks
+from adarank.models.predict import predict
+from adarank.recipe.reader import load_recipe
+from adarank.spectral.mask_file import FILE
+from adarank.workflow import build_networks as networks
+from adarank.workflow.load_tasks import load_tasks
 from image_zoo import ADAPT, HEADS, SIZE, TASKS, expert, make_zoo, recipe
 from test_end_to_end import KILLED
 

@@ -21,7 +21,7 @@ from adarank.data.spec import Columns, DataSettings, HubData, SplitData, TaskSpe
 from adarank.data.task import TaskData
 from adarank.errors import DataError
 from adarank.models import FAMILIES, image
-from adarank.tasks import TaskReader
+from adarank.workflow.load_tasks import TaskReader
 from image_zoo import SIZE, image_folder, pictures, processor
 
 LABELS = ["cat", "cat", "cat", "dog", "dog"]  # in the order of a folder's classes

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adarank.adapt.judge import Signals, best_step, choose_best, collapsed, first_collapse, signals, worse
+from adarank.adapt.agreement import Signals, collapsed, first_collapse, signals, worse
+from adarank.adapt.choice import best_step, choose_best
 from make import randn
 
 PLAIN = Signals(0.8, 0.5, 0.1, 0.3, 0.5, 0.5, 256)

@@ -14,13 +14,13 @@ from torch.func import functional_call
 
 import adarank
 from adarank.adapt import ADAPTIVE, AdaptSettings, Learn, LiveWeights, adapt
-from adarank.adapt.start import Grid
+from adarank.adapt.start_search import Grid
 from adarank.adapt.tying import tie
-from adarank.bases import BASES
-from adarank.blocks import scaled_block, task_vector_blocks
+from adarank.alignment.layers import layer_groups, layer_number
 from adarank.errors import RecipeError
-from adarank.layers import layer_groups, layer_number
 from adarank.settings import parse
+from adarank.spectral.bases import BASES
+from adarank.spectral.blocks import scaled_block, task_vector_blocks
 from make import generator, randn
 from test_adapt_keeps import SETTINGS, Judged
 from test_adapt_loop import Problem, assert_same, boom, told

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adarank.adapt import ADAPTIVE, PRESETS, AdaptSettings
-from adarank.adapt.methods import with_preset
+from adarank.adapt.presets import with_preset
 from adarank.errors import CheckpointError, RecipeError
-from adarank.masks import MaskFile, hard, kept, random_mask, soft, straight_through, top_mask
 from adarank.methods import METHODS
 from adarank.settings import Settings, parse
-from adarank.spectrum import top_count
+from adarank.sparsify.threshold import top_count
+from adarank.spectral.mask_file import MaskFile
+from adarank.spectral.masks import hard, kept, random_mask, soft, straight_through, top_mask
 from make import generator, randn
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adarank
-from adarank import pipeline
-from adarank.checkpoint import Checkpoint
 from adarank.errors import RecipeError
+from adarank.io.checkpoint import Checkpoint
 from adarank.methods import METHODS, merge_tensors
-from adarank.plan import open_job
-from adarank.recipe import load_recipe, parse_recipe
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe, parse_recipe
+from adarank.workflow import merge as pipeline
 
 HIDDEN, FFN, VOCABULARY, LAYERS = 4, 6, 5, 3
 MODELS = ("base", "a", "b", "c")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adarank.errors import MismatchError
-from adarank.modular.merging import Deltas, Route, mounted
+from adarank.modular.layers import Deltas, Route, mounted
 from make import generator, randn
 
 LAYERS = {
@@ -157,7 +157,7 @@ def test_windows_of_an_input_have_its_weights_and_other_rows_are_refused() -> No
 @pytest.mark.parametrize("held", [1, 10**9])
 def test_a_layers_gradients_are_those_of_autograd(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For input and weights, however few matrices are held at a time."""
-    monkeypatch.setattr("adarank.modular.merging._HELD_BYTES", held)
+    monkeypatch.setattr("adarank.modular.layers._HELD_BYTES", held)
     net = stirred(Net(nn.Linear(5, 4)))
     delta, keys, route = randn(2, 3, 4, 5, dtype=torch.float64), {"layer.weight": "layer.weight"}, Route()
     mounted(net, keys, {"layer.weight": Deltas(delta)}, route, ()).attach(net, keys)

@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adarank.checkpoint import Checkpoint, file_sha256
+from adarank.alignment.align import align
+from adarank.alignment.selection import Select
+from adarank.alignment.task_vectors import Network
 from adarank.errors import AdaRankError, CheckpointError, MismatchError, RecipeError
-from adarank.masks import MaskFile
+from adarank.io.checkpoint import Checkpoint, file_sha256
+from adarank.io.writer import write_checkpoint
 from adarank.methods import CART, Linear, Masked, Method, SVDk, TaskArithmetic, WeightAverage, merge_tensors
-from adarank.methods.weights import TensorWeights
-from adarank.select import Select
+from adarank.methods.per_tensor import TensorWeights
 from adarank.settings import parse
-from adarank.task_vectors import Network, align
-from adarank.writer import write_checkpoint
+from adarank.spectral.mask_file import MaskFile
 from make import BUFFER, MATRICES, SHAPES, State, close, family, floats, identical, network, same, save, save_shards
 
 LAM = 0.37

@@ -20,19 +20,22 @@ from torch import Tensor, nn
 import adarank
 import image_zoo
 import text_zoo
-from adarank import assembly, pipeline, scoring
-from adarank.adapt.loop import History
-from adarank.checkpoint import Checkpoint
+from adarank.adapt.history import History
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, Interrupted, RecipeError
-from adarank.models.features import head_inputs
+from adarank.io.checkpoint import Checkpoint
+from adarank.models.head_inputs import head_inputs
 from adarank.modular import surgery, wemoe
 from adarank.modular.twin_merging import Router
-from adarank.plan import open_job, settings_in_force
-from adarank.recipe import load_recipe
-from adarank.run import Run
-from adarank.tasks import load_tasks
+from adarank.recipe.job import open_job
+from adarank.recipe.plan import settings_in_force
+from adarank.recipe.reader import load_recipe
+from adarank.workflow import evaluate as scoring
+from adarank.workflow import merge as pipeline
+from adarank.workflow import modular as assembly
+from adarank.workflow.context import Run
+from adarank.workflow.load_tasks import load_tasks
 from make import randn
 
 LOOP = {"batch_size": 4, "check_every": 3, "save_every": 2}

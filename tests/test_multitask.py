@@ -17,12 +17,14 @@ from torch import Tensor
 import adarank
 import image_zoo
 import text_zoo
-from adarank import networks, pipeline, scoring
-from adarank.adapt.loop import History
+from adarank.adapt.history import History
 from adarank.cli.main import main
 from adarank.errors import DataError, Interrupted, RecipeError
-from adarank.recipe import load_recipe
-from adarank.tasks import load_tasks
+from adarank.recipe.reader import load_recipe
+from adarank.workflow import build_networks as networks
+from adarank.workflow import evaluate as scoring
+from adarank.workflow import merge as pipeline
+from adarank.workflow.load_tasks import load_tasks
 from text_zoo import TASKS, WORDS, make_zoo, recipe
 
 TRAIN: dict[str, Any] = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adarank.adapt import AdaptSettings
-from adarank.adapt.objective import (
+from adarank.adapt.objectives import (
     OBJECTIVES,
     Filter,
     SelfLabel,

@@ -13,8 +13,9 @@ import yaml
 from adarank.adapt import ADAPTIVE
 from adarank.errors import AdaRankError, CheckpointError, RecipeError
 from adarank.methods import CART, METHODS, Linear, SVDk, TaskArithmetic
-from adarank.plan import open_job
-from adarank.recipe import Recipe, load_recipe, parse_recipe
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe, parse_recipe
+from adarank.recipe.schema import Recipe
 from make import family, save
 
 NAMES = ["encoder.layer.0.weight", "encoder.layer.1.weight", "encoder.layer.1.mlp.weight"]

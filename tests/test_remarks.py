@@ -17,8 +17,8 @@ from adarank.cli.main import main
 from adarank.data.spec import TaskSpec
 from adarank.errors import CheckpointError, DataError, RecipeError
 from adarank.models.text import TextClassifiers
-from adarank.recipe import parse_recipe
-from adarank.search import Point, edges, level
+from adarank.recipe.reader import parse_recipe
+from adarank.workflow.search import Point, edges, level
 from text_zoo import ADAPT, make_zoo, recipe
 
 

@@ -13,14 +13,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adarank import pipeline, scoring, spectrum
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError
 from adarank.methods import METHODS
-from adarank.recipe import load_recipe
-from adarank.search import Axis, Point, edges, parse_axis, search
-from adarank.spectrum import decompose, stored_spectra
+from adarank.recipe.reader import load_recipe
+from adarank.spectral import svd as spectrum
+from adarank.spectral.svd import decompose, stored_spectra
+from adarank.workflow import evaluate as scoring
+from adarank.workflow import merge as pipeline
+from adarank.workflow.search import Axis, Point, edges, parse_axis, search
 from text_zoo import make_zoo, recipe
 
 
@@ -113,7 +115,7 @@ def test_a_search_that_was_cut_off_goes_on(zoo: Path, monkeypatch: pytest.Monkey
     assert not best.exists()
     calls: list[int] = []
     plain = scoring.score_method
-    monkeypatch.setattr("adarank.search.score_method", lambda *given: (calls.append(1), plain(*given))[1])
+    monkeypatch.setattr("adarank.workflow.search.score_method", lambda *given: (calls.append(1), plain(*given))[1])
     ranked, _ = search(path, best, AXES)
     assert len(calls) == 2
     assert len(ranked) == 4

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adarank
+from adarank.alignment.selection import Select
 from adarank.errors import RecipeError
 from adarank.methods import METHODS
-from adarank.methods.sparse import SparseSum
-from adarank.methods.sparsify import by_rank, largest, middle, noise, norm_ratio, smallest
-from adarank.select import Select
-from adarank.threshold import kth_largest
+from adarank.methods.sparse.base import SparseSum
+from adarank.sparsify.drop import by_rank, largest, middle, noise, norm_ratio, smallest
+from adarank.sparsify.threshold import kth_largest
 
 FAMILY = [name for name, kind in METHODS.items() if issubclass(kind, SparseSum)]
 RANDOM = ["dare_linear", "dare_ties", "della", "della_linear"]

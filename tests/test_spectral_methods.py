@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adarank.bases import own_components
 from adarank.methods import METHODS
+from adarank.spectral.bases import own_components
 
 SHAPES = st.sampled_from([(12, 8), (8, 12), (9, 9), (6, 2, 2, 2)])
 

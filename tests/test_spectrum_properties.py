@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adarank.errors import AdaptationError
-from adarank.spectrum import as_matrix, decompose, effective_rank, energy, top_count
+from adarank.sparsify.threshold import top_count
+from adarank.spectral.svd import as_matrix, decompose, effective_rank, energy
 from make import randn
 
 EPS = {torch.float32: 3e-5, torch.float64: 1e-12}

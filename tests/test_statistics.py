@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adarank
-from adarank.measures import Grams, add_squared_gradients, label_weights, linear_layers, watched
+from adarank.calibration.gather import Gatherer, Sample, Store, block_of
+from adarank.calibration.hooks import Grams, add_squared_gradients, label_weights, linear_layers, watched
 from adarank.methods import Fisher, RegMean, RegMeanPlusPlus
-from adarank.methods.informed import Statistics
+from adarank.methods.calibrated.base import Statistics
 from adarank.models import TaskModels, share
-from adarank.statistics import Gatherer, Sample, Store, block_of
 from make import network, randn
 
 Vectors = Mapping[str, Tensor]

@@ -19,14 +19,17 @@ from torch import Tensor, nn
 import adarank
 import image_zoo
 import text_zoo
-from adarank import networks, statistics
+from adarank.calibration import gather as statistics
 from adarank.cli.main import main
 from adarank.errors import AdaRankError
+from adarank.io.writer import RECORD
 from adarank.methods import METHODS, Informed
-from adarank.recipe import load_recipe
-from adarank.search import parse_axis, search
-from adarank.tasks import load_tasks, sampled
-from adarank.writer import RECORD
+from adarank.recipe.reader import load_recipe
+from adarank.workflow import build_networks as networks
+from adarank.workflow import calibrate
+from adarank.workflow.calibrate import sampled
+from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.search import parse_axis, search
 
 NAMES = [name for name, kind in METHODS.items() if issubclass(kind, Informed)]
 FEW: Mapping[str, Any] = {"examples": 12}
@@ -275,7 +278,7 @@ def test_a_walk_that_ends_passes_early_measures_what_whole_passes_do(zoo: Path, 
     data = load_tasks(job)
 
     def found() -> dict[str, Tensor]:
-        known, _ = statistics.inform(job.method, job, networks.build_models(job), data)
+        known, _ = calibrate.inform(job.method, job, networks.build_models(job), data)
         return {n: known.statistics.read(n, "mood") for n in sorted(known.statistics.names)}
 
     early = found()
@@ -287,7 +290,7 @@ def test_a_walk_that_ends_passes_early_measures_what_whole_passes_do(zoo: Path, 
 
 def test_the_plan_counts_networks_and_statistics(zoo: Path) -> None:
     def peak(**changes: Any) -> int:
-        from adarank.plan import peak_bytes
+        from adarank.recipe.plan import peak_bytes
 
         return peak_bytes(adarank.open_job(load_recipe(text_zoo.recipe(zoo, "peak.yaml", **changes))))
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adarank
-from adarank.bundle import WHOLE, packed_size, unpack
 from adarank.errors import RecipeError
+from adarank.io.bits import packed_size, unpack
+from adarank.io.bundle import WHOLE
+from adarank.io.writer import layout_bytes
 from adarank.methods import METHODS
-from adarank.methods.taskwise import Site, Taskwise, in_memory, layouts, sites_of, task_parts
-from adarank.writer import layout_bytes
+from adarank.methods.task_aware.base import Site, Taskwise, in_memory, layouts, sites_of, task_parts
 from make import BUFFER, MATRICES, SHAPES, State, close, family, identical, network
 
 NAMES = [name for name, kind in METHODS.items() if issubclass(kind, Taskwise)]

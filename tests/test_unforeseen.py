@@ -16,13 +16,14 @@ import transformers
 from torch import Tensor, nn
 
 import adarank
-from adarank.adapt.judge import best_step, choose_best, mean_signal, signals
-from adarank.adapt.objective import divergences, entropy
+from adarank.adapt.agreement import mean_signal, signals
+from adarank.adapt.choice import best_step, choose_best
+from adarank.adapt.objectives import divergences, entropy
 from adarank.cli.main import main
 from adarank.errors import AdaptationError, CheckpointError, DataError, RecipeError, itemise
 from adarank.models.text import tokenizer_of
-from adarank.pipeline import merge
-from adarank.recipe import load_recipe
+from adarank.recipe.reader import load_recipe
+from adarank.workflow.merge import merge
 from text_zoo import ADAPT, make_zoo, recipe
 
 
@@ -162,7 +163,7 @@ def test_a_start_that_is_adapted_and_stopped_keeps_its_state(tmp_path: Path, cap
     zoo = make_zoo(tmp_path)
     start = {"merge_method": "adarank", "parameters": ADAPT["parameters"], "adapt": ADAPT["adapt"]}
     path = recipe(zoo, merge_method="surgery", parameters={"start": start}, adapt={"steps": 4})
-    from adarank.adapt.live import LiveWeights
+    from adarank.adapt.live_weights import LiveWeights
 
     real, taken = LiveWeights.pull_back, []
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adarank
-from adarank.checkpoint import MemorySource
+from adarank.alignment.align import align
 from adarank.errors import RecipeError
+from adarank.io.checkpoint import MemorySource
 from adarank.methods import METHODS, Informed, merge_tensors
-from adarank.methods.informed import Statistics
-from adarank.methods.taskwise import Taskwise, sites_of, task_parts
-from adarank.task_vectors import align
-from adarank.threshold import global_thresholds
+from adarank.methods.calibrated.base import Statistics
+from adarank.methods.task_aware.base import Taskwise, sites_of, task_parts
+from adarank.sparsify.threshold import global_thresholds
 from make import SHAPES, State, close, family, floats, network
 
 WHOLE = [name for name, kind in METHODS.items() if kind.passes > 1 and not kind.task_aware]

@@ -9,16 +9,16 @@ From files: `load_recipe` and `merge_recipe`, or the command line (`adarank --he
 from __future__ import annotations
 
 from adarank.adapt.settings import AdaptSettings
+from adarank.alignment.selection import Select
 from adarank.api import Adapted, adapt, evaluate, merge, merge_each
 from adarank.errors import AdaRankError
-from adarank.masks import MaskFile
-from adarank.models.merged import load_task
-from adarank.pipeline import merge as merge_recipe
-from adarank.plan import open_job
-from adarank.recipe import load_recipe
-from adarank.scoring import evaluate as evaluate_recipe
-from adarank.select import Select
-from adarank.serving import Bundle, extract, from_bundle, load_bundle
+from adarank.outputs.bundle import Bundle, extract, from_bundle, load_bundle
+from adarank.outputs.merged import load_task
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe
+from adarank.spectral.mask_file import MaskFile
+from adarank.workflow.evaluate import evaluate as evaluate_recipe
+from adarank.workflow.merge import merge as merge_recipe
 
 __version__ = "0.1.0"
 __all__ = [

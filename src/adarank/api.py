@@ -10,27 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.loop import History, Loss, Memory, Progress
+from adarank.adapt.history import History, Progress
+from adarank.adapt.learner import Loss, Memory
 from adarank.adapt.loop import adapt as run_adaptation
 from adarank.adapt.methods import ADAPTIVE
-from adarank.adapt.objective import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, running_mean
-from adarank.adapt.objective import objective as combined
+from adarank.adapt.multitask import Multitask
+from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, running_mean
+from adarank.adapt.objectives import objective as combined
+from adarank.adapt.problem import Asked
 from adarank.adapt.settings import AdaptSettings
-from adarank.asked import Asked, Forward
-from adarank.checkpoint import MemorySource, cast
+from adarank.alignment.align import align
+from adarank.alignment.selection import Select
+from adarank.alignment.task_vectors import Network
+from adarank.calibration.gather import Gatherer, Sample, Store
 from adarank.errors import DataError, RecipeError, itemise
-from adarank.evaluate import score
-from adarank.masks import MaskFile
+from adarank.io.checkpoint import MemorySource, cast
 from adarank.methods import METHODS, Informed, Method, merge_tensors
-from adarank.methods.taskwise import Taskwise, in_memory, rebuilt, sites_of
-from adarank.methods.weights import resolve
+from adarank.methods.per_tensor import resolve
+from adarank.methods.task_aware.base import Taskwise, in_memory, rebuilt, sites_of
 from adarank.models import share
+from adarank.models.predict import Forward
 from adarank.modular import MODULAR
-from adarank.multitask import Multitask
-from adarank.select import Select
 from adarank.settings import nearest, parse
-from adarank.statistics import Gatherer, Sample, Store
-from adarank.task_vectors import Network, align
+from adarank.spectral.mask_file import MaskFile
+from adarank.workflow.scores import score
 
 State = Mapping[str, Tensor]
 Objective = Callable[[Tensor], Tensor] | str | Mapping[str, float]

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from adarank.adapt.judge import Judged, standard_error, worse
+from adarank.adapt.agreement import Judged, standard_error, worse
 
 FIRST = 8  # losses that m_t⁰ is the mean of; until then all tasks count alike
 MOMENTUM = 0.9

@@ -9,10 +9,8 @@ continues exactly where it was.
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,66 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adarank.adapt.agreement import Judge, Signals
 from adarank.adapt.balance import behind, repair_weights, task_weights
-from adarank.adapt.course import Course
-from adarank.adapt.judge import Back, Choice, Judge, Signals, best_step, choose_best, fits
-from adarank.adapt.learner import Learner, between
+from adarank.adapt.choice import Back, Choice, best_step, choose_best, fits
+from adarank.adapt.history import History, Progress
+from adarank.adapt.learner import Learner, Loss, Memory, between
+from adarank.adapt.resume import stop_on_signal
+from adarank.adapt.schedule import Course
 from adarank.adapt.settings import AdaptSettings
-from adarank.adapt.start import Grid, Tried, best_of, find_start
-from adarank.adapt.state import read_state
+from adarank.adapt.start_search import Grid, Tried, best_of, find_start
 from adarank.errors import AdaptationError, Interrupted
-from adarank.writer import write_state
-
-Loss = Callable[[int], Tensor]
-"""step -> scalar loss of one task, with its graph."""
-Memory = dict[str, Tensor]
-"""What losses remember from step to step, such as running means. It is saved and restored with the state."""
-
-
-@dataclass
-class History:
-    """What happened, step by step.
-
-    Attributes:
-        losses: task -> loss at each step.
-        kept: share of components kept after each step, if that is learned.
-        seconds: time spent in steps, over all the runs that a resumed adaptation took.
-        resumed_from: steps at which runs took up a saved state.
-        judged: step -> task -> signals, without labels.
-        judging_seconds: time spent in judging.
-        choice: which step's weights were kept, once adaptation is over.
-        starts: the starts that were looked at, if there was a choice.
-        ended: steps taken before any repair, once they are.
-        backs: points on the way back to the start that were judged.
-    """
-
-    losses: dict[str, list[float]]
-    kept: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    resumed_from: list[int] = field(default_factory=list)
-    judged: dict[int, dict[str, Signals]] = field(default_factory=dict)
-    judging_seconds: float = 0.0
-    choice: Choice | None = None
-    starts: list[Tried] = field(default_factory=list)
-    ended: int | None = None
-    backs: list[Back] = field(default_factory=list)
-
-    @property
-    def judged_kept(self) -> Mapping[str, Signals]:
-        """How what is kept was judged; of a last step that is kept unasked too."""
-        assert self.choice is not None  # adaptation is over
-        share, step = self.choice.share, self.choice.step
-        found = [own.judged for own in self.backs if (own.step, own.share) == (step, share)]
-        return found[0] if found else self.judged[step]
-
-    @property
-    def step(self) -> int:
-        """How many steps have been taken."""
-        return len(next(iter(self.losses.values()), ()))
-
-
-Progress = Callable[[History, int], None]
-"""Called after each step with the history so far and the number of steps."""
+from adarank.io.state import read_state, write_state
 
 
 def adapt(
@@ -120,7 +69,7 @@ def adapt(
     if not run.restore() and glance is not None and grid is not None and grid.open:
         run.find_start(grid, glance)
     live.write()
-    with _stop_on_signal() as stopped:
+    with stop_on_signal() as stopped:
         run.judge_if_due()
         while not run.over():
             started = time.perf_counter()
@@ -352,26 +301,3 @@ class _Run:
     def _set(self, numbers: Mapping[str, Tensor]) -> None:
         for name, own in self.live.learned().items():
             own.copy_(numbers[name])
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """A list that is no longer empty once SIGINT or SIGTERM came; a second one interrupts at once."""
-    caught: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, frame: object) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[int(number)] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: signals stay whoever's they are
-        pass
-    try:
-        yield caught
-    finally:
-        for caught_number, handler in previous.items():
-            signal.signal(caught_number, handler)

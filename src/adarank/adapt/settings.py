@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from adarank.adapt.judge import Signal
-from adarank.adapt.objective import OBJECTIVES, Filter, SelfLabel, Weights, as_weights, check_objective
+from adarank.adapt.agreement import Signal
+from adarank.adapt.objectives import OBJECTIVES, Filter, SelfLabel, Weights, as_weights, check_objective
 from adarank.settings import Settings
 
 AUTO: Literal["auto"] = "auto"

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adarank.layers import layer_groups
+from adarank.alignment.layers import layer_groups
 
 LambdaPer = Literal["tensor", "layer", "task", "model"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from adarank.errors import AdaRankError, Interrupted
 
 if TYPE_CHECKING:
-    from adarank.evaluate import Table
+    from adarank.workflow.scores import Table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,9 +129,10 @@ def _print_json(content: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from adarank import demo
-    from adarank.cli import show, words
+    from adarank.cli import console as words
+    from adarank.cli import show
     from adarank.cli.progress import Adapting
+    from adarank.workflow import demo
 
     progress = Adapting()
     try:
@@ -156,9 +157,11 @@ def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import show
     from adarank.errors import DataError
     from adarank.methods import Informed
-    from adarank.plan import describe, open_job
-    from adarank.recipe import load_recipe
-    from adarank.tasks import check_tasks, sampled
+    from adarank.recipe.job import open_job
+    from adarank.recipe.plan import describe
+    from adarank.recipe.reader import load_recipe
+    from adarank.workflow.calibrate import sampled
+    from adarank.workflow.load_tasks import check_tasks
 
     job = open_job(load_recipe(options.recipe))
     described = describe(job)
@@ -185,10 +188,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from adarank import pipeline
-    from adarank.cli import show, words
+    from adarank.cli import console as words
+    from adarank.cli import show
     from adarank.cli.progress import Adapting
-    from adarank.recipe import load_recipe
+    from adarank.recipe.reader import load_recipe
+    from adarank.workflow import merge as pipeline
 
     progress = Adapting()
     try:
@@ -225,9 +229,9 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from adarank import scoring
     from adarank.cli import show
-    from adarank.recipe import load_recipe
+    from adarank.recipe.reader import load_recipe
+    from adarank.workflow import evaluate as scoring
 
     table = scoring.evaluate(load_recipe(options.recipe), options.outputs, options.split, show.note)
     if options.json:
@@ -237,9 +241,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from adarank.cli import show, words
+    from adarank.cli import console as words
+    from adarank.cli import show
     from adarank.cli.progress import Searching
-    from adarank.search import level, parse_axis, search
+    from adarank.workflow.search import level, parse_axis, search
 
     axes = [parse_axis(text) for text in options.over]
     with Searching() as progress:
@@ -263,7 +268,7 @@ def _print_scores(table: Table) -> None:
 
 def _extract(options: argparse.Namespace) -> None:
     from adarank.cli import show
-    from adarank.serving import extract
+    from adarank.outputs.bundle import extract
 
     record = extract(options.bundle, options.task, options.out, options.force)
     if options.json:
@@ -273,9 +278,9 @@ def _extract(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from adarank import inspection
-    from adarank.bundle import BundleFolder, is_bundle
     from adarank.cli import show
+    from adarank.io.bundle import BundleFolder, is_bundle
+    from adarank.workflow import inspect as inspection
 
     if is_bundle(options.checkpoint) and options.base is None:
         bundle = BundleFolder(options.checkpoint)
@@ -302,9 +307,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from adarank import catalogue
     from adarank.cli import show
-    from adarank.papers import ROWS
+    from adarank.recipe import catalogue
+    from adarank.recipe.papers import ROWS
 
     if options.papers:
         rows = [row for row in ROWS if options.name in (None, row.recipe.get("merge_method"))]

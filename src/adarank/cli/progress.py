@@ -11,9 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table as Grid
 from rich.text import Text
 
-from adarank.adapt.loop import History
-from adarank.cli.words import clock, err, recent
-from adarank.search import Point
+from adarank.adapt.history import History
+from adarank.cli.console import clock, err, recent
+from adarank.workflow.search import Point
 
 
 class Searching:

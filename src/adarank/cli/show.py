@@ -9,14 +9,14 @@ from typing import Any
 from rich.table import Table as Grid
 from rich.text import Text
 
-from adarank.bundle import About
-from adarank.catalogue import Entry
-from adarank.cli.words import clock, err, out, recent, size
-from adarank.evaluate import Table
-from adarank.inspection import LayerRow, TensorRow
+from adarank.cli.console import clock, err, out, recent, size
+from adarank.io.bundle import About
 from adarank.modular import MODULAR
-from adarank.papers import SETTINGS, PaperRow
-from adarank.search import Point
+from adarank.recipe.catalogue import Entry
+from adarank.recipe.papers import SETTINGS, PaperRow
+from adarank.workflow.inspect import LayerRow, TensorRow
+from adarank.workflow.scores import Table
+from adarank.workflow.search import Point
 
 TASK_AWARE = "Task-aware: each task has weights of its own, so whoever uses them must know the task of every input."
 

@@ -14,11 +14,11 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from adarank.checkpoint import check_result
+from adarank.alignment.task_vectors import Network, OriginKind
 from adarank.errors import MismatchError, RecipeError, itemise
-from adarank.methods.weights import Flag, PerTensor, TensorWeights, flag, rest
+from adarank.io.checkpoint import check_result
+from adarank.methods.per_tensor import Flag, PerTensor, TensorWeights, flag, rest
 from adarank.settings import Settings
-from adarank.task_vectors import Network, OriginKind
 
 __all__ = [
     "Deltas",
@@ -58,7 +58,7 @@ class Method(Settings):
         spectral: True if it decomposes matrices; the memory plan counts an SVD's workspace then.
         per_model: settings that each model of a recipe may carry.
         merges_base: True if a base that is listed among the models is merged as they are.
-        task_aware: True if each task gets weights of its own (`taskwise.py`).
+        task_aware: True if each task gets weights of its own (`task_aware/base.py`).
         passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.
         data: what it reads of the tasks' data, in words; empty for data-free methods.
     """

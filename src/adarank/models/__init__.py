@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adarank.models.base import Family, TaskModels, share
 from adarank.models.clip import ZeroShotImageClassifiers
+from adarank.models.family import Family
 from adarank.models.image import ImageClassifiers
 from adarank.models.text import TextClassifiers
+from adarank.models.tied import TaskModels, share
 
 ALL: tuple[Family, ...] = (TextClassifiers(), ImageClassifiers(), ZeroShotImageClassifiers())
 FAMILIES: dict[str, Family] = {family.kind: family for family in ALL}

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adarank.checkpoint import Checkpoint, TensorInfo
 from adarank.data.spec import TaskSpec
 from adarank.errors import CheckpointError, RecipeError, itemise
-from adarank.models.base import quiet_transformers
+from adarank.io.checkpoint import Checkpoint, TensorInfo
+from adarank.models.family import quiet_transformers
 from adarank.models.image import ImageClassifiers
 from adarank.models.text import tokenizer_of
 

@@ -19,7 +19,7 @@ from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch
 from adarank.errors import CheckpointError, DataError
-from adarank.models.base import Family
+from adarank.models.family import Family
 
 _KEPT_BYTES = 128 * 2**20  # processed images that a task keeps in memory; the rest are processed anew for each batch
 _LEAST = 2**13  # pixels that a small image counts as: batches of more than 128 are slower on a CPU, not faster

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adarank.checkpoint import Checkpoint
 from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch
 from adarank.errors import CheckpointError, DataError
-from adarank.models.base import Family
+from adarank.io.checkpoint import Checkpoint
+from adarank.models.family import Family
 
 
 class TextExamples:

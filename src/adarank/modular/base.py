@@ -1,7 +1,7 @@
 """What a modular method is: it trains small modules on unlabelled inputs and keeps them, with weights, in a bundle.
 
 A method's file holds its formula, its settings, its modules, and two functions: one mounts the modules on a network, one
-dresses a network from a bundle's parts. `assembly.py` trains them on a job's inputs. Method files take what they are
+dresses a network from a bundle's parts. `workflow/modular.py` trains them on a job's inputs. Method files take what they are
 written with from here.
 """
 
@@ -14,16 +14,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from adarank.adapt.methods import PRESETS
+from adarank.adapt.presets import PRESETS
 from adarank.adapt.settings import AdaptSettings
-from adarank.bundle import WHOLE, BundleFolder, PartFile, key
 from adarank.errors import RecipeError
-from adarank.methods.taskwise import Site
+from adarank.io.bundle import WHOLE, BundleFolder, PartFile, key
+from adarank.io.writer import Layout
+from adarank.methods.task_aware.base import Site
 from adarank.models import FAMILIES
-from adarank.models.base import Family, held_tensors, stored_keys
-from adarank.models.features import head_inputs, owners, pooled
+from adarank.models.family import Family
+from adarank.models.head_inputs import head_inputs, owners, pooled
+from adarank.models.tied import held_tensors, stored_keys
 from adarank.settings import Settings, parse
-from adarank.writer import Layout
+from adarank.sparsify.threshold import top_count
 
 __all__ = [
     "FAMILIES",
@@ -45,6 +47,7 @@ __all__ = [
     "module_names",
     "pooled",
     "settled",
+    "top_count",
     "whole",
     "whole_tensors",
 ]

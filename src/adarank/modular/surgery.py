@@ -34,7 +34,7 @@ from adarank.modular.base import (
     key,
     whole,
 )
-from adarank.modular.merging import carry
+from adarank.modular.layers import carry
 
 
 class Start(Settings):

@@ -39,10 +39,11 @@ from adarank.modular.base import (
     head_of,
     key,
     module_names,
+    top_count,
     whole,
 )
-from adarank.modular.merging import Deltas, Mounted, Route, carry, mounted
-from adarank.spectrum import decompose, top_count
+from adarank.modular.layers import Deltas, Mounted, Route, carry, mounted
+from adarank.spectral.svd import decompose
 
 
 class TwinMerging(Modular):

@@ -37,7 +37,7 @@ from adarank.modular.base import (
     pooled,
     whole,
 )
-from adarank.modular.merging import Deltas, Route, carry, mounted
+from adarank.modular.layers import Deltas, Route, carry, mounted
 
 ROUTER = {"inner.weight": "a1", "inner.bias": "b1", "outer.weight": "a2", "outer.bias": "b2"}
 """Parameter of a router -> the part of a bundle that holds it."""

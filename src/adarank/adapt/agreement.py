@@ -1,0 +1,123 @@
+"""How near a task's predictions are to its expert's, without labels, and whether it has collapsed.
+
+The expert's predictions on the same inputs are the yardstick; what the answers are is never asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adarank.adapt.objectives import divergences, entropy
+from adarank.errors import AdaptationError
+
+Signal = Literal["agreement", "divergence"]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What one task's predictions look like beside its expert's, on the same unlabelled inputs.
+
+    Attributes:
+        agreement: share of inputs where both predict the same class.
+        divergence: mean Kullback-Leibler divergence from the expert's predictions, in nats.
+        histogram: total-variation distance between the histograms of predicted classes, 0 to 1.
+        entropy: mean entropy of the predictions, in nats.
+        largest, expert_largest: share of inputs that get the most frequent class, here and from the expert.
+        inputs: how many inputs this rests on.
+    """
+
+    agreement: float
+    divergence: float
+    histogram: float
+    entropy: float
+    largest: float
+    expert_largest: float
+    inputs: int
+
+
+Judged = Mapping[str, Signals]
+
+
+Judge = Callable[[int], Judged]
+"""step -> task -> signals of the weights that the networks hold now."""
+
+
+@torch.no_grad()
+def signals(logits: Tensor, expert: Tensor) -> Signals:
+    """Compare predictions with the expert's.
+
+    Arguments:
+        logits, expert: (inputs, classes), float.
+    """
+    if logits.shape[-1] < 2:
+        raise AdaptationError(
+            "The experts give one number for each input: there are no classes to agree on. Adaptation is of classifiers; use a method that does not adapt."
+        )
+    own, wanted = logits.argmax(dim=-1), expert.argmax(dim=-1)
+    answered = ~logits.isnan().any(dim=-1)  # a network that gives no numbers agrees with nobody
+    counts, targets = (torch.bincount(y, minlength=logits.shape[-1]).double() / len(y) for y in (own, wanted))
+    return Signals(
+        agreement=float(((own == wanted) & answered).double().mean()),
+        divergence=float(divergences(logits.double(), expert.double()).mean()),
+        histogram=float((counts - targets).abs().sum() / 2),
+        entropy=float(entropy(logits.double())),
+        largest=float(counts.max()),
+        expert_largest=float(targets.max()),
+        inputs=len(own),
+    )
+
+
+def mean_signal(judged: Judged, signal: Signal) -> float:
+    """Mean over tasks, signed so that more is better; -inf if some task's predictions are no numbers."""
+    if any(math.isnan(own.entropy) for own in judged.values()):
+        return -math.inf
+    values = [own.agreement if signal == "agreement" else -own.divergence for own in judged.values()]
+    mean = sum(values) / len(values)
+    return round(mean, 12) if math.isfinite(mean) else -math.inf  # rounded, so that equal shares are equal
+
+
+def standard_error(own: Signals) -> float:
+    """Of the agreement, a share a of n inputs: √(a(1-a)/n), with one agreeing and one other input added, so that it is not 0
+    for a task that agrees everywhere."""
+    share = (own.agreement * own.inputs + 1) / (own.inputs + 2)
+    return math.sqrt(share * (1 - share) / (own.inputs + 2))
+
+
+def mean_error(judged: Judged) -> float:
+    """Standard error of the mean agreement over tasks."""
+    return math.sqrt(sum(standard_error(own) ** 2 for own in judged.values())) / len(judged)
+
+
+def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
+    """Tasks whose agreement is below the start's by more than `tolerance` standard errors of it."""
+    return [
+        task
+        for task, first in start.items()
+        if judged[task].agreement < first.agreement - tolerance * standard_error(first) - 1e-12
+    ]
+
+
+def collapsed(now: Signals, start: Signals) -> bool:
+    """True if one class took over that the expert does not give so often.
+
+    What the most frequent class leaves to all others is less than half of what it left at the start and of what the
+    expert leaves, and the histogram is at least 0.05 away from the expert's. A task that is all but one class with its
+    own expert is no collapse, nor is one that was so at the start.
+    """
+    left = 1 - now.largest
+    return left < 0.5 * min(1 - start.largest, 1 - now.expert_largest) and now.histogram >= 0.05
+
+
+def first_collapse(judged: Mapping[int, Judged]) -> dict[str, int]:
+    """task -> the first judged step at which it had collapsed, for those that ever did."""
+    found: dict[str, int] = {}
+    for step, own in sorted(judged.items()):
+        for task, seen in own.items():
+            if collapsed(seen, judged[0][task]):
+                found.setdefault(task, step)
+    return found

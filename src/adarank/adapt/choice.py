@@ -1,0 +1,92 @@
+"""Which of the judged steps is kept, and why."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from adarank.adapt.agreement import Judged, Signal, mean_signal, standard_error, worse
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The step that is kept.
+
+    Attributes:
+        step: how many steps had been taken; 0 is the start.
+        why: in words.
+        rolled_back: steps were taken, and the start is kept.
+        share: of the way from the start to that step.
+    """
+
+    step: int
+    why: str
+    rolled_back: bool = False
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Back:
+    """A point on the line from the start to a judged step, and how it was judged.
+
+    Attributes:
+        step, share: what it lies between, as in `Choice`.
+    """
+
+    step: int
+    share: float
+    judged: Judged
+
+
+def best_step(judged: Mapping[int, Judged], signal: Signal, tolerance: float) -> int:
+    """Of the judged steps at which no task is `worse` than at the start, the one with the best mean
+    signal; the earlier one of equals. The start always qualifies, so it is the answer when nothing is better.
+
+    Whether a step qualifies depends on it and the start alone, so the answer changes only to the step judged last.
+    """
+    start = judged[0]
+    fit = [step for step, own in sorted(judged.items()) if step == 0 or not worse(own, start, tolerance)]
+    return max(fit, key=lambda step: (mean_signal(judged[step], signal), -step))
+
+
+def choose_best(judged: Mapping[int, Judged], signal: Signal, tolerance: float, backs: Sequence[Back] = ()) -> Choice:
+    """`best_step`, or the point on the way back to the start that is better, with the reason for it."""
+    step = best_step(judged, signal, tolerance)
+    sign = 1 if signal == "agreement" else -1
+    kept = Back(step, 1.0, judged[step])
+    for back in backs:
+        if fits(back, judged, tolerance) and mean_signal(back.judged, signal) > mean_signal(kept.judged, signal):
+            kept = back
+    start, found = (sign * mean_signal(own, signal) for own in (judged[0], kept.judged))
+    within = f" by more than {tolerance:g} standard error(s)" if tolerance else ""
+    later = {s: worse(own, judged[0], tolerance) for s, own in judged.items() if s > 0}
+    if kept.step > 0:
+        why = f"mean {signal} with the experts {found:.4f}, {start:.4f} at the start; no task agrees less{within}"
+        return Choice(kept.step, why, share=kept.share)
+    if not later:
+        return Choice(0, "no step was taken")
+    fell = Counter(task for tasks in later.values() for task in tasks)
+    refused = sum(bool(tasks) for tasks in later.values())
+    names = ", ".join(f"{task} at {times}" for task, times in fell.most_common(3))
+    least = f"; at {refused} of them a task agreed less with its expert{within} ({names})" if refused else ""
+    points = f" and {len(backs)} points on the way back to it" if backs else ""
+    why = f"none of {len(later)} judged steps{points} was better than the start (mean {signal} {start:.4f}){least}"
+    return Choice(0, why + _forgone(judged, signal), rolled_back=True)
+
+
+def fits(back: Back, judged: Mapping[int, Judged], tolerance: float) -> bool:
+    """True if no task is `worse` there than at the start."""
+    return not worse(back.judged, judged[0], tolerance)
+
+
+def _forgone(judged: Mapping[int, Judged], signal: Signal) -> str:
+    """The step that a larger tolerance would keep, in words; nothing where none is better than the start."""
+    start = judged[0]
+    step = max(judged, key=lambda own: (mean_signal(judged[own], signal), -own))
+    if step == 0:
+        return ""
+    errors = max((first.agreement - judged[step][t].agreement) / standard_error(first) for t, first in start.items())
+    found = (1 if signal == "agreement" else -1) * mean_signal(judged[step], signal)
+    return f"; step {step}, at {found:.4f}, would be kept with tolerance: {math.ceil(10 * errors) / 10:g}"

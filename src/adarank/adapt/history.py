@@ -1,0 +1,56 @@
+"""What happened in a run of the loop, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from adarank.adapt.agreement import Signals
+from adarank.adapt.choice import Back, Choice
+from adarank.adapt.start_search import Tried
+
+
+@dataclass
+class History:
+    """What happened, step by step.
+
+    Attributes:
+        losses: task -> loss at each step.
+        kept: share of components kept after each step, if that is learned.
+        seconds: time spent in steps, over all the runs that a resumed adaptation took.
+        resumed_from: steps at which runs took up a saved state.
+        judged: step -> task -> signals, without labels.
+        judging_seconds: time spent in judging.
+        choice: which step's weights were kept, once adaptation is over.
+        starts: the starts that were looked at, if there was a choice.
+        ended: steps taken before any repair, once they are.
+        backs: points on the way back to the start that were judged.
+    """
+
+    losses: dict[str, list[float]]
+    kept: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    resumed_from: list[int] = field(default_factory=list)
+    judged: dict[int, dict[str, Signals]] = field(default_factory=dict)
+    judging_seconds: float = 0.0
+    choice: Choice | None = None
+    starts: list[Tried] = field(default_factory=list)
+    ended: int | None = None
+    backs: list[Back] = field(default_factory=list)
+
+    @property
+    def judged_kept(self) -> Mapping[str, Signals]:
+        """How what is kept was judged; of a last step that is kept unasked too."""
+        assert self.choice is not None  # adaptation is over
+        share, step = self.choice.share, self.choice.step
+        found = [own.judged for own in self.backs if (own.step, own.share) == (step, share)]
+        return found[0] if found else self.judged[step]
+
+    @property
+    def step(self) -> int:
+        """How many steps have been taken."""
+        return len(next(iter(self.losses.values()), ()))
+
+
+Progress = Callable[[History, int], None]
+"""Called after each step with the history so far and the number of steps."""

@@ -1,0 +1,113 @@
+"""Where adaptation starts, found without labels: the rank and λ at which merged model and experts agree best.
+
+    (k, λ) = argmax mean_t agreement of f(W_o + λ Σ_t top_k(δ_t)) with expert t, on unlabelled inputs
+
+A climb on a grid: from one point to its best neighbour, until no neighbour is better. A point costs one composition of the
+weights and one glance, a judgement on fewer inputs; nothing is decomposed anew, and nothing is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from adarank.adapt.agreement import Judge, Signal, mean_signal
+from adarank.adapt.learner import Learner
+
+AUTO: Literal["auto"] = "auto"
+# Coarse: what adaptation reaches depends little on the start within a step of this grid, and each point costs a glance.
+RANKS = (0.02, 0.08, 0.32, 1.0)
+SCALES = (0.05, 0.1, 0.2, 0.3, 0.6, 1.0, 1.6, 2.5)
+GLANCE = 64  # inputs per task, at most: all starts are seen on the same ones, so that few tell them apart
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One start that was looked at: share of components kept, λ, and the mean signal there (more is better)."""
+
+    rank: float
+    scale: float
+    value: float
+
+    def named(self) -> dict[str, float]:
+        """As recipes and records name it."""
+        own = asdict(self)
+        return {"rank": own["rank"], "lambda": own["scale"], "value": own["value"]}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The starts that are open: one value where rank or λ is given.
+
+    Attributes:
+        ranks, scales: what may be tried, in ascending order.
+        first: index into each, where the climb begins.
+    """
+
+    ranks: tuple[float, ...]
+    scales: tuple[float, ...]
+    first: tuple[int, int]
+
+    @property
+    def open(self) -> bool:
+        """True if there is anything to find."""
+        return len(self.ranks) * len(self.scales) > 1
+
+    def neighbours(self, at: tuple[int, int]) -> list[tuple[int, int]]:
+        """The points one step away in rank or in λ."""
+        near = [(at[0] + i, at[1] + j) for i, j in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+        return [(i, j) for i, j in near if 0 <= i < len(self.ranks) and 0 <= j < len(self.scales)]
+
+
+def grid_of(rank: float | str, scale: float | str, usual: tuple[float, float]) -> Grid:
+    """The grid for a rank and λ of which each is a number or `auto`.
+
+    Arguments:
+        usual: rank and λ where the climb begins; both on the grid.
+    """
+    ranks = RANKS if rank == AUTO else (float(rank),)
+    scales = SCALES if scale == AUTO else (float(scale),)
+    return Grid(ranks, scales, (_place(ranks, usual[0]), _place(scales, usual[1])))
+
+
+def _place(values: tuple[float, ...], usual: float) -> int:
+    return values.index(usual) if len(values) > 1 else 0
+
+
+def climb(grid: Grid, value: Callable[[float, float], float]) -> list[Tried]:
+    """All points that were looked at, in order. The best, of equals the earlier, has no better neighbour."""
+    seen: dict[tuple[int, int], Tried] = {}
+
+    def look(at: tuple[int, int]) -> float:
+        if at not in seen:
+            rank, scale = grid.ranks[at[0]], grid.scales[at[1]]
+            seen[at] = Tried(rank, scale, value(rank, scale))
+        return seen[at].value
+
+    here, moved = grid.first, True
+    look(here)
+    while moved:
+        best = max(grid.neighbours(here), key=look, default=here)
+        moved = look(best) > look(here)
+        here = best if moved else here
+    return list(seen.values())
+
+
+def best_of(tried: list[Tried]) -> Tried:
+    """The start that was found: the first of equals."""
+    return max(tried, key=lambda own: own.value)
+
+
+def find_start(live: Learner, grid: Grid, glance: Judge, signal: Signal) -> list[Tried]:
+    """Put the live weights at the best start of the grid; returns what was tried."""
+
+    def value(rank: float, scale: float) -> float:
+        live.reset(scale, rank)
+        live.write()
+        return mean_signal(glance(0), signal)
+
+    tried = climb(grid, value)
+    best = best_of(tried)
+    live.reset(best.scale, best.rank)
+    return tried

@@ -1,0 +1,131 @@
+"""The one rule that says what happens to each tensor of a network.
+
+    decompose   a matrix whose task vectors go through the SVD (methods without spectra just see a matrix)
+    scale       merged by λ·delta: biases, norms, positional tables, kernels
+    keep        kept from the base: integer buffers, embeddings of text models, what no expert has
+    head        belongs to a task and is kept per task
+
+The default is read off the tensor's name, shape and dtype; a recipe overrides it with patterns
+(`fnmatch`: `*`, `?`, `[...]`, matched against the tensor's name in the base).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from adarank.errors import RecipeError, itemise
+from adarank.io.checkpoint import TensorInfo
+from adarank.settings import Settings
+
+Action = Literal["decompose", "scale", "keep", "head"]
+
+_EMBEDDING = ("embed", "wte", "wpe", "shared.weight")
+_TABLE = "position_bias_table"  # of Swin and its kin: two-dimensional, but a list of biases
+_HEADS = ("classifier", "pre_classifier", "score", "head", "heads", "lm_head", "logits_proj", "classification_head")
+
+
+class Select(Settings):
+    """Patterns per action; what matches none follows the default.
+
+    Attributes:
+        decompose, scale, keep, head: lists of patterns over tensor names.
+    """
+
+    @field_validator("decompose", "scale", "keep", "head", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+    decompose: tuple[str, ...] = ()
+    scale: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+
+    def patterns(self) -> list[tuple[Action, str]]:
+        """All (action, pattern) pairs."""
+        groups: list[tuple[Action, Sequence[str]]] = [
+            ("decompose", self.decompose), ("scale", self.scale), ("keep", self.keep), ("head", self.head),
+        ]  # fmt: skip
+        return [(action, pattern) for action, patterns in groups for pattern in patterns]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What happens to a tensor, and why."""
+
+    action: Action
+    reason: str
+
+
+def choose(info: TensorInfo, select: Select, keep_embeddings: bool) -> Choice:
+    """The action for one tensor.
+
+    Arguments:
+        info: the tensor, under its name in the base.
+        select: the recipe's overrides.
+        keep_embeddings: the family keeps 2-D embedding tables from the base (text models do: their experts
+            share the vocabulary, and both papers leave the tables out).
+
+    Raises:
+        RecipeError: patterns of different actions match the tensor, or it cannot take the action asked for.
+    """
+    matched = check_patterns(info.name, select)
+    if matched:
+        return _asked(info, *matched[0])
+    return _default(info, keep_embeddings)
+
+
+def check_patterns(name: str, select: Select) -> list[tuple[Action, str]]:
+    """The (action, pattern) pairs that match a tensor; a `RecipeError` if they ask for different actions."""
+    matched = [(action, pattern) for action, pattern in select.patterns() if fnmatchcase(name, pattern)]
+    actions = {action for action, _ in matched}
+    if len(actions) > 1:
+        listed = [f"{action}: {pattern}" for action, pattern in matched]
+        raise RecipeError(
+            itemise(f"select: '{name}' is asked for {len(actions)} actions.", listed, "Leave one of them.")
+        )
+    return matched
+
+
+def _asked(info: TensorInfo, action: Action, pattern: str) -> Choice:
+    if action in ("decompose", "scale") and not info.dtype.is_floating_point:
+        raise RecipeError(
+            f"select: {action} '{pattern}' matches '{info.name}', which holds {info.dtype}. Only float tensors merge."
+        )
+    if action == "decompose" and len(info.shape) < 2:
+        raise RecipeError(
+            f"select: decompose '{pattern}' matches '{info.name}' of shape {info.shape}. Only matrices have an SVD."
+        )
+    return Choice(action, f"recipe: {pattern}")
+
+
+def _default(info: TensorInfo, keep_embeddings: bool) -> Choice:
+    if not info.dtype.is_floating_point:
+        return Choice("keep", f"{str(info.dtype).removeprefix('torch.')} buffer")
+    embedding = any(part in info.name.lower() for part in _EMBEDDING)
+    if len(info.shape) != 2 or min(info.shape) < 2:
+        return Choice("scale", f"{len(info.shape)}-D tensor")
+    if info.name.endswith(_TABLE):
+        return Choice("scale", "positional table")
+    if embedding:
+        return Choice("keep", "embedding table") if keep_embeddings else Choice("scale", "embedding table")
+    return Choice("decompose", "matrix")
+
+
+def is_head_name(name: str) -> bool:
+    """True if the first part of a tensor's name is one that task heads carry in `transformers`."""
+    return name.split(".", 1)[0] in _HEADS
+
+
+def unmatched(select: Select, names: Sequence[str]) -> list[str]:
+    """A sentence for each pattern that matches no tensor: most likely a typing mistake."""
+    return [
+        f"select: {action} '{pattern}' matches no tensor."
+        for action, pattern in select.patterns()
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]

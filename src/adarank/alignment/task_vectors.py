@@ -1,0 +1,140 @@
+"""Base and experts, paired tensor by tensor, and the task vectors between them.
+
+    τ_t = W_t - origin        origin: the base, the mean of the experts, or zero
+
+`align` pairs tensors by name, never by position, accounts for every key of every input and raises one
+error that lists all that does not fit. A `Network` then reads one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from adarank.alignment.selection import Choice
+from adarank.errors import RecipeError
+from adarank.io.checkpoint import Source, TensorInfo, check_finite
+
+OriginKind = Literal["pretrained", "average", "zero"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One checkpoint of the network, with the names its tensors have in the base.
+
+    Attributes:
+        names: name in the base -> name in this checkpoint.
+        dropped: name in this checkpoint -> why it is not used.
+        backbone: what the checkpoint's own names start with inside the backbone, such as `bert.`.
+    """
+
+    source: Source
+    names: Mapping[str, str]
+    dropped: dict[str, str] = field(default_factory=dict)
+    backbone: str = ""
+
+    def info(self, name: str) -> TensorInfo:
+        return self.source.tensors[self.names[name]]
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor in float32 (float64 stays), checked for NaN. It may be mapped: never write to it."""
+        info = self.info(name)
+        tensor = check_finite(self.source.read(info.name), info.name, info.file)
+        return tensor.to(device=device, dtype=torch.promote_types(info.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Network:
+    """Aligned base and experts.
+
+    Attributes:
+        base: the pretrained model; None for methods that need none.
+        experts: task -> expert, in the recipe's order.
+        tensors: every tensor that is not a head -> what it is, under its name in the base.
+        choices: the same names -> what happens to them and why.
+        heads: task -> names (in the base's naming) of the tensors that belong to the task.
+    """
+
+    base: Member | None
+    experts: Mapping[str, Member]
+    tensors: Mapping[str, TensorInfo]
+    choices: Mapping[str, Choice]
+    heads: Mapping[str, tuple[str, ...]]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.experts)
+
+    def merged(self) -> list[str]:
+        """Names of the tensors that a method merges, in the base's order."""
+        return [n for n, c in self.choices.items() if c.action in ("decompose", "scale")]
+
+    def reference(self) -> Member:
+        """The base, or the first expert when there is no base: it gives names, dtypes and kept tensors."""
+        return self.base or next(iter(self.experts.values()))
+
+    def origin(self, name: str, kind: OriginKind, device: torch.device | str = "cpu") -> Tensor:
+        """What task vectors are counted from, for one tensor, in float32 (float64 if one has it so)."""
+        if kind == "pretrained":
+            if self.base is None:
+                raise RecipeError("This method counts task vectors from the base. Give base_model.")
+            return self.base.read(name, device).to(self._widest(name, self.base))
+        experts = list(self.experts.values())
+        widest = self._widest(name)
+        total = torch.zeros(experts[0].info(name).shape, device=device, dtype=widest)
+        if kind == "zero":
+            return total
+        for expert in experts:
+            total.add_(expert.read(name, device))
+        return total.div_(len(experts))
+
+    def _widest(self, name: str, *others: Member) -> torch.dtype:
+        """float64 if an expert has the tensor so: task vectors and origin are of one dtype."""
+        dtypes = {member.info(name).dtype for member in (*self.experts.values(), *others)}
+        return torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def deltas(self, name: str, origin: Tensor) -> Deltas:
+        """Task vectors of one tensor about `origin`, each computed when asked for."""
+        return Deltas(self, name, origin)
+
+    def kept(self, name: str) -> Tensor:
+        """A tensor kept from the base, as stored."""
+        member = self.reference()
+        info = member.info(name)
+        return check_finite(member.source.read(info.name), info.name, info.file)
+
+    def head(self, task: str) -> dict[str, Tensor]:
+        """The tensors that belong to a task, under the names that the expert's own files use."""
+        expert = self.experts[task]
+        infos = [expert.info(name) for name in self.heads[task]]
+        return {i.name: check_finite(expert.source.read(i.name), i.name, i.file) for i in infos}
+
+
+class Deltas(Mapping[str, Tensor]):
+    """task -> W_task - origin. Lazy, so that a loop over tasks holds one task vector at a time."""
+
+    def __init__(self, network: Network, name: str, origin: Tensor) -> None:
+        self._network, self._name, self._origin = network, name, origin
+
+    def __getitem__(self, task: str) -> Tensor:
+        return self._network.experts[task].read(self._name, self._origin.device) - self._origin
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._network.experts)
+
+    def __len__(self) -> int:
+        return len(self._network.experts)
+
+
+def member_tensors(
+    network: Network, member: Member, names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one checkpoint of a network, for every tensor (of `names`) that it shares with it."""
+    for name in network.tensors if names is None else names:
+        if name in member.names:
+            info = member.info(name)
+            yield name, check_finite(member.source.read(info.name), info.name, info.file)

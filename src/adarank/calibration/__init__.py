@@ -1,0 +1,1 @@
+"""Statistics of activations and gradients, gathered from the experts on their inputs."""

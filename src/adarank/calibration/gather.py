@@ -1,0 +1,213 @@
+"""Statistics of the experts on their tasks' inputs, streamed batch by batch, one expert at a time, and kept by tensor.
+
+In memory are one network, and the statistics of one expert (of one block of it for RegMean++). Given a folder, what is
+done is kept there in a file per expert (and block), so that an interrupted run takes it up, settings that change nothing
+of it find it again, and merging reads one tensor's statistics of one task at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import pickle
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adarank.alignment.task_vectors import Network, member_tensors
+from adarank.calibration.hooks import Grams, Seen, add_squared_gradients, label_weights, linear_layers, watched
+from adarank.io.checkpoint import DAMAGED, check_finite
+from adarank.io.record import Note
+from adarank.io.state import write_state
+from adarank.methods import Fisher, Informed, RegMean, RegMeanPlusPlus, merge_tensor
+from adarank.methods.calibrated.base import Statistics
+from adarank.models import TaskModels
+
+_BLOCK = re.compile(r"(?:.*\.)?\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The inputs that statistics are taken of.
+
+    Attributes:
+        call: (module, batch) -> (batch, classes) logits.
+        batches: task -> its batches.
+        singles: task -> its inputs, each as a batch of one, with their labels; None where labels are not to be read.
+    """
+
+    call: Callable[[nn.Module, Any], Tensor]
+    batches: Callable[[str], Iterator[Any]]
+    singles: Callable[[str], Iterator[tuple[Any, int | None]]]
+
+
+class Store:
+    """Statistics by part (a task, or a block of a task) and tensor.
+
+    Arguments:
+        folder: where each part is a file, and found again; None to hold all in memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._parts: dict[str, Mapping[str, Tensor]] = {}
+
+    def part(self, key: str) -> Mapping[str, Tensor] | None:
+        """Tensor -> statistic, mapped from the part's file; None if it is not there, or damaged."""
+        path = self._path(key)
+        if key not in self._parts and path is not None and path.exists():
+            try:
+                self._parts[key] = torch.load(path, weights_only=True, mmap=True)
+            except (pickle.UnpicklingError, *DAMAGED):
+                return None
+        return self._parts.get(key)
+
+    def keep(self, key: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Add a part; returns it as `part` does."""
+        path = self._path(key)
+        if path is None:
+            self._parts[key] = tensors
+        else:
+            write_state(path, tensors, "statistics")
+        kept = self.part(key)
+        assert kept is not None
+        return kept
+
+    def _path(self, key: str) -> Path | None:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt" if self._folder else None
+
+
+@dataclass(frozen=True)
+class Gatherer:
+    """Takes the statistics that a method asks for. The models hold other tensors afterwards."""
+
+    network: Network
+    models: TaskModels
+    sample: Sample
+    store: Store
+    note: Note = lambda text: None
+
+    def inform(self, method: Informed) -> Informed:
+        """`method` with its statistics."""
+        match method:
+            case Fisher():
+                return method.knowing(self._fishers(method))
+            case RegMeanPlusPlus():
+                return self._block_by_block(method)
+            case RegMean():
+                return method.knowing(self._grams())
+        raise NotImplementedError(method.name)
+
+    def _fishers(self, method: Fisher) -> Statistics:
+        shared = self.models.shared
+        parameters = {name: shared[name] for name in self.network.merged() if shared[name].requires_grad}
+        parts = {
+            task: self._part(task, task, "Squared gradients", None, partial(self._fisher, method, task, parameters))
+            for task in self.network.tasks
+        }
+        return Statistics(parameters.keys(), lambda name, task: parts[task][name])
+
+    def _fisher(self, method: Fisher, task: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{method.seed}/{task}".encode()))
+        total = {name: torch.zeros_like(own, requires_grad=False) for name, own in parameters.items()}
+        count = 0
+        for batch, label in self.sample.singles(task):
+            logits = self.sample.call(self.models.modules[task], batch)[0]
+            add_squared_gradients(total, parameters, logits, label_weights(logits, label, method.classes, generator))
+            count += 1
+        return {name: own.div_(count).cpu() for name, own in total.items()}
+
+    def _grams(self) -> Statistics:
+        names = self._matrices()
+        return self._of_layers(
+            {
+                task: self._part(task, task, "Gram matrices", None, partial(self._measured, task, names))
+                for task in self.network.tasks
+            }
+        )
+
+    def _block_by_block(self, method: RegMeanPlusPlus) -> Informed:
+        known = method.knowing(Statistics())
+        self._merge(known, None)  # what has no Gram matrix is averaged, now as in the end
+        parts: dict[str, dict[str, Tensor]] = {task: {} for task in self.network.tasks}
+        calls = self._calls(self._matrices())
+        for block in dict.fromkeys(map(block_of, calls)):
+            layers = [name for name in calls if block_of(name) == block]
+            members = [name for name in self.network.merged() if block_of(name) == block]
+            once = all(calls[name] == 1 for name in layers)
+            for task, own in parts.items():
+                measure = partial(self._measured, task, layers, stop=once)
+                own.update(self._part(f"{task}/{block}", task, f"Gram matrices of {block}", members, measure))
+            known = method.knowing(self._of_layers(parts))
+            self._merge(known, members)
+        return known
+
+    def _part(
+        self, key: str, task: str, what: str, own: list[str] | None, measure: Callable[[], dict[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """A part of the store, measured if it is not there, with the task's own tensors (`own`; None: all) in the networks."""
+        found = self.store.part(key)
+        if found is not None:
+            return found
+        self.note(f"{what} on {task}")
+        self.models.fill(member_tensors(self.network, self.network.experts[task], own))
+        tensors = measure()
+        for name, tensor in tensors.items():
+            check_finite(tensor, name, f"statistics of task '{task}'")
+        return self.store.keep(key, tensors)
+
+    def _merge(self, method: Informed, names: list[str] | None) -> None:
+        """Put merged tensors (of `names`; None: all) into the networks."""
+        device = next(iter(self.models.shared.values())).device
+        chosen = self.network.tensors if names is None else names
+        self.models.fill((name, merge_tensor(method, self.network, name, device)) for name in chosen)
+
+    def _matrices(self) -> list[str]:
+        return [name for name in self.network.merged() if self.network.choices[name].action == "decompose"]
+
+    def _calls(self, names: list[str]) -> Mapping[str, int]:
+        """Linear layer -> how often it runs in a forward pass, in the order in which layers first run."""
+        task = self.network.tasks[0]
+        found = Grams()
+        self._watch(task, names, found, itertools.islice(self.sample.batches(task), 1))
+        return found.calls
+
+    def _measured(self, task: str, names: list[str], stop: bool = False) -> dict[str, Tensor]:
+        """Layer -> Gram matrix of what it is given on a task's inputs, with the weights that the models hold now.
+
+        Arguments:
+            stop: the layers run once in a forward pass, so that it may end behind the last of them.
+        """
+        found = Grams(names if stop else ())
+        self._watch(task, names, found, self.sample.batches(task))
+        return found.means()
+
+    @torch.no_grad()
+    def _watch(self, task: str, names: list[str], grams: Grams, batches: Iterator[Any]) -> None:
+        module = self.models.modules[task]
+        with watched(linear_layers(module, self.models.shared, names), grams):
+            for batch in batches:
+                grams.begin(batch)
+                with suppress(Seen):
+                    self.sample.call(module, batch)
+
+    def _of_layers(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Statistics:
+        task = self.network.tasks[0]
+        known = set.intersection(*(set(own) for own in parts.values()))
+        layers = linear_layers(self.models.modules[task], self.models.shared, known)
+        turned = frozenset(layer.name for layer in layers if layer.inputs_first)
+        return Statistics(known, lambda name, task: parts[task][name], turned)
+
+
+def block_of(name: str) -> str:
+    """The block that a tensor is part of: its name up to its last number; its module where it has none."""
+    found = _BLOCK.match(name)
+    return found.group() if found else name.rpartition(".")[0]

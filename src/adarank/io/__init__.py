@@ -1,0 +1,1 @@
+"""Files: read lazily and safely, written whole or not at all."""

@@ -1,0 +1,52 @@
+"""The file in which an unfinished run is kept."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adarank.errors import OutputError, RecipeError
+from adarank.io.checkpoint import DAMAGED
+
+_STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
+          "judged", "judging_seconds", "start", "best", "source", "starts", "memory"}  # fmt: skip
+
+
+def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
+    """A saved state.
+
+    Raises:
+        RecipeError: it is damaged, no state, or belongs to another run.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *DAMAGED) as error:
+        raise RecipeError(f"{path}: the saved state is damaged ({error}). Delete it to start anew.") from None
+    if not isinstance(content, dict) or not content.keys() >= _STATE:
+        raise RecipeError(f"{path}: not a saved state of this version. Delete it to start anew.")
+    if content["fingerprint"] != fingerprint:
+        raise RecipeError(
+            f"{path}: the saved state belongs to another run (inputs or settings differ). Delete it to start anew, or give another output path."
+        )
+    return content
+
+
+def write_state(path: Path, content: Mapping[str, Any], what: str) -> None:
+    """Save what a later run may take up, whole or not at all.
+
+    Raises:
+        OutputError: the disk is full or read-only.
+    """
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dict(content), partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
+        raise OutputError(
+            f"{path}: {what} cannot be saved ({error}). Free space or give another output path."
+        ) from None

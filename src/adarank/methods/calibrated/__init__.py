@@ -1,0 +1,1 @@
+"""Methods that need statistics of the experts on their inputs."""

@@ -1,0 +1,1 @@
+"""Averages, sums and interpolations of whole tensors."""

@@ -1,0 +1,1 @@
+"""Methods that drop entries of task vectors."""

@@ -1,0 +1,1 @@
+"""Methods on the singular value decomposition of task vectors."""

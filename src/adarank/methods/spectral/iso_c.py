@@ -1,0 +1,40 @@
+"""Iso-C: the summed task vector with all its singular values made equal.
+
+    Σ_t τ_t = U diag(s) Vᵀ
+    merged = base + λ · mean(s) · U Vᵀ
+    merged = base + λ · mean_t τ_t        all other tensors
+
+Marczak et al., "No Task Left Behind: Isotropic Model Merging", arXiv:2502.04959.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from adarank.methods.base import Deltas, Method, OriginKind, scaled_mean
+from adarank.spectral.bases import assembled, iso_c
+
+
+class IsoC(Method):
+    """Isotropic merging in the common subspace. Needs no data.
+
+    Arguments:
+        scale: λ, multiplies the whole merged task vector.
+    """
+
+    name: ClassVar[str] = "iso_c"
+    origin: ClassVar[OriginKind] = "pretrained"
+    formula: ClassVar[str] = "W = W₀ + λ mean(s) U Vᵀ; U diag(s) Vᵀ = Σ_t τ_t"
+    source: ClassVar[str] = "Marczak et al. 2025, arXiv:2502.04959"
+    spectral: ClassVar[bool] = True
+
+    scale: float = Field(1.0, alias="lambda", description="λ")
+
+    def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        return origin + self.scale * assembled(iso_c(deltas, name)).reshape(origin.shape)
+
+    def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        return scaled_mean(origin, deltas, self.scale)

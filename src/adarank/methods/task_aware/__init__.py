@@ -1,0 +1,1 @@
+"""Methods that keep weights of each task, written as bundles."""

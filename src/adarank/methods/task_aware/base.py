@@ -1,0 +1,190 @@
+"""What a task-aware method is: it gives each task weights of its own, from parts that take less room than T experts.
+
+    shared_n, {own_{t,n}} = split(origin_n, {task: task vector})       once, when a bundle is written
+    W_{t,n} = rebuild(shared_n, own_{t,n})                             when a task is loaded
+
+Both are functions of one tensor n at a time, so bundles are written and read tensor by tensor. `io/bundle.py` says how
+parts lie on disk. Such a method is no rival of one merged model: whoever uses it must know the task of every input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from adarank.alignment.selection import Action
+from adarank.alignment.task_vectors import Network
+from adarank.errors import RecipeError
+from adarank.io.bundle import WHOLE, PartFile, Piece, key
+from adarank.io.checkpoint import MemorySource, cast, check_finite
+from adarank.io.writer import Layout
+from adarank.methods.base import Deltas, Method
+
+Part = tuple[str | None, str, Tensor]
+"""(task, or None for what is shared; name of the part; the tensor)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor of the network, as far as headers tell.
+
+    Attributes:
+        dtype: of the task's tensor that will come out.
+        floats: of parts that are computed: float32 (float64 for float64), or what the recipe asks for.
+        action: what happens to it; a kept one is shared as it is.
+        tasks: how many there are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    floats: torch.dtype
+    action: Action
+    tasks: int
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def merged(self) -> bool:
+        return self.action in ("decompose", "scale")
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Part -> (shape, dtype), in the order in which `split` yields them.
+
+    Attributes:
+        shared: parts that all tasks use.
+        own: parts that every task has for itself.
+    """
+
+    shared: Layout
+    own: Layout
+
+
+class Taskwise(Method):
+    """Base of the task-aware methods. Subclasses define `slots`, `split` and `rebuild`.
+
+    A setting named in `per_model` may change the weights of its own task alone: a search tunes it task by task.
+
+    Class attributes:
+        constants: parts that are one number per task, for the whole model.
+    """
+
+    task_aware: ClassVar[bool] = True
+    constants: ClassVar[tuple[str, ...]] = ()
+
+    def slots(self, site: Site) -> Slots:
+        """What `split` will yield for this tensor. A part `whole` is the task's tensor itself: it is not rebuilt."""
+        raise NotImplementedError
+
+    def split(self, site: Site, origin: Tensor, deltas: Deltas) -> Iterator[Part]:
+        """The parts of one tensor: shared ones first, then task by task. `origin` may be mapped: never write to it."""
+        raise NotImplementedError
+
+    @classmethod
+    def rebuild(cls, parts: Mapping[str, Tensor]) -> Tensor:
+        """A task's tensor from its shared and own parts and constants; floats are at least float32."""
+        raise NotImplementedError
+
+    def constant(self, part: str, task: str) -> float:
+        """The value of one of `constants`, by a prepared method."""
+        raise NotImplementedError
+
+
+def sites_of(network: Network, tensors: Layout | None = None, asked: torch.dtype | None = None) -> list[Site]:
+    """Every tensor of the network, in its order.
+
+    Arguments:
+        tensors: name -> (shape, dtype) of what each task's network has; by default as in the base.
+        asked: dtype of computed parts, if the recipe says.
+    """
+    found = []
+    for name, info in network.tensors.items():
+        dtype = tensors[name][1] if tensors else info.dtype
+        floats = asked or torch.promote_types(dtype, torch.float32)
+        found.append(Site(name, info.shape, dtype, floats, network.choices[name].action, len(network.tasks)))
+    return found
+
+
+def layouts(method: Taskwise, sites: Sequence[Site], tasks: Sequence[str]) -> tuple[Layout, dict[str, Layout]]:
+    """Layouts of the shared parts and of each task's own, from headers alone."""
+    shared: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    own: dict[str, tuple[tuple[int, ...], torch.dtype]] = {key(part): ((), torch.float32) for part in method.constants}
+    for site in sites:
+        slots = method.slots(site) if site.merged else Slots({WHOLE: (site.shape, site.dtype)}, {})
+        shared |= {key(part, site.name): spec for part, spec in slots.shared.items()}
+        own |= {key(part, site.name): spec for part, spec in slots.own.items()}
+    return shared, {task: dict(own) for task in tasks}
+
+
+@torch.no_grad()
+def task_parts(
+    method: Taskwise, network: Network, sites: Sequence[Site], device: torch.device | str = "cpu"
+) -> Iterator[Piece]:
+    """Every part of a bundle in the order of `layouts`, one in memory at a time."""
+    prepared = method.prepare(network, device)
+    for task in network.tasks:
+        for part in method.constants:
+            yield task, key(part), torch.tensor(prepared.constant(part, task))
+    for site in sites:
+        if not site.merged:
+            yield None, key(WHOLE, site.name), network.kept(site.name)
+            continue
+        for owner, part, tensor in _parts(prepared, network, site, device):
+            yield owner, key(part, site.name), check_finite(tensor, site.name, f"the result of '{method.name}'")
+            del tensor
+
+
+def _parts(method: Taskwise, network: Network, site: Site, device: torch.device | str) -> Iterator[Part]:
+    """The parts of one tensor, by a prepared method."""
+    origin = network.origin(site.name, method.origin_kind(network), device)
+    parts = method.split(site, origin, network.deltas(site.name, origin))
+    yield from _not_negative(method, site.name, list(parts)) if site.name.endswith("running_var") else parts
+
+
+def rebuilt(method: type[Taskwise], tensors: Layout, shared: PartFile, own: PartFile) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of one task's whole network but its head, from its parts, one in memory at a time."""
+    constants = own.of()
+    for name, (_, dtype) in tensors.items():
+        merged = _tensor(method, {**constants, **shared.of(name), **own.of(name)})
+        yield name, cast(merged, dtype, name, "Give base and experts in a wider dtype, such as bfloat16.")
+
+
+def in_memory(
+    method: Taskwise, network: Network, sites: Sequence[Site], device: torch.device | str = "cpu"
+) -> tuple[PartFile, dict[str, PartFile]]:
+    """The shared parts and each task's own, held in memory: as large as the bundle."""
+    held: dict[str | None, dict[str, Tensor]] = {None: {}, **{task: {} for task in network.tasks}}
+    for owner, name, tensor in task_parts(method, network, sites, device):
+        held[owner][name] = tensor.cpu()
+    own = {task: PartFile(MemorySource(held[task], f"parts of '{task}'")) for task in network.tasks}
+    return PartFile(MemorySource(held[None], "shared parts")), own
+
+
+def _tensor(method: type[Taskwise], parts: Mapping[str, Tensor]) -> Tensor:
+    if WHOLE in parts:
+        return parts[WHOLE]
+    wide = {
+        n: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t for n, t in parts.items()
+    }
+    return method.rebuild(wide)
+
+
+def _not_negative(method: Taskwise, name: str, parts: list[Part]) -> Iterator[Part]:
+    """Running variances, checked: a root of a negative one would be NaN, and so every logit."""
+    shared = {part: tensor for task, part, tensor in parts if task is None}
+    for task in dict.fromkeys(task for task, _, _ in parts if task is not None):
+        constants = {part: torch.tensor(method.constant(part, task)) for part in method.constants}
+        own = {part: tensor for owner, part, tensor in parts if owner == task}
+        if bool((_tensor(type(method), {**constants, **shared, **own}) < 0).any()):
+            raise RecipeError(
+                f"{name}: '{method.name}' gives task '{task}' negative variances. Keep the base's by select: keep: ['*.running_*']."
+            )
+    return iter(parts)

@@ -1,0 +1,135 @@
+"""What adarank must know of a kind of model, and how `transformers` is asked to load one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from adarank.data.read import Table
+from adarank.data.spec import TaskSpec
+from adarank.data.task import Batch, Examples
+from adarank.errors import CheckpointError, RecipeError, itemise
+from adarank.io.checkpoint import Checkpoint
+
+
+class Family(Protocol):
+    """What adarank must know of a kind of model.
+
+    Attributes:
+        kind: what recipes call it.
+        architectures: what the class names of its models contain, one of these.
+        keep_embeddings: embedding tables are kept from the base by default.
+        paths: text in an input column is the path of a file that holds the input.
+        token_budget: padded tokens (or their like) in one batch when scoring.
+        mlps: what the two linear layers of a block's MLP are called in checkpoints, after the block's own name.
+        expanded: parameters of shape (1, ...) that networks of the family expand over the batch.
+    """
+
+    kind: str
+    architectures: tuple[str, ...]
+    keep_embeddings: bool
+    paths: bool
+    token_budget: int
+    mlps: tuple[tuple[str, str], ...]
+    expanded: tuple[str, ...]
+
+    def auto_class(self) -> Any:
+        """The class of `transformers` that finds a model's own class by its configuration."""
+        ...
+
+    def complete(
+        self, base: Checkpoint | None, experts: Mapping[str, Checkpoint], tasks: Mapping[str, TaskSpec], folder: Path
+    ) -> tuple[dict[str, Checkpoint], dict[str, str]]:
+        """Experts with all that their tasks' networks hold, and patterns of what stays the base's -> why.
+
+        Arguments:
+            tasks: task -> what the recipe says of it.
+            folder: where relative paths count from.
+
+        Raises:
+            RecipeError: what the recipe says makes no network of this family.
+        """
+        idle = [f"task '{task}': classes and templates are of zero-shot-image-classification, and this is {self.kind}. Remove them, or give kind."
+                for task, spec in tasks.items() if spec.classes or spec.templates]  # fmt: skip
+        if idle:
+            raise RecipeError(idle[0] if len(idle) == 1 else itemise(f"recipe: {len(idle)} problem(s).", idle))
+        return dict(experts), {}
+
+    def load(self, expert: Checkpoint) -> nn.Module:
+        """A model with its head, in float32 and evaluation mode."""
+        return load_quietly(self.auto_class(), expert.folder)
+
+    def columns(self, spec: TaskSpec) -> list[str]:
+        """The input columns that the task needs."""
+        ...
+
+    def key(self, value: Any) -> Hashable:
+        """What makes two values of an input column the same input."""
+        ...
+
+    def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[Examples, list[str]]:
+        """Encoded inputs, and notes on what was cut."""
+        ...
+
+    def logits(self, module: nn.Module, batch: Batch) -> Tensor:
+        """(batch, classes) float32 logits."""
+        ...
+
+
+def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Name in a checkpoint -> name in the module that `transformers` loads it into.
+
+    Its loader renames tensors of some architectures. To be told how, it is given a checkpoint in which every tensor
+    is filled with a number of its own; where these numbers come out is where the tensors went.
+    """
+    first = 1000  # no constant that fresh weights are filled with
+    numbered = dict(enumerate(shapes, first))
+    probe = {name: torch.tensor(float(i)).expand(tuple(shapes[name])) for i, name in numbered.items()}
+    found: dict[str, str] = {}
+    with quiet_transformers(), torch.random.fork_rng():
+        loader: Any = type(module)
+        tried = loader.from_pretrained(None, config=module.config, state_dict=probe, dtype=torch.float32)
+    for key, tensor in tried.state_dict().items():
+        number = float(tensor.flatten()[0]) if tensor.is_floating_point() and tensor.numel() else 0.0
+        name = numbered.get(int(number)) if math.isfinite(number) else None
+        if name and tuple(tensor.shape) == tuple(shapes[name]) and bool((tensor == number).all()):
+            found[name] = key
+    return found
+
+
+def load_quietly(auto_class: Any, folder: Path) -> nn.Module:
+    """A model of `folder` in float32 and evaluation mode, without the loader's own progress bars and notes.
+
+    Raises:
+        CheckpointError: the folder's config and weights make no model of this class.
+    """
+    try:
+        with quiet_transformers():
+            module: nn.Module = auto_class.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        # TypeError: config.json names no architectures, and the model type has several
+        raise CheckpointError(
+            f"{folder}: cannot be loaded as {auto_class.__name__} ({str(error).splitlines()[0][:200]}). Check config.json and the weights."
+        ) from None
+    return module.to(torch.float32).eval()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no notes on missing heads from its loader."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

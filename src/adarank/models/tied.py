@@ -1,0 +1,139 @@
+"""Networks that share their merged weights: one `nn.Module` per task, all over the same leaf tensors.
+
+A family (`models/text.py`, …) knows how to load its models and encode their inputs. What is here knows neither:
+it ties the tensors of several modules together by name, and fills them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from adarank.alignment.task_vectors import Network
+from adarank.errors import MismatchError, itemise
+from adarank.models.family import loaded_names
+
+
+@dataclass(frozen=True)
+class TaskModels:
+    """One module per task over shared tensors.
+
+    Attributes:
+        modules: task -> module; each has its own head.
+        shared: tensor name (as in the base) -> the parameter or buffer that all modules use.
+        heads: task -> the tensors of its head in its module, under the names that the expert's own files use.
+    """
+
+    modules: Mapping[str, nn.Module]
+    shared: Mapping[str, Tensor]
+    heads: Mapping[str, Mapping[str, Tensor]]
+
+    @torch.no_grad()
+    def fill(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write shared tensors in place, by name."""
+        for name, value in tensors:
+            if name in self.shared:
+                self.shared[name].copy_(value)
+
+
+def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModels:
+    """Tie all tensors of the modules that are not heads, so that writing one writes it for every task.
+
+    Arguments:
+        pairs: (task, module). May be lazy: each module's own copies are let go before the next is made.
+
+    Raises:
+        MismatchError: a tensor of the network is in none of the modules under a name that fits.
+    """
+    shared: dict[str, Tensor] = {}
+    problems: list[str] = []
+    modules: dict[str, nn.Module] = {}
+    heads: dict[str, dict[str, Tensor]] = {}
+    for task, module in pairs:
+        modules[task] = module
+        held = held_tensors(module)
+        own = [name for name in network.tensors if name not in network.heads[task]]
+        keys = module_keys(network, task, own, module, held)
+        own_keys = module_keys(network, task, network.heads[task], module, held)
+        heads[task] = {network.experts[task].names[name]: held[key] for name, key in own_keys.items()}
+        for name in own:
+            key = keys.get(name)
+            if key is not None:
+                tensor = shared.setdefault(name, held[key])
+                for twin in [k for k, t in held.items() if t is held[key]]:  # tied weights stay tied
+                    _set(module, twin, tensor)
+            elif network.choices[name].action != "keep":
+                problems.append(f"{name}: no such tensor in the model of task '{task}' ({type(module).__name__})")
+    if problems:
+        remedy = (
+            "Check config.json beside the weights. Where transformers joins what the files hold apart (mixtures of experts), "
+            "merge by a data-free method, with models that have no task."
+        )
+        raise MismatchError(itemise("Checkpoints and architecture do not fit:", problems, remedy, 20))
+    for name, tensor in shared.items():
+        tensor.requires_grad_(
+            tensor.is_floating_point() and network.choices[name].action != "keep" and isinstance(tensor, nn.Parameter)
+        )
+    shared_ids = {id(tensor) for tensor in shared.values()}
+    for module in modules.values():
+        for parameter in module.parameters():
+            if id(parameter) not in shared_ids:
+                parameter.requires_grad_(False)
+    return TaskModels(modules, shared, heads)
+
+
+def module_keys(
+    network: Network, task: str, names: Sequence[str], module: nn.Module, held: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Tensor of the network -> its name in a task's module, for those that it has."""
+    member = network.experts[task]
+    stored = {name: member.names.get(name, name) for name in names}
+    floats = {n: member.info(n).shape for n in names if n in member.names and member.info(n).dtype.is_floating_point}
+    return stored_keys(stored, floats, module, held, member.backbone)
+
+
+def stored_keys(
+    stored: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]],
+    module: nn.Module,
+    held: Mapping[str, Tensor],
+    backbone: str = "",
+) -> dict[str, str]:
+    """Name -> name in a module of the tensor that a checkpoint has under another, for those that the module has.
+
+    Arguments:
+        stored: name -> name in the checkpoint.
+        shapes: name -> shape, of tensors that the loader may have renamed.
+        held: the module's tensors by name.
+    """
+    found: dict[str, str] = {}
+    lost: dict[str, str] = {}
+    for name, own in stored.items():
+        renamed = own.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        key = next((key for key in (own, renamed, backbone + name) if key in held), None)
+        if key is not None:
+            found[name] = key
+        elif name in shapes:
+            lost[name] = own
+    if lost and hasattr(module, "config"):
+        loaded = loaded_names(module, {key: shapes[name] for name, key in lost.items()})
+        found.update({name: loaded[key] for name, key in lost.items() if key in loaded})
+    return found
+
+
+def held_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter or buffer of a module, every name of a tied one."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def _set(module: nn.Module, key: str, tensor: Tensor) -> None:
+    path, _, leaf = key.rpartition(".")
+    owner = module.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = tensor  # type: ignore[assignment]
+    else:
+        owner._buffers[leaf] = tensor

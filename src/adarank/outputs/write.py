@@ -1,0 +1,104 @@
+"""What lies in an output: a bundle's parts; beside weights configuration, tokenizer and processor files, and the tasks' heads."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adarank.alignment.task_vectors import Network
+from adarank.io.bundle import HEAD, About, Names, Piece, finish, task_folder, write_parts
+from adarank.io.writer import Layout, write_json, write_tensors
+from adarank.methods.task_aware.base import Taskwise, task_parts
+from adarank.recipe.job import Job
+
+CONFIG = "config.json"
+
+
+def write_root_files(folder: Path, job: Job) -> None:
+    """Configuration, tokenizer and processor files of the base; the configuration names the output's dtype."""
+    for file in job.root.side_files():
+        shutil.copyfile(file, folder / file.name)
+    if job.recipe.output_dtype() is not None and (folder / CONFIG).exists():
+        write_json(folder / CONFIG, _in_dtype(job.root.config, job))
+
+
+def write_head(target: Path, job: Job, task: str, head: Mapping[str, Tensor] | None = None) -> None:
+    """A task's head, its expert's if none is given, under its expert's own names, and its expert's configuration."""
+    target.mkdir(parents=True, exist_ok=True)
+    metadata = {"backbone": job.network.experts[task].backbone}
+    write_tensors(target / HEAD, job.network.head(task) if head is None else head, metadata)
+    write_json(target / CONFIG, job.experts[task].config)
+
+
+def write_task_files(target: Path, job: Job, task: str) -> None:
+    """All that a network of the task needs beside merged weights: its head, its configuration, and what its expert has
+    in files of its own where the base has others or none."""
+    if job.network.heads[task]:
+        write_head(target, job, task)
+    roots = {file.name: file.read_bytes() for file in job.root.side_files()}
+    for file in job.experts[task].side_files():
+        if file.name != CONFIG and roots.get(file.name) != file.read_bytes():
+            shutil.copyfile(file, target / file.name)
+    if job.experts[task].config:
+        write_json(target / CONFIG, _in_dtype(job.experts[task].config, job))
+
+
+def _in_dtype(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """A configuration that names the dtype which the recipe asks for, if it asks."""
+    asked = job.recipe.out_dtype or job.recipe.dtype
+    return {**config, "dtype" if "dtype" in config else "torch_dtype": asked} if asked else dict(config)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a bundle is made of: layouts, and a stream of the parts, so that none need be held.
+
+    Attributes:
+        kind: who can read them: a key of `outputs.bundle.KINDS`.
+        settings: in force when they were made, as plain data.
+        shared, own, pieces: as for `bundle.write_parts`.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    shared: Layout
+    own: Mapping[str, Layout]
+    pieces: Iterator[Piece]
+
+
+def parts_of(job: Job, method: Taskwise) -> Parts:
+    """The parts that a job's task-aware method makes, each computed when it is asked for."""
+    shared, own = job.part_layouts()
+    settings = method.model_dump(mode="json", by_alias=True)
+    pieces = task_parts(method, job.network, job.sites(), job.recipe.device)
+    return Parts(method.name, settings, shared, own, pieces)
+
+
+def write_bundle(folder: Path, job: Job, parts: Parts) -> dict[str, Any]:
+    """Fill `folder` with a bundle of the job's tasks; returns its sizes (see `bundle.finish`).
+
+    Raises:
+        OutputError: the parts do not follow their layouts.
+    """
+    write_parts(folder, parts.shared, parts.own, parts.pieces)
+    write_root_files(folder, job)
+    for task in job.network.tasks:
+        write_task_files(task_folder(folder, task), job, task)
+    names = {task: names_in_expert(job.network, task) for task in job.network.tasks}
+    models = job.family.kind if job.family else None
+    return finish(folder, About(parts.kind, parts.settings, models, job.layout(), names))
+
+
+def names_in_expert(network: Network, task: str) -> Names:
+    """What a task's expert calls the tensors of a network."""
+    known = network.experts[task].names
+    stored = {name: None if name in network.heads[task] else known.get(name) for name in network.tensors}
+    fronts = Counter(own.removesuffix(name) for name, own in stored.items() if own and own.endswith(name))
+    prefix = fronts.most_common(1)[0][0] if fronts else ""
+    return Names(prefix, {name: own for name, own in stored.items() if own != prefix + name})

@@ -1,0 +1,1 @@
+"""Recipes: read, checked, opened as a job, and planned."""

@@ -1,0 +1,100 @@
+"""From a YAML file, or what would be in it, to a validated recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from adarank.adapt.methods import ADAPTIVE
+from adarank.adapt.multitask import Multitask
+from adarank.errors import RecipeError, itemise
+from adarank.methods import METHODS
+from adarank.modular import MODULAR
+from adarank.recipe.checks import check
+from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, of_one_slice
+from adarank.recipe.schema import Recipe
+from adarank.settings import nearest, parse
+
+RecipeLike = Recipe | str | Path | Mapping[str, Any]
+"""A recipe, its file, or what would be in its file."""
+
+
+def load_recipe(given: RecipeLike) -> Recipe:
+    """Read and validate a recipe.
+
+    Arguments:
+        given: its file; or what would be in it, with paths from the working folder. A `Recipe` comes back as it is.
+
+    Raises:
+        RecipeError: it is missing, no YAML, or has problems; all of them are listed.
+    """
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, Mapping):
+        return parse_recipe(given, Path.cwd())
+    path = Path(given)
+    values = _read_yaml(path, ())
+    return parse_recipe(values, path.resolve().parent, str(path))
+
+
+def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping in a recipe file. `extends: other.yaml` gives the keys that the file itself does not."""
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe. Give a YAML file.")
+    if path.resolve() in inside:
+        raise RecipeError(f"{path}: extends itself, by way of {inside[-1]}. Remove one of the extends lines.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a mapping of settings was needed, got {type(values).__name__}.")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str) or (path.parent / parent).resolve().parent != path.resolve().parent:
+        raise RecipeError(f"{path}: extends must name a recipe in the same folder, got {parent!r}.")
+    return {**_read_yaml(path.parent / parent, (*inside, path.resolve())), **values}
+
+
+def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
+    """Validate a recipe given as a mapping."""
+    values = of_one_slice({key: value for key, value in values.items() if value is not None or key not in NOT_DONE})
+    asked = [key for key, value in values.items() if (key, value) != ("tokenizer_source", "base")]
+    refused = [f"'{key}' is not supported. {reason}" for key, reason in NOT_DONE.items() if key in asked]
+    if refused:
+        raise RecipeError(f"{where}: {refused[0]}" if len(refused) == 1 else itemise(f"{where}:", refused))
+    recipe = parse(Recipe, {**values, "folder": folder}, where)
+    if recipe.device == "auto":
+        recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
+    else:
+        _check_device(recipe.device, where)
+    known = [*METHODS, *ADAPTIVE, *MODULAR, Multitask.name]
+    if recipe.merge_method in NOT_HERE:
+        raise RecipeError(
+            f"{where}: mergekit's merge_method '{recipe.merge_method}' is not here. {NOT_HERE[recipe.merge_method]}"
+        )
+    if recipe.merge_method not in known:
+        raise RecipeError(
+            f"{where}: unknown merge_method '{recipe.merge_method}'.{nearest(recipe.merge_method, known)}"
+        )
+    check(recipe, where)
+    return recipe
+
+
+def _check_device(name: str, where: str) -> None:
+    try:
+        kind, number = torch.device(name).type, torch.device(name).index
+    except RuntimeError:
+        raise RecipeError(f"{where}: device: '{name}' is none. Give auto, cpu, cuda or cuda:N.") from None
+    if kind not in ("cpu", "cuda"):
+        raise RecipeError(f"{where}: device: '{name}' is not supported. Give auto, cpu, cuda or cuda:N.")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and (number or 0) >= there:
+        raise RecipeError(
+            f"{where}: device: '{name}' was asked for, and PyTorch sees {there} CUDA device(s). Give auto or cpu."
+        )

@@ -1,0 +1,169 @@
+"""Recipes: mergekit's YAML dialect, extended by what adaptation and evaluation need."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from adarank.adapt.methods import ADAPTIVE, AdaptiveMethod
+from adarank.adapt.multitask import Multitask
+from adarank.adapt.presets import with_preset
+from adarank.adapt.settings import AdaptSettings
+from adarank.alignment.selection import Select
+from adarank.data.spec import DataSettings, TaskSpec
+from adarank.methods import METHODS, Method
+from adarank.methods.per_tensor import resolve
+from adarank.modular import MODULAR, Modular, Surgery
+from adarank.modular.base import settled
+from adarank.settings import Settings, parse
+from adarank.spectral.mask_file import MaskFile
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+
+
+def _empty_if_none(value: Any) -> Any:
+    """YAML reads a key without a value as None: no parameters are meant."""
+    return {} if value is None else value
+
+
+class ModelEntry(Settings):
+    """One expert: where it is, its own parameters, and its task."""
+
+    _nothing = field_validator("parameters", mode="before")(_empty_if_none)
+
+    model: str
+    parameters: dict[str, Any] = Field({}, description="settings")
+    task: TaskSpec | None = None
+
+
+class AdaptBlock(AdaptSettings):
+    """The `adapt` block: the loop's settings and perhaps a preset that gives their defaults."""
+
+    preset: str | None = Field(None, description="released settings to start from")
+
+
+class Recipe(Settings):
+    """A whole recipe. `folder` is where its relative paths count from."""
+
+    _nothing = field_validator("parameters", mode="before")(_empty_if_none)
+
+    merge_method: str
+    models: tuple[ModelEntry, ...]
+    base_model: str | None = None
+    parameters: dict[str, Any] = Field({}, description="settings")
+    select: Select = Select()
+    dtype: _Dtype | None = None
+    out_dtype: _Dtype | None = None
+    tokenizer_source: Literal["base"] | None = None
+    adapt: AdaptBlock | None = None
+    data: DataSettings = DataSettings()
+    seed: int = Field(0, ge=0, lt=2**63)
+    device: str = "auto"
+    folder: Path = Field(Path("."), exclude=True)
+    layer_range: tuple[int, int] | None = None  # of the one slice that the models were given in: it must be all layers
+
+    @property
+    def merges_base(self) -> bool:
+        """True if a base that is listed among the models is merged as they are."""
+        kind = METHODS.get(self.merge_method)
+        return kind is not None and kind.merges_base
+
+    @property
+    def adaptive(self) -> bool:
+        return self.merge_method in ADAPTIVE
+
+    @property
+    def modular(self) -> bool:
+        """True if small modules are trained beside the weights: adapters, routers."""
+        return self.merge_method in MODULAR
+
+    @property
+    def trains(self) -> bool:
+        """True for the reference that is trained on labels: no merge at all."""
+        return self.merge_method == Multitask.name
+
+    @property
+    def learns(self) -> bool:
+        """True if what is written is learned step by step: λ and masks, modules, or a whole network."""
+        return self.adaptive or self.modular or self.trains
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether merging reads the tasks' data."""
+        return self.learns or bool(METHODS[self.merge_method].data)
+
+    @property
+    def experts(self) -> dict[str, ModelEntry]:
+        """Task name -> model. The base, if it is listed among the models as mergekit allows, is no expert."""
+        uses_base = not self.merges_base
+        entries = [m for m in self.models if not (uses_base and m.model == self.base_model and m.task is None)]
+        return dict(zip(_task_names(entries), entries, strict=True))
+
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds that the recipe itself gives its tasks."""
+        return {entry.task.kind for entry in self.experts.values() if entry.task and entry.task.kind}
+
+    def output_dtype(self) -> torch.dtype | None:
+        """The dtype of the output, or None for each tensor's own in the base."""
+        name = self.out_dtype or self.dtype
+        return DTYPES[name] if name else None
+
+    def adaptation(self) -> tuple[AdaptiveMethod, AdaptSettings]:
+        """The adaptive method and its loop's settings."""
+        return with_preset(self.merge_method, self.parameters, *self._adapt())
+
+    def modules(self) -> tuple[Modular, AdaptSettings]:
+        """The modular method and its loop's settings."""
+        return settled(MODULAR[self.merge_method], self.parameters, *self._adapt())
+
+    def start(self) -> Recipe | None:
+        """What the modules of this recipe are put on, as a recipe of its own; None if the method settles it itself."""
+        method = self.modules()[0] if self.modular else None
+        if not isinstance(method, Surgery):
+            return None
+        given = method.start
+        adapt = None if given.adapt is None else parse(AdaptBlock, given.adapt, "parameters.start.adapt")
+        return self.model_copy(
+            update={"merge_method": given.merge_method, "parameters": dict(given.parameters), "adapt": adapt}
+        )
+
+    def _adapt(self) -> tuple[dict[str, Any], str | None]:
+        """What the adapt block says itself, and its preset."""
+        if self.adapt is None:
+            return {}, None
+        return self.adapt.model_dump(exclude_unset=True, exclude={"preset"}), self.adapt.preset
+
+    def training(self) -> Multitask:
+        """The settings of multi-task training."""
+        return parse(Multitask, self.parameters, f"parameters of '{self.merge_method}'")
+
+    def method(self, names: list[str]) -> Method:
+        """The method, if it is not adaptive, with its settings; `names` are the tensors that it merges."""
+        kind = METHODS[self.merge_method]
+        values = resolve(kind, self.parameters, {t: e.parameters for t, e in self.experts.items()}, names)
+        if "seed" in kind.model_fields:
+            values.setdefault("seed", self.seed)
+        if self.merge_method == "masked" and isinstance(values.get("masks"), str):
+            values["masks"] = MaskFile.load(self.folder / values["masks"])
+        return parse(kind, values, f"parameters of '{self.merge_method}'")
+
+
+def _task_names(entries: list[ModelEntry]) -> list[str]:
+    """Each expert's task name: as given, else the last part of its path; made unique by a number."""
+    names = [e.task.name if e.task and e.task.name else Path(e.model.split("@")[0]).name for e in entries]
+    counts = Counter(names)
+    taken = {name for name in names if counts[name] == 1}
+    unique = []
+    for name in names:
+        if counts[name] > 1:
+            name = next(n for n in (f"{name}-{i}" for i in count(1)) if n not in taken)
+            taken.add(name)
+        unique.append(name)
+    return unique

@@ -1,0 +1,1 @@
+"""Which entries of task vectors are kept: thresholds, random drops, elected signs."""

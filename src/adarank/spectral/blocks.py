@@ -1,0 +1,199 @@
+"""Everything spectral is one sum:
+
+    W = origin + Σ_t λ_t · U_t diag(b_t ∘ s_t) V_tᵀ        b ∈ {0, 1}, or real numbers (soft masks)
+
+and this file holds it, with its gradient in closed form. With G = dL/dW, for component r of task t:
+
+    g_r = u_rᵀ G v_r        dL/db_r = λ_t s_r g_r        dL/dλ_t = Σ_r b_r s_r g_r
+
+Neither needs autograd through U and V. A component's task is all the sum knows: whether the blocks come from
+plain, centred or orthogonalised task vectors is not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adarank.alignment.task_vectors import Network, OriginKind
+from adarank.spectral.bases import BASES, Basis
+from adarank.spectral.svd import Spectrum, as_matrix
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """dL/dλ, shape (tasks,), and dL/db, shape (components,)."""
+
+    lam: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One tensor's origin, task vectors and spectra.
+
+    Attributes:
+        origin: the tensor's origin, in its own shape.
+        wholes: each task's block with all its components, (rows, columns). None where no one has asked for it
+            yet: it is multiplied out then and kept, as few starts ever need it.
+        u, s, v: (rows, K), (K,), (columns, K): the components of all tasks side by side. K = 0 for a tensor
+            that is only scaled.
+        sizes: components per task; they sum to K.
+    """
+
+    origin: Tensor
+    wholes: list[Tensor | None]
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    sizes: tuple[int, ...]
+
+    @property
+    def components(self) -> int:
+        return int(self.s.numel())
+
+    def compose(self, lam: Tensor, mask: Tensor) -> Tensor:
+        """The merged tensor, in the origin's shape and on its device.
+
+        With a binary mask each task costs only its fewer components: those kept, or those pruned taken away from
+        the whole task vector. Live adaptation and the `masked` method both call this, so what ships is what was adapted.
+
+        Arguments:
+            lam: (tasks,) coefficients, on the CPU.
+            mask: (K,) bool, True for kept, or float: what each component is multiplied by; on the CPU.
+        """
+        if mask.is_floating_point() and self.components:
+            return self._compose_soft(lam, mask)
+        coefficients = lam.tolist()
+        total = as_matrix(self.origin).clone()
+        signed = []
+        shares = self._cheaper(mask)
+        for task, (from_whole, index) in enumerate(shares):
+            if from_whole:
+                total.add_(self._whole(task), alpha=coefficients[task])
+            signed.append(lam.new_full(index.shape, -coefficients[task] if from_whole else coefficients[task]))
+        chosen = torch.cat([index for _, index in shares]).to(self.s.device)
+        if chosen.numel():
+            factors = self.s[chosen] * torch.cat(signed).to(self.s)
+            total.addmm_(self.u[:, chosen] * factors, self.v[:, chosen].T)
+        return total.reshape(self.origin.shape)
+
+    def _compose_soft(self, lam: Tensor, mask: Tensor) -> Tensor:
+        factors = self.s * (self._owner(lam) * mask).to(self.s)
+        u, v = self.u, self.v
+        chosen = mask.nonzero().squeeze(1)
+        if 2 * len(chosen) < len(mask):  # as at the start, where most are zero
+            index = chosen.to(self.s.device)
+            u, v, factors = u[:, index], v[:, index], factors[index]
+        return torch.addmm(as_matrix(self.origin), u * factors, v.T).reshape(self.origin.shape)
+
+    def _owner(self, lam: Tensor) -> Tensor:
+        """(K,) the λ of each component's task."""
+        return lam.repeat_interleave(torch.tensor(self.sizes))
+
+    def gradient(self, grad: Tensor, lam: Tensor, mask: Tensor, learn_masks: bool) -> Gradient:
+        """Gradients of every λ and every mask entry from G = dL/dW, in closed form, on G's device.
+
+        Arguments:
+            grad: dL/dW, in the origin's shape.
+            lam, mask: as for `compose`.
+            learn_masks: without it only λ's gradient is computed, at the cost of the fewer components.
+        """
+        flat = as_matrix(grad)
+        if not (learn_masks and self.components):
+            return Gradient(self._lambda_gradient(flat, mask), torch.zeros_like(self.s))
+        inner = self._inner(flat, None) * self.s
+        by_task = torch.stack([part.sum() for part in (inner * mask.to(inner)).split(self.sizes)])
+        return Gradient(by_task, inner * self._owner(lam).to(inner))
+
+    def _lambda_gradient(self, flat: Tensor, mask: Tensor) -> Tensor:
+        values = []
+        for task, (from_whole, index) in enumerate(self._cheaper(mask)):
+            chosen = index.to(self.s.device)
+            rest = (self._inner(flat, chosen) * self.s[chosen]).sum() if index.numel() else flat.new_zeros(())
+            values.append((self._whole(task) * flat).sum() - rest if from_whole else rest)
+        return torch.stack(values)
+
+    def _inner(self, flat: Tensor, index: Tensor | None) -> Tensor:
+        """u_rᵀ G v_r for the components in `index` (all if None)."""
+        u, v = (self.u, self.v) if index is None else (self.u[:, index], self.v[:, index])
+        inner: Tensor = torch.linalg.vecdot(u, flat @ v, dim=0)
+        return inner
+
+    def _whole(self, task: int) -> Tensor:
+        whole = self.wholes[task]
+        if whole is None:
+            own = slice(sum(self.sizes[:task]), sum(self.sizes[: task + 1]))
+            whole = (self.u[:, own] * self.s[own]) @ self.v[:, own].T
+            self.wholes[task] = whole
+        return whole
+
+    def _cheaper(self, mask: Tensor) -> list[tuple[bool, Tensor]]:
+        """Per task: whether to start from its whole block, and the components to add (or to take away then)."""
+        shares = []
+        start = 0
+        for own in mask.split(self.sizes):
+            # a tensor without any components is scaled; a task without any in a decomposed one adds nothing
+            from_whole = 2 * int(own.sum()) > own.numel() or self.components == 0
+            shares.append((from_whole, torch.nonzero(own != from_whole).squeeze(1) + start))
+            start += own.numel()
+        return shares
+
+
+def build_blocks(
+    network: Network,
+    origin_kind: OriginKind,
+    device: torch.device | str = "cpu",
+    spectra: bool = True,
+    basis: Basis = BASES["task_vectors"],
+) -> dict[str, Blocks]:
+    """Origin and task vectors of every merged tensor of a network, decomposed where the network says so.
+
+    Arguments:
+        basis: how matrices are decomposed.
+        spectra: False where all components stay kept: then no matrix needs an SVD.
+    """
+    blocks = {}
+    for name in network.merged():
+        origin = network.origin(name, origin_kind, device)
+        deltas = network.deltas(name, origin)
+        decomposed = spectra and network.choices[name].action == "decompose"
+        if decomposed:
+            blocks[name] = task_vector_blocks(origin, deltas, name, basis)
+        else:
+            blocks[name] = scaled_block(origin, deltas, basis)
+    return blocks
+
+
+def scaled_block(origin: Tensor, deltas: Mapping[str, Tensor], basis: Basis = BASES["task_vectors"]) -> Blocks:
+    """Blocks of a tensor that is only scaled: origin + Σ λ_t δ_t, or its mean where the basis says so."""
+    factor = basis.scaled(len(deltas))
+    vectors = basis.processed(deltas)
+    wholes: list[Tensor | None] = [as_matrix(d if factor == 1 else d * factor) for d in vectors.values()]
+    rows, columns = as_matrix(origin).shape
+    if basis.common:  # nothing is common to tensors without components
+        wholes.append(origin.new_zeros(()).expand(rows, columns))
+    empty = (origin.new_zeros((rows, 0)), origin.new_zeros(0), origin.new_zeros((columns, 0)))
+    return Blocks(origin, wholes, *empty, (0,) * len(wholes))
+
+
+def task_vector_blocks(
+    origin: Tensor, deltas: Mapping[str, Tensor], name: str = "matrix", basis: Basis = BASES["task_vectors"]
+) -> Blocks:
+    """Blocks of a matrix; by default from the plain SVD of each task vector, as for Task Arithmetic and CART."""
+    return from_spectra(origin, basis.spectra(basis.processed(deltas), name))
+
+
+def from_spectra(origin: Tensor, spectra: Sequence[Spectrum]) -> Blocks:
+    """Blocks from one spectrum per task (and the common one, where a basis has it)."""
+    return Blocks(
+        origin,
+        [None] * len(spectra),
+        torch.cat([s.u for s in spectra], dim=1),
+        torch.cat([s.s for s in spectra]),
+        torch.cat([s.v for s in spectra], dim=1),
+        tuple(s.s.numel() for s in spectra),
+    )

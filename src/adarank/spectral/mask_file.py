@@ -1,0 +1,131 @@
+"""The file in which masks and λ are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from adarank.errors import CheckpointError, MismatchError
+from adarank.io.bits import pack, unpack
+from adarank.io.writer import write_tensors
+from adarank.spectral.bases import BASES, COMMON, Basis
+from adarank.spectral.masks import kept
+
+FILE = "masks.safetensors"
+
+
+_FORMAT, _SOFT_FORMAT = "adarank-masks-1", "adarank-masks-2"  # the second may have soft masks
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """What adaptation found: enough to merge again without data or network.
+
+    Attributes:
+        origin: "pretrained" or "average".
+        tasks: the order of λ and of each mask's parts: the tasks, and "common" last where the basis has such a block.
+        lam: tensor name -> (tasks,) float32 coefficients.
+        masks: matrix name -> (K,) over all tasks' components: bool, or float32 where masks are soft.
+        sizes: matrix name -> components per task.
+        about: how it was made: settings, input hashes.
+        basis: how matrices were decomposed.
+        thresholds: task -> magnitude at which its task vector was trimmed, where they were processed as by TIES.
+    """
+
+    origin: str
+    tasks: tuple[str, ...]
+    lam: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    sizes: Mapping[str, tuple[int, ...]]
+    about: Mapping[str, Any]
+    basis: str = "task_vectors"
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+    def decomposition(self) -> Basis:
+        """The basis, with the thresholds.
+
+        Raises:
+            MismatchError: this version knows no basis of that name.
+        """
+        if self.basis not in BASES:
+            raise MismatchError(
+                f"basis '{self.basis}' in the masks file; known are {', '.join(BASES)}. Update adarank."
+            )
+        return replace(BASES[self.basis], thresholds=self.thresholds)
+
+    def kept_share(self) -> float:
+        """Share of all components that are kept."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        return sum(int(kept(mask).sum()) for mask in self.masks.values()) / max(1, total)
+
+    def kept(self, name: str) -> list[int]:
+        """Components kept per task in one matrix."""
+        return [int(own.sum()) for own in kept(self.masks[name]).split(self.sizes[name])]
+
+    def save(self, path: Path | str) -> None:
+        """Write λ and soft masks as float32, binary masks as bits."""
+        path = Path(path)
+        names = list(self.lam)
+        tensors = {"lambda": torch.stack([self.lam[name].float().cpu() for name in names])}
+        for name, mask in self.masks.items():
+            tensors[f"mask.{name}"] = mask.float().cpu() if mask.is_floating_point() else pack(mask)
+        form = _SOFT_FORMAT if any(mask.is_floating_point() for mask in self.masks.values()) else _FORMAT
+        header = {"origin": self.origin, "tasks": list(self.tasks), "tensors": names, "about": dict(self.about), "basis": self.basis,
+                  "sizes": {name: list(sizes) for name, sizes in self.sizes.items()},
+                  **({"thresholds": dict(self.thresholds)} if self.thresholds else {})}  # fmt: skip
+        write_tensors(path, tensors, {"format": form, "header": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: Path) -> MaskFile:
+        """Read a masks file.
+
+        Raises:
+            CheckpointError: it is missing, damaged or not a masks file.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: not a whole masks file ({error}). Give the {FILE} of an adapted output."
+            ) from None
+        if metadata.get("format") not in (_FORMAT, _SOFT_FORMAT):
+            raise CheckpointError(
+                f"{path}: not a masks file of this version (needed format {_FORMAT} or {_SOFT_FORMAT}, got {metadata.get('format')})."
+            )
+        try:
+            return cls._parse(json.loads(metadata["header"]), tensors)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: a damaged masks file ({type(error).__name__}: {error}). Copy it again."
+            ) from None
+
+    @classmethod
+    def _parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> MaskFile:
+        tasks = tuple(header["tasks"])
+        if tensors["lambda"].shape[1:] != (len(tasks),):
+            raise ValueError(f"λ of shape {tuple(tensors['lambda'].shape)} for {len(tasks)} tasks")
+        lam = dict(zip(header["tensors"], tensors["lambda"], strict=True))
+        sizes = {name: tuple(parts) for name, parts in header["sizes"].items()}
+        masks = {n: _mask(tensors[f"mask.{n}"], sum(parts)) for n, parts in sizes.items()}
+        thresholds = {task: float(value) for task, value in header.get("thresholds", {}).items()}
+        if thresholds and not thresholds.keys() >= set(tasks) - {COMMON}:
+            raise ValueError(f"thresholds for {len(thresholds)} of {len(tasks)} tasks")
+        basis = header.get("basis", "task_vectors")
+        return cls(header["origin"], tasks, lam, masks, sizes, header["about"], basis, thresholds)
+
+
+def _mask(stored: Tensor, components: int) -> Tensor:
+    if not stored.is_floating_point():
+        return unpack(stored, (components,))
+    if stored.shape != (components,):
+        raise ValueError(f"a soft mask of shape {tuple(stored.shape)} for {components} components")
+    return stored

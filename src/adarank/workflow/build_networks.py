@@ -1,0 +1,48 @@
+"""The networks of a job: one module per task over shared tensors, filled with any model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from adarank.alignment.task_vectors import member_tensors
+from adarank.errors import RecipeError
+from adarank.io.checkpoint import check_result
+from adarank.models import Family, TaskModels, share
+from adarank.recipe.job import Job
+
+
+def build_models(job: Job) -> TaskModels:
+    """One network per task on the recipe's device, tied together, filled with the base's tensors."""
+    family = family_of(job)
+    loaded = ((task, family.load(checkpoint).to(job.recipe.device)) for task, checkpoint in job.experts.items())
+    models = share(loaded, job.network)
+    models.fill(network_tensors(job, "base"))
+    return models
+
+
+def network_tensors(job: Job, which: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the base or of one expert, for every tensor it shares with the network."""
+    network = job.network
+    return member_tensors(network, network.reference() if which == "base" else network.experts[which])
+
+
+def changed_tensors(job: Job, changed: Mapping[str, Tensor], by: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a job's result, heads not among them, in the network's order: what a loop changed, the rest as kept.
+
+    Arguments:
+        by: what changed them, for the error about a value that is not finite.
+    """
+    for name in job.network.tensors:
+        own = changed.get(name)
+        yield name, job.network.kept(name) if own is None else check_result(own.detach(), name, by)
+
+
+def family_of(job: Job) -> Family:
+    """The kind of models that the job's tasks are of; a `RecipeError` if they have no tasks."""
+    if job.family is None:
+        raise RecipeError(
+            "The models of this recipe have no tasks. Give each a task with its kind and data to adapt or evaluate."
+        )
+    return job.family

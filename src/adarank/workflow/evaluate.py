@@ -1,0 +1,181 @@
+"""Base, experts and merged outputs of a recipe, scored in one table."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adarank.alignment.task_vectors import Network
+from adarank.data.spec import Split
+from adarank.data.task import TaskData
+from adarank.errors import MismatchError
+from adarank.io.bundle import is_bundle
+from adarank.io.checkpoint import Checkpoint
+from adarank.io.record import Note
+from adarank.io.writer import RECORD
+from adarank.methods import Method, merge_tensors
+from adarank.methods.task_aware.base import Taskwise, in_memory, rebuilt
+from adarank.models import TaskModels
+from adarank.outputs.bundle import Bundle
+from adarank.recipe.job import Job, open_job
+from adarank.recipe.reader import RecipeLike, load_recipe
+from adarank.recipe.schema import Recipe
+from adarank.workflow.build_networks import build_models, family_of, network_tensors
+from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.scores import Table, evaluate_task
+
+
+def evaluate(
+    recipe: RecipeLike,
+    outputs: Sequence[Path | str] = (),
+    split: Split = "test",
+    note: Note = lambda text: None,
+) -> Table:
+    """Score base, experts and merged outputs on one split of every task.
+
+    Arguments:
+        recipe: its file, what would be in it, or what `load_recipe` gives.
+        outputs: folders written by `merge`; a row each.
+        split: `test`, or `select` while choosing settings.
+    """
+    recipe = load_recipe(recipe)
+    job = open_job(recipe)
+    data = load_tasks(job)
+    opened = {_row(path, recipe): _open_output(path, job.network) for path in map(Path, outputs)}
+    models = build_models(job)
+    protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
+    table = Table(split, protocol, {task: len(own.splits.rows[split]) for task, own in data.items()})
+    if job.base is not None:
+        note("Scoring the base")
+        table.rows["base"] = score_all(job, models, data, split)
+    for name, found in opened.items():
+        note(f"Scoring {name}")
+        if isinstance(found, Bundle):
+            table.rows[name] = score_bundle(job, models, data, found, split)
+            table.task_aware[name] = found.about.kind
+            continue
+        models.fill((key, found.read(key)) for key in job.network.tensors)
+        with heads_of(found.folder, models):
+            table.rows[name] = score_all(job, models, data, split)
+    note("Scoring the experts")
+    table.rows["experts"] = score_experts(job, models, data, split)
+    return table
+
+
+@contextmanager
+def heads_of(out: Path, models: TaskModels) -> Iterator[None]:
+    """While it is open the models have the heads of an output: those of the experts, unless it was trained."""
+    before = {task: {n: own.detach().clone() for n, own in head.items()} for task, head in models.heads.items()}
+    for task, head in models.heads.items():
+        file = out / "heads" / task / "head.safetensors"
+        if file.exists():
+            _fill_head(head, load_file(file), str(file))
+    try:
+        yield
+    finally:
+        for task, head in models.heads.items():
+            _fill_head(head, before[task], "experts")
+
+
+@torch.no_grad()
+def _fill_head(head: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: str) -> None:
+    other = [name for name, own in head.items() if name not in tensors or tensors[name].shape != own.shape]
+    if other:
+        raise MismatchError(
+            f"{file}: lacks tensor '{other[0]}' {tuple(head[other[0]].shape)} of the expert's head, or has another shape. Give an output of this recipe's models."
+        )
+    for name, own in head.items():
+        own.copy_(tensors[name])
+
+
+def score_all(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
+    """The score of every task with the tensors that the models hold now."""
+    return {task: evaluate_task(family_of(job), models.modules[task], data[task], split) for task in job.network.tasks}
+
+
+def score_experts(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
+    """Each task's score by its own expert. The models hold the last expert's tensors afterwards."""
+    return _score_each(job, models, data, split, lambda task: network_tensors(job, task))
+
+
+def score_bundle(
+    job: Job, models: TaskModels, data: Mapping[str, TaskData], bundle: Bundle, split: Split
+) -> dict[str, float]:
+    """Each task's score by the network that a bundle has for it."""
+    return _score_each(job, models, data, split, bundle.tensors, bundle if bundle.kind.dress else None)
+
+
+def score_method(
+    job: Job, models: TaskModels, data: Mapping[str, TaskData], method: Method, split: Split
+) -> dict[str, float]:
+    """The score of every task with what a data-free method merges, which is not written anywhere."""
+    device = job.recipe.device
+    if not isinstance(method, Taskwise):
+        models.fill(merge_tensors(method, job.network, device))
+        return score_all(job, models, data, split)
+    shared, own = in_memory(method, job.network, job.sites(), device)
+    layout, kind = job.layout(), type(method)
+    return _score_each(job, models, data, split, lambda task: rebuilt(kind, layout, shared, own[task]))
+
+
+def _score_each(
+    job: Job,
+    models: TaskModels,
+    data: Mapping[str, TaskData],
+    split: Split,
+    tensors: Callable[[str], Iterator[tuple[str, Tensor]]],
+    bundle: Bundle | None = None,
+) -> dict[str, float]:
+    """Each task's score with tensors of its own; a bundle puts more than tensors into a copy of the module."""
+    scores = {}
+    for task in job.network.tasks:
+        models.fill(tensors(task))
+        module = models.modules[task]
+        if bundle is not None:
+            module = bundle.dress(task, copy.deepcopy(module))
+        scores[task] = evaluate_task(family_of(job), module, data[task], split)
+    return scores
+
+
+def _row(path: Path, recipe: Recipe) -> str:
+    """A row's name: the output's path, whether it was trained on labels, and whether what it learned from may be scored."""
+    file = path / RECORD
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    used = record.get("adaptation") or record.get("statistics") or record.get("training")
+    if not used:
+        return str(path)
+    if used["protocol"] == "transductive":
+        return f"{path} [transductive]"
+    if record["settings"]["data"] == recipe.data.model_dump():
+        return f"{path} [trained with labels of its adapt split]" if "training" in record else str(path)
+    use = (
+        "adapted on"
+        if "adaptation" in record
+        else "informed by"
+        if "statistics" in record
+        else "trained with labels of"
+    )
+    return f"{path} [{use} other splits, which may hold scored inputs]"
+
+
+def _open_output(path: Path, network: Network) -> Checkpoint | Bundle:
+    found = Bundle(path) if is_bundle(path) else Checkpoint(path)
+    held = found.about.tensors if isinstance(found, Bundle) else found.tensors
+    lost = [name for name in network.tensors if name not in held]
+    if lost:
+        raise MismatchError(
+            f"{path}: lacks {len(lost)} tensor(s) of this recipe's network, such as '{lost[0]}'. Give an output of this recipe's models."
+        )
+    strangers = [task for task in network.tasks if task not in found.tasks] if isinstance(found, Bundle) else []
+    if strangers:
+        raise MismatchError(
+            f"{path}: has no task {', '.join(map(repr, strangers))} of this recipe. Give a bundle of this recipe's models."
+        )
+    return found
