@@ -77,7 +77,7 @@ def test_a_linear_file_of_mergekit_is_read() -> None:
     recipe = parsed(LINEAR)
     method = recipe.method(NAMES)
     assert isinstance(method, Linear)
-    assert not method.normalize
+    assert [method.normalize.of("", name) for name in NAMES] == [0, 0, 0]
     assert [method.weight.of("first", name) for name in NAMES] == [0.3, 0.3, 0.3]
     assert [method.weight.of("second", name) for name in NAMES] == [0.0, 1.0, 1.0]
     assert recipe.output_dtype() == torch.float16
@@ -193,11 +193,11 @@ def test_all_problems_come_at_once() -> None:
 
 
 def test_all_problems_between_fields_come_at_once() -> None:
-    models = [{"model": "a", "parameters": {"density": 0.5}}, {"model": "b", "parameters": {"weigt": 1}}]
+    models = [{"model": "a", "parameters": {"rank": 0.5}}, {"model": "b", "parameters": {"weigt": 1}}]
     text = message({"merge_method": "task_arithmetic", "models": models, "adapt": {"steps": 3}})
     assert "4 problem" in text
     assert all(
-        part in text for part in ("adapt:", "'a' has parameter 'density'", "'b' has parameter 'weigt'", "base_model:")
+        part in text for part in ("adapt:", "'a' has parameter 'rank'", "'b' has parameter 'weigt'", "base_model:")
     )
     assert "Did you mean 'weight'" in text
 
@@ -373,8 +373,8 @@ def test_weights_that_sum_to_zero_are_refused_before_any_work(tmp_path: Path) ->
         open_job(load_recipe(write(tmp_path / "r.yaml", plain("linear", models=models, base_model=None))))
 
 
-def test_linear_with_a_base_that_is_not_listed_is_refused() -> None:
-    """mergekit would add such a base to the sum, or not, depending on the weights."""
+def test_linear_with_a_base_that_has_no_weight_is_refused() -> None:
+    """Nor does mergekit take it: it would be one of the models, of no weight."""
     models = [{"model": "a", "parameters": {"weight": 1}}]
     assert "List the base among the models" in message({**plain("linear", models=models), "base_model": "b"})
 

@@ -108,13 +108,14 @@ def _decomposes(job: Job) -> bool:
 
 def plan_notes(job: Job) -> list[str]:
     """What a user may not expect of this recipe, in sentences."""
-    method = job.method
+    method, notes = job.method, job.recipe.notes()
     if len(job.experts) == 2 and method is not None and method.name == "cart":
-        return [
+        notes = [
+            *notes,
             "About the average, two experts have equal and opposite task vectors: 'cart' gives their average, whatever its settings. "
-            "With two experts use a method about the base, such as tsv_m, or adarank."
+            "With two experts use a method about the base, such as tsv_m, or adarank.",
         ]
-    return []
+    return notes
 
 
 def unheeded(job: Job) -> dict[str, float]:
