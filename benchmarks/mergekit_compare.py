@@ -223,6 +223,13 @@ def dialect() -> dict[str, dict[str, Any]]:
         "empty parameters": {**recipe(ta, plain), "parameters": None},
         "linear with a base_model": recipe(linear, plain, base_model="./base"),
         "linear with a base_model and a global weight": recipe(linear, plain, {"weight": 0.4}, base_model="./base"),
+        "karcher with a base_model": recipe("karcher", [None] * 3, base_model="./base"),
+        "settings of other methods": recipe("model_stock", plain, {"density": 0.5, "filter_wise": False, "t": 0.5}),
+        "settings for all models, given to one": recipe("ties", [0.5] * 3) | {"models": [
+            {"model": f"./{name}", "parameters": {"weight": 0.5, "normalize": False, "lambda": 0.3}} for name in EXPERTS]},
+        "name": recipe(ta, plain, name="first"),
+        "modules default": {key: value for key, value in recipe(ta, plain).items() if key != "models"}
+        | {"modules": {"default": {"models": recipe(ta, plain)["models"]}}},
         "linear, base listed": _with_base(recipe(linear, plain), 0.3),
         "linear, weights that sum to 0": recipe(linear, [1.0, -0.5, -0.5]),
         "task_arithmetic, base listed with a weight": _with_base(recipe(ta, plain), 0.3),

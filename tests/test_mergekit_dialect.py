@@ -163,3 +163,23 @@ def test_a_base_is_one_of_the_models_where_a_method_has_none(
     assert told == [f"base_model: merged like the models, as {method} has no base."]
     alone = {key: value for key, value in recipe(method, parameters=parameters).items() if key != "base_model"}
     assert not same(found, merged(alone, folder)[0])
+
+
+@pytest.mark.parametrize("listed", ["base", "./base", "base/"])
+def test_a_base_called_base_may_be_listed(listed: str, tmp_path: Path) -> None:
+    base, experts = family(2)
+    for name in ("base", "start"):
+        save(tmp_path / name, base, CONFIG)
+    for name, state in experts.items():
+        save(tmp_path / name, state, CONFIG)
+    for method in ("linear", "ties"):
+        models = [{"model": "start"}, *with_parameters({"weight": 0.5}, {"weight": 1})]
+        wanted = merged(recipe(method, models), tmp_path)[0]
+        called = recipe(method, [{"model": listed}, *models[1:]]) | {"base_model": "base"}
+        assert same(merged(called, tmp_path)[0], wanted)
+
+
+def test_a_slash_does_not_make_the_base_an_expert() -> None:
+    for base in ("base", "./base", "base/", "org/base"):
+        models = [{"model": base.rstrip("/") + "/"}, *MODELS]
+        assert list(parse_recipe(recipe("ties", models) | {"base_model": base}, Path()).experts) == ["task0", "task1"]

@@ -106,16 +106,22 @@ class Recipe(Settings):
         entries = [entry for entry in self.models if not self.is_base(entry)]
         if self.adds_base and self.base_model is not None:
             entries = [ModelEntry(model=self.base_model), *entries]
-        return dict(zip(_task_names(entries), entries, strict=True))
+        taken = {"base"} if self.base_model else set()
+        return dict(zip(_task_names(entries, taken), entries, strict=True))
 
     @property
     def adds_base(self) -> bool:
         """True if the base is not listed and merged all the same, as mergekit does where a method has no base."""
-        return self.merges_base and self.base_model not in (None, *(m.model for m in self.models))
+        return self.merges_base and self.base_model is not None and not any(map(self._names_base, self.models))
 
     def is_base(self, entry: ModelEntry) -> bool:
         """True for the base listed among the models, where a method does not merge it."""
-        return not self.merges_base and entry.model == self.base_model and entry.task is None
+        return not self.merges_base and self._names_base(entry) and entry.task is None
+
+    def _names_base(self, entry: ModelEntry) -> bool:
+        return self.base_model is not None and Path(entry.model) == Path(
+            self.base_model
+        )  # `base/` and `./base` are base
 
     @property
     def kinds(self) -> set[str]:
@@ -186,10 +192,16 @@ class Recipe(Settings):
         return found
 
 
-def _task_names(entries: list[ModelEntry]) -> list[str]:
-    """Each expert's task name: as given, else the last part of its path; made unique by a number."""
-    names = [e.task.name if e.task and e.task.name else Path(e.model.split("@")[0]).name for e in entries]
+def _task_names(entries: list[ModelEntry], reserved: set[str]) -> list[str]:
+    """Each expert's task name: as given, else the last part of its path; made unique by a number.
+
+    Arguments:
+        reserved: names that are taken already; only a name that is given may be one of them, to be refused.
+    """
+    given = [e.task.name if e.task else None for e in entries]
+    names = [own or Path(e.model.split("@")[0]).name for own, e in zip(given, entries, strict=True)]
     counts = Counter(names)
+    counts.update(name for name, own in zip(names, given, strict=True) if name in reserved and not own)
     taken = {name for name in names if counts[name] == 1}
     unique = []
     for name in names:
