@@ -17,11 +17,12 @@ from torch import Tensor
 from adarank.alignment.task_vectors import Network, OriginKind
 from adarank.errors import MismatchError, RecipeError, itemise
 from adarank.io.checkpoint import check_result
-from adarank.methods.per_tensor import PerTensor, TensorWeights, rest
+from adarank.methods.per_tensor import Flag, PerTensor, TensorWeights, flag, rest
 from adarank.settings import Settings
 
 __all__ = [
     "Deltas",
+    "Flag",
     "Method",
     "MismatchError",
     "Network",
@@ -29,7 +30,10 @@ __all__ = [
     "PerTensor",
     "RecipeError",
     "TensorWeights",
+    "check_one_other",
+    "flag",
     "itemise",
+    "length",
     "merge_tensor",
     "merge_tensors",
     "rest",
@@ -53,6 +57,7 @@ class Method(Settings):
         formula, source: one line each for the catalogue.
         spectral: True if it decomposes matrices; the memory plan counts an SVD's workspace then.
         per_model: settings that each model of a recipe may carry.
+        merges_base: True if a base that is listed among the models is merged as they are.
         task_aware: True if each task gets weights of its own (`task_aware/base.py`).
         passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.
         data: what it reads of the tasks' data, in words; empty for data-free methods.
@@ -64,6 +69,7 @@ class Method(Settings):
     source: ClassVar[str]
     spectral: ClassVar[bool] = False
     per_model: ClassVar[tuple[str, ...]] = ()
+    merges_base: ClassVar[bool] = False
     task_aware: ClassVar[bool] = False
     passes: ClassVar[int] = 1
     data: ClassVar[str] = ""
@@ -93,6 +99,20 @@ class Method(Settings):
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 held beside origin, sum and one task vector; the memory plan counts them."""
         return 5 if decomposed and self.spectral else 0
+
+
+def check_one_other(method: str, network: Network) -> None:
+    """Raise a `RecipeError` unless there is one model beside the base."""
+    if len(network.experts) != 1:
+        raise RecipeError(
+            f"models: '{method}' goes from base_model to one other model, got {len(network.experts)} others"
+            f" ({', '.join(network.tasks)}). Make one of two models the base_model, or use nuslerp or linear."
+        )
+
+
+def length(tensor: Tensor) -> float:
+    """‖x‖ of a tensor as one vector, in float64: PyTorch's float32 norms add one by one."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def weighted_sum(origin: Tensor, deltas: Deltas, coefficient: Callable[[str], float]) -> Tensor:

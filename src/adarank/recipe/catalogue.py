@@ -14,6 +14,7 @@ from adarank.adapt.presets import PRESETS
 from adarank.adapt.settings import AdaptSettings
 from adarank.errors import RecipeError
 from adarank.methods import METHODS, Informed, Masked, Method
+from adarank.methods.per_tensor import TensorWeights
 from adarank.modular import MODULAR, Modular
 from adarank.settings import Settings, nearest
 from adarank.spectral.mask_file import MaskFile
@@ -148,6 +149,8 @@ def _settings(kind: type[Settings], fixed: set[str], prefix: str = "") -> list[S
 
 def _yaml(value: Any) -> str:
     """A default as a recipe writes it."""
+    if isinstance(value, TensorWeights):
+        value = value.plain()
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from adarank.adapt.methods import ADAPTIVE
 from adarank.errors import RecipeError, itemise
-from adarank.io.hub import same_model
 from adarank.methods import METHODS
 from adarank.modular import MODULAR
+from adarank.recipe.mergekit import with_effect
 from adarank.recipe.schema import Recipe
 from adarank.settings import nearest
 
@@ -28,11 +28,7 @@ def _problems(recipe: Recipe) -> list[str]:
     given = Counter(m.task.name for m in recipe.models if m.task and m.task.name)
     problems += [f"models: {times} tasks are called '{name}'. Give each a name of its own."
                  for name, times in given.items() if times > 1]  # fmt: skip
-    listed = any(same_model(m.model, recipe.base_model, recipe.folder) for m in recipe.models)
-    if recipe.merge_method == "linear" and recipe.base_model is not None and not listed:
-        problems.append(
-            "base_model: 'linear' sums the models alone. List the base among the models too, or remove base_model."
-        )
+    problems += _problems_of_base(recipe)
     if not recipe.experts:
         problems.append("models: no expert is given. A merge needs at least one.")
     if recipe.adapt is not None and not (recipe.adaptive or recipe.modular):
@@ -41,11 +37,11 @@ def _problems(recipe: Recipe) -> list[str]:
         )
     allowed = () if recipe.learns else METHODS[recipe.merge_method].per_model
     for task, entry in recipe.experts.items():
-        for key in entry.parameters:
-            if key not in allowed:
-                problems.append(
-                    f"models: '{task}' has parameter '{key}', which '{recipe.merge_method}' does not take.{nearest(key, allowed) if allowed else ''}"
-                )
+        problems += [
+            f"models: '{task}' has parameter '{key}', which '{recipe.merge_method}' does not take.{nearest(key, allowed) if allowed else ''}"
+            for key in with_effect(recipe.merge_method, entry.parameters, allowed)
+            if key not in allowed
+        ]
     if len(recipe.kinds) > 1:
         problems.append(different_kinds(recipe.kinds))
     needs_base = recipe.learns or getattr(METHODS[recipe.merge_method], "origin", None) == "pretrained"
@@ -65,6 +61,23 @@ def _problems(recipe: Recipe) -> list[str]:
             problems += [f"adapt.objectives: unknown task '{t}'.{nearest(t, recipe.experts)}" for t in strangers]
         except RecipeError as error:
             problems += _listed(error)
+    return problems
+
+
+def _problems_of_base(recipe: Recipe) -> list[str]:
+    """Of a base that is one of the models without being listed, and of a listed one."""
+    name = recipe.merge_method
+    problems = [
+        f"models: the base has parameter '{key}', which '{name}' does not take."
+        for entry in recipe.models
+        if recipe.is_base(entry)
+        for key in with_effect(name, entry.parameters, ())
+    ]
+    if recipe.adds_base and "weight" in METHODS[name].per_model and "weight" not in recipe.parameters:
+        problems.append(
+            f"base_model: '{name}' merges the models alone, and would merge the base as one of them, of no weight. "
+            "List the base among the models with its weight, or remove base_model."
+        )
     return problems
 
 

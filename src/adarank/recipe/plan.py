@@ -110,7 +110,7 @@ def _decomposes(job: Job) -> bool:
 
 def plan_notes(job: Job) -> list[str]:
     """What a user may not expect of this recipe, in sentences."""
-    method, notes = job.method, list(job.notes)
+    method, notes = job.method, [*job.recipe.notes(), *job.notes]
     if len(job.experts) == 2 and method is not None and method.name == "cart":
         notes.append(
             "About the average, two experts have equal and opposite task vectors: 'cart' gives their average, whatever its settings. "

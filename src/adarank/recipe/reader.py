@@ -17,7 +17,7 @@ from adarank.io.parsing import parse_yaml
 from adarank.methods import METHODS
 from adarank.modular import MODULAR
 from adarank.recipe.checks import check
-from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, of_one_slice
+from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, whole_models
 from adarank.recipe.schema import Recipe
 from adarank.settings import nearest, parse
 
@@ -70,7 +70,7 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
-    values = of_one_slice({key: value for key, value in values.items() if value is not None or key not in NOT_DONE})
+    values = whole_models({key: value for key, value in values.items() if not _asks_for_nothing(key, value)})
     asked = [key for key, value in values.items() if (key, value) != ("tokenizer_source", "base")]
     refused = [f"'{key}' is not supported. {reason}" for key, reason in NOT_DONE.items() if key in asked]
     if refused:
@@ -91,6 +91,11 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
         )
     check(recipe, where)
     return recipe
+
+
+def _asks_for_nothing(key: str, value: Any) -> bool:
+    """mergekit's keys without a value; its `tokenizer: {}` is the union of the vocabularies, which are equal here."""
+    return key in NOT_DONE and (value is None or (key, value) == ("tokenizer", {}))
 
 
 def _check_device(name: str, where: str) -> None:

@@ -21,7 +21,8 @@ from adarank.methods import METHODS, Method
 from adarank.methods.per_tensor import resolve
 from adarank.modular import MODULAR, Modular, Surgery
 from adarank.modular.base import settled
-from adarank.settings import Settings, parse
+from adarank.recipe.mergekit import with_effect, without_effect
+from adarank.settings import Settings, keys, parse
 from adarank.spectral.mask_file import MaskFile
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -61,6 +62,7 @@ class Recipe(Settings):
     _nothing = field_validator("parameters", mode="before")(_empty_if_none)
 
     merge_method: str
+    name: str | None = None  # of a stage in mergekit's recipes of several; without effect
     models: tuple[ModelEntry, ...]
     base_model: str | None = None
     parameters: dict[str, Any] = Field({}, description="settings")
@@ -75,6 +77,12 @@ class Recipe(Settings):
     device: str = "auto"
     folder: Path = Field(Path("."), exclude=True)
     layer_range: tuple[int, int] | None = None  # of the one slice that the models were given in: it must be all layers
+
+    @property
+    def merges_base(self) -> bool:
+        """True if a base that is listed among the models is merged as they are."""
+        kind = METHODS.get(self.merge_method)
+        return kind is not None and kind.merges_base
 
     @property
     def adaptive(self) -> bool:
@@ -103,8 +111,9 @@ class Recipe(Settings):
     @property
     def experts(self) -> dict[str, ModelEntry]:
         """Task name -> model. The base, if it is listed among the models as mergekit allows, is no expert."""
-        base = None if self.merge_method == "linear" else self.base_model
-        entries = [m for m in self.models if m.has_task or not same_model(m.model, base, self.folder)]
+        entries = [entry for entry in self.models if not self.is_base(entry)]
+        if self.adds_base and self.base_model is not None:
+            entries = [ModelEntry(model=self.base_model), *entries]
         reserved = {"base"} if self.base_model else set()  # what tables and records call the base
         return dict(zip(_task_names(entries, reserved, self.folder), entries, strict=True))
 
@@ -112,6 +121,18 @@ class Recipe(Settings):
     def tasks(self) -> dict[str, TaskSpec]:
         """Task name -> what the recipe says of the task, for models that have one. A name alone is a label."""
         return {name: entry.task for name, entry in self.experts.items() if entry.task and entry.has_task}
+
+    @property
+    def adds_base(self) -> bool:
+        """True if the base is not listed and merged all the same, as mergekit does where a method has no base."""
+        return self.merges_base and self.base_model is not None and not any(map(self._names_base, self.models))
+
+    def is_base(self, entry: ModelEntry) -> bool:
+        """True for the base listed among the models, where a method does not merge it."""
+        return not self.merges_base and self._names_base(entry) and not entry.has_task
+
+    def _names_base(self, entry: ModelEntry) -> bool:
+        return same_model(entry.model, self.base_model, self.folder)
 
     @property
     def kinds(self) -> set[str]:
@@ -155,12 +176,31 @@ class Recipe(Settings):
     def method(self, names: list[str]) -> Method:
         """The method, if it is not adaptive, with its settings; `names` are the tensors that it merges."""
         kind = METHODS[self.merge_method]
-        values = resolve(kind, self.parameters, {t: e.parameters for t, e in self.experts.items()}, names)
+        per_model = {t: with_effect(kind.name, e.parameters, kind.per_model) for t, e in self.experts.items()}
+        values = resolve(kind, with_effect(kind.name, self.parameters, keys(kind)), per_model, names)
         if "seed" in kind.model_fields:
             values.setdefault("seed", self.seed)
         if self.merge_method == "masked" and isinstance(values.get("masks"), str):
             values["masks"] = MaskFile.load(self.folder / values["masks"])
         return parse(kind, values, f"parameters of '{self.merge_method}'")
+
+    def notes(self) -> list[str]:
+        """What the recipe says without effect, and a base that is merged like the models, in sentences."""
+        name, found = self.merge_method, []
+        if self.name is not None:
+            found.append(f"name: '{self.name}', without effect.")
+        if self.adds_base:
+            found.append(f"base_model: merged like the models, as {name} has no base.")
+        if name not in METHODS:
+            return found
+        for_all, per_model = keys(METHODS[name]), METHODS[name].per_model
+        places = [("parameters", without_effect(name, self.parameters, for_all))]
+        places += [(f"models: '{t}'", without_effect(name, e.parameters, per_model)) for t, e in self.experts.items()]
+        places += [("models: the base", list(own.parameters)) for own in self.models if self.is_base(own)]
+        found += [f"{where}: {', '.join(idle)} without effect in {name}." for where, idle in places if idle]
+        misplaced = {key for _, idle in places[1:] for key in idle if key in for_all and key not in per_model}
+        found += [f"{key}: {name} takes it for all models, under parameters." for key in sorted(misplaced)]
+        return found
 
 
 def _task_names(entries: list[ModelEntry], reserved: set[str], folder: Path) -> list[str]:
