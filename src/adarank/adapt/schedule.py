@@ -1,4 +1,4 @@
-"""How a run goes: steps, until they are used up or bring nothing nearer to the experts, then rounds of repair, then a way back.
+"""How a run goes: steps, until they are used up or bring nothing nearer to the experts, then rounds of repair, then a line search towards the start.
 
 All of it is a function of the settings and of what was judged, so of the saved state: an interrupted run goes on as it
 would have gone.
@@ -22,7 +22,7 @@ Seen = Mapping[int, Judged]
 
 
 @dataclass(frozen=True)
-class Course:
+class Schedule:
     """When a run is judged, when its steps end, and when it is repaired.
 
     Attributes:
