@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 from table import BEDS, Bench
 
 from adarank.adapt.agreement import Judged, first_collapse, worse
-from adarank.adapt.choice import Back
+from adarank.adapt.choice import LinePoint
 from adarank.adapt.history import History
 from adarank.adapt.learner import Loss
 from adarank.adapt.loop import adapt
@@ -289,9 +289,7 @@ class Studies:
             del losses[tasks[place]]
         plain, quick_check = judged.judge(), judged.quick_check()
         test = self._scored(tasks)
-        scores: dict[
-            int, list[dict[str, float]]
-        ] = {}  # a step's own first, then those of points on the way back from it
+        scores: dict[int, list[dict[str, float]]] = {}  # a step's own first, then those of points on the line to it
 
         def judge(step: int) -> Judged:
             scores.setdefault(step, []).append(score_all(job, models, test, "test"))
@@ -316,7 +314,7 @@ def report(
     assert choice is not None
     best = max(history.starts, key=lambda own: own.value, default=None)
 
-    def check(own: Back) -> dict[str, Any]:
+    def check(own: LinePoint) -> dict[str, Any]:
         signals = columns({task: asdict(judged) for task, judged in own.judged.items()}, tasks, SIGNALS)
         scored = scores[own.step].pop(0)
         return {"step": own.step, "share": own.share, "scores": [round(scored[task], 2) for task in tasks],
@@ -327,8 +325,8 @@ def report(
         "tasks": tasks,
         "start": {"rank": best.rank, "lambda": best.scale} if best else {},
         "starts_tried": len(history.starts),
-        "checks": [check(Back(step, 1.0, judged)) for step, judged in sorted(history.judged.items())],
-        "way_back": [check(back) for back in history.backs],
+        "checks": [check(LinePoint(step, 1.0, judged)) for step, judged in sorted(history.judged.items())],
+        "way_back": [check(back) for back in history.line_points],
         "step_kept": choice.step,
         "share_kept": choice.share,
         "rolled_back": choice.rolled_back,

@@ -99,7 +99,7 @@ def test_any_run_ends_and_keeps_a_step_that_leaves_no_task_behind(seed: int) -> 
     assert ended is not None
     assert max(own for own in judged if own <= ended) == ended
     best = mean_signal(judged[best_step(judged, "agreement", 0.0)], "agreement")
-    for end, share in schedule.ways_back(judged):  # from where something would be gained, but for a task
+    for end, share in schedule.line_points(judged):  # from where something would be gained, but for a task
         assert end in (schedule.source(judged), step)
         assert share in (0.8, 0.6, 0.4, 0.2)
         assert worse(judged[end], judged[0], 0.0)

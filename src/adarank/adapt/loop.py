@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adarank.adapt.agreement import Judge, Signals
 from adarank.adapt.balance import behind, repair_weights, task_weights
-from adarank.adapt.choice import Back, Choice, best_step, choose_best, fits
+from adarank.adapt.choice import Choice, LinePoint, best_step, choose_best, fits
 from adarank.adapt.history import History, Progress
 from adarank.adapt.learner import Learner, Loss, Memory, between
 from adarank.adapt.resume import stop_on_signal
@@ -82,7 +82,7 @@ def adapt(
                 run.stop()
             if run.history.step % settings.save_every == 0:
                 run.save()
-        run.go_back(stopped)
+        run.search_line(stopped)
     run.keep()
     return run.history
 
@@ -159,25 +159,25 @@ class _Run:
         """How many steps the run is to take, as far as is known."""
         return self.schedule.planned(self.history.step, self.history.judged)
 
-    def go_back(self, stopped: list[int]) -> None:
-        """Where the repair did not do, judge points on the way back to the start until one will. Steps are saved before."""
-        ways = self.schedule.ways_back(self.history.judged)
-        if not ways:
+    def search_line(self, stopped: list[int]) -> None:
+        """If the repair fails, judge points on the line to the start until one leaves no task behind. Steps are saved before."""
+        points = self.schedule.line_points(self.history.judged)
+        if not points:
             return
         assert self.judge is not None  # without one nothing was judged
         self.save()
         ends = {self.schedule.source(self.history.judged): self.source, self.history.step: self._now()}
-        for step, share in ways:
+        for step, share in points:
             if stopped:
                 self._set(ends[self.history.step])
                 self.stop()
             self._set(between(self.start, ends[step], share))
             self.live.write()
             started = time.perf_counter()
-            back = Back(step, share, dict(self.judge(step)))
+            point = LinePoint(step, share, dict(self.judge(step)))
             self.history.judging_seconds += time.perf_counter() - started
-            self.history.backs.append(back)
-            if fits(back, self.history.judged, self.settings.tolerance):
+            self.history.line_points.append(point)
+            if fits(point, self.history.judged, self.settings.tolerance):
                 break
         chosen = self._chosen()
         if chosen.share < 1:
@@ -216,7 +216,7 @@ class _Run:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
 
     def _chosen(self) -> Choice:
-        return choose_best(self.history.judged, self.settings.signal, self.settings.tolerance, self.history.backs)
+        return choose_best(self.history.judged, self.settings.signal, self.settings.tolerance, self.history.line_points)
 
     def _begin_repair(self) -> None:
         """Go back to where it goes on from, with an optimiser that knows nothing of later steps."""

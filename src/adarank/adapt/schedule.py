@@ -97,7 +97,7 @@ class Schedule:
             return False
         return step >= ended + self.rounds * self.round or not self._in_need_of_repair(judged, ended)
 
-    def ways_back(self, judged: Seen) -> list[tuple[int, float]]:
+    def line_points(self, judged: Seen) -> list[tuple[int, float]]:
         """(step, share of the way to it from the start): the points to judge once a run is over, the farthest first.
 
         Lines lead to where the repair began and to where it ended, if they are nearer to the experts than what would be

@@ -94,7 +94,9 @@ def report(
         "losses": {task: [round(v, 5) for v in values] for task, values in history.losses.items()},
         "judged_on": {task: inputs.judged[1] for task, inputs in table_inputs(job, data, settings).items()},
         "judged": {str(step): _rounded(seen) for step, seen in history.judged.items()},
-        "way_back": [{"step": own.step, "share": own.share, "judged": _rounded(own.judged)} for own in history.backs],
+        "way_back": [
+            {"step": own.step, "share": own.share, "judged": _rounded(own.judged)} for own in history.line_points
+        ],
         "largest_class_share": {
             task: {"before": start[task].largest, "after": own.largest, "expert": own.expert_largest}
             for task, own in kept.items()
