@@ -50,9 +50,9 @@ from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import top_mask
 from adarank.spectral.svd import as_matrix
-from adarank.workflow import adapt as adaptation
 from adarank.workflow import build_networks as networks
 from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.problem import problem_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "minilm-8"
 STARTS = {"CART": "adarank-cart", "TA": "adarank-ta"}
@@ -91,7 +91,7 @@ class Setup:
     def run_engine(self, steps: int, progress: Any = None) -> LiveWeights:
         live = self.live()
         settings = self.settings.model_copy(update={"steps": steps})
-        losses = adaptation.task_losses(self.job, self.models, self.data, settings, {}, {})
+        losses = problem_of(self.job, self.models, self.data, settings, {}).losses()
         adapt(live, losses, settings, progress=progress and (lambda history, _: progress(live, history)))
         return live
 

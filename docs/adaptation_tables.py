@@ -32,7 +32,7 @@ def score(check: Run) -> float:
 
 
 def kept(run: Run) -> Run:
-    """What is kept: a step, or a point on the way back from it."""
+    """What is kept: a step, or a point on the line to it."""
     chosen = (run["step_kept"], run["share_kept"])
     return next(own for own in run["checks"] + run["way_back"] if (own["step"], own["share"]) == chosen)
 

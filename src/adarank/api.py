@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank.adapt.batches import BatchInputs
 from adarank.adapt.history import History, Progress
-from adarank.adapt.learner import Loss, Memory
-from adarank.adapt.loop import adapt as run_adaptation
 from adarank.adapt.methods import ADAPTIVE
 from adarank.adapt.multitask import Multitask
-from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, running_mean
-from adarank.adapt.objectives import objective as combined
-from adarank.adapt.problem import Asked
+from adarank.adapt.presets import with_preset
+from adarank.adapt.problem import Problem, expert_predictions
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.align import align
 from adarank.alignment.selection import Select
@@ -32,6 +30,7 @@ from adarank.models import share
 from adarank.models.compatibility import check_modules
 from adarank.models.predict import Forward
 from adarank.modular import MODULAR
+from adarank.recipe.schema import AdaptBlock
 from adarank.settings import nearest, parse
 from adarank.spectral.mask_file import MaskFile
 from adarank.workflow.scores import score
@@ -159,7 +158,9 @@ def adapt(
         batches: task -> its unlabelled batches; step i uses batch i, from the start again when they are used up.
         method: `adarank`, `adamerging`, `adamerging++` or `cart++`.
         parameters: the method's settings, such as `{"origin": "average", "rank": 0.16, "lambda": 2.0}`.
-        settings: steps and step sizes, as `AdaptSettings` or a mapping of its fields. Its `batch_size` is not used: batches come as they are.
+        settings: steps and step sizes, as `AdaptSettings` or a mapping of what an adapt block of a recipe has, such as
+            `{"preset": "paper", "steps": 500}`; a preset gives settings of the method, too. `batch_size` is not used:
+            batches come as they are.
         forward: (module, batch) -> logits of shape (batch, classes). By default the module is called with the
             batch (a mapping as keyword arguments, a tuple as positional ones).
         objective: what every task minimises instead of what `settings` say (`self-label` unless they say otherwise): a
@@ -181,42 +182,21 @@ def adapt(
         raise DataError(
             f"batches: none for {', '.join(map(repr, empty))}. Every task needs at least one unlabelled batch."
         )
-    chosen = parse(ADAPTIVE[method], parameters or {}, f"parameters of '{method}'")
-    settings = settings if isinstance(settings, AdaptSettings) else parse(AdaptSettings, settings or {}, "settings")
-    settings, own_objective = _settled(settings, objective, experts)
+    chosen, loop = with_preset(method, parameters or {}, *_given(settings, objective))
+    unknown = [task for task in loop.objectives if task not in experts]
+    if unknown:
+        raise RecipeError(f"adapt.objectives: unknown task '{unknown[0]}'.{nearest(unknown[0], experts)}")
     network = _network(base, experts, select)
-    call = forward or _call
     if not network.merged():
         raise RecipeError("select: every tensor is kept or belongs to a head, so nothing is left to merge.")
-    asked = Asked(call, batches, held_out, settings, own_objective is None)
-    models = share(((task, asked.expert(task, module)) for task, module in experts.items()), network)
-    models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
+    models = share(((task, copy.deepcopy(module).float().eval()) for task, module in experts.items()), network)
+    inputs = {task: BatchInputs(batches[task], held_out.get(task, ()), loop) for task in experts}
+    function, call = objective if callable(objective) else None, forward or _call
+    predictions = expert_predictions(network, models, inputs, loop, call, function)
     device = next(iter(models.shared.values())).device
-    live = chosen.start(network, models.shared, settings, device)
-    memory: Memory = {}
-
-    def loss_of(task: str) -> Loss:
-        own = batches[task]
-        weights = settings.weights(task)
-
-        def loss(step: int) -> Tensor:
-            logits = call(models.modules[task], own[step % len(own)])
-            if own_objective is not None:
-                return own_objective(logits)
-            if NEED_MEAN & weights.keys():
-                memory[task] = running_mean(logits, memory.get(task), settings.momentum)
-            expert = asked.targets[task][step % len(own)].to(logits) if NEED_EXPERT & weights.keys() else None
-            return combined(View(logits, expert, memory.get(task)), weights, settings.self_label, settings.filter)
-
-        return loss
-
-    losses = {task: loss_of(task) for task in experts}
-    judge = asked.judge(models.modules)
-    one_pass = min(len(batches[task]) for task in experts)
+    live = chosen.start(network, models.shared, loop, device)
     with torch.enable_grad():  # whatever the caller has switched off
-        history = run_adaptation(
-            live, losses, settings, progress=progress, judge=judge, memory=memory, grid=chosen.grid, one_pass=one_pass
-        )
+        history = Problem(models, inputs, loop, call, predictions, function).adapt(live, chosen.grid, progress=progress)
     live.zero_grad()
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
     return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}), history)
@@ -235,22 +215,17 @@ def _listed(what: str, given: Mapping[str, Any], experts: Mapping[str, Any]) -> 
     return {task: own if isinstance(own, (list, tuple)) else list(own) for task, own in given.items()}
 
 
-def _settled(
-    settings: AdaptSettings, objective: Objective | None, experts: Mapping[str, Any]
-) -> tuple[AdaptSettings, Callable[[Tensor], Tensor] | None]:
-    """The settings with the objective given beside them, and the objective itself if it is a function."""
-    function = objective if callable(objective) else None
+def _given(
+    settings: AdaptSettings | Mapping[str, Any] | None, objective: Objective | None
+) -> tuple[dict[str, Any], str | None]:
+    """The loop's settings as they were given, with the objective given beside them, and the preset."""
+    if isinstance(settings, AdaptSettings):
+        settings = settings.model_dump(exclude_unset=True)
+    block = parse(AdaptBlock, settings or {}, "settings")
+    values = block.model_dump(exclude_unset=True, exclude={"preset"})
     if isinstance(objective, (str, Mapping)):
-        given = {**settings.model_dump(exclude_unset=True), "objective": objective, "objectives": {}}
-        settings = parse(AdaptSettings, given, "adapt")
-    strangers = [task for task in settings.objectives if task not in experts]
-    if strangers:
-        raise RecipeError(f"adapt.objectives: unknown task '{strangers[0]}'.{nearest(strangers[0], experts)}")
-    if function is None and any(NEED_FEATURES & settings.weights(task).keys() for task in experts):
-        raise RecipeError(
-            "adapt: objective 'features' is for recipes. Use self-label, or give a function of the logits."
-        )
-    return settings, function
+        values |= {"objective": objective, "objectives": {}}
+    return values, block.preset
 
 
 def _informed(

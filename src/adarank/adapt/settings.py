@@ -58,8 +58,8 @@ class AdaptSettings(Settings):
         repair: rounds of further steps, each of a quarter of `check_every` (5 steps at least, if that has as many), from the
             latest judged step that is as near to the experts as any, where it leaves some task behind its start; such
             tasks count most in them.
-        retreat: points on the lines from the start to that step and to the end of the repair that are judged, where the repair
-            did not do. 4 are 0.8, 0.6, 0.4 and 0.2 of the way; the first that leaves no task behind is the last looked at.
+        retreat: points on the lines from the start to that step and to the end of the repair that are judged, if the
+            repair fails. 4 are 0.8, 0.6, 0.4 and 0.2 of the way; the first that leaves no task behind is the last looked at.
     """
 
     steps: int = Field(200, ge=0, description="Adam steps")
@@ -101,9 +101,7 @@ class AdaptSettings(Settings):
         5, ge=1, description="judgements in a row no nearer to the experts after which steps end; null is never"
     )
     repair: int = Field(8, ge=0, description="rounds of further steps, where the best would qualify but for some tasks")
-    retreat: int = Field(
-        4, ge=0, description="points on the way back to the start that are judged, where repair did not do"
-    )
+    retreat: int = Field(4, ge=0, description="points on the line to the start that are judged, if the repair fails")
 
     @field_validator("objective", mode="before")
     @classmethod

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from adarank.adapt.history import Progress
+from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.task import TaskData
 from adarank.io.record import Note
 from adarank.io.state import read_state
 from adarank.models import TaskModels
 from adarank.recipe.job import Job
-from adarank.workflow.experts import Outputs, expert_outputs
+from adarank.workflow.problem import expert_predictions
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Run:
 
     Attributes:
         about: the settings, the inputs' hashes and the seed: what, beside the data, decides every number.
-        state: file in which the state is kept, with the experts' outputs beside it. A run continues from it.
+        state: file in which the state is kept, with the experts' predictions beside it. A run continues from it.
         note, progress: told of stages as they begin, and of every step.
     """
 
@@ -70,7 +71,7 @@ class Run:
             read_state(self.state, found)
         return found
 
-    def experts(self, models: TaskModels, settings: AdaptSettings) -> dict[str, Outputs]:
-        """Task -> its expert's outputs, as far as the settings ask for them. The models hold the base's tensors afterwards."""
+    def expert_predictions(self, models: TaskModels, settings: AdaptSettings) -> dict[str, Predictions]:
+        """Task -> its expert's predictions, as far as the settings ask for them. The models hold the base's tensors afterwards."""
         mark = [self.choices, self.about["inputs"], self.marks]
-        return expert_outputs(self.job, models, self.data, settings, mark, self.state.parent, self.note)
+        return expert_predictions(self.job, models, self.data, settings, mark, self.state.parent, self.note)

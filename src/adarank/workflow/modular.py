@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from adarank.adapt.agreement import Judge, Judged, Signal, mean_signal
 from adarank.adapt.learner import Loss, Memory, Parameters
 from adarank.adapt.loop import adapt
+from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.task import TaskData
 from adarank.io.bundle import WHOLE, Piece
@@ -33,11 +34,11 @@ from adarank.outputs.write import Parts
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.plan import settings_in_force
 from adarank.settings import parse
-from adarank.workflow.adapt import adapt_job, report, task_losses
+from adarank.workflow.adapt import adapt_job, report
 from adarank.workflow.build_networks import build_models, changed_tensors, family_of
 from adarank.workflow.calibrate import inform_job
 from adarank.workflow.context import Run
-from adarank.workflow.experts import Outputs, ask, judge_of, watched
+from adarank.workflow.problem import head_features, problem_of, table_inputs
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Work:
 
     Attributes:
         models: networks that hold the start's tensors, and what the method puts on them.
-        experts: task -> its expert's outputs, as far as the settings ask for them.
+        experts: task -> its expert's predictions, as far as the settings ask for them.
         memory: what losses remember from step to step.
     """
 
@@ -55,7 +56,7 @@ class Work:
     settings: AdaptSettings
     models: TaskModels
     data: Mapping[str, TaskData]
-    experts: Mapping[str, Outputs]
+    experts: Mapping[str, Predictions]
     memory: Memory
 
     @property
@@ -132,7 +133,7 @@ def assemble_job(run: Run) -> Assembly:
     start, started = _start(run, method)
     run.note("Loading the networks")
     models = build_models(job)
-    experts = run.experts(models, settings)
+    experts = run.expert_predictions(models, settings)
     models.fill(start)
     for tensor in models.shared.values():
         tensor.requires_grad_(False)
@@ -140,7 +141,7 @@ def assemble_job(run: Run) -> Assembly:
     run.note("Putting the modules on the networks")
     torch.manual_seed(job.recipe.seed)  # of what modules start from
     built = _BUILD[type(method)](work)
-    judge = judge_of(job, models, data, settings, experts)
+    judge = problem_of(job, models, data, settings, experts).judge()
     run.note("Training the modules, without labels")
     learner = Parameters(built.learned, method.lr)
     one_pass = min(own.one_pass(settings.batch_size) for own in data.values())
@@ -242,7 +243,7 @@ def _surgery(work: Work) -> Built:
         seen = _features(work, task, surgery.one_vector)
         adapters[task] = surgery.Adapter(seen.shape[1], work.method.rank).to(work.device)
         expert = work.experts[task].features
-        assert expert is not None  # the settings ask for them
+        assert isinstance(expert, Tensor)  # the settings ask for them
         losses[task] = partial(_step_of_surgery, work, own, adapters[task], seen, expert.to(work.device))
     for task, adapter in adapters.items():
         surgery.mount(work.models.modules[task], head_parts(work.models, task), adapter)
@@ -283,7 +284,7 @@ def _wemoe(work: Work) -> Built:
         return named[name].get_parameter(next(n for n, stored in wemoe.ROUTER.items() if stored == part))
 
     learned = {f"{name}/{n}": own for name, router in named.items() for n, own in router.named_parameters()}
-    losses = task_losses(job, work.models, work.data, work.settings, work.experts, work.memory)
+    losses = problem_of(job, work.models, work.data, work.settings, work.experts, work.memory).losses()
     return Built(learned, losses, part, dict.fromkeys(network.tasks, 0))
 
 
@@ -324,18 +325,14 @@ _BUILD: dict[type[Modular], Callable[[Work], Built]] = {Surgery: _surgery, WEMoE
 
 def _features(work: Work, task: str, pool: Any) -> Tensor:
     """(rows, width) what a task's head is given in the merged body, for the rows adapted on and judged on."""
-    own, split = watched(work.data[task], work.settings)
-    parts: list[Any] = [(work.data[task], "adapt")] + ([(own, split)] if split != "adapt" else [])
-    found = ask(work.job, work.models, task, parts, True, pool).features
-    assert found is not None  # they were asked for
-    return found.to(work.device)
+    return head_features(work.job, work.models, work.data, work.settings, task, pool).to(work.device)
 
 
 @torch.no_grad()
 def _told(work: Work, task: str, router: nn.Module, seen: Tensor) -> float:
-    """Share of a task's watched inputs that the router gives to it."""
-    own, split = watched(work.data[task], work.settings)
-    chosen = router(seen[list(own.splits.rows[split])]).argmax(dim=-1)
+    """Share of a task's judged inputs that the router gives to it."""
+    judged, split = table_inputs(work.job, work.data, work.settings)[task].judged
+    chosen = router(seen[list(judged.splits.rows[split])]).argmax(dim=-1)
     return float((chosen == work.job.network.tasks.index(task)).double().mean())
 
 
