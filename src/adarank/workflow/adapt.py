@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,17 +13,21 @@ from adarank.adapt.history import History
 from adarank.adapt.learner import Loss, Memory
 from adarank.adapt.live_weights import LiveWeights
 from adarank.adapt.loop import adapt
+from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import GLANCE
 from adarank.data.task import TaskData
+from adarank.method import changed_tensors
 from adarank.models import TaskModels
 from adarank.models.head_inputs import head_inputs, head_parts
 from adarank.recipe.job import Job
 from adarank.spectral.mask_file import MaskFile
-from adarank.workflow.build_networks import build_models, changed_tensors, family_of
-from adarank.workflow.context import Run
+from adarank.workflow.build_networks import build_models, family_of
 from adarank.workflow.experts import Outputs, judge_of, watched
+
+if TYPE_CHECKING:
+    from adarank.workflow.context import Run
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,16 @@ class Adaptation:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the merged model that is not a head, in the network's order."""
-        return changed_tensors(self.job, self.live.parameters, "adaptation")
+        return changed_tensors(self.job.network, self.live.parameters, "adaptation")
 
 
-def adapt_job(run: Run) -> Adaptation:
-    """Adapt as the job's recipe says, from a saved state if there is one."""
-    job, data = run.job, run.data
-    method, settings = job.recipe.adaptation()
-    fingerprint = run.fingerprint(run.marks)
+def adapt_job(run: Run, method: AdaptiveMethod) -> Adaptation:
+    """Adapt by a method and its settings, from a saved state if there is one."""
+    job, data, settings = run.job, run.data, method.settings
+    fingerprint = run.fingerprint()
     run.note("Loading the networks")
     models = build_models(job)
-    experts = run.experts(models, settings)
+    experts = run.expert_predictions(models, settings)
     run.note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
     live = method.start(job.network, models.shared, settings, job.recipe.device)
     memory: Memory = {}
