@@ -67,7 +67,7 @@ class Registry(Mapping[str, T], Generic[T]):
     def __getitem__(self, name: str) -> T:
         points = self._points().get(name, [])
         if points and (name in self.built_in or len(points) > 1):
-            owners = [*(["adarank itself"] if name in self.built_in else []), *map(_package, points)]
+            owners = [*(["adarank itself"] if name in self.built_in else []), *sorted(map(_package, points))]
             raise RecipeError(
                 f"{self.what} '{name}': several are installed under this name, by {', '.join(owners)}. Uninstall or rename all but one."
             )
