@@ -14,6 +14,7 @@ import torch
 
 import adarank
 from adarank.recipe import catalogue
+from adarank.recipe.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "adarank"
@@ -62,6 +63,30 @@ def test_methods_and_adaptation_never_import_each_other() -> None:
     for own, other in (("methods", "adapt"), ("adapt", "methods")):
         for path in (SOURCE / own).rglob("*.py"):
             assert other not in imports(path)
+
+
+FLAGS = {"adaptive", "modular", "trains", "learns", "task_aware"}
+# Every class that derives from the contract, and what runs used to give: nobody asks which one it has before them.
+KINDS = {
+    *(kind.__name__ for kind in METHODS.built_in.values()),
+    *("Method", "Taskwise", "Informed", "Adapting", "AdaptiveMethod", "Modular", "Multitask", "Bundle"),
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_nobody_tells_kinds_of_methods_apart(path: Path) -> None:
+    """Not by a class that a method derives from, nor by a flag: the method is asked for what is needed of it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("isinstance", "issubclass")
+        ):
+            assert not KINDS & {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
+        if isinstance(node, ast.MatchClass) and isinstance(node.cls, ast.Name):
+            assert node.cls.id not in KINDS
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            assert node.attr not in FLAGS, node.attr
 
 
 # What a family of methods is written with comes from one file; task-aware and calibrated methods have one of their own beside it.

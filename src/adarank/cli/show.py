@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table as Grid
 from rich.text import Text
@@ -13,11 +13,13 @@ from rich.text import Text
 from adarank.cli.console import clock, err, out, recent, size
 from adarank.io.bundle import About
 from adarank.recipe.catalogue import Entry
-from adarank.recipe.papers import SETTINGS, PaperRow
 from adarank.recipe.registry import METHODS
 from adarank.workflow.inspect import LayerRow, TensorRow
 from adarank.workflow.scores import Table
 from adarank.workflow.search import Point
+
+if TYPE_CHECKING:
+    from adarank.recipe.papers import PaperRow
 
 
 def note(text: str) -> None:
@@ -227,6 +229,8 @@ def methods(entries: Mapping[str, Entry]) -> None:
 
 def papers(rows: Sequence[PaperRow]) -> None:
     """The papers' rows, each with its recipe and the papers' figures."""
+    from adarank.recipe.papers import SETTINGS  # the tables of the papers are made when it is imported
+
     grid = Grid("row", "recipe", box=None, header_style="bold", pad_edge=False)
     for title in SETTINGS.values():
         grid.add_column(title, justify="right", min_width=8)
