@@ -42,7 +42,8 @@ def install(folder: Path, name: str, points: Mapping[str, Mapping[str, str]]) ->
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
     lines = [
-        f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in own.items()) for group, own in points.items()
+        f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in named.items())
+        for group, named in points.items()
     ]
     (metadata / "entry_points.txt").write_text("\n".join(lines))
     return folder
@@ -68,8 +69,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def body(folder: Path) -> dict[str, Tensor]:
     """A model's tensors, heads not among them, under their names in the base."""
-    own = Checkpoint(folder)
-    return {n.removeprefix("bert."): own.read(n).double() for n in own.tensors if not n.startswith("classifier")}
+    model = Checkpoint(folder)
+    return {n.removeprefix("bert."): model.read(n).double() for n in model.tensors if not n.startswith("classifier")}
 
 
 # A method
@@ -79,7 +80,7 @@ def test_another_packages_method_merges_by_a_recipe(toys: Path, zoo: Path, tmp_p
     file = recipe(zoo, merge_method="part_way", parameters={"share": 0.25}, select={"scale": ["embeddings.*"]})
     assert main(["merge", str(file), str(tmp_path / "out")]) == 0
     base, experts = body(zoo / "models" / "base"), [body(zoo / "models" / task) for task in TASKS]
-    wanted = {name: 0.75 * base[name] + 0.25 * sum(own[name] for own in experts) / len(experts) for name in base}
+    wanted = {name: 0.75 * base[name] + 0.25 * sum(expert[name] for expert in experts) / len(experts) for name in base}
     close(body(tmp_path / "out"), wanted)
     assert json.loads((tmp_path / "out" / "adarank.json").read_text())["settings"]["parameters"] == {"share": 0.25}
 
@@ -133,9 +134,9 @@ def test_another_packages_basis_and_objectives_adapt(toys: Path, zoo: Path, tmp_
 
 def test_another_packages_objectives_are_what_they_say(toys: Path) -> None:
     logits, expert = torch.randn(5, 3), torch.randn(5, 3)
-    found = objective(View(logits, expert), {"confidence": 2.0, "nearness": 0.5}, SelfLabel(), Filter())
+    loss = objective(View(logits, expert), {"confidence": 2.0, "nearness": 0.5}, SelfLabel(), Filter())
     by_hand = -2 * logits.softmax(-1).max(-1).values.mean() + 0.5 * ((logits - expert) ** 2).mean()
-    torch.testing.assert_close(found, by_hand)
+    torch.testing.assert_close(loss, by_hand)
 
 
 def test_the_basis_of_another_package_halves_every_matrix(toys: Path) -> None:
@@ -237,11 +238,11 @@ def test_a_class_from_outside_adapts() -> None:
     for task in "ab":
         experts[task] = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     batches = {task: [torch.randn(4, 3)] for task in experts}
-    found, wanted = (
+    learned, wanted = (
         adarank.adapt(base, experts, batches, method, {"rank": 1.0, "lambda": 0.3}, {"steps": 2})
         for method in (Learned, "adarank")
     )
-    assert all(torch.equal(found.state[name], wanted.state[name]) for name in wanted.state)
+    assert all(torch.equal(learned.state[name], wanted.state[name]) for name in wanted.state)
 
 
 def test_what_is_no_method_is_refused() -> None:

@@ -304,8 +304,8 @@ def _method(
 def _kind(method: str | type[MergeMethod], function: str) -> type[MergeMethod]:
     """A method's class, if the function that was called runs such methods."""
     kind = method_class(method)
-    own_function, remedy = kind.python
-    if own_function != function:
+    runs, remedy = kind.python
+    if runs != function:
         raise RecipeError(f"method: '{kind.name}' {remedy}")
     return kind
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import pickle
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 
 from adarank.alignment.task_vectors import Network, member_tensors
 from adarank.calibration.hooks import Grams, Seen, add_squared_gradients, label_weights, linear_layers, watched
-from adarank.io.checkpoint import DAMAGED, check_finite
+from adarank.io.checkpoint import check_finite
 from adarank.io.record import Note
-from adarank.io.state import write_state
+from adarank.io.state import read_kept, write_state
 from adarank.methods.base import merge_tensor
 from adarank.methods.calibrated.base import Informed, Statistics
 from adarank.models import TaskModels
@@ -65,10 +64,10 @@ class Store:
         """Tensor -> statistic, mapped from the part's file; None if it is not there, or damaged."""
         path = self._path(key)
         if key not in self._parts and path is not None and path.exists():
-            try:
-                self._parts[key] = torch.load(path, weights_only=True, mmap=True)
-            except (pickle.UnpicklingError, *DAMAGED):
+            kept = read_kept(path, mapped=True)
+            if kept is None:
                 return None
+            self._parts[key] = kept
         return self._parts.get(key)
 
     def keep(self, key: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -60,9 +60,10 @@ class Registry(Mapping[str, T], Generic[T]):
         Raises:
             RecipeError: nothing is; the error names the nearest of all names.
         """
-        if name not in self:
-            raise RecipeError(f"{unknown} '{name}'.{nearest(name, self)}")
-        return self[name]
+        try:
+            return self[name]
+        except KeyError:
+            raise RecipeError(f"{unknown} '{name}'.{nearest(name, self)}") from None
 
     def __getitem__(self, name: str) -> T:
         points = self._points().get(name, [])
@@ -88,14 +89,11 @@ class Registry(Mapping[str, T], Generic[T]):
         Looked up once for each state of `sys.path`: losses ask for their objectives every step.
         """
         if self._seen is None or self._seen[0] != tuple(sys.path):
-            self._seen = (tuple(sys.path), self._installed())
+            points: dict[str, dict[tuple[str, str], EntryPoint]] = {}
+            for point in entry_points(group=self.group):
+                points.setdefault(point.name, {})[_package(point), point.value] = point
+            self._seen = (tuple(sys.path), {name: list(each.values()) for name, each in points.items()})
         return self._seen[1]
-
-    def _installed(self) -> dict[str, list[EntryPoint]]:
-        points: dict[str, dict[tuple[str, str], EntryPoint]] = {}
-        for point in entry_points(group=self.group):
-            points.setdefault(point.name, {})[_package(point), point.value] = point
-        return {name: list(each.values()) for name, each in points.items()}
 
     def _loaded(self, point: EntryPoint) -> T:
         try:

@@ -30,7 +30,7 @@ class PartWay(Method):
 
 def halved(deltas: Mapping[str, Tensor], name: str) -> list[Spectrum]:
     """The task vectors' own spectra, at half their size."""
-    return [Spectrum(own.u, own.s / 2, own.v) for own in task_vectors(deltas, name)]
+    return [Spectrum(whole.u, whole.s / 2, whole.v) for whole in task_vectors(deltas, name)]
 
 
 HALVES = Basis("halves", halved, scaled=lambda tasks: 0.5)
