@@ -14,7 +14,7 @@ from adarank.errors import RecipeError
 from adarank.methods import METHODS, merge_tensors
 from adarank.recipe.job import open_job
 from adarank.recipe.mergekit import SETTINGS, SHARED
-from adarank.recipe.plan import plan_notes
+from adarank.recipe.plan import describe
 from adarank.recipe.reader import parse_recipe
 from adarank.settings import keys
 from make import family, save
@@ -41,7 +41,7 @@ def merged(values: dict[str, Any], folder: Path) -> tuple[dict[str, Tensor], lis
     """The merged tensors, and what is said of the recipe."""
     job = open_job(parse_recipe(values, folder))
     assert job.method is not None
-    return dict(merge_tensors(job.method, job.network)), plan_notes(job)
+    return dict(merge_tensors(job.method, job.network)), describe(job)["notes"]
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

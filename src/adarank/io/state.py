@@ -1,4 +1,4 @@
-"""The file in which an unfinished run is kept."""
+"""Files in which an unfinished run, and what it can find again, are kept."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
             f"{path}: the saved state belongs to another run (inputs or settings differ). Delete it to start anew, or give another output path."
         )
     return content
+
+
+def read_kept(path: Path, mapped: bool = False) -> Any:
+    """What `write_state` saved to be found again; None if there is nothing or it is damaged: then it is computed anew.
+
+    Arguments:
+        mapped: leave tensors in the file until they are read.
+    """
+    try:
+        return torch.load(path, weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, *DAMAGED):
+        return None
 
 
 def write_state(path: Path, content: Mapping[str, Any], what: str) -> None:

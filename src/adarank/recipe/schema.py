@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -10,20 +11,14 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator
 
-from adarank.adapt.methods import ADAPTIVE, AdaptiveMethod
-from adarank.adapt.multitask import Multitask
-from adarank.adapt.presets import with_preset
-from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.base import AdaptBlock
 from adarank.alignment.selection import Select
 from adarank.data.spec import DataSettings, TaskSpec
 from adarank.io.hub import called, same_model
-from adarank.methods import METHODS, Method
-from adarank.methods.per_tensor import resolve
-from adarank.modular import MODULAR, Modular, Surgery
-from adarank.modular.base import settled
+from adarank.method import Given, MergeMethod
 from adarank.recipe.mergekit import with_effect, without_effect
-from adarank.settings import Settings, keys, parse
-from adarank.spectral.mask_file import MaskFile
+from adarank.recipe.registry import METHODS
+from adarank.settings import Settings, keys
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _Dtype = Literal["float32", "float16", "bfloat16", "float64"]
@@ -50,12 +45,6 @@ class ModelEntry(Settings):
         return bool(given.keys() - {"name"})
 
 
-class AdaptBlock(AdaptSettings):
-    """The `adapt` block: the loop's settings and perhaps a preset that gives their defaults."""
-
-    preset: str | None = Field(None, description="released settings to start from")
-
-
 class Recipe(Settings):
     """A whole recipe. `folder` is where its relative paths count from."""
 
@@ -79,34 +68,9 @@ class Recipe(Settings):
     layer_range: tuple[int, int] | None = None  # of the one slice that the models were given in: it must be all layers
 
     @property
-    def merges_base(self) -> bool:
-        """True if a base that is listed among the models is merged as they are."""
-        kind = METHODS.get(self.merge_method)
-        return kind is not None and kind.merges_base
-
-    @property
-    def adaptive(self) -> bool:
-        return self.merge_method in ADAPTIVE
-
-    @property
-    def modular(self) -> bool:
-        """True if small modules are trained beside the weights: adapters, routers."""
-        return self.merge_method in MODULAR
-
-    @property
-    def trains(self) -> bool:
-        """True for the reference that is trained on labels: no merge at all."""
-        return self.merge_method == Multitask.name
-
-    @property
-    def learns(self) -> bool:
-        """True if what is written is learned step by step: λ and masks, modules, or a whole network."""
-        return self.adaptive or self.modular or self.trains
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether merging reads the tasks' data."""
-        return self.learns or bool(METHODS[self.merge_method].data)
+    def kind(self) -> type[MergeMethod]:
+        """The class of the method."""
+        return METHODS[self.merge_method]
 
     @property
     def experts(self) -> dict[str, ModelEntry]:
@@ -125,11 +89,11 @@ class Recipe(Settings):
     @property
     def adds_base(self) -> bool:
         """True if the base is not listed and merged all the same, as mergekit does where a method has no base."""
-        return self.merges_base and self.base_model is not None and not any(map(self._names_base, self.models))
+        return self.kind.merges_base and self.base_model is not None and not any(map(self._names_base, self.models))
 
     def is_base(self, entry: ModelEntry) -> bool:
         """True for the base listed among the models, where a method does not merge it."""
-        return not self.merges_base and self._names_base(entry) and not entry.has_task
+        return not self.kind.merges_base and self._names_base(entry) and not entry.has_task
 
     def _names_base(self, entry: ModelEntry) -> bool:
         return same_model(entry.model, self.base_model, self.folder)
@@ -144,45 +108,25 @@ class Recipe(Settings):
         name = self.out_dtype or self.dtype
         return DTYPES[name] if name else None
 
-    def adaptation(self) -> tuple[AdaptiveMethod, AdaptSettings]:
-        """The adaptive method and its loop's settings."""
-        return with_preset(self.merge_method, self.parameters, *self._adapt())
+    def given(self, names: Sequence[str] = ()) -> Given:
+        """What the recipe says of its method.
 
-    def modules(self) -> tuple[Modular, AdaptSettings]:
-        """The modular method and its loop's settings."""
-        return settled(MODULAR[self.merge_method], self.parameters, *self._adapt())
+        Arguments:
+            names: the tensors that it merges; none while no checkpoint is opened.
+        """
+        block, preset = self.adapt.split() if self.adapt else (None, None)
+        name, kind = self.merge_method, self.kind
+        models = {t: with_effect(name, e.parameters, kind.per_model) for t, e in self.experts.items()}
+        parameters = with_effect(name, self.parameters, keys(kind))
+        return Given(parameters, models, block, preset, names, self.seed, self.folder, METHODS.named)
 
-    def start(self) -> Recipe | None:
-        """What the modules of this recipe are put on, as a recipe of its own; None if the method settles it itself."""
-        method = self.modules()[0] if self.modular else None
-        if not isinstance(method, Surgery):
-            return None
-        given = method.start
-        adapt = None if given.adapt is None else parse(AdaptBlock, given.adapt, "parameters.start.adapt")
-        return self.model_copy(
-            update={"merge_method": given.merge_method, "parameters": dict(given.parameters), "adapt": adapt}
-        )
+    def method(self, names: Sequence[str] = ()) -> MergeMethod:
+        """The method with all its settings; `names` as for `given`.
 
-    def _adapt(self) -> tuple[dict[str, Any], str | None]:
-        """What the adapt block says itself, and its preset."""
-        if self.adapt is None:
-            return {}, None
-        return self.adapt.model_dump(exclude_unset=True, exclude={"preset"}), self.adapt.preset
-
-    def training(self) -> Multitask:
-        """The settings of multi-task training."""
-        return parse(Multitask, self.parameters, f"parameters of '{self.merge_method}'")
-
-    def method(self, names: list[str]) -> Method:
-        """The method, if it is not adaptive, with its settings; `names` are the tensors that it merges."""
-        kind = METHODS[self.merge_method]
-        per_model = {t: with_effect(kind.name, e.parameters, kind.per_model) for t, e in self.experts.items()}
-        values = resolve(kind, with_effect(kind.name, self.parameters, keys(kind)), per_model, names)
-        if "seed" in kind.model_fields:
-            values.setdefault("seed", self.seed)
-        if self.merge_method == "masked" and isinstance(values.get("masks"), str):
-            values["masks"] = MaskFile.load(self.folder / values["masks"])
-        return parse(kind, values, f"parameters of '{self.merge_method}'")
+        Raises:
+            RecipeError: settings that do not fit.
+        """
+        return self.kind.resolve(self.given(names))
 
     def notes(self) -> list[str]:
         """What the recipe says without effect, and a base that is merged like the models, in sentences."""
@@ -191,9 +135,7 @@ class Recipe(Settings):
             found.append(f"name: '{self.name}', without effect.")
         if self.adds_base:
             found.append(f"base_model: merged like the models, as {name} has no base.")
-        if name not in METHODS:
-            return found
-        for_all, per_model = keys(METHODS[name]), METHODS[name].per_model
+        for_all, per_model = keys(self.kind), self.kind.per_model
         places = [("parameters", without_effect(name, self.parameters, for_all))]
         places += [(f"models: '{t}'", without_effect(name, e.parameters, per_model)) for t, e in self.experts.items()]
         places += [("models: the base", list(own.parameters)) for own in self.models if self.is_base(own)]
