@@ -24,6 +24,7 @@ from adarank.cli.main import main
 from adarank.errors import AdaRankError, RecipeError
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.plugins import Registry
+from adarank.method import Context, MergeMethod, Result
 from adarank.methods.linear.average import WeightAverage
 from adarank.methods.task_aware.emr import EMR
 from adarank.recipe import catalogue
@@ -230,6 +231,40 @@ def test_classes_and_instances_stand_for_methods() -> None:
     each = adarank.merge_each(base, {"a": one, "b": two}, OwnEMR)
     for task, wanted in adarank.merge_each(base, {"a": one, "b": two}, "emr").items():
         close(each[task], wanted)
+
+
+class FirstOf(MergeMethod):
+    """The first expert, by the contract alone."""
+
+    name: ClassVar[str] = "first_of"
+    formula: ClassVar[str] = "W = W_1"
+    source: ClassVar[str] = "adarank's tests"
+
+    @classmethod
+    def needs_base(cls) -> bool:
+        return False
+
+    def run(self, context: Context) -> Result:
+        first = next(iter(context.network.experts.values()))
+        return Result((name, first.read(name)) for name in context.network.tensors)
+
+
+class Curious(FirstOf):
+    """Asks for what only a recipe gives."""
+
+    name: ClassVar[str] = "curious"
+
+    def run(self, context: Context) -> Result:
+        return Result(context.models().shared.items())
+
+
+def test_the_contract_alone_makes_a_method() -> None:
+    one, two = ({"w": torch.full((2, 2), value)} for value in (1.0, 3.0))
+    assert torch.equal(adarank.merge(None, {"a": one, "b": two}, FirstOf)["w"], one["w"])
+    entry = catalogue.entry_of(FirstOf)
+    assert (entry.needs, entry.formula) == ("experts; no data", "W = W_1")
+    with pytest.raises(RecipeError, match="asks for networks, which only a recipe gives"):
+        adarank.merge(None, {"a": one, "b": two}, Curious)
 
 
 def test_a_class_from_outside_adapts() -> None:
