@@ -164,11 +164,12 @@ def test_images_prepared_differently_are_told_of(tmp_path: Path) -> None:
 
 
 def test_a_size_in_one_number_is_that_of_height_and_width(tmp_path: Path) -> None:
-    for name, size in (("a", 224), ("b", {"height": 224, "width": 224}), ("c", {"shortest_edge": 224}), ("d", {"height": 224, "width": 96})):  # fmt: skip
+    for name, size in (("a", 224), ("b", {"height": 224, "width": 224}), ("c", {"shortest_edge": 224}), ("d", {"height": 224, "width": 96}), ("odd", {"height": [224]}), ("none", {})):  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / "preprocessor_config.json").write_text(json.dumps({"size": size}))
     assert compare_processors({name: tmp_path / name for name in "abc"}) == []
-    assert compare_processors({name: tmp_path / name for name in "ad"})
+    for other in ("d", "odd", "none"):
+        assert len(compare_processors({name: tmp_path / name for name in ("a", other)})) == 1
     (tmp_path / "a" / "preprocessor_config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: not readable JSON"):
         compare_processors({name: tmp_path / name for name in "ab"})

@@ -156,7 +156,7 @@ def test_neither_import_nor_help_loads_pytorch(code: str, tmp_path: Path) -> Non
 
 def test_submodules_never_take_the_place_of_functions(tmp_path: Path) -> None:
     code = (
-        "import adarank.adapt.settings, adarank.evaluate; import adarank; "
-        "print(adarank.adapt.__module__, adarank.workflow.scores.__module__)"
+        "import adarank.adapt.settings, adarank.workflow.evaluate; import adarank; "
+        "print(adarank.adapt.__module__, adarank.evaluate.__module__)"
     )
     assert run([sys.executable, "-c", code], tmp_path, PYTHONPATH=HERE).strip() == "adarank.api adarank.api"

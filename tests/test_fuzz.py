@@ -27,15 +27,15 @@ def test_the_fuzzers_notice_what_they_are_to_find(tmp_path: Path) -> None:
     script = f"""
 import sys, runpy
 from pathlib import Path
-import adarank.recipe.plan
-calls, align = [], adarank.recipe.plan.align
+import adarank.recipe.job
+calls, align = [], adarank.recipe.job.align
 def broken(*given, **named):
     calls.append(1)
     if len(calls) % 2:
         raise TypeError("not a sentence")
     Path("stray").touch()
     return align(*given, **named)
-adarank.recipe.plan.align = broken
+adarank.recipe.job.align = broken
 sys.argv = ["fuzz.py", "--count", "24", "--only", "recipes"]
 sys.path.insert(0, {str(FUZZ.parent)!r})
 runpy.run_path({str(FUZZ)!r}, run_name="__main__")

@@ -234,8 +234,9 @@ def test_arcee_fusion_takes_what_is_outstanding(shape: tuple[int, ...], seed: in
 @pytest.mark.parametrize("shape", [(3, 4), (), (0, 3)])
 def test_arcee_fusion_of_rows_moved_as_a_whole_is_the_other(shape: tuple[int, ...]) -> None:
     """Softmax does not see a constant: all importances are 0, and all are as large as the threshold."""
-    found = adarank.merge({"w": torch.zeros(shape)}, {"x": {"w": torch.ones(shape)}}, "arcee_fusion")["w"]
-    assert torch.equal(found, torch.ones(shape))
+    base, other = ({"w": made(shape), "b": made(2)} for made in (torch.zeros, torch.ones))
+    merged = adarank.merge(base, {"x": other}, "arcee_fusion")
+    assert torch.equal(merged["w"], torch.ones(shape))
 
 
 @given(st.floats(0.0, 0.95), st.integers(2, 5), st.integers(0, 10**6))

@@ -78,6 +78,7 @@ def test_what_is_kept_in_another_shape_is_recorded_and_said(tmp_path: Path, caps
                   select={"keep": "*embed_tokens*"})  # fmt: skip
     text = " ".join(shown(capsys, "merge", keep, tmp_path / "out").split())
     assert "another shape: model.embed_tokens.weight ((10, 4) in a)" in text
+    assert "select: {scale" not in text  # what would be refused is no remedy
     record = json.loads((tmp_path / "out" / "adarank.json").read_text())
     assert record["kept_though_of_other_shape"] == {"model.embed_tokens.weight": {"a": [10, 4]}}
     assert set(record["kept_though_changed"]) == {"model.embed_tokens.weight"}  # by b, which has the base's shape

@@ -188,7 +188,7 @@ def test_other_merges_and_preparation_of_text_are_told(tmp_path: Path) -> None:
     [
         ("tokenizer.json", b"{}"), ("tokenizer.json", b'{"model": {"vocab": 3}}'), ("tokenizer.json", b'{"model": {"vocab": {"a": "b"}}}'),
         ("tokenizer.json", b'{"model": {"vocab": {"a": 0, "a": 1}}}'), ("tokenizer.json", b'{"a":' * 50_000), ("tokenizer.json", b"\xff"),
-        ("tokenizer.json", b'{"model": {"vocab": [[]]}}'), ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [3]}'),
+        ("tokenizer.json", b'{"model": {"vocab": [[]]}}'), ("tokenizer.json", b'{"model": {"vocab": [[0.5, 1]]}}'), ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [{"content": "a", "id": 1e400}]}'), ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [3]}'),
         ("vocab.json", b"[1]"), ("vocab.json", b'{"a": true}'), ("vocab.txt", b"\xff\xfe"),
         ("tokenizer.model", b""), ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n"), ("spiece.model", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"),
         ("tokenizer.model", b"\x0a\x05\x0a\x09ab"), ("tokenizer.model", b"\x80"), ("tokenizer.model", b"!! 1\n"), ("tokenizer.model", b"\x80\x04\x95\x0e.pickle"),

@@ -80,7 +80,7 @@ class _Package(ModuleType):
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # files called `adapt` and `evaluate`, once imported, must not take the place of the functions
+        # packages such as `adapt`, once imported, must not take the place of the functions
         if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -101,7 +101,8 @@ def remarks(
     """What a user may not expect: of the recipe, and of what was kept from the base though experts changed it.
 
     Arguments:
-        changed: tensor -> by how much; `reshaped`: tensor -> expert -> the shape that it has there.
+        changed: tensor -> by how much.
+        reshaped: tensor -> expert -> the shape that it has there, so that it cannot merge.
     """
     for text in described["notes"]:
         say("note:", f" {text}", "bold yellow")
@@ -109,13 +110,9 @@ def remarks(
     if far:
         names = ", ".join(f"{name} (by up to {100 * share:.0f}%)" for name, share in list(far.items())[:3])
         more = f" and {len(far) - 3} more" if len(far) > 3 else ""
-        patterns = ", ".join(f'"{name}"' for name in list(far)[:3])
-        say(
-            "note:",
-            f" kept from the base though experts changed them: {names}{more}. To merge them: select: {{scale: [{patterns}]}}.",
-            "bold yellow",
-        )
-
+        patterns = ", ".join(f'"{name}"' for name in [name for name in far if name not in (reshaped or {})][:3])
+        remedy = f" To merge them: select: {{scale: [{patterns}]}}." if patterns else ""
+        say("note:", f" kept from the base though experts changed them: {names}{more}.{remedy}", "bold yellow")
     if reshaped:
         listed = [f"{name} ({', '.join(f'{tuple(own)} in {task}' for task, own in of.items())})" for name, of in reshaped.items()]  # fmt: skip
         more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""

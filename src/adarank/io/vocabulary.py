@@ -84,7 +84,7 @@ def read_vocabulary(folder: Path, kind: str | None = None) -> Vocabulary | None:
 def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
     try:
         return reader(file)
-    except (ValueError, OSError, LookupError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, OverflowError, struct.error) as error:
         raise CheckpointError(
             f"{file}: no readable vocabulary ({str(error)[:160]}). Copy or download it again, or remove it if it is not the model's."
         ) from None
@@ -110,13 +110,23 @@ def _integers(file: Path, content: Mapping[str, Any]) -> dict[str, int]:
     return ids
 
 
+def _token(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"token {str(value)[:40]!r} is no text")
+    return value
+
+
 def _tokenizer_json(file: Path) -> Vocabulary:
     """The format of the library `tokenizers`."""
     content = _object(file)
     model = content["model"]
     listed = model["vocab"]
-    ids = _integers(file, listed) if isinstance(listed, dict) else {entry[0]: row for row, entry in enumerate(listed)}
-    ids |= {entry["content"]: int(entry["id"]) for entry in content.get("added_tokens") or ()}
+    ids = (
+        _integers(file, listed)
+        if isinstance(listed, dict)
+        else {_token(entry[0]): row for row, entry in enumerate(listed)}
+    )
+    ids |= {_token(entry["content"]): int(entry["id"]) for entry in content.get("added_tokens") or ()}
     merges = tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ())
     return Vocabulary(file, ids, merges, {key: content.get(key) for key in ("normalizer", "pre_tokenizer")})
 
@@ -194,8 +204,8 @@ def _decoder(file: Path, config: Mapping[str, Any]) -> dict[str, int]:
     """The added tokens that tokenizer_config.json lists by id."""
     listed = config.get("added_tokens_decoder") or {}
     try:
-        return {str(entry["content"]): int(number) for number, entry in listed.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return {_token(entry["content"]): int(number) for number, entry in listed.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{file}: added_tokens_decoder is no table of tokens ({error}). Copy or download it again."
         ) from None

@@ -110,6 +110,8 @@ class TensorWeights:
                     f"{self._where(task)}: a filter entry has 'value' and perhaps 'filter', got {dict(entry)!r}."
                 )
             wanted = entry.get("filter")
+            if not isinstance(wanted, str | None):
+                raise RecipeError(f"{self._where(task)}: a filter is a part of tensors' names, got {wanted!r}.")
             if wanted is None or wanted == "*" or wanted in name:
                 return self._value(task, entry["value"], name)
         return None

@@ -222,9 +222,10 @@ def compare_processors(folders: Mapping[str, Path]) -> list[str]:
 
 def _same_size(one: Any, other: Any) -> bool:
     """Older processors have one number where newer ones name it, as height and width."""
-    both = [set(value.values()) if isinstance(value, Mapping) else value for value in (one, other)]
-    plain = isinstance(one, Mapping) != isinstance(other, Mapping)
-    return bool(one == other) or (plain and any(both[i] == {both[1 - i]} for i in (0, 1) if isinstance(both[i], set)))
+    if isinstance(one, Mapping) == isinstance(other, Mapping):
+        return bool(one == other)
+    named, number = (one, other) if isinstance(one, Mapping) else (other, one)
+    return bool(named) and all(value == number for value in named.values())
 
 
 def _processor(folder: Path) -> Mapping[str, Any]:

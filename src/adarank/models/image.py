@@ -69,7 +69,15 @@ class ImageExamples:
             # the processors take the height of a small image for its channels
             made = self._processor(images=[array], return_tensors="pt", input_data_format="channels_last")
             found: Tensor = made["pixel_values"][0].to(torch.float32)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            MemoryError,
+        ) as error:
             raise DataError(
                 f"{self._where(row)}: the model's image processor refuses the image ({_short(error)}). Check preprocessor_config.json."
             ) from None

@@ -55,7 +55,8 @@ def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
     numbered = dict(enumerate(shapes, first))
     probe = {name: torch.tensor(float(i)).expand(tuple(shapes[name])) for i, name in numbered.items()}
     found: dict[str, str] = {}
-    with quiet_transformers(), torch.random.fork_rng():
+    folder = Path(getattr(module.config, "name_or_path", "") or type(module).__name__)
+    with loading(folder, "no usable configuration", "Check config.json."), torch.random.fork_rng():
         loader: Any = type(module)
         tried = loader.from_pretrained(None, config=module.config, state_dict=probe, dtype=torch.float32, **LOCALLY)
     for key, tensor in tried.state_dict().items():

@@ -109,12 +109,22 @@ AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longf
 
 def _positions(folder: Path, tokenizer: Any) -> int:
     """How many tokens the model has positions for."""
-    config = read_json(folder / "config.json")
-    known = config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize
-    if config.get("model_type") in AFTER_PADDING:
+    file = folder / "config.json"
+    config = read_json(file)
+    key = next((key for key in ("max_position_embeddings", "n_positions") if config.get(key)), None)
+    positions = _length(file, key, config[key]) if key else sys.maxsize
+    if key and config.get("model_type") in AFTER_PADDING:
         padding = config.get("pad_token_id")
-        known -= 2 if padding is None else padding + 1
-    return int(min(known, tokenizer.model_max_length))
+        before = 2 if padding is None else _length(file, "pad_token_id", padding, least=0) + 1
+        positions = _length(file, f"{key} without the {before} positions up to the padding's", positions - before)
+    return min(positions, _length(folder / "tokenizer_config.json", "model_max_length", tokenizer.model_max_length))
+
+
+def _length(file: Path, key: str, value: Any, least: int = 1) -> int:
+    """A setting that counts tokens; some tokenizers give theirs as a float without end."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        raise CheckpointError(f"{file}: {key} is {str(value)[:40]!r}. Give a whole number from {least} on.")
+    return int(min(value, sys.maxsize))
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adarank.alignment.task_vectors import Network
-from adarank.errors import RecipeError
+from adarank.errors import CheckpointError, RecipeError
 from adarank.io.bundle import WHOLE, PartFile, Parts, Piece, held_parts, key
 from adarank.io.checkpoint import cast, check_finite
 from adarank.io.writer import Layout
@@ -141,7 +141,10 @@ def rebuilt(method: type[Taskwise], tensors: Layout, shared: PartFile, own: Part
     """(name, tensor) of one task's whole network but its head, from its parts, one in memory at a time."""
     constants = own.of()
     for name, (_, dtype) in tensors.items():
-        merged = _tensor(method, {**constants, **shared.of(name), **own.of(name)})
+        try:
+            merged = _tensor(method, {**constants, **shared.of(name), **own.of(name)})
+        except KeyError as error:
+            raise CheckpointError(f"bundle: tensor {name!r} lacks its part {error}. Copy the bundle again.") from None
         yield name, cast(merged, dtype, name, "Give base and experts in a wider dtype, such as bfloat16.")
 
 
