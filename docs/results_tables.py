@@ -107,7 +107,10 @@ def table(bed: str, rows: list[str], costs: bool = False) -> list[str]:
 def short_table(bed: str, rows: list[str]) -> list[str]:
     """The README's table: six columns, and in the last but one the task that keeps least of its expert's score."""
     experts, average = (load(bed, row)[0] for row in ("experts", "weight average"))
-    lines = ["| method | mean | normalised | gap closed | weakest task: score of expert's | seeds |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| method | mean | normalised | gap closed | weakest task: score of expert's | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         records, wide = load(bed, row), experts["scores"]
         scores = _scores(bed, records)

@@ -41,13 +41,20 @@ Objective = Callable[[Tensor], Tensor] | str | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Adapted:
-    """What `adapt` found.
+    """What `adapt` returns.
 
     Attributes:
-        modules: task -> the merged network with that task's head, ready to use. They share memory.
-        state: the merged tensors, heads not among them.
+        modules: task -> the merged network with that task's head, in float32 and evaluation mode. They share memory.
+        state: tensor name -> merged tensor, in float32, heads not among them.
         masks: masks and λ; `masks.save(path)` writes the file that the method `masked` applies.
         history: losses and components kept, step by step; judgements; which step was kept and why (`history.choice`).
+
+    Example:
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        adapted = adarank.adapt(base, {"a": a, "b": b}, {task: [torch.randn(16, 8)] for task in "ab"}, settings={"steps": 3})
+        classes = adapted.modules["a"](torch.randn(5, 8)).argmax(dim=-1)
+        base.load_state_dict(adapted.state)
+        print(adapted.history.choice, adapted.masks.kept_share())
     """
 
     modules: Mapping[str, nn.Module]
@@ -67,6 +74,8 @@ def merge(
 ) -> dict[str, Tensor]:
     """Merge experts by a method that does not adapt.
 
+    Source: each method's is on its page, docs/methods.md. CART is of Choi et al. 2024, arXiv:2412.12153.
+
     Arguments:
         base: the model that the experts were fine-tuned from (None for methods that need none).
         experts: task -> fine-tuned model; modules with their heads for methods that take statistics.
@@ -80,7 +89,7 @@ def merge(
         forward: as for `adapt`.
 
     Returns:
-        Tensor name -> merged tensor, in the base's dtypes. Task heads are not in it.
+        Tensor name -> merged tensor of the base's shape and dtype. Task heads are not in it.
 
     Raises:
         RecipeError: an unknown method or setting.
@@ -89,8 +98,12 @@ def merge(
         OutputError: a merged value is beyond what the dtype can hold.
 
     Example:
-        merged = adarank.merge(base.state_dict(), {"a": a.state_dict(), "b": b.state_dict()}, "cart", {"rank": 0.1})
-        merged = adarank.merge(None, {"a": a, "b": b}, "regmean", batches={"a": [x_a], "b": [x_b]})
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        merged = adarank.merge(base, {"a": a, "b": b}, "cart", {"rank": 0.5})
+        base.load_state_dict(merged)
+
+        batches = {task: [torch.randn(16, 8)] for task in "ab"}  # unlabelled: a calibrated method needs inputs
+        merged = adarank.merge(None, {"a": a, "b": b}, "regmean", batches=batches)
     """
     network = _network(base, experts, select)
     chosen = _method(network, method, parameters)
@@ -114,18 +127,22 @@ def merge_each(
 ) -> dict[str, dict[str, Tensor]]:
     """Give each task weights of its own by a task-aware method: what a bundle of it would yield.
 
+    Source: each method's is on its page, docs/methods.md. EMR is of Huang et al. 2024, arXiv:2405.17461.
+
     Arguments:
         base, experts, parameters, select: as for `merge`.
         method: a task-aware method, such as `emr`, `tall_masks`, `tsv_c` or `cart_indexing`.
 
     Returns:
-        task -> tensor name -> tensor, in the base's dtypes. Task heads are not in it.
+        task -> tensor name -> tensor of the base's shape and dtype. Task heads are not in it.
 
     Raises:
         AdaRankError: as for `merge`, and if the method is not task-aware.
 
     Example:
-        each = adarank.merge_each(base.state_dict(), {"a": a.state_dict(), "b": b.state_dict()}, "emr")
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        each = adarank.merge_each(base, {"a": a, "b": b}, "emr")
+        a.load_state_dict(each["a"])
     """
     network = _network(base, experts, select)
     chosen = _method(network, method, parameters)
@@ -152,6 +169,8 @@ def adapt(
 ) -> Adapted:
     """Merge experts by adapting on unlabelled batches. The modules given are copied, not changed.
 
+    Source: AdaRank is of Lee et al. 2025, arXiv:2503.22178; AdaMerging of Yang et al. 2024, arXiv:2310.02575.
+
     Arguments:
         base: the model that the experts were fine-tuned from.
         experts: task -> fine-tuned module with its head.
@@ -168,9 +187,18 @@ def adapt(
         held_out: task -> unlabelled batches to judge steps on; `batches` where a task has none. With `keep="best"` in
             the settings, which is the default, the step kept is the one nearest to the experts on these.
 
+    Returns:
+        Modules and merged tensors in float32, masks with λ, and the history of the steps.
+
     Raises:
         DataError: a task has no batches.
         AdaRankError: as for `merge`, and if a loss is not finite.
+
+    Example:
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        batches = {task: [torch.randn(16, 8) for _ in range(4)] for task in "ab"}
+        adapted = adarank.adapt(base, {"a": a, "b": b}, batches, settings={"steps": 5})
+        logits = adapted.modules["a"](batches["a"][0])  # (16, 4)
     """
     if method not in ADAPTIVE:
         raise RecipeError(f"method: '{method}' does not adapt.{_elsewhere(method) or nearest(method, ADAPTIVE)}")
@@ -319,14 +347,23 @@ def evaluate(
 ) -> dict[str, float]:
     """Score each task's module on labelled batches.
 
+    Source: scikit-learn's accuracy_score and matthews_corrcoef.
+
     Arguments:
         modules: task -> module, for instance `Adapted.modules`.
-        labelled: task -> pairs of (batch, labels).
-        forward: as for `adapt`.
-        metric: `accuracy` or `matthews`.
+        labelled: task -> pairs of (batch, labels); labels are class numbers, as many as the batch has inputs.
+        forward: as for `adapt`: (module, batch) -> logits of shape (batch, classes).
+        metric: `accuracy` or `matthews`, Matthews' correlation coefficient.
 
     Returns:
         task -> score ×100.
+
+    Raises:
+        DataError: a module gives something other than logits of shape (batch, classes).
+
+    Example:
+        module, inputs = torch.nn.Linear(8, 4), torch.randn(16, 8)
+        scores = adarank.evaluate({"a": module}, {"a": [(inputs, [0, 1, 2, 3] * 4)]})
     """
     call = forward or _call
     scores = {}

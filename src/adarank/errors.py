@@ -18,7 +18,14 @@ from collections.abc import Sequence
 
 
 class AdaRankError(Exception):
-    """Base of every error that adarank raises on purpose."""
+    """Base of every error that adarank raises on purpose. Its message says what is wrong, where, and what to do.
+
+    Example:
+        try:
+            adarank.merge_recipe("missing.yaml", "merged-missing")
+        except adarank.AdaRankError as error:
+            print(error)
+    """
 
 
 class RecipeError(AdaRankError):

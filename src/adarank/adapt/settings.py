@@ -58,8 +58,17 @@ class AdaptSettings(Settings):
         repair: rounds of further steps, each of a quarter of `check_every` (5 steps at least, if that has as many), from the
             latest judged step that is as near to the experts as any, where it leaves some task behind its start; such
             tasks count most in them.
-        retreat: points on the lines from the start to that step and to the end of the repair that are judged, where the repair
-            did not do. 4 are 0.8, 0.6, 0.4 and 0.2 of the way; the first that leaves no task behind is the last looked at.
+        retreat: points of the line search towards the start, if the repair fails: on the lines from the start to that step and
+            to the end of the repair. 4 are 0.8, 0.6, 0.4 and 0.2 of the way; the first that leaves no task behind ends it.
+
+    Raises:
+        RecipeError: from a mapping or a recipe, for an unknown setting or a value out of range.
+
+    Example:
+        settings = adarank.AdaptSettings(steps=100, objective={"self-label": 1.0, "entropy": 0.1}, tolerance=0)
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        batches = {task: [torch.randn(16, 8)] for task in "ab"}
+        adapted = adarank.adapt(base, {"a": a, "b": b}, batches, settings=settings)
     """
 
     steps: int = Field(200, ge=0, description="Adam steps")
@@ -102,7 +111,7 @@ class AdaptSettings(Settings):
     )
     repair: int = Field(8, ge=0, description="rounds of further steps, where the best would qualify but for some tasks")
     retreat: int = Field(
-        4, ge=0, description="points on the way back to the start that are judged, where repair did not do"
+        4, ge=0, description="points of the line search towards the start that are judged, if the repair fails"
     )
 
     @field_validator("objective", mode="before")
