@@ -142,7 +142,7 @@ def _normalised(bed: str, scores: dict[str, float]) -> str:
 def _gap(records: list[dict[str, Any]], average: Record, experts: Record) -> str:
     """The share of the way from the weight average to the experts."""
     mean = statistics.mean(r["mean"] for r in records)
-    return f"{100 * (mean - average['mean']) / (experts['mean'] - average['mean']):.0f}%"
+    return f"{round(100 * (mean - average['mean']) / (experts['mean'] - average['mean']))}%"
 
 
 def first_run() -> list[str]:

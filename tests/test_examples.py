@@ -41,10 +41,10 @@ def recipes(folder: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def user_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models where examples/text wants a user's, a recipe of them, and what merges of it wrote."""
     zoo = make_zoo(tmp_path_factory.mktemp("zoo"), tasks=TEXT_TASKS, positions=256)
-    folder = tmp_path_factory.mktemp("workplace")
+    folder = tmp_path_factory.mktemp("user_folder")
     shutil.copytree(EXAMPLES / "text", folder, dirs_exist_ok=True)
     shutil.copytree(zoo / "models", folder / "models")
     (folder / "examples").symlink_to(EXAMPLES)
@@ -90,8 +90,8 @@ def test_recipes_of_the_shipped_experts_plan(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", recipes("text"))
-def test_recipes_of_a_users_text_models_plan(path: Path, workplace: Path) -> None:
-    job = adarank.open_job(adarank.load_recipe(workplace / path.name))
+def test_recipes_of_a_users_text_models_plan(path: Path, user_folder: Path) -> None:
+    job = adarank.open_job(adarank.load_recipe(user_folder / path.name))
     assert set(describe(job)["tasks"]) <= set(TEXT_TASKS)
 
 
@@ -136,8 +136,8 @@ def test_public_functions_document_what_goes_in_and_comes_out(name: str) -> None
 
 
 @pytest.mark.parametrize("code", EXAMPLE_CODE)
-def test_examples_in_docstrings_run(code: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace)
+def test_examples_in_docstrings_run(code: str, user_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(user_folder)
     torch.manual_seed(0)
     exec(compile(code, "example", "exec"), {"torch": torch, "adarank": adarank})
 
