@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.history import History, Progress
+from adarank.adapt.history import Adapted, Progress
 from adarank.adapt.learner import Loss, Memory
 from adarank.adapt.loop import adapt as run_adaptation
 from adarank.adapt.methods import ADAPTIVE
@@ -32,35 +31,10 @@ from adarank.models import share
 from adarank.models.predict import Forward
 from adarank.modular import MODULAR
 from adarank.settings import nearest, parse
-from adarank.spectral.mask_file import MaskFile
 from adarank.workflow.scores import score
 
 State = Mapping[str, Tensor]
 Objective = Callable[[Tensor], Tensor] | str | Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """What `adapt` returns.
-
-    Attributes:
-        modules: task -> the merged network with that task's head, in float32 and evaluation mode. They share memory.
-        state: tensor name -> merged tensor, in float32, heads not among them.
-        masks: masks and λ; `masks.save(path)` writes the file that the method `masked` applies.
-        history: losses and components kept, step by step; judgements; which step was kept and why (`history.choice`).
-
-    Example:
-        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
-        adapted = adarank.adapt(base, {"a": a, "b": b}, {task: [torch.randn(16, 8)] for task in "ab"}, settings={"steps": 3})
-        classes = adapted.modules["a"](torch.randn(5, 8)).argmax(dim=-1)
-        base.load_state_dict(adapted.state)
-        print(adapted.history.choice, adapted.masks.kept_share())
-    """
-
-    modules: Mapping[str, nn.Module]
-    state: dict[str, Tensor]
-    masks: MaskFile
-    history: History
 
 
 def merge(
@@ -72,9 +46,7 @@ def merge(
     batches: Mapping[str, Sequence[Any]] | None = None,
     forward: Forward | None = None,
 ) -> dict[str, Tensor]:
-    """Merge experts by a method that does not adapt.
-
-    Source: each method's is on its page, docs/methods.md. CART is of Choi et al. 2024, arXiv:2412.12153.
+    """Merge experts by a method that does not adapt. docs/methods.md has the source of each.
 
     Arguments:
         base: the model that the experts were fine-tuned from (None for methods that need none).
@@ -125,9 +97,7 @@ def merge_each(
     parameters: Mapping[str, Any] | None = None,
     select: Select | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Give each task weights of its own by a task-aware method: what a bundle of it would yield.
-
-    Source: each method's is on its page, docs/methods.md. EMR is of Huang et al. 2024, arXiv:2405.17461.
+    """Give each task weights of its own by a task-aware method, as a bundle has them. docs/methods.md has the source of each.
 
     Arguments:
         base, experts, parameters, select: as for `merge`.
@@ -347,13 +317,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Score each task's module on labelled batches.
 
-    Source: scikit-learn's accuracy_score and matthews_corrcoef.
-
     Arguments:
         modules: task -> module, for instance `Adapted.modules`.
         labelled: task -> pairs of (batch, labels); labels are class numbers, as many as the batch has inputs.
         forward: as for `adapt`: (module, batch) -> logits of shape (batch, classes).
-        metric: `accuracy` or `matthews`, Matthews' correlation coefficient.
+        metric: `accuracy` or `matthews`, Matthews' correlation coefficient, as scikit-learn computes them.
 
     Returns:
         task -> score ×100.
