@@ -32,7 +32,7 @@ def score(check: Run) -> float:
 
 
 def kept(run: Run) -> Run:
-    """What is kept: a step, or a point on the way back from it."""
+    """What is kept: a step, or a point of the line search from it towards the start."""
     chosen = (run["step_kept"], run["share_kept"])
     return next(own for own in run["checks"] + run["way_back"] if (own["step"], own["share"]) == chosen)
 
@@ -57,8 +57,9 @@ def tables() -> list[str]:
         if name != "objectives":
             lines.append("| by default | " + " | ".join(_cells(default[bed]) for bed in beds) + " |")
         for row in rows:
-            own = [studies_of(bed)["runs"][name].get(row) for bed in beds]
-            lines.append(f"| {row} | " + " | ".join(_cells(run) if run else "| |" for run in own) + " |")
+            runs = [studies_of(bed)["runs"][name].get(row) for bed in beds]
+            label = row.replace("way back", "line search")  # as records made before the term call it
+            lines.append(f"| {label} | " + " | ".join(_cells(run) if run else "| |" for run in runs) + " |")
         lines.append("")
     return lines[:-1]
 

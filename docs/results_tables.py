@@ -153,8 +153,8 @@ def first_run() -> list[str]:
     default = load("demo-8", "AdaRank")
     taken, whole = load_recipe(ZOO / "recipe.yaml").adaptation()[1].steps, default[0]["settings"]["adapt"]["steps"]
     return [
-        f"- **Time**: {demo['seconds']:.0f} s after the set-up, or {quick['seconds']:.0f} s with `--quick`, on {machine['cores']} CPU cores ({machine['system']},",
-        f"  PyTorch {demo['versions']['torch']}). Memory: {demo['peak_resident_bytes'] / 1e9:.1f} GB at its peak.",
+        f"- **Time**: the set-up, which depends on your connection, and then {demo['seconds']:.0f} s, or {quick['seconds']:.0f} s with `--quick`. That was on",
+        f"  {machine['cores']} CPU cores ({machine['system']}, PyTorch {demo['versions']['torch']}), with {demo['peak_resident_bytes'] / 1e9:.1f} GB of memory at the peak.",
         f"- **Result**: a table of scores. Mean accuracy is {means['base']} for the base, {means['average']} for the average of the experts' weights,",
         f"  {means['AdaRank']} for AdaRank's merged model, and {means['experts']} for the experts, each on its own task.",
         f"- **{means['AdaRank']} here, {_spread(default)} [below](#results)**: the demo takes {taken} steps, with one seed, to be done sooner;",
