@@ -54,12 +54,12 @@ SPECTRAL = tuple(name for name, kind in DATA_FREE.items() if kind.spectral)
 MASK_RANK, MASK_LAMBDA = 0.6, 0.3
 # What a method must be told, or else does nothing that costs memory.
 PARAMETERS: dict[str, dict[str, Any]] = {
-    "slerp": {"t": 0.5},
+    **{name: {"t": 0.5} for name in ("slerp", "nearswap")},
     "sce": {"select_topk": 0.5},
     **{name: {"density": 0.5} for name in ("ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties")},
     **{name: {"density": 0.5, "epsilon": 0.1} for name in ("della", "della_linear")},
 }
-TAKES = {"slerp": 1, "nuslerp": 2}  # experts; the others take any number
+TAKES = {"slerp": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2}  # experts; the others take any number
 
 
 def layout(layers: int, dtype: torch.dtype, hidden: int) -> Layout:

@@ -10,7 +10,8 @@ seeded noise. The second form prints mergekit's merges of the tiny models that a
 
 `dare_*` and `della*` drop at random, each tool from numbers of its own, so their recipes here drop nothing. Those of
 `ties` and `breadcrumbs*` agree because seeded noise has hardly two equal magnitudes at a threshold: mergekit's
-sort is not stable, and which of two equals is kept is its accident.
+sort is not stable, and which of two equals is kept is its accident. Those of `arcee_fusion` agree on tensors of up to
+10⁶ entries: of larger ones mergekit takes quartiles of a random sample.
 
 Two differences are meant: a recipe without tasks merges every float tensor, embeddings included, as mergekit does, but
 adarank keeps integer buffers from the base; and adarank's arithmetic is float32 whatever the inputs' dtype, with one
@@ -36,6 +37,7 @@ wait_passively()  # before PyTorch is loaded
 
 import torch
 import yaml
+from mergekit_recipes import EXPERTS, agreeing, dialect, selecting
 from peers import environment, head, largest, last_line, relative
 from records import FOLDER, Records
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,10 +48,7 @@ from adarank.recipe.reader import load_recipe
 from adarank.workflow import merge as pipeline
 
 REQUIREMENTS = ("torch==2.13.0", "mergekit==0.1.5")
-EXPERTS = ("code", "chat", "maths")
 NOISE = 0.02
-GRADIENT = [0.0, 0.25, 1.0]
-FILTERED = [{"filter": "mlp", "value": 0.9}, {"filter": "self_attn", "value": [0.1, 0.7]}, {"value": 0.4}]
 DRIVER = """
 import json, sys, torch
 from mergekit.scripts.run_yaml import main
@@ -65,136 +64,6 @@ print(json.dumps(errors))
 """
 SHAPE = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}  # fmt: skip
-
-
-def recipe(method: str, weights: list[Any], parameters: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """A recipe in mergekit's dialect; a weight of None gives the model no parameters."""
-    models = [{"model": f"./{name}", **({} if w is None else {"parameters": {"weight": w}})}
-              for name, w in zip(EXPERTS, weights, strict=True)]  # fmt: skip
-    needs_base = {} if method == "linear" else {"base_model": "./base"}
-    return {"merge_method": method, **needs_base, "models": models, "parameters": parameters or {}, **more}
-
-
-def agreeing() -> dict[str, dict[str, Any]]:
-    """Recipes on which both must come to the same numbers."""
-    plain = [0.2, 0.5, 1.0]
-    linear, ta = "linear", "task_arithmetic"
-    return {
-        "linear": recipe(linear, plain),
-        "linear, one weight for all": recipe(linear, [None] * 3, {"weight": 0.7}),
-        "linear, negative weight": recipe(linear, [1.0, -0.4, 0.8]),
-        "linear, not normalised": recipe(linear, plain, {"normalize": False}),
-        "linear, gradient": recipe(linear, [GRADIENT, [1.0, 0.0], 0.5]),
-        "linear, gradient, not normalised": recipe(linear, [GRADIENT, [1.0, 0.0], 0.5], {"normalize": False}),
-        "linear, filters": recipe(linear, [FILTERED, 0.5, 1.0]),
-        "linear, filters for all": recipe(linear, [None, None, 0.3], {"weight": FILTERED}),
-        "linear, filters, not normalised": recipe(linear, [FILTERED, 0.5, 1.0], {"normalize": False}),
-        "task_arithmetic": recipe(ta, plain),
-        "task_arithmetic, lambda": recipe(ta, plain, {"lambda": 0.4}),
-        "task_arithmetic, normalised": recipe(ta, plain, {"normalize": True}),
-        "task_arithmetic, normalised, lambda": recipe(ta, plain, {"normalize": True, "lambda": 1.5}),
-        "task_arithmetic, weights that sum to 0": recipe(ta, [1.0, -0.5, -0.5], {"normalize": True}),
-        "task_arithmetic, gradient": recipe(ta, [GRADIENT, [1.0, 0.0], 0.5], {"lambda": 0.8}),
-        "task_arithmetic, filters": recipe(ta, [FILTERED, 0.5, 1.0], {"lambda": 0.8}),
-        "task_arithmetic, filters, normalised": recipe(ta, [FILTERED, 0.5, 1.0], {"normalize": True}),
-        "task_arithmetic, base among the models": _with_base(recipe(ta, plain)),
-        "task_arithmetic, dtype float32": recipe(ta, plain, dtype="float32"),
-        "task_arithmetic, float32 written as bfloat16": recipe(ta, plain, dtype="float32", out_dtype="bfloat16"),
-        "linear, float32 written as bfloat16": recipe(linear, plain, dtype="float32", out_dtype="bfloat16"),
-        **_others(plain),
-    }
-
-
-def selecting() -> dict[str, dict[str, Any]]:
-    """Recipes that keep or drop whole entries. Where rounding decides on one, two float types come to other values."""
-    plain = [0.2, 0.5, 1.0]
-    density = {"density": [0.3, 0.8]}
-    by_model = recipe("ties", plain)
-    for entry, value in zip(by_model["models"], (0.3, GRADIENT, [{"filter": "mlp", "value": 0.5}]), strict=True):
-        entry["parameters"]["density"] = value
-    return {
-        "ties": recipe("ties", plain, {"density": 0.5, "int8_mask": True}),
-        "ties, density by model": by_model,
-        "ties, gradients": recipe("ties", [GRADIENT, [1.0, 0.0], 0.5], {**density, "lambda": [0.5, 1.0]}),
-        "ties, not normalised, rescaled": recipe("ties", plain, {**density, "normalize": False, "rescale": True}),
-        "ties, negative weight": recipe("ties", [1.0, -0.4, 0.8], density),
-        "breadcrumbs": recipe("breadcrumbs", plain, {"density": 0.6, "gamma": 0.05}),
-        "breadcrumbs, defaults": recipe("breadcrumbs", plain),
-        "breadcrumbs_ties": recipe("breadcrumbs_ties", plain, {**density, "gamma": 0.1, "normalize": True}),
-        "dare_linear, nothing dropped": recipe("dare_linear", plain, {"lambda": 0.7}),
-        "dare_ties, nothing dropped": recipe("dare_ties", plain, {"normalize": True}),
-        "della, nothing dropped": recipe("della", plain, {"epsilon": 0.1}),
-        "della_linear, nothing dropped": recipe("della_linear", plain),
-        "sce": recipe("sce", [None] * 3),
-        "sce, a third selected": recipe("sce", [None] * 3, {"select_topk": 0.3, "int8_mask": True}),
-    }
-
-
-def _others(plain: list[float]) -> dict[str, dict[str, Any]]:
-    """Interpolations and Model Stock."""
-    one = {"models": [{"model": "./base"}, {"model": "./code"}]}
-    two = {"models": recipe("nuslerp", plain)["models"][:2]}
-    by_filter = [
-        {"filter": "self_attn", "value": [0.0, 0.5, 0.3, 1.0]},
-        {"filter": "mlp", "value": 0.7},
-        {"value": 0.5},
-    ]
-    return {
-        "slerp": recipe("slerp", plain, {"t": 0.3}) | one,
-        "slerp, gradients by filter": recipe("slerp", plain, {"t": by_filter}) | one,
-        "nuslerp": recipe("nuslerp", plain) | two,
-        "nuslerp, rows": recipe("nuslerp", plain, {"nuslerp_flatten": False}) | two,
-        "nuslerp, row-wise": recipe("nuslerp", plain, {"nuslerp_flatten": False, "nuslerp_row_wise": True}) | two,
-        "nuslerp, no base": {k: v for k, v in (recipe("nuslerp", plain) | two).items() if k != "base_model"},
-        "model_stock": recipe("model_stock", [None] * 3),
-        "model_stock, filter_wise": recipe("model_stock", [None] * 3, {"filter_wise": True}),
-        "task_arithmetic, lambda as gradient": recipe("task_arithmetic", plain, {"lambda": [0.2, 1.0]}),
-    }
-
-
-def dialect() -> dict[str, dict[str, Any]]:
-    """Rarer forms of mergekit's dialect: whether each side takes them, and whether they then agree."""
-    plain = [0.2, 0.5, 1.0]
-    linear, ta = "linear", "task_arithmetic"
-    return {
-        "weight missing": recipe(linear, [None, 0.5, 1.0]),
-        "weights missing, task_arithmetic": recipe(ta, [None] * 3),
-        "number written 1e-1, which YAML reads as text": recipe(ta, ["1e-1", 0.5, 1.0]),
-        "gradient with a number written 1e-1": recipe(ta, [["1e-1", 1.0], 0.5, 1.0]),
-        "lambda written 5e-1": recipe(ta, plain, {"lambda": "5e-1"}),
-        "filters that leave tensors to the global weight": recipe(
-            ta, [[{"filter": "mlp", "value": 0.9}], 0.5, 1.0], {"weight": 0.4}
-        ),
-        "filters that leave tensors without weight": recipe(ta, [[{"filter": "mlp", "value": 0.9}], 0.5, 1.0]),
-        "filter '*'": recipe(ta, [[{"filter": "mlp", "value": 0.9}, {"filter": "*", "value": 0.1}], 0.5, 1.0]),
-        "one condition, not in a list": recipe(ta, [{"filter": "*", "value": 0.9}, 0.5, 1.0]),
-        "filters that end in a bare number": recipe(ta, [[{"filter": "mlp", "value": 0.9}, 0.1], 0.5, 1.0]),
-        "lambda as gradient": recipe(ta, plain, {"lambda": [0.2, 1.0]}),
-        "lambda by filter": recipe(ta, plain, {"lambda": [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]}),
-        "normalize by filter": recipe(ta, plain, {"normalize": [{"filter": "mlp", "value": True}, {"value": False}]}),
-        "int8_mask": recipe(ta, plain, {"int8_mask": True}),
-        "rescale and density": recipe(ta, plain, {"rescale": False, "density": 0.5}),
-        "unknown parameter": recipe(ta, plain, {"wieght": 2.0}),
-        "weight: true": recipe(ta, [True, 0.5, 1.0]),
-        "empty parameters": {**recipe(ta, plain), "parameters": None},
-        "linear with a base_model": recipe(linear, plain, base_model="./base"),
-        "linear with a base_model and a global weight": recipe(linear, plain, {"weight": 0.4}, base_model="./base"),
-        "linear, base listed": _with_base(recipe(linear, plain), 0.3),
-        "linear, weights that sum to 0": recipe(linear, [1.0, -0.5, -0.5]),
-        "task_arithmetic, base listed with a weight": _with_base(recipe(ta, plain), 0.3),
-        "the same expert twice": recipe(ta, plain) | {"models": [{"model": "./code", "parameters": {"weight": 0.5}}] * 2},
-        "dtype bf16": recipe(ta, plain, dtype="bf16"),
-        "a model as a mapping": recipe(ta, plain)
-        | {"models": [{"model": {"model": {"path": "./code"}}, "parameters": {"weight": 0.5}}]},
-        "one layer, gradient": recipe(ta, [GRADIENT, [1.0, 0.0], 0.5])
-        | {"base_model": "./one-layer/base",
-           "models": [{"model": f"./one-layer/{n}", "parameters": {"weight": GRADIENT}} for n in EXPERTS]},
-    }  # fmt: skip
-
-
-def _with_base(values: dict[str, Any], weight: float | None = None) -> dict[str, Any]:
-    entry = {"model": "./base", **({} if weight is None else {"parameters": {"weight": weight}})}
-    return {**values, "models": [entry, *values["models"]]}
 
 
 def make_models(folder: Path, dtype: torch.dtype, seed: int, layers: int) -> None:

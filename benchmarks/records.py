@@ -126,7 +126,7 @@ def columns(
 def summary(report: Mapping[str, Any], rows_per_split: Mapping[str, Any]) -> Record:
     """What a record keeps of the report of an adaptation, a training or statistics: all but what every step came to.
 
-    The judgements are those of what was kept: of a step, of a point on the way back from it, or of each task's step. They
+    The judgements are those of what was kept: of a step, of a point on the line to it, or of each task's step. They
     and the shares of the largest class are lists over the tasks, in the order of the splits. Splits are left out where they
     are the test bed's.
     """

@@ -50,9 +50,9 @@ from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import top_mask
 from adarank.spectral.svd import as_matrix
-from adarank.workflow import adapt as adaptation
 from adarank.workflow import build_networks as networks
 from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.problem import problem_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "minilm-8"
 STARTS = {"CART": "adarank-cart", "TA": "adarank-ta"}
@@ -68,7 +68,7 @@ class Setup:
             mode="json", by_alias=True, exclude_unset=True
         )
         self.job: Job = open_job(parse_recipe(given, folder.resolve()))
-        self.method, settings = self.job.recipe.adaptation()
+        self.method, settings = self.job.method, self.job.method.settings
         self.settings: AdaptSettings = settings.model_copy(update={"objective": "entropy"})
         torch.manual_seed(self.job.recipe.seed)
         self.data = load_tasks(self.job)
@@ -91,7 +91,7 @@ class Setup:
     def run_engine(self, steps: int, progress: Any = None) -> LiveWeights:
         live = self.live()
         settings = self.settings.model_copy(update={"steps": steps})
-        losses = adaptation.task_losses(self.job, self.models, self.data, settings, {}, {})
+        losses = problem_of(self.job, self.models, self.data, settings, {}).losses()
         adapt(live, losses, settings, progress=progress and (lambda history, _: progress(live, history)))
         return live
 

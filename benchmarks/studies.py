@@ -30,19 +30,18 @@ from scipy.stats import spearmanr
 from table import BEDS, Bench
 
 from adarank.adapt.agreement import Judged, first_collapse, worse
-from adarank.adapt.choice import Back
+from adarank.adapt.choice import LinePoint
 from adarank.adapt.history import History
-from adarank.adapt.learner import Loss, Memory
+from adarank.adapt.learner import Loss
 from adarank.adapt.loop import adapt
-from adarank.adapt.start_search import GLANCE
+from adarank.adapt.problem import Predictions
 from adarank.data.splits import Splits
 from adarank.data.task import Batch, Examples, TaskData
 from adarank.io.record import machine, versions
 from adarank.recipe.job import open_job
-from adarank.workflow.adapt import task_losses
 from adarank.workflow.build_networks import build_models, network_tensors
 from adarank.workflow.evaluate import score_all, score_experts
-from adarank.workflow.experts import Outputs, expert_outputs, judge_of
+from adarank.workflow.problem import expert_predictions, problem_of
 
 
 @dataclass(frozen=True)
@@ -273,37 +272,38 @@ class Studies:
             recipe = recipe.model_copy(update={"models": [m for m, t in zip(recipe.models, recipe.experts, strict=True) if t in tasks]})  # fmt: skip
         job = open_job(recipe)
         models = build_models(job) if variant.tasks else self.bench.models
-        method, settings = job.recipe.adaptation()
+        method, settings = job.method, job.method.settings
         whole = {task: self.bench.data[task] for task in tasks}
-        asked = self._experts(settings)
+        every = self._expert_predictions(settings)
         # adapt inputs may have no labels: their classes are what the experts say
-        answered = {task: replace(own, labels=tuple(asked[task].logits.argmax(dim=-1).tolist())) for task, own in whole.items()}  # fmt: skip
+        answered = {task: replace(own, labels=tuple(every[task].logits.argmax(dim=-1).tolist())) for task, own in whole.items()}  # fmt: skip
         data = variant.change(answered)
-        experts = asked if not variant.fresh else expert_outputs(job, models, data, settings)
+        predictions = every if not variant.fresh else expert_predictions(job, models, data, settings)
         live = method.start(job.network, models.shared, settings, "cpu")
-        memory: Memory = {}
-        losses: dict[str, Loss] = task_losses(job, models, data, settings, experts, memory)
+        learnt, judged = (
+            problem_of(job, models, data, settings, predictions),
+            problem_of(job, models, whole, settings, every),
+        )
+        losses: dict[str, Loss] = learnt.losses()
         for place in variant.silent:
             del losses[tasks[place]]
-        plain, glance = (judge_of(job, models, whole, settings, asked, most) for most in (None, GLANCE))
+        plain, quick_check = judged.judge(), judged.quick_check()
         test = self._scored(tasks)
-        scores: dict[
-            int, list[dict[str, float]]
-        ] = {}  # a step's own first, then those of points on the way back from it
+        scores: dict[int, list[dict[str, float]]] = {}  # a step's own first, then those of points on the line to it
 
         def judge(step: int) -> Judged:
             scores.setdefault(step, []).append(score_all(job, models, test, "test"))
             return plain(step)
 
         one_pass = min(data[task].one_pass(settings.batch_size) for task in losses)
-        history = adapt(live, losses, settings, judge=judge, memory=memory, grid=method.grid, glance=glance, one_pass=one_pass)  # fmt: skip
+        history = adapt(live, losses, settings, judge=judge, memory=learnt.memory, grid=method.grid, quick_check=quick_check, one_pass=one_pass)  # fmt: skip
         return report(history, scores, parameters, loop, tasks)
 
-    def _experts(self, settings: Any) -> dict[str, Outputs]:
-        """All experts' outputs, features too, on all inputs: asked once per test bed."""
+    def _expert_predictions(self, settings: Any) -> dict[str, Predictions]:
+        """All experts' predictions, features too, on all inputs: computed once per test bed."""
         job, models = self.bench.job, self.bench.models
         wide = settings.model_copy(update={"objective": {"self-label": 1.0, "features": 1.0}})
-        return expert_outputs(job, models, self.bench.data, wide, self.bench.inputs, self.asked)
+        return expert_predictions(job, models, self.bench.data, wide, self.bench.inputs, self.asked)
 
 
 def report(
@@ -314,7 +314,7 @@ def report(
     assert choice is not None
     best = max(history.starts, key=lambda own: own.value, default=None)
 
-    def check(own: Back) -> dict[str, Any]:
+    def check(own: LinePoint) -> dict[str, Any]:
         signals = columns({task: asdict(judged) for task, judged in own.judged.items()}, tasks, SIGNALS)
         scored = scores[own.step].pop(0)
         return {"step": own.step, "share": own.share, "scores": [round(scored[task], 2) for task in tasks],
@@ -325,8 +325,8 @@ def report(
         "tasks": tasks,
         "start": {"rank": best.rank, "lambda": best.scale} if best else {},
         "starts_tried": len(history.starts),
-        "checks": [check(Back(step, 1.0, judged)) for step, judged in sorted(history.judged.items())],
-        "way_back": [check(back) for back in history.backs],
+        "checks": [check(LinePoint(step, 1.0, judged)) for step, judged in sorted(history.judged.items())],
+        "way_back": [check(back) for back in history.line_points],
         "step_kept": choice.step,
         "share_kept": choice.share,
         "rolled_back": choice.rolled_back,

@@ -132,7 +132,7 @@ def cli_page() -> str:
     top = parser()
     commands = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
     parts = ["# The command line\n\nGenerated from `--help`. Results go to stdout, progress to stderr. Exit codes: 0 done, 1 an error that the message"
-             " explains, 2 wrong usage, 130 interrupted.\n"]  # fmt: skip
+             " explains, 2 wrong usage, 70 a bug of adarank, 130 interrupted.\n"]  # fmt: skip
     for name, command in {"": top, **commands}.items():
         parts.append(f"## adarank {name}".rstrip() + f"\n\n```text\n{command.format_help()}```\n")
     return "\n".join(parts)

@@ -151,7 +151,7 @@ def first_run() -> list[str]:
     machine = demo["machine"]
     means = {line.split()[0]: line.split()[1] for line in demo["shown"][2:9]}
     default = load("demo-8", "AdaRank")
-    taken, whole = load_recipe(ZOO / "recipe.yaml").adaptation()[1].steps, default[0]["settings"]["adapt"]["steps"]
+    taken, whole = load_recipe(ZOO / "recipe.yaml").method().settings.steps, default[0]["settings"]["adapt"]["steps"]
     return [
         f"- **Time**: the set-up, which depends on your connection, and then {demo['seconds']:.0f} s, or {quick['seconds']:.0f} s with `--quick`. That was on",
         f"  {machine['cores']} CPU cores ({machine['system']}, PyTorch {demo['versions']['torch']}), with {demo['peak_resident_bytes'] / 1e9:.1f} GB of memory at the peak.",

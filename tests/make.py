@@ -148,3 +148,16 @@ def close(first: Mapping[str, Tensor], second: Mapping[str, Tensor], atol: float
 
 def floats(names: Iterable[str]) -> list[str]:
     return [name for name in names if name != BUFFER]
+
+
+def assert_accounted(net: Network) -> None:
+    """Every stored key of every input is merged or kept, a task's head, or dropped for a reason."""
+    members = {**({"base": net.base} if net.base else {}), **net.experts}
+    for role, member in members.items():
+        used = {member.names[n] for n in member.names if n in net.tensors or n in net.heads.get(role, ())}
+        lost = set(member.source.tensors) - used - set(member.dropped)
+        assert not lost, f"{role}: {sorted(lost)}"
+        assert all(member.dropped.values())
+    reference = net.reference()
+    assert all(name in reference.names for name in net.tensors)
+    assert set(net.choices) == set(net.tensors)

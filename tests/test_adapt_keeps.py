@@ -210,15 +210,15 @@ def test_where_a_task_is_behind_at_the_end_further_steps_repair_it() -> None:
 def test_a_repair_that_does_not_help_ends_in_the_start() -> None:
     problem, history = seeded(Hopeless, REPAIRED)
     assert history.choice
-    assert problem.asked == [0, 8, 12, 17, 22, 27, *[12, 27] * 4]  # steps, rounds, points on two ways back
+    assert problem.asked == [0, 8, 12, 17, 22, 27, *[12, 27] * 4]  # steps, rounds, points on two lines
     assert (history.step, history.choice.step, history.choice.rolled_back) == (27, 0, True)
-    assert "and 8 points on the way back" in history.choice.why
+    assert "and 8 points on the line to it" in history.choice.why
     start, _ = seeded(Hopeless, REPAIRED.model_copy(update={"steps": 0}))
     assert_same(problem, start)
 
 
 class Overshot(Hopeless):
-    """As hopeless, but on the way back to the start `b` is level with it where less than `near` of the way is left."""
+    """As hopeless, but on the line to the start `b` is level with it where less than `near` of the way is left."""
 
     near = 0.7
 
@@ -245,8 +245,8 @@ def test_where_repair_does_not_do_the_farthest_point_on_the_way_back_that_does_i
     history = problem.run(REPAIRED)
     assert history.choice
     assert (history.choice.step, history.choice.share, history.choice.rolled_back) == (12, pytest.approx(share), False)
-    assert len(history.backs) == points
-    assert history.judged_kept == history.backs[-1].judged
+    assert len(history.line_points) == points
+    assert history.judged_kept == history.line_points[-1].judged
     for name, own in problem.live.learned().items():
         first, last = (problem.seen[step][name] for step in (0, 12))
         assert torch.allclose(own, (1 - share) * first + share * last, rtol=0, atol=1e-7)
@@ -260,7 +260,12 @@ def test_without_a_repair_the_way_back_leads_from_the_step_nearest_to_the_expert
     problem = Overshot()
     problem.near = 0.65
     history = problem.run(REPAIRED.model_copy(update={"repair": 0, "retreat": 9}))
-    assert [(own.step, round(own.share, 9)) for own in history.backs] == [(12, 0.9), (12, 0.8), (12, 0.7), (12, 0.6)]
+    assert [(own.step, round(own.share, 9)) for own in history.line_points] == [
+        (12, 0.9),
+        (12, 0.8),
+        (12, 0.7),
+        (12, 0.6),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +273,7 @@ def test_without_a_repair_the_way_back_leads_from_the_step_nearest_to_the_expert
 )
 def test_there_is_no_way_back_where_none_is_wanted_or_needed(kind: type[Judged], change: dict[str, Any]) -> None:
     _, history = seeded(kind, REPAIRED.model_copy(update=change))
-    assert history.backs == []
+    assert history.line_points == []
 
 
 def test_a_run_stopped_on_the_way_back_ends_the_same(tmp_path: Path) -> None:

@@ -83,13 +83,13 @@ def test_the_live_weights_are_left_at_the_best_start() -> None:
         assert torch.equal(own, wanted)
 
 
-def test_a_glance_chooses_the_start_and_the_judge_judges_it() -> None:
-    """Two that like different starts: the glance's is taken, and step 0 is what the judge says of it."""
+def test_a_quick_check_chooses_the_start_and_the_judge_judges_it() -> None:
+    """Two that like different starts: that of the quick check is taken, and step 0 is what the judge says of it."""
     own = Problem()
     grid = Grid((0.25, 0.5, 1.0), (0.2, 0.4, 0.8), (1, 1))
-    judge, glance = liking(own.live, 0.25, 0.8), liking(own.live, 1.0, 0.2)
+    judge, quick_check = liking(own.live, 0.25, 0.8), liking(own.live, 1.0, 0.2)
     settings = SETTINGS.model_copy(update={"steps": 0})
-    history = adapt(own.live, own.losses, settings, judge=judge, grid=grid, glance=glance)
+    history = adapt(own.live, own.losses, settings, judge=judge, grid=grid, quick_check=quick_check)
     best = max(history.starts, key=lambda each: each.value)
     assert (best.rank, best.scale) == (1.0, 0.2)
     assert history.judged == {0: judge(0)}

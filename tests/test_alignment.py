@@ -12,10 +12,23 @@ from hypothesis import strategies as st
 
 from adarank.alignment.align import align
 from adarank.alignment.selection import Select, choose
-from adarank.alignment.task_vectors import Network
 from adarank.errors import MismatchError, RecipeError
 from adarank.io.checkpoint import Checkpoint, MemorySource, Source, TensorInfo
-from make import BUFFER, State, family, identical, near, network, permuted, prefixed, randn, save, save_bin, state
+from make import (
+    BUFFER,
+    State,
+    assert_accounted,
+    family,
+    identical,
+    near,
+    network,
+    permuted,
+    prefixed,
+    randn,
+    save,
+    save_bin,
+    state,
+)
 
 ENCODER = {
     "embeddings.word_embeddings.weight": (11, 6),
@@ -43,19 +56,6 @@ def classifiers(
         task: {**prefixed(near(base, 50 + i), prefix), **head(count, 70 + i, name)}
         for i, (task, count) in enumerate(classes.items())
     }
-
-
-def assert_accounted(net: Network) -> None:
-    """Every stored key of every input is merged or kept, a task's head, or dropped for a reason."""
-    members = {**({"base": net.base} if net.base else {}), **net.experts}
-    for role, member in members.items():
-        used = {member.names[n] for n in member.names if n in net.tensors or n in net.heads.get(role, ())}
-        lost = set(member.source.tensors) - used - set(member.dropped)
-        assert not lost, f"{role}: {sorted(lost)}"
-        assert all(member.dropped.values())
-    reference = net.reference()
-    assert all(name in reference.names for name in net.tensors)
-    assert set(net.choices) == set(net.tensors)
 
 
 @given(st.integers(0, 10**6))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import adarank
-from adarank.adapt.schedule import Course
+from adarank.adapt.schedule import Schedule
 from adarank.errors import OutputError
 from adarank.methods import METHODS, Informed
 from adarank.methods.task_aware.base import Taskwise
@@ -57,10 +57,10 @@ def test_merge_takes_modules_and_state_dicts_alike(problem) -> None:
 def test_a_repair_takes_batches_as_other_steps_do(problem, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     base, experts, _ = problem
     batches = {task: [torch.randn(8, 8) for _ in range(count)] for task in experts}
-    monkeypatch.setattr(Course, "_in_need_of_repair", lambda *given: True)
+    monkeypatch.setattr(Schedule, "_in_need_of_repair", lambda *given: True)
     settings = adarank.AdaptSettings(steps=3, check_every=2, repair=4)  # rounds of two steps
     history = adarank.adapt(base, experts, batches, settings=settings).history
-    assert history.step == Course(settings).longest == 11
+    assert history.step == Schedule(settings).longest == 11
     assert list(history.judged) == [0, 2, 3, 5, 7, 9, 11]
 
 
@@ -111,6 +111,55 @@ def test_self_label_asks_each_expert_once_per_batch(problem) -> None:
     graphs = sum(grad for _, grad in calls)
     assert graphs == 6 * 2
     assert len(calls) - graphs == 4 * 2 + 2 * 4 * 2  # each expert on 4 batches; judged at the start and at the end
+
+
+def test_each_start_is_checked_on_64_inputs_at_most(problem) -> None:
+    base, experts, batches = problem
+    held_out = {task: [torch.randn(8, 8) for _ in range(20)] for task in experts}
+    calls: list[int] = []
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return module(x)
+
+    history = adarank.adapt(
+        base, experts, batches, settings={"steps": 0, "objective": "entropy"}, forward=forward, held_out=held_out
+    ).history
+    assert len(history.starts) > 3
+    experts_and_judge = 2 * 2 * sum(map(len, held_out["a"]))
+    assert sum(calls) == experts_and_judge + len(history.starts) * 2 * 64
+
+
+def test_a_preset_gives_settings_of_loop_and_method(problem) -> None:
+    base, experts, batches = problem
+    preset = adarank.adapt(base, experts, batches, settings={"preset": "paper", "steps": 3})
+    loop = {"steps": 3, "objective": "entropy", "keep": "last", "schedule": "constant", "balance": 0.0, "repair": 0,
+            "lr_masks": 1e-3, "lr_lambda": 1e-3, "step_unit": "mask"}  # fmt: skip
+    method = {"origin": "average", "rank": 0.16, "lambda": 2.3, "mask": "binary"}
+    written_out = adarank.adapt(base, experts, batches, parameters=method, settings=loop)
+    assert preset.history.losses == written_out.history.losses
+    assert all(torch.equal(own, written_out.state[name]) for name, own in preset.state.items())
+    with pytest.raises(adarank.AdaRankError, match=r"unknown preset 'papr'.*Did you mean 'paper'"):
+        adarank.adapt(base, experts, batches, settings={"preset": "papr"})
+
+
+def test_features_of_the_expert_itself_are_at_no_distance(problem) -> None:
+    base, experts, batches = problem
+    start = {"origin": "pretrained", "rank": 1.0, "lambda": 1.0}
+    one, given = {"a": experts["a"]}, {"a": batches["a"]}
+    found = adarank.adapt(base, one, given, "adarank", start, {"steps": 1}, objective="features")
+    assert found.history.losses["a"][0] == pytest.approx(0, abs=1e-6)
+    both = adarank.adapt(base, experts, batches, "adarank", start, {"steps": 1}, objective="features")
+    body = [
+        nn.Sequential(own.conv, nn.ReLU(), nn.Flatten(1), own.body, nn.ReLU())
+        for own in (both.modules["a"], experts["a"])
+    ]
+    start_state = adarank.merge(base, experts, "task_arithmetic", {"lambda": 1.0})
+    body_state = {name: own for name, own in start_state.items() if not name.startswith("head")}
+    both.modules["a"].load_state_dict(body_state, strict=False)
+    merged, expert = (of.requires_grad_(False)(batches["a"][0][:, None]) for of in body)
+    distance = float((merged - expert).square().sum() / expert.square().sum())
+    assert both.history.losses["a"][0] == pytest.approx(distance, rel=1e-4)
 
 
 def test_self_label_of_experts_that_are_the_merge_is_zero(problem) -> None:
@@ -238,7 +287,7 @@ def test_what_float16_cannot_hold_is_refused(call) -> None:
         call(base, experts)
 
 
-ALONE = ("masked", "slerp")  # takes no experts, or one
+ALONE = ("masked", "slerp", "nearswap", "arcee_fusion")  # takes no experts, or one
 OF_STATES = [name for name, kind in METHODS.items() if name not in ALONE and not issubclass(kind, Informed)]
 
 

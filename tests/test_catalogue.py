@@ -21,7 +21,7 @@ from adarank.recipe.plan import peak_bytes
 from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.workflow import merge as pipeline
 
-TOLD = {"slerp": {"t": 0.5}, "nuslerp": {}}
+TOLD = {"slerp": {"t": 0.5}, "nuslerp": {}, "nearswap": {"t": 0.5}}
 STREAMED = [
     name
     for name, kind in METHODS.items()
@@ -37,7 +37,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changes(name: str) -> dict:
     own = {"merge_method": name, "parameters": TOLD.get(name, {})}
     one = {"models": [{"model": "models/mood"}], "select": {"head": ["classifier.*"]}}
-    return own | one if name == "slerp" else own
+    return own | one if name in ("slerp", "nearswap", "arcee_fusion") else own
 
 
 @pytest.mark.parametrize("name", STREAMED)

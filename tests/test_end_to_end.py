@@ -15,7 +15,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import adarank
+from adarank.adapt import problem as adapt_problem
 from adarank.adapt.objectives import OBJECTIVES
+from adarank.adapt.problem import Problem
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.models.head_inputs import head_inputs, head_parts
@@ -23,8 +25,7 @@ from adarank.recipe.reader import load_recipe
 from adarank.spectral.mask_file import FILE
 from adarank.workflow import adapt as adaptation
 from adarank.workflow import build_networks as networks
-from adarank.workflow import experts
-from adarank.workflow import merge as pipeline
+from adarank.workflow import context, problem
 from adarank.workflow.context import Run
 from adarank.workflow.load_tasks import load_tasks
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
@@ -120,6 +121,7 @@ from pathlib import Path
 from adarank.workflow import merge as pipeline
 from adarank.io import writer
 from adarank.recipe.reader import load_recipe
+from adarank.workflow import context
 from adarank.workflow.context import Run
 import torch
 torch.set_num_threads(1)  # as in this process: the number of threads may change the last bits
@@ -320,7 +322,7 @@ def test_an_output_adapted_on_what_is_scored_says_so_in_its_row(zoo: Path, tmp_p
 def test_a_loss_that_is_not_finite_at_once_leaves_nothing(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adaptation, "objective", lambda view, *_: view.logits.sum() * float("nan"))
+    monkeypatch.setattr(adapt_problem, "objective", lambda view, *_: view.logits.sum() * float("nan"))
     with pytest.raises(adarank.AdaRankError, match=r"task 'mood' is nan at step 1"):
         adarank.merge_recipe(load_recipe(recipe(zoo, **ADAPT)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -349,12 +351,14 @@ def test_masks_weights_and_record_are_of_the_kept_step(
 ) -> None:
     """A judge that likes step 4 best: the output is that of stopping there."""
 
-    def judge_of(*given: Any) -> Any:
-        real = experts.judge_of(*given)
+    real_judge = Problem.judge
+
+    def judge(self: Problem, most: int | None = None) -> Any:
+        real = real_judge(self, most)
         return lambda step: {t: replace(s, agreement=1 - abs(step - 4) / 20) for t, s in real(step).items()}
 
     settings = {**ADAPT["adapt"], "schedule": "constant", "check_every": 2, "objective": "infomax"}
-    monkeypatch.setattr(adaptation, "judge_of", judge_of)
+    monkeypatch.setattr(Problem, "judge", judge)
     long = recipe(zoo, "long.yaml", **{**ADAPT, "adapt": settings})
     record = adarank.merge_recipe(load_recipe(long), tmp_path / "long")["adaptation"]
     short = recipe(zoo, "short.yaml", **{**ADAPT, "adapt": {**settings, "steps": 4, "keep": "last"}})
@@ -372,13 +376,15 @@ def test_no_label_is_read_by_adapting_and_judging(zoo: Path, tmp_path: Path, mon
 
     real = adaptation.adapt_job
 
-    def watched(run: Run) -> Any:
-        return real(replace(run, data={task: replace(own, labels=Unreadable()) for task, own in run.data.items()}))
+    def watched(run: Run, method: Any) -> Any:
+        return real(
+            replace(run, data={task: replace(own, labels=Unreadable()) for task, own in run.data.items()}), method
+        )
 
     class Unreadable(tuple):
         __getitem__ = __iter__ = __len__ = labels
 
-    monkeypatch.setattr(pipeline, "adapt_job", watched)
+    monkeypatch.setattr(context, "adapt_job", watched)
     monkeypatch.setattr(TaskData, "targets", labels)
     record = adarank.merge_recipe(
         load_recipe(recipe(zoo, **{**ADAPT, "adapt": {"steps": 1, "batch_size": 4}})), tmp_path / "out"
@@ -386,29 +392,30 @@ def test_no_label_is_read_by_adapting_and_judging(zoo: Path, tmp_path: Path, mon
     assert record["adaptation"]["judged_on"] == dict.fromkeys(TASKS, "select")
 
 
-def test_a_resumed_run_does_not_ask_the_experts_again(
+def test_a_resumed_run_does_not_run_the_experts_again(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_recipe(recipe(zoo, **{**ADAPT, "adapt": {**ADAPT["adapt"], "objective": "features"}}))
     job = adarank.open_job(loaded)
     data, models = load_tasks(job), networks.build_models(job)
-    settings = loaded.adaptation()[1]
-    first = experts.expert_outputs(job, models, data, settings, "mark", tmp_path)
+    settings = loaded.method().settings
+    first = problem.expert_predictions(job, models, data, settings, "mark", tmp_path)
     again = recipe(zoo, **{**ADAPT, "adapt": {**ADAPT["adapt"], "objective": "features"}})
-    monkeypatch.setattr(experts, "ask", lambda *_: pytest.fail("asked again"))
-    second = experts.expert_outputs(adarank.open_job(load_recipe(again)), models, data, settings, "mark", tmp_path)
+    monkeypatch.setattr(adapt_problem, "expert_predictions", lambda *_: pytest.fail("run again"))
+    second = problem.expert_predictions(adarank.open_job(load_recipe(again)), models, data, settings, "mark", tmp_path)
     for task in TASKS:
         assert torch.equal(first[task].logits, second[task].logits)
         assert torch.equal(first[task].features, second[task].features)
     monkeypatch.undo()
     for damage in (b"", b"noise"):
-        (tmp_path / experts.FILE).write_bytes(damage)
+        (tmp_path / problem.FILE).write_bytes(damage)
         assert torch.equal(
-            experts.expert_outputs(job, models, data, settings, "mark", tmp_path)["mood"].logits, first["mood"].logits
+            problem.expert_predictions(job, models, data, settings, "mark", tmp_path)["mood"].logits,
+            first["mood"].logits,
         )
-    monkeypatch.setattr(experts, "ask", boom)
+    monkeypatch.setattr(adapt_problem, "expert_predictions", boom)
     with pytest.raises(ZeroDivisionError):
-        experts.expert_outputs(job, models, data, settings, "another mark", tmp_path)
+        problem.expert_predictions(job, models, data, settings, "another mark", tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "gpt2"])

@@ -1,4 +1,4 @@
-"""SLERP, NuSLERP, Model Stock, SCE and CART by energy, with numpy in float64 as the oracle."""
+"""SLERP and its kin, NearSwap, Arcee Fusion, Model Stock, SCE and CART by energy, with numpy in float64 as the oracle."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ def test_slerps_t_may_run_over_the_layers() -> None:
 
 @pytest.mark.parametrize(("name", "count", "parameters"), [
     ("slerp", 2, {"t": 0.5}), ("nuslerp", 1, {}), ("nuslerp", 3, {}), ("model_stock", 1, {}),
+    ("nearswap", 2, {"t": 0.5}), ("arcee_fusion", 2, {}),
 ])  # fmt: skip
 def test_a_wrong_number_of_experts_is_refused(name: str, count: int, parameters: dict[str, Any]) -> None:
     base, experts = family(count)
@@ -75,10 +76,11 @@ def test_a_wrong_number_of_experts_is_refused(name: str, count: int, parameters:
         adarank.merge(base, experts, name, parameters)
 
 
-def test_slerp_without_t_is_refused() -> None:
+@pytest.mark.parametrize("name", ["slerp", "nearswap"])
+def test_a_share_that_must_be_given_is_missed(name: str) -> None:
     base, experts = family(1)
     with pytest.raises(RecipeError, match="t: Field required"):
-        adarank.merge(base, experts, "slerp")
+        adarank.merge(base, experts, name)
 
 
 @given(
@@ -108,6 +110,132 @@ def test_nuslerp_of_opposite_task_vectors_stays_finite_and_linear() -> None:
     experts = {"a": {"w": a}, "b": {"w": -a}}
     found = adarank.merge({"w": base}, experts, "nuslerp", {"weight": {"a": 3.0, "b": 1.0}})["w"]
     torch.testing.assert_close(found, 0.5 * a)
+
+
+def angles(point: Array, vectors: list[Array]) -> tuple[Array, list[Array]]:
+    """The angles at which the vectors stand to a point, and the unit tangents that lead from it to them."""
+    unit = point / np.linalg.norm(point)
+    cosines = np.array([unit @ v / np.linalg.norm(v) for v in vectors])
+    tangents = [v / np.linalg.norm(v) - c * unit for v, c in zip(vectors, cosines, strict=True)]
+    return np.arccos(cosines), [t / np.linalg.norm(t) for t in tangents]
+
+
+def experts_of(models: list[Tensor]) -> dict[str, dict[str, Tensor]]:
+    return {f"t{i}": {"w": x} for i, x in enumerate(models)}
+
+
+@given(SHAPES.filter(len), st.integers(2, 4), st.integers(0, 10**6))
+def test_at_karchers_mean_the_ways_to_the_models_cancel(shape: tuple[int, ...], tasks: int, seed: int) -> None:
+    """What makes a point the minimum of the summed squared angles; its length is the mean length."""
+    shared, *near = tensors(shape, tasks + 1, seed)
+    models = [shared + x for x in near]
+    found = adarank.merge(None, experts_of(models), "karcher", {"max_iter": 200, "tol": 1e-7})["w"]
+    flat = [x.double().numpy().ravel() for x in models]
+    point = found.double().numpy().ravel()
+    size, ways = angles(point, flat)
+    assert np.linalg.norm(sum(a * way for a, way in zip(size, ways, strict=True))) < 1e-4 * tasks
+    assert np.linalg.norm(point) == pytest.approx(np.mean([np.linalg.norm(x) for x in flat]), rel=1e-5)
+
+
+def test_karcher_without_steps_is_the_mean_of_directions() -> None:
+    models = tensors((6, 7), 3, 0)
+    mean = sum(x / x.norm() for x in models)
+    wanted = mean / mean.norm() * sum(x.norm() for x in models) / 3
+    found = adarank.merge(None, experts_of(models), "karcher", {"max_iter": 0})["w"]
+    torch.testing.assert_close(found, wanted)
+
+
+def test_karcher_of_two_models_is_slerps_half_way() -> None:
+    a, b = tensors((6, 7), 2, 0)
+    b = b * a.norm() / b.norm()
+    half = adarank.merge({"w": a}, {"b": {"w": b}}, "slerp", {"t": 0.5})["w"]
+    torch.testing.assert_close(adarank.merge(None, experts_of([a, b]), "karcher")["w"], half, rtol=1e-5, atol=1e-6)
+
+
+def test_karcher_gives_zeros_no_direction_and_opposites_the_first() -> None:
+    a = tensors((3, 4), 1, 0)[0]
+    zero = torch.zeros_like(a)
+    for models, wanted in (([a, zero], a / 2), ([zero, zero], zero), ([a, -a], a), ([a, 3 * a], 2 * a), ([a], a)):
+        torch.testing.assert_close(adarank.merge(None, experts_of(models), "karcher")["w"], wanted)
+
+
+@given(SHAPES.filter(len), st.integers(2, 4), st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_multislerp_by_way_of_the_tangents(
+    shape: tuple[int, ...], tasks: int, seed: int, with_base: bool, normalised: bool
+) -> None:
+    """As it is defined: to the tangent space at the mean direction, the weighted mean there, and back."""
+    base, shared, *near = tensors(shape, tasks + 2, seed)
+    models, given_weights = [base + shared + x for x in near], [0.3 + 0.4 * i for i in range(tasks)]
+    settings = {"weight": {f"t{i}": w for i, w in enumerate(given_weights)}, "normalize_weights": normalised}
+    found = adarank.merge({"w": base} if with_base else None, experts_of(models), "multislerp", settings)["w"]
+
+    start = base.double().numpy().ravel() if with_base else np.zeros(base.numel())
+    vectors = [x.double().numpy().ravel() - start for x in models]
+    weights = np.array(given_weights) / (sum(given_weights) if normalised else 1)
+    units = [v / np.linalg.norm(v) for v in vectors]
+    mean = sum(w * u for w, u in zip(weights, units, strict=True))
+    mean = mean / np.linalg.norm(mean)
+    way = sum(w * (u - (u @ mean) * mean) for w, u in zip(weights, units, strict=True))
+    point = np.cos(np.linalg.norm(way)) * mean + np.sinc(np.linalg.norm(way) / np.pi) * way
+    wanted = start + point * sum(w * np.linalg.norm(v) for w, v in zip(weights, vectors, strict=True))
+    np.testing.assert_allclose(found.numpy().ravel(), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_multislerp_without_a_direction_is_the_weighted_mean() -> None:
+    base, a = tensors((3, 4), 2, 0)
+    same = adarank.merge({"w": base}, experts_of([base, base, base]), "multislerp")["w"]
+    assert torch.equal(same, base)
+    weights = {"weight": {"t0": 1.0, "t1": 1.0}}
+    apart = adarank.merge({"w": torch.zeros_like(a)}, experts_of([a, -3 * a]), "multislerp", weights | {"eps": 1e-6})[
+        "w"
+    ]
+    torch.testing.assert_close(apart, -a)
+    alone = adarank.merge({"w": base}, experts_of([a]), "multislerp", {"weight": 0.3})["w"]
+    torch.testing.assert_close(alone, a)
+
+
+def test_multislerps_weights_that_sum_to_zero_are_refused() -> None:
+    base, experts = family(2)
+    weights = {"weight": {"task0": 1.0, "task1": -1.0}}
+    with pytest.raises(RecipeError, match=r"sum to 0.*normalize_weights: false"):
+        adarank.merge(base, experts, "multislerp", weights)
+    assert adarank.merge(base, experts, "multislerp", {**weights, "normalize_weights": False})
+
+
+@given(SHAPES, st.integers(0, 10**6), st.floats(0, 2))
+def test_nearswap_interpolates_by_nearness(shape: tuple[int, ...], seed: int, t: float) -> None:
+    """Its author's form: the weight of the other model is min(1, t / |difference|)."""
+    a, b = tensors(shape, 2, seed)
+    found = adarank.merge({"w": a}, {"x": {"w": b}}, "nearswap", {"t": t})["w"]
+    weight = np.minimum(1, t / np.abs((a - b).double().numpy()))
+    np.testing.assert_allclose(
+        found.numpy(), (1 - weight) * a.double().numpy() + weight * b.double().numpy(), atol=1e-5
+    )
+
+
+def softmax(rows: Array) -> Array:
+    grown = np.exp(rows - rows.max(axis=-1, keepdims=True))
+    return np.asarray(grown / grown.sum(axis=-1, keepdims=True))
+
+
+@given(st.sampled_from([(6, 7), (40,), (3, 2, 4), (5, 4, 3, 2)]), st.integers(0, 10**6))
+def test_arcee_fusion_takes_what_is_outstanding(shape: tuple[int, ...], seed: int) -> None:
+    a, b = tensors(shape, 2, seed)
+    found = adarank.merge({"w": a}, {"x": {"w": b}}, "arcee_fusion")["w"]
+    p, q = (softmax(x.double().numpy()) for x in (b, a))
+    importance = np.abs((b - a).double().numpy()) * (p * np.log(p / q)).sum(axis=-1, keepdims=True)
+    low, median, high = np.quantile(importance, [0.25, 0.5, 0.75], method="lower")
+    bound = median + 1.5 * (high - low)
+    sure = np.abs(importance - bound) > 1e-4 * bound  # an entry at the threshold may fall to either side by rounding
+    wanted = np.where(importance >= bound, b.numpy(), a.numpy())
+    np.testing.assert_allclose(found.numpy()[sure], wanted[sure], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (), (0, 3)])
+def test_arcee_fusion_of_rows_moved_as_a_whole_is_the_other(shape: tuple[int, ...]) -> None:
+    """Softmax does not see a constant: all importances are 0, and all are as large as the threshold."""
+    found = adarank.merge({"w": torch.zeros(shape)}, {"x": {"w": torch.ones(shape)}}, "arcee_fusion")["w"]
+    assert torch.equal(found, torch.ones(shape))
 
 
 @given(st.floats(0.0, 0.95), st.integers(2, 5), st.integers(0, 10**6))
@@ -188,7 +316,10 @@ def test_sce_by_numpy(shape: tuple[int, ...], tasks: int, seed: int, share: floa
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("model_stock", {}), ("sce", {"select_topk": 0.5}), ("nuslerp", {})])
+@pytest.mark.parametrize(("name", "parameters"), [
+    ("model_stock", {}), ("sce", {"select_topk": 0.5}), ("nuslerp", {}), ("karcher", {}), ("multislerp", {}), ("ram", {}),
+    ("ramplus_tl", {}),
+])  # fmt: skip
 def test_the_order_of_the_tasks_is_irrelevant(name: str, parameters: dict[str, Any]) -> None:
     base, experts = family(2 if name == "nuslerp" else 4)
     turned = dict(reversed(experts.items()))

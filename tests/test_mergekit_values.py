@@ -46,6 +46,7 @@ def entries(*weights: Any) -> list[dict[str, Any]]:
     return [{"model": f"./{n}", "parameters": {"weight": w}} for n, w in zip(MODELS[1:], weights, strict=True)]
 
 
+SWITCH = [{"filter": "mlp", "value": [True, False]}, {"filter": "self_attn", "value": False}, {"value": True}]
 FILTERS = [{"filter": "mlp", "value": 0.9}, {"filter": "self_attn", "value": [0.1, 0.7]}, {"value": 0.4}]
 TA: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "./base"}
 FILES = {
@@ -256,6 +257,78 @@ parameters:
   select_topk: 0.5
 dtype: float32
 """,
+    "karcher": """
+models:
+  - model: ./a
+  - model: ./b
+  - model: ./c
+merge_method: karcher
+parameters:
+  max_iter: 20
+  tol: 1.0e-6
+dtype: float32
+""",
+    "multislerp": """
+models:
+  - model: ./a
+    parameters:
+      weight: 0.3
+  - model: ./b
+    parameters:
+      weight: [0.2, 1.0]
+  - model: ./c
+    parameters:
+      weight: 0.5
+merge_method: multislerp
+base_model: ./base
+parameters:
+  normalize_weights: true
+  eps: 1e-8
+dtype: float32
+""",
+    "nearswap": """
+models:
+  - model: ./a
+merge_method: nearswap
+base_model: ./base
+parameters:
+  t:
+    - filter: mlp
+      value: [0.1, 0.5]
+    - value: 0.2
+dtype: float32
+""",
+    "arcee_fusion": """
+models:
+  - model: ./a
+merge_method: arcee_fusion
+base_model: ./base
+dtype: float32
+""",
+    "ram": """
+models:
+  - model: ./a
+  - model: ./b
+  - model: ./c
+merge_method: ram
+base_model: ./base
+parameters:
+  epsilon: 0.7
+dtype: float32
+""",
+    "ramplus_tl": """
+models:
+  - model: ./a
+  - model: ./b
+  - model: ./c
+merge_method: ramplus_tl
+base_model: ./base
+parameters:
+  epsilon: [0.4, 0.8]
+  r: 0.3
+  alpha: 2.0
+dtype: float32
+""",
 }
 RECIPES: dict[str, dict[str, Any]] = {
     **{name: yaml.safe_load(text) for name, text in FILES.items()},
@@ -268,7 +341,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ta-normalised": {**TA, "models": entries(0.2, 0.5, 1.0), "parameters": {"normalize": True, "lambda": 1.5}},
     "ta-filters": {**TA, "models": entries(FILTERS, 0.5, 1.0), "parameters": {"lambda": 0.8}},
     "ta-gradient": {**TA, "models": entries([0.0, 0.25, 1.0], [1.0, 0.0], 0.5)},
-}
+    "ta-switch": {**TA, "models": entries(0.2, 0.5, 1.0), "parameters": {"normalize": [False, True, False]}},
+    "linear-switch": {"merge_method": "linear", "models": entries(0.2, 0.5, 1.0), "parameters": {"normalize": SWITCH}},
+    "ties-switch": {"merge_method": "ties", "base_model": "./base", "models": entries(0.2, 0.5, 1.0),
+                    "parameters": {"density": [0.3, 0.9], "rescale": [False, True], "normalize": SWITCH}},
+    "stock-switch": {"merge_method": "model_stock", "base_model": "./base", "models": [{"model": f"./{n}"} for n in "abc"],
+                     "parameters": {"filter_wise": [True, False]}},
+    "nuslerp-switch": {"merge_method": "nuslerp", "base_model": "./base", "models": entries(0.2, 0.5, 1.0)[:2],
+                       "parameters": {"nuslerp_flatten": SWITCH, "nuslerp_row_wise": [True, False]}},
+    "multislerp-switch": {"merge_method": "multislerp", "models": entries(0.2, 0.5, 1.0),
+                          "parameters": {"normalize_weights": [False, True], "eps": 0.01}},
+}  # fmt: skip
 EXPECTED = {
     "linear": [-0.079138, -1.029611, -0.229469, -0.639156, -0.616718, -0.24464],
     "slerp": [0.8314, -2.012917, -0.458657, -0.516579, 1.174007, 1.336358],
@@ -283,6 +366,12 @@ EXPECTED = {
     "della_linear": [1.254315, 1.49453, -1.293326, -1.29762, -0.60066, 1.410962],
     "model_stock": [0.212135, -1.169135, -0.179837, -0.508056, -0.307752, 0.663468],
     "sce": [-0.091266, -0.786648, -0.492218, -1.402593, 1.620152, 1.481113],
+    "karcher": [0.093614, -0.304305, -0.293862, -0.918245, -0.683143, 0.010094],
+    "multislerp": [-0.683774, -0.081521, -0.294907, -0.671724, -0.814449, -1.146259],
+    "nearswap": [1.019369, -2.772044, 0.260525, 0.224529, 0.994914, 2.160362],
+    "arcee_fusion": [0.520166, -3.686881, -2.259939, -4.436824, -0.131409, 2.227528],
+    "ram": [-0.872082, 0.836611, -0.801983, -0.012946, -0.656174, -1.322372],
+    "ramplus_tl": [-0.799335, -0.023329, -1.669887, -0.154967, -0.726109, -0.005261],
     "linear-weights": [-0.465895, -0.15962, 0.318923, -0.014207, -0.523503, -0.409225],
     "linear-sum": [-0.792021, -0.271354, 0.542169, -0.024152, -0.889954, -0.695683],
     "linear-gradient": [0.574831, 0.983771, -0.107256, -0.554575, -0.144765, 1.164712],
@@ -292,6 +381,12 @@ EXPECTED = {
     "ta-normalised": [-1.034443, 1.422144, 0.506771, 0.236978, -1.432711, -1.727602],
     "ta-filters": [-0.952699, 1.712979, 0.352343, -0.219368, -1.505373, -1.755833],
     "ta-gradient": [0.526646, 3.13723, -0.119876, -0.573573, -0.864605, 0.633304],
+    "ta-switch": [-1.261863, 2.054849, 0.318923, 0.337453, -1.796394, -2.254953],
+    "linear-switch": [-0.465895, -0.15962, 0.542169, -0.024152, -0.523503, -0.409225],
+    "ties-switch": [-0.521515, 0.758775, -0.503768, 0.368318, -0.023565, -0.881526],
+    "stock-switch": [-0.054205, -0.71191, -0.489896, -0.508056, -0.307752, 0.469502],
+    "nuslerp-switch": [1.29998, 1.147377, -1.151896, -1.085354, -0.1082, 1.791675],
+    "multislerp-switch": [-1.265898, -0.099319, 0.911491, -0.105778, -1.19985, -1.406363],
 }
 
 

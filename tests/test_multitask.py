@@ -19,7 +19,7 @@ import image_zoo
 import text_zoo
 from adarank.adapt.history import History
 from adarank.cli.main import main
-from adarank.errors import DataError, Interrupted, RecipeError
+from adarank.errors import DataError, Interrupted, MismatchError, RecipeError
 from adarank.recipe.reader import load_recipe
 from adarank.workflow import build_networks as networks
 from adarank.workflow import evaluate as scoring
@@ -92,6 +92,13 @@ def test_scoring_a_trained_output_leaves_the_experts_heads(zoo: Path, tmp_path: 
     alone = scoring.evaluate(load_recipe(recipe(zoo)))
     beside = scoring.evaluate(load_recipe(recipe(zoo)), [tmp_path / "out"])
     assert beside.rows["experts"] == alone.rows["experts"]
+
+
+def test_a_trained_output_without_its_heads_is_not_scored(zoo: Path, tmp_path: Path) -> None:
+    pipeline.merge(load_recipe(recipe(zoo, **TRAIN)), tmp_path / "out")
+    (tmp_path / "out" / "heads" / "mood" / "head.safetensors").unlink()
+    with pytest.raises(MismatchError, match=r"mood/head\.safetensors: is missing"):
+        scoring.evaluate(load_recipe(recipe(zoo)), [tmp_path / "out"])
 
 
 def test_what_is_trained_and_what_is_not(zoo: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def judged(agreement: float) -> dict[str, Any]:
         ({"step_kept": 10, "share_kept": 0.5}, [0.3, 0.3 + 0.1]),
         ({"step_kept": None, "steps_kept": {"a": 0, "b": 10}}, [0.1, 0.2 + 0.1]),
     ],
-    ids=["a step", "a point on the way back", "each task's step"],
+    ids=["a step", "a point on the line to the start", "each task's step"],
 )
 def test_a_summary_has_the_judgements_of_what_was_kept(kept: dict[str, Any], agreement: list[float]) -> None:
     report = {

@@ -19,6 +19,7 @@ from adarank.errors import CheckpointError, DataError, RecipeError
 from adarank.models.text import TextClassifiers
 from adarank.recipe.reader import parse_recipe
 from adarank.workflow.search import Point, edges, level
+from make import save
 from text_zoo import ADAPT, make_zoo, recipe
 
 
@@ -34,7 +35,9 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_cart_of_two_experts_is_told_to_be_their_average(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'cart' gives their average, whatever its settings" in shown(capsys, "plan", recipe(zoo))
-    one = recipe(zoo, "one.yaml", models=[{"model": "models/mood", "task": {"name": "mood"}}])
+    one = recipe(
+        zoo, "one.yaml", models=[{"model": "models/mood", "task": {"name": "mood", "kind": "text-classification"}}]
+    )
     for other in (recipe(zoo, "tsv.yaml", merge_method="tsv_m"), one, recipe(zoo, "ada.yaml", **ADAPT)):
         assert "note:" not in shown(capsys, "plan", other)
     state = {n: torch.randn(6, 5) for n in "ab"}
@@ -59,6 +62,42 @@ def test_embeddings_that_experts_changed_are_not_dropped_in_silence(tmp_path: Pa
     assert f'select: {{scale: ["{name}"]}}' in text
     merged = recipe(zoo, "merged.yaml", merge_method="tsv_m", select={"scale": name})  # one pattern needs no list
     assert "note:" not in shown(capsys, "merge", merged, tmp_path / "all")
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "cart", "emr"])
+def test_what_is_kept_in_another_shape_is_recorded_and_said(tmp_path: Path, capsys: Any, method: str) -> None:
+    """An expert with more tokens: its tables are the base's, as the refusal's remedy says."""
+    base = {"model.embed_tokens.weight": torch.randn(8, 4), "model.layers.0.up.weight": torch.randn(4, 4)}
+    longer = {**base, "model.embed_tokens.weight": torch.randn(10, 4)}
+    for name, own in (("start", base), ("a", longer), ("b", base)):
+        save(tmp_path / name, {key: value + 0.1 * (name != "start") for key, value in own.items()})
+    path = recipe(tmp_path, merge_method=method, base_model="start", models=[{"model": "a"}, {"model": "b"}])
+    assert main(["plan", str(path)]) == 1
+    assert "select: keep" in capsys.readouterr().err
+    keep = recipe(tmp_path, "keep.yaml", merge_method=method, base_model="start", models=[{"model": "a"}, {"model": "b"}],
+                  select={"keep": "*embed_tokens*"})  # fmt: skip
+    text = " ".join(shown(capsys, "merge", keep, tmp_path / "out").split())
+    assert "another shape: model.embed_tokens.weight ((10, 4) in a)" in text
+    record = json.loads((tmp_path / "out" / "adarank.json").read_text())
+    assert record["kept_though_of_other_shape"] == {"model.embed_tokens.weight": {"a": [10, 4]}}
+    assert set(record["kept_though_changed"]) == {"model.embed_tokens.weight"}  # by b, which has the base's shape
+    if method != "emr":
+        written = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(written, base["model.embed_tokens.weight"])
+
+
+def test_a_network_with_a_table_of_another_shape_is_not_run(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path)
+    file = zoo / "models" / "base" / "model.safetensors"
+    state = load_file(file)
+    name = "embeddings.word_embeddings.weight"
+    save_file({**state, name: state[name][:-3].contiguous()}, file, {"format": "pt"})
+    path = recipe(zoo, **{**ADAPT, "select": {"keep": name}})
+    with pytest.raises(
+        adarank.AdaRankError, match=r"word_embeddings.weight: \(\d+, 16\) is kept from the base, and the model"
+    ):
+        adarank.merge_recipe(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_tasks_no_evaluation_is_offered(zoo: Path, tmp_path: Path, capsys: Any) -> None:

@@ -1,4 +1,4 @@
-"""mergekit's sparse merges against a plain, entry-by-entry reckoning in numpy."""
+"""mergekit's sparse merges and RAM against a plain, entry-by-entry reckoning in numpy."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def expected(
     settings: Mapping[str, Any], more: Mapping[str, float],
 ) -> Array:  # fmt: skip
     kind = METHODS[name].model_fields
-    normalize, rescale = (settings.get(key, kind[key].default) for key in ("normalize", "rescale"))
+    normalize, rescale = (settings.get(key, kind[key].default.plain()) for key in ("normalize", "rescale"))
     cuts = []
     for (task, own), density in zip(experts.items(), densities, strict=True):
         precision = torch.promote_types(own["w"].dtype, torch.float32)
@@ -230,6 +230,55 @@ def test_density_and_lambda_may_run_over_the_layers_and_filters_leave_the_rest_a
     for i, (first, second, lam) in enumerate([(0.2, 1.0, 1.0), (0.4, 0.5, 0.5), (0.6, 1.0, 0.0)]):
         plain = adarank.merge(base, experts, "ties", {"density": {"t0": first, "t1": second}, "lambda": lam})["w"]
         torch.testing.assert_close(found[f"layer.{i}.w"], plain)
+
+
+def test_switches_go_over_the_layers_in_steps_and_by_filter() -> None:
+    """normalize is on where the first filter that fits says so, or the last step of a list up to the layer."""
+    base = {f"layer.{i}.{part}": torch.zeros(3) for i in range(3) for part in ("up", "down")}
+    experts = {task: {name: torch.full((3,), 1.0) for name in base} for task in "ab"}
+    switch = [{"filter": "up", "value": True}, {"value": [False, True, False]}]
+    for method in ("task_arithmetic", "dare_linear"):
+        found = adarank.merge(base, experts, method, {"weight": 2.0, "normalize": switch})
+        whole = {name: 1.0 if "up" in name or "1" in name else 4.0 for name in base}
+        assert {name: float(tensor[0]) for name, tensor in found.items()} == whole
+    with pytest.raises(RecipeError, match=r"parameters: normalize must be true or false, a list of these .* got 0\.5"):
+        adarank.merge(base, experts, "task_arithmetic", {"normalize": 0.5})
+
+
+def ram(base: Array, experts: list[Array], epsilon: float, r: float, alpha: float) -> Array:
+    """Entry by entry; with r = 0 it is RAM."""
+    vectors = [np.ravel(x - base) for x in experts]
+    changed = [[t for t, v in enumerate(vectors) if abs(v[i]) > epsilon] for i in range(base.size)]
+    out = np.ravel(base).copy()
+    for i, who in enumerate(changed):
+        if len(who) == 1:
+            lone = sum(others == who for others in changed)
+            shared = sum(who[0] in others for others in changed) - lone
+            out[i] += (1 + r * min(shared / lone, alpha)) * vectors[who[0]][i]
+        elif who:
+            out[i] += sum(vectors[t][i] for t in who) / len(who)
+    return out.reshape(base.shape)
+
+
+@given(st.sampled_from([(6, 7), (11,), (3, 2, 4), ()]), st.integers(1, 4), st.integers(0, 10**6), DTYPES)
+def test_ram_averages_over_those_that_changed_an_entry(
+    shape: tuple[int, ...], tasks: int, seed: int, dtype: torch.dtype
+) -> None:
+    base, experts = problem(shape, tasks, seed, coarse=True, dtype=dtype)
+    states = [own["w"].double().numpy() for own in experts.values()]
+    given_numbers = {"epsilon": 0.1, "r": 0.7, "alpha": 1.5}
+    for name, r, settings in (("ram", 0.0, {"epsilon": 0.1}), ("ramplus_tl", 0.7, given_numbers)):
+        found = adarank.merge(base, experts, name, settings)["w"]
+        wanted = torch.from_numpy(ram(base["w"].double().numpy(), states, 0.1, r, 1.5)).to(dtype)
+        torch.testing.assert_close(found, wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_ram_of_changes_in_different_places_is_their_sum() -> None:
+    base = {"w": torch.zeros(4, 3)}
+    experts = {str(i): {"w": torch.zeros(4, 3).index_fill(0, torch.tensor(i), i + 1.0)} for i in range(4)}
+    whole = adarank.merge(base, experts, "task_arithmetic", {"lambda": 1.0})["w"]
+    assert torch.equal(adarank.merge(base, experts, "ram")["w"], whole)
+    assert torch.equal(adarank.merge(base, experts, "ramplus_tl")["w"], whole)
 
 
 @pytest.mark.parametrize("name", FAMILY)

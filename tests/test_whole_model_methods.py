@@ -22,7 +22,7 @@ from adarank.methods.task_aware.base import Taskwise, sites_of, task_parts
 from adarank.sparsify.threshold import global_thresholds
 from make import SHAPES, State, close, family, floats, network
 
-WHOLE = [name for name, kind in METHODS.items() if kind.passes > 1 and not kind.task_aware]
+WHOLE = [name for name, kind in METHODS.items() if kind.passes > 1 and not kind.in_use]
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -214,9 +214,9 @@ class _Watched(MemorySource):
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"masked"}))
 def test_a_method_reads_the_checkpoints_as_often_as_it_says(name: str) -> None:
-    base, experts = family(1 if name == "slerp" else 2)
+    base, experts = family(1 if name in ("slerp", "nearswap", "arcee_fusion") else 2)
     watched = {task: _Watched(own, task) for task, own in experts.items()}
-    parameters = {"t": 0.5} if name == "slerp" else {}
+    parameters = {"t": 0.5} if name in ("slerp", "nearswap") else {}
     net = align(MemorySource(base, "base"), watched)
     for own in watched.values():
         own.seen = []

@@ -14,7 +14,9 @@ Every message is a sentence that says what, where, what was got and needed, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class AdaRankError(Exception):
@@ -56,9 +58,33 @@ class OutputError(AdaRankError):
     """The output cannot be written where it was asked for."""
 
 
-def itemise(heading: str, problems: Sequence[str], remedy: str = "", most: int | None = None) -> str:
+def raise_together(problems: Sequence[str]) -> None:
+    """Raise one `DataError` of the problems that tasks' data have, if there are any."""
+    if problems:
+        heading = f"{len(problems)} tasks have unusable data:"
+        raise DataError(problems[0] if len(problems) == 1 else itemise(heading, problems))
+
+
+def listed(error: AdaRankError) -> list[str]:
+    """The problems that an error lists, each with what its heading names."""
+    heading, *lines = str(error).split("\n")
+    return [f"{heading.split(':')[0]}: {line.strip()}" for line in lines] or [heading]
+
+
+def itemise(heading: str, problems: Sequence[str], remedy: str = "", most: int | None = 20) -> str:
     """One message for all `problems`: a heading, a line each, and what to do. At most `most` lines, and how many more."""
     lines = [heading, *(f"  {problem}" for problem in problems[:most])]
     if most is not None and len(problems) > most:
         lines.append(f"  … and {len(problems) - most} more like these")
     return "\n".join([*lines, remedy] if remedy else lines)
+
+
+@contextmanager
+def reading(
+    kind: type[AdaRankError], path: str | Path, remedy: str = "Check the path and its permissions."
+) -> Iterator[None]:
+    """Turns what the system says of a file that cannot be read (no permission, a loop of links, …) into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{error.filename or path}: cannot be read ({error.strerror or error}). {remedy}") from None

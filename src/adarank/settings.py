@@ -31,6 +31,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(names)}."
 
 
+def keys(kind: type[BaseModel]) -> list[str]:
+    """The settings of a kind as recipes write them."""
+    return [field.alias or name for name, field in kind.model_fields.items() if not field.exclude]
+
+
 def parse(kind: type[S], values: Mapping[str, Any], where: str) -> S:
     """`kind(**values)`, with every problem of `values` in one `RecipeError` that names `where`."""
     try:
@@ -76,7 +81,7 @@ def _keys_at(kind: type[BaseModel], location: Iterable[Any]) -> list[str]:
         if field is not None:
             inside = field.annotation
             current = _settings_in(inside) or current
-    return [field.alias or name for name, field in current.model_fields.items() if not field.exclude]
+    return keys(current)
 
 
 def _by_alias(kind: type[BaseModel], alias: str) -> Any:

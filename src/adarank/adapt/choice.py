@@ -28,7 +28,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Back:
+class LinePoint:
     """A point on the line from the start to a judged step, and how it was judged.
 
     Attributes:
@@ -51,14 +51,16 @@ def best_step(judged: Mapping[int, Judged], signal: Signal, tolerance: float) ->
     return max(fit, key=lambda step: (mean_signal(judged[step], signal), -step))
 
 
-def choose_best(judged: Mapping[int, Judged], signal: Signal, tolerance: float, backs: Sequence[Back] = ()) -> Choice:
-    """`best_step`, or the point on the way back to the start that is better, with the reason for it."""
+def choose_best(
+    judged: Mapping[int, Judged], signal: Signal, tolerance: float, line_points: Sequence[LinePoint] = ()
+) -> Choice:
+    """`best_step`, or the point on the line to the start that is better, with the reason for it."""
     step = best_step(judged, signal, tolerance)
     sign = 1 if signal == "agreement" else -1
-    kept = Back(step, 1.0, judged[step])
-    for back in backs:
-        if fits(back, judged, tolerance) and mean_signal(back.judged, signal) > mean_signal(kept.judged, signal):
-            kept = back
+    kept = LinePoint(step, 1.0, judged[step])
+    for point in line_points:
+        if fits(point, judged, tolerance) and mean_signal(point.judged, signal) > mean_signal(kept.judged, signal):
+            kept = point
     start, found = (sign * mean_signal(own, signal) for own in (judged[0], kept.judged))
     within = f" by more than {tolerance:g} standard error(s)" if tolerance else ""
     later = {s: worse(own, judged[0], tolerance) for s, own in judged.items() if s > 0}
@@ -71,14 +73,14 @@ def choose_best(judged: Mapping[int, Judged], signal: Signal, tolerance: float, 
     refused = sum(bool(tasks) for tasks in later.values())
     names = ", ".join(f"{task} at {times}" for task, times in fell.most_common(3))
     least = f"; at {refused} of them a task agreed less with its expert{within} ({names})" if refused else ""
-    points = f" and {len(backs)} points on the way back to it" if backs else ""
+    points = f" and {len(line_points)} points on the line to it" if line_points else ""
     why = f"none of {len(later)} judged steps{points} was better than the start (mean {signal} {start:.4f}){least}"
     return Choice(0, why + _forgone(judged, signal), rolled_back=True)
 
 
-def fits(back: Back, judged: Mapping[int, Judged], tolerance: float) -> bool:
+def fits(point: LinePoint, judged: Mapping[int, Judged], tolerance: float) -> bool:
     """True if no task is `worse` there than at the start."""
-    return not worse(back.judged, judged[0], tolerance)
+    return not worse(point.judged, judged[0], tolerance)
 
 
 def _forgone(judged: Mapping[int, Judged], signal: Signal) -> str:

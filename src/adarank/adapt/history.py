@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from adarank.adapt.agreement import Signals
-from adarank.adapt.choice import Back, Choice
+from adarank.adapt.choice import Choice, LinePoint
 from adarank.adapt.start_search import Tried
 from adarank.spectral.mask_file import MaskFile
 
@@ -27,7 +27,7 @@ class History:
         choice: which step's weights were kept, once adaptation is over.
         starts: the starts that were looked at, if there was a choice.
         ended: steps taken before any repair, once they are.
-        backs: points on the way back to the start that were judged.
+        line_points: points on the line to the start that were judged.
     """
 
     losses: dict[str, list[float]]
@@ -39,14 +39,14 @@ class History:
     choice: Choice | None = None
     starts: list[Tried] = field(default_factory=list)
     ended: int | None = None
-    backs: list[Back] = field(default_factory=list)
+    line_points: list[LinePoint] = field(default_factory=list)
 
     @property
     def judged_kept(self) -> Mapping[str, Signals]:
         """How what is kept was judged; of a last step that is kept unasked too."""
         assert self.choice is not None  # adaptation is over
         share, step = self.choice.share, self.choice.step
-        found = [own.judged for own in self.backs if (own.step, own.share) == (step, share)]
+        found = [own.judged for own in self.line_points if (own.step, own.share) == (step, share)]
         return found[0] if found else self.judged[step]
 
     @property

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from adarank.adapt.agreement import Judge, Signals
 from adarank.adapt.balance import behind, repair_weights, task_weights
-from adarank.adapt.choice import Back, Choice, best_step, choose_best, fits
+from adarank.adapt.choice import Choice, LinePoint, best_step, choose_best, fits
 from adarank.adapt.history import History, Progress
 from adarank.adapt.learner import Learner, Loss, Memory, between
 from adarank.adapt.resume import stop_on_signal
-from adarank.adapt.schedule import Course
+from adarank.adapt.schedule import Schedule
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import Grid, Tried, best_of, find_start
 from adarank.errors import AdaptationError, Interrupted
@@ -41,7 +41,7 @@ def adapt(
     judge: Judge | None = None,
     memory: Memory | None = None,
     grid: Grid | None = None,
-    glance: Judge | None = None,
+    quick_check: Judge | None = None,
     one_pass: int | None = None,
 ) -> History:
     """Learn in place; what is learned and the network are those of the kept step afterwards.
@@ -51,10 +51,10 @@ def adapt(
         losses: task -> loss of a step. Their gradients add up, weighted as `settings.balance` says.
         state: file in which the state is kept, and from which an interrupted run continues.
         fingerprint: identifies inputs and settings; a state with another one is refused.
-        judge: asked at the start, every `check_every` steps and at the end. Without one the last step is kept.
+        judge: called at the start, every `check_every` steps and at the end. Without one the last step is kept.
         memory: what the losses remember; filled from the state when a run continues.
         grid: starts to choose from before the first step. Without one the live weights start as they are.
-        glance: what chooses among them; by default the judge.
+        quick_check: a judge that chooses among them; by default the judge itself.
         one_pass: steps after which the task with the fewest inputs has seen each of them, for `check_every: auto`.
 
     Raises:
@@ -63,11 +63,11 @@ def adapt(
         RecipeError: the state file belongs to another run.
     """
     history = History({task: [] for task in losses})
-    course = Course(settings, one_pass)
-    run = _Run(live, settings, course, history, state, fingerprint, judge, {} if memory is None else memory)
-    glance = glance or judge
-    if not run.restore() and glance is not None and grid is not None and grid.open:
-        run.find_start(grid, glance)
+    schedule = Schedule(settings, one_pass)
+    run = _Run(live, settings, schedule, history, state, fingerprint, judge, {} if memory is None else memory)
+    quick_check = quick_check or judge
+    if not run.restore() and quick_check is not None and grid is not None and grid.open:
+        run.find_start(grid, quick_check)
     live.write()
     with stop_on_signal() as stopped:
         run.judge_if_due()
@@ -82,7 +82,7 @@ def adapt(
                 run.stop()
             if run.history.step % settings.save_every == 0:
                 run.save()
-        run.go_back(stopped)
+        run.search_line(stopped)
     run.keep()
     return run.history
 
@@ -93,7 +93,7 @@ class _Run:
 
     live: Learner
     settings: AdaptSettings
-    course: Course
+    schedule: Schedule
     history: History
     state: Path | None
     fingerprint: str
@@ -106,15 +106,15 @@ class _Run:
     def __post_init__(self) -> None:
         self.optimiser = self.live.optimiser(self.settings)
 
-    def find_start(self, grid: Grid, glance: Judge) -> None:
+    def find_start(self, grid: Grid, quick_check: Judge) -> None:
         """Choose a start of the grid."""
         started = time.perf_counter()
-        self.history.starts = find_start(self.live, grid, glance, self.settings.signal)
+        self.history.starts = find_start(self.live, grid, quick_check, self.settings.signal)
         self.history.judging_seconds += time.perf_counter() - started
 
     def take_step(self, losses: Mapping[str, Loss]) -> None:
         step, judged = self.history.step, self.history.judged
-        if step == self.course.ended(judged):
+        if step == self.schedule.ended(judged):
             self._begin_repair()
         self.live.zero_grad()
         values = []
@@ -129,7 +129,7 @@ class _Run:
         for task, value in found.items():
             self.history.losses[task].append(value)
         for group in self.optimiser.param_groups:
-            group["lr"] = group["start"] * self.course.factor(step, judged)
+            group["lr"] = group["start"] * self.schedule.factor(step, judged)
         self.optimiser.step()
         self.live.write()
         share = self.live.kept_share()
@@ -139,7 +139,7 @@ class _Run:
     def judge_if_due(self) -> None:
         """Judge the weights of this moment, and remember what was learned if they are the best so far."""
         step, judged = self.history.step, self.history.judged
-        if self.judge is None or step in judged or not self.course.due(step, judged):
+        if self.judge is None or step in judged or not self.schedule.due(step, judged):
             return
         started = time.perf_counter()
         judged[step] = dict(self.judge(step))
@@ -148,36 +148,36 @@ class _Run:
             self.start = self._now()
         if self._best() == step:
             self.best = self._now()
-        if self.course.source(judged) == step:
+        if self.schedule.source(judged) == step:
             self.source = self._now()
 
     def over(self) -> bool:
         """True if there is nothing left to do."""
-        return self.course.over(self.history.step, self.history.judged)
+        return self.schedule.over(self.history.step, self.history.judged)
 
     def planned(self) -> int:
         """How many steps the run is to take, as far as is known."""
-        return self.course.planned(self.history.step, self.history.judged)
+        return self.schedule.planned(self.history.step, self.history.judged)
 
-    def go_back(self, stopped: list[int]) -> None:
-        """Where the repair did not do, judge points on the way back to the start until one will. Steps are saved before."""
-        ways = self.course.ways_back(self.history.judged)
-        if not ways:
+    def search_line(self, stopped: list[int]) -> None:
+        """If the repair fails, judge points on the line to the start until one leaves no task behind. Steps are saved before."""
+        points = self.schedule.line_points(self.history.judged)
+        if not points:
             return
         assert self.judge is not None  # without one nothing was judged
         self.save()
-        ends = {self.course.source(self.history.judged): self.source, self.history.step: self._now()}
-        for step, share in ways:
+        ends = {self.schedule.source(self.history.judged): self.source, self.history.step: self._now()}
+        for step, share in points:
             if stopped:
                 self._set(ends[self.history.step])
                 self.stop()
             self._set(between(self.start, ends[step], share))
             self.live.write()
             started = time.perf_counter()
-            back = Back(step, share, dict(self.judge(step)))
+            point = LinePoint(step, share, dict(self.judge(step)))
             self.history.judging_seconds += time.perf_counter() - started
-            self.history.backs.append(back)
-            if fits(back, self.history.judged, self.settings.tolerance):
+            self.history.line_points.append(point)
+            if fits(point, self.history.judged, self.settings.tolerance):
                 break
         chosen = self._chosen()
         if chosen.share < 1:
@@ -194,7 +194,7 @@ class _Run:
     def keep(self) -> None:
         """Make what is learned and the network those of the kept step, and say which it is."""
         last = self.history.step
-        self.history.ended = last if self.judge is None else self.course.ended(self.history.judged)
+        self.history.ended = last if self.judge is None else self.schedule.ended(self.history.judged)
         if self.settings.keep == "last" or not self.history.judged:
             why = (
                 "the last step, as keep: last asks"
@@ -216,19 +216,19 @@ class _Run:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
 
     def _chosen(self) -> Choice:
-        return choose_best(self.history.judged, self.settings.signal, self.settings.tolerance, self.history.backs)
+        return choose_best(self.history.judged, self.settings.signal, self.settings.tolerance, self.history.line_points)
 
     def _begin_repair(self) -> None:
         """Go back to where it goes on from, with an optimiser that knows nothing of later steps."""
-        if self.course.source(self.history.judged) != self.history.step:
+        if self.schedule.source(self.history.judged) != self.history.step:
             self._set(self.source)
             self.live.write()
             self.optimiser = self.live.optimiser(self.settings)
 
     def _weights(self, tasks: list[str]) -> list[float]:
         judged = self.history.judged
-        debts = behind(tasks, self.course.counts(judged))
-        if self.course.ended(judged) is not None:
+        debts = behind(tasks, self.schedule.counts(judged))
+        if self.schedule.ended(judged) is not None:
             return repair_weights(debts)
         return task_weights([self.history.losses[task] for task in tasks], self.settings.balance, debts)
 

@@ -1,65 +1,240 @@
-"""What experts say of the batches that `adarank.adapt` is given, and how near merged modules come to it."""
+"""What adaptation needs of a merge: networks over shared tensors, unlabelled inputs of each task, and the experts' predictions on them.
+
+A `Problem` is built from recipes and files (`workflow/problem.py`) or from modules and batches (`adapt/batches.py`). The
+experts' predictions, the losses, the judge and the quick check of starts are made here, for both alike.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from adarank.adapt.agreement import Judge, Signals, signals
-from adarank.adapt.objectives import NEED_EXPERT
-from adarank.adapt.schedule import Course
+from adarank.adapt.history import History, Progress
+from adarank.adapt.learner import Learner, Loss, Memory
+from adarank.adapt.loop import adapt
+from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.start_search import QUICK_CHECK, Grid
+from adarank.alignment.task_vectors import Network, member_tensors
+from adarank.models import TaskModels
+from adarank.models.head_inputs import Pool, head_inputs, head_parts
 from adarank.models.predict import Forward
 
+Function = Callable[[Tensor], Tensor]
+"""Logits (batch, classes) -> scalar loss."""
 
-@dataclass
-class Asked:
-    """The experts' predictions on the batches, each computed once, as the modules are copied.
+
+class Lookup(Protocol):
+    """Numbers of a task's inputs, by where they are: the rows of a table, or a batch's place."""
+
+    def __getitem__(self, where: Any, /) -> Tensor:
+        """(inputs, width) of the inputs there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of a task's inputs.
 
     Attributes:
-        targets: task -> the expert's logits of each batch that adaptation will see.
-        watched: task -> batches that steps are judged on, with the expert's logits.
+        logits: (inputs, classes) of some inputs.
+        features: (inputs, width) of what the task's head is given, if that was to be kept.
     """
 
-    call: Forward
-    batches: Mapping[str, Sequence[Any]]
-    held_out: Mapping[str, Sequence[Any]]
+    logits: Lookup
+    features: Lookup | None = None
+
+
+@dataclass(frozen=True)
+class BatchPredictions:
+    """What a network says of one batch; on the CPU. The attributes are as in `Predictions`."""
+
+    logits: Tensor
+    features: Tensor | None
+
+
+Predict = Callable[[Any], BatchPredictions]
+Chunk = tuple[Any, Any]
+"""(where, batch): a batch, and where `Predictions` of its inputs are to be looked up."""
+
+
+class Inputs(Protocol):
+    """The unlabelled inputs of one task."""
+
+    @property
+    def one_pass(self) -> int:
+        """Steps after which every input that is adapted on has been seen."""
+        ...
+
+    def step(self, step: int) -> Chunk:
+        """What the task adapts on in a step. A pure function of the step."""
+        ...
+
+    def judged_on(self, most: int | None = None) -> Iterable[Chunk]:
+        """What steps are judged on: held out if there is such, `check_inputs` at most.
+
+        Arguments:
+            most: only so many of these, spread evenly.
+        """
+        ...
+
+    def predictions(self, predict: Predict, adapted_on: bool) -> Predictions:
+        """What a network says of the inputs that steps are judged on.
+
+        Arguments:
+            predict: runs the network.
+            adapted_on: predict those that are adapted on, too.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the loop works on.
+
+    Attributes:
+        models: one network per task over the shared tensors.
+        inputs: task -> its inputs.
+        forward: (module, batch) -> logits (batch, classes).
+        predictions: task -> its expert's predictions.
+        function: what every task minimises instead of the objectives of the settings.
+        memory: what losses remember from step to step. It is saved with the state.
+    """
+
+    models: TaskModels
+    inputs: Mapping[str, Inputs]
     settings: AdaptSettings
-    named: bool
-    targets: dict[str, list[Tensor]] = field(default_factory=dict)
-    watched: dict[str, list[tuple[Any, Tensor]]] = field(default_factory=dict)
+    forward: Forward
+    predictions: Mapping[str, Predictions]
+    function: Function | None = None
+    memory: Memory = field(default_factory=dict)
 
-    @torch.no_grad()
-    def expert(self, task: str, module: nn.Module) -> nn.Module:
-        """A copy of the expert, once it has been asked."""
-        own = copy.deepcopy(module).float().eval()
-        if self.named and NEED_EXPERT & self.settings.weights(task).keys():
-            seen = range(min(Course(self.settings).longest, len(self.batches[task])))
-            self.targets[task] = [self.call(own, self.batches[task][i]) for i in seen]
-        looked_at = self.held_out.get(task) or self.batches[task]
-        known = dict(enumerate(self.targets.get(task, []) if not self.held_out.get(task) else []))
-        if 0 not in known:
-            known[0] = self.call(own, looked_at[0])
-        # evenly spread, as many as have `check_inputs` inputs together: batches may come sorted by their classes
-        count = min(len(looked_at), max(1, self.settings.check_inputs // max(1, len(known[0]))))
-        spread = [i * len(looked_at) // count for i in range(count)]
-        self.watched[task] = [(looked_at[i], known[i] if i in known else self.call(own, looked_at[i])) for i in spread]
-        return own
+    @property
+    def one_pass(self) -> int:
+        """Steps after which the task with the fewest inputs has seen each of them."""
+        return min(inputs.one_pass for inputs in self.inputs.values())
 
-    def judge(self, modules: Mapping[str, nn.Module]) -> Judge:
-        """Compares the modules' predictions with the experts'."""
+    def losses(self) -> dict[str, Loss]:
+        """task -> its loss on its batch of a step, with a graph."""
+        return {task: self._loss(task) for task in self.inputs}
+
+    def judge(self, most: int | None = None) -> Judge:
+        """Compares what the networks say now with the experts' predictions. Reads no label.
+
+        Arguments:
+            most: look at so many inputs per task.
+        """
 
         @torch.no_grad()
-        def judged(step: int) -> dict[str, Signals]:
-            found = {}
-            for task, pairs in self.watched.items():
-                own = torch.cat([self.call(modules[task], batch) for batch, _ in pairs])
-                found[task] = signals(own, torch.cat([expert for _, expert in pairs]).to(own.device))
-            return found
+        def judge(step: int) -> dict[str, Signals]:
+            return {task: self._signals(task, inputs.judged_on(most)) for task, inputs in self.inputs.items()}
 
-        return judged
+        return judge
+
+    def quick_check(self) -> Judge:
+        """The judge on so few inputs that many starts can be compared."""
+        return self.judge(QUICK_CHECK)
+
+    def adapt(
+        self,
+        live: Learner,
+        grid: Grid | None = None,
+        state: Path | None = None,
+        fingerprint: str = "",
+        progress: Progress | None = None,
+    ) -> History:
+        """Learn in place, as `loop.adapt` says."""
+        return adapt(
+            live,
+            self.losses(),
+            self.settings,
+            state,
+            fingerprint,
+            progress,
+            self.judge(),
+            self.memory,
+            grid,
+            self.quick_check(),
+            self.one_pass,
+        )
+
+    def _loss(self, task: str) -> Loss:
+        weights, module = self.settings.weights(task), self.models.modules[task]
+        function = self.function
+        head = head_parts(self.models, task) if not function and NEED_FEATURES & weights.keys() else []
+
+        def loss(step: int) -> Tensor:
+            where, batch = self.inputs[task].step(step)
+            with head_inputs(module, head) as seen:
+                logits = self.forward(module, batch)
+            if function is not None:
+                return function(logits)
+            if NEED_MEAN & weights.keys():
+                self.memory[task] = running_mean(logits, self.memory.get(task), self.settings.momentum)
+            view = self._view(task, where, logits, seen[-1] if seen else None)
+            return objective(view, weights, self.settings.self_label, self.settings.filter)
+
+        return loss
+
+    def _view(self, task: str, where: Any, logits: Tensor, features: Tensor | None) -> View:
+        expert_logits = expert_features = None
+        if compares(self.settings, task):
+            expert = self.predictions[task]
+            expert_logits = expert.logits[where].to(logits)
+            expert_features = expert.features[where].to(logits) if expert.features is not None else None
+        return View(logits, expert_logits, self.memory.get(task), features, expert_features)
+
+    def _signals(self, task: str, chunks: Iterable[Chunk]) -> Signals:
+        places, logits = [], []
+        for where, batch in chunks:
+            places.append(where)
+            logits.append(self.forward(self.models.modules[task], batch).cpu())
+        expert = [self.predictions[task].logits[where] for where in places]
+        return signals(torch.cat(logits), torch.cat(expert))
+
+
+def expert_predictions(
+    network: Network,
+    models: TaskModels,
+    inputs: Mapping[str, Inputs],
+    settings: AdaptSettings,
+    forward: Forward,
+    function: Function | None = None,
+) -> dict[str, Predictions]:
+    """task -> its expert's predictions, as far as losses and judge need them. The models hold the base's tensors afterwards."""
+    predictions = {}
+    for task, task_inputs in inputs.items():
+        models.fill(member_tensors(network, network.experts[task]))
+        head = head_parts(models, task) if not function and NEED_FEATURES & settings.weights(task).keys() else []
+        predict = predictor(models.modules[task], head, forward)
+        predictions[task] = task_inputs.predictions(predict, not function and compares(settings, task))
+    models.fill(member_tensors(network, network.reference()))
+    return predictions
+
+
+def compares(settings: AdaptSettings, task: str) -> bool:
+    """True if the task's objective compares with its expert's predictions."""
+    return bool((NEED_EXPERT | NEED_FEATURES) & settings.weights(task).keys())
+
+
+def predictor(module: nn.Module, head: list[nn.Module], forward: Forward, pool: Pool | None = None) -> Predict:
+    """What predicts batches by a module.
+
+    Arguments:
+        head: the parts of the module whose inputs are kept as features; with none there are no features.
+        pool: brings what a head is given to one vector per input.
+    """
+
+    @torch.no_grad()
+    def predict(batch: Any) -> BatchPredictions:
+        with head_inputs(module, head, pool) as seen:
+            logits = forward(module, batch)
+        return BatchPredictions(logits.cpu(), seen[-1].cpu() if seen else None)
+
+    return predict

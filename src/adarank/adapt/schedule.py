@@ -1,4 +1,4 @@
-"""How a run goes: steps, until they are used up or bring nothing nearer to the experts, then rounds of repair, then a way back.
+"""How a run goes: steps, until they are used up or bring nothing nearer to the experts, then rounds of repair, then a line search towards the start.
 
 All of it is a function of the settings and of what was judged, so of the saved state: an interrupted run goes on as it
 would have gone.
@@ -22,7 +22,7 @@ Seen = Mapping[int, Judged]
 
 
 @dataclass(frozen=True)
-class Course:
+class Schedule:
     """When a run is judged, when its steps end, and when it is repaired.
 
     Attributes:
@@ -97,7 +97,7 @@ class Course:
             return False
         return step >= ended + self.rounds * self.round or not self._in_need_of_repair(judged, ended)
 
-    def ways_back(self, judged: Seen) -> list[tuple[int, float]]:
+    def line_points(self, judged: Seen) -> list[tuple[int, float]]:
         """(step, share of the way to it from the start): the points to judge once a run is over, the farthest first.
 
         Lines lead to where the repair began and to where it ended, if they are nearer to the experts than what would be

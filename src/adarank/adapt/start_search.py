@@ -3,7 +3,7 @@
     (k, λ) = argmax mean_t agreement of f(W_o + λ Σ_t top_k(δ_t)) with expert t, on unlabelled inputs
 
 A climb on a grid: from one point to its best neighbour, until no neighbour is better. A point costs one composition of the
-weights and one glance, a judgement on fewer inputs; nothing is decomposed anew, and nothing is learned.
+weights and one quick check, a judgement on fewer inputs; nothing is decomposed anew, and nothing is learned.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from adarank.adapt.agreement import Judge, Signal, mean_signal
 from adarank.adapt.learner import Learner
 
 AUTO: Literal["auto"] = "auto"
-# Coarse: what adaptation reaches depends little on the start within a step of this grid, and each point costs a glance.
+# Coarse: what adaptation reaches depends little on the start within a step of this grid, and each point costs a quick check.
 RANKS = (0.02, 0.08, 0.32, 1.0)
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.6, 1.0, 1.6, 2.5)
-GLANCE = 64  # inputs per task, at most: all starts are seen on the same ones, so that few tell them apart
+QUICK_CHECK = 64  # inputs per task, at most: all starts are seen on the same ones, so that few tell them apart
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ def best_of(tried: list[Tried]) -> Tried:
     return max(tried, key=lambda own: own.value)
 
 
-def find_start(live: Learner, grid: Grid, glance: Judge, signal: Signal) -> list[Tried]:
+def find_start(live: Learner, grid: Grid, quick_check: Judge, signal: Signal) -> list[Tried]:
     """Put the live weights at the best start of the grid; returns what was tried."""
 
     def value(rank: float, scale: float) -> float:
         live.reset(scale, rank)
         live.write()
-        return mean_signal(glance(0), signal)
+        return mean_signal(quick_check(0), signal)
 
     tried = climb(grid, value)
     best = best_of(tried)

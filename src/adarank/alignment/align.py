@@ -1,17 +1,35 @@
-"""Pairing: every tensor of base and experts sorted by name into merged, kept, heads and dropped; all problems in one error."""
+"""Base and experts paired tensor by tensor: by name, never by position, with every key of every input accounted for.
+
+What is in all inputs merges, or is kept; what is not is a task's head, tied to what is, computed by the model, or an error
+that says of all that does not fit how many there are, and shows some.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
+from torch import Tensor
 
-from adarank.alignment.selection import Choice, Select, check_patterns, choose, is_head_name, unmatched
+from adarank.alignment.mismatch import Problem, mismatch, other_kinds
+from adarank.alignment.naming import Naming, Shapes, named_as
+from adarank.alignment.selection import (
+    Choice,
+    Select,
+    check_patterns,
+    choose,
+    computed,
+    is_embedding,
+    is_head_name,
+    is_mask,
+    unmatched,
+)
 from adarank.alignment.task_vectors import Member, Network
 from adarank.errors import MismatchError, RecipeError, itemise
 from adarank.io.checkpoint import Source, TensorInfo
+from adarank.io.quantised import refuse_quantised
 
 
 def align(
@@ -22,7 +40,7 @@ def align(
     task_heads: bool = False,
     kept: Mapping[str, str] | None = None,
 ) -> Network:
-    """Pair the tensors of base and experts by name.
+    """Pair the tensors of base and experts by name. Reads headers, integer tensors, and tables that may be tied.
 
     Arguments:
         base: the pretrained model, or None.
@@ -35,17 +53,20 @@ def align(
         kept: pattern -> why the tensors of the base that it matches stay as they are, whatever else is asked.
 
     Raises:
-        MismatchError: a tensor is missing, extra or of another shape; all such tensors are listed.
+        CheckpointError: inputs are quantised; all are named.
+        MismatchError: a tensor is missing, extra, of another shape, or of integers that differ; it says how many, and
+            whether the inputs are of different architectures.
         RecipeError: a pattern matches nothing, or patterns contradict each other.
     """
     select = select or Select()
     if not experts:
         raise RecipeError("models: no expert is given. A merge needs at least one.")
+    refuse_quantised([*([base] if base else []), *experts.values()])
     root = base or next(iter(experts.values()))
-    root_names = {n: n for n in root.tensors if n not in root.aliases}
-    base_member = Member(base, root_names, _aliases(base)) if base else None
-    members = {task: _member(source, set(root_names)) for task, source in experts.items()}
-    aligner = _Aligner(base_member, members, root, select, task_heads, kept or {})
+    shapes = {n: i.shape for n, i in root.tensors.items() if n not in root.aliases}
+    base_member = Member(base, {n: n for n in shapes}, _aliases(base)) if base else None
+    members = {task: _member(source, shapes) for task, source in experts.items()}
+    aligner = _Aligner(base_member, members, select, task_heads, kept or {})
     aligner.run()
     missed = unmatched(select, [*aligner.seen])
     if missed:
@@ -63,53 +84,46 @@ def _aliases(source: Source) -> dict[str, str]:
     return {name: f"tied to {first}" for name, first in source.aliases.items()}
 
 
-def _member(source: Source, root: set[str]) -> Member:
-    """Name the tensors of a checkpoint as the base does.
-
-    A base saved as a bare encoder has `encoder.…` where its experts have `bert.encoder.…`; the prefix that
-    pairs the most names is taken, none if that is as good.
-    """
-    aliases = _named_as(source.aliases, root)
-    stored = [n for n in source.tensors if n not in aliases]
-    firsts = sorted({n.split(".", 1)[0] + "." for n in stored})
-    root_firsts = sorted({n.split(".", 1)[0] + "." for n in root})
-
-    def renamed(add: str, strip: str) -> dict[str, str]:
-        return {(n[len(strip):] if strip and n.startswith(strip) else add + n): n for n in stored}  # fmt: skip
-
-    candidates = [("", "")] + [("", p) for p in firsts] + [(p, "") for p in root_firsts]
-    add, strip = max(candidates, key=lambda c: len(root & renamed(*c).keys()))
-    names = renamed(add, strip)
-    if add:  # names the base lacks were never inside its backbone: leave a head's name alone
-        names = {(n if n in root else n[len(add):]): s for n, s in names.items()}  # fmt: skip
-    dropped = {name: f"tied to {first}" for name, first in aliases.items()}
-    dropped |= {n: "another tensor has its name in the base" for n in stored if n not in set(names.values())}
-    return Member(source, names, dropped, strip or _backbone(source, [s for n, s in names.items() if n in root]))
+def _member(source: Source, root: Shapes) -> Member:
+    """A checkpoint with its tensors named as in the base. Of the names of one tensor the base's is the real one."""
+    naming = named_as({n: i.shape for n, i in source.tensors.items()}, root, source.label)
+    groups: dict[str, list[str]] = {}
+    for name in source.tensors:
+        groups.setdefault(source.aliases.get(name, name), []).append(name)
+    names: dict[str, str] = {}
+    dropped: dict[str, str] = {}
+    spare: dict[str, str] = {}
+    for first, group in groups.items():
+        real = next((name for name in [first, *group] if naming.names[name] in root), first)
+        names[naming.names[real]] = real
+        dropped |= {name: f"tied to {real}" for name in group if name != real}
+        spare |= {naming.names[name]: name for name in group if name != real}
+    return Member(source, names, dropped, _backbone(source, naming, root), spare)
 
 
-def _named_as(aliases: Mapping[str, str], root: set[str]) -> dict[str, str]:
-    """`aliases`, turned so that of the names of one tensor the one that the root uses is the real one."""
-    turned = dict(aliases)
-    for alias, first in aliases.items():
-        if alias in root and first not in root:
-            turned = {n: alias for n, f in aliases.items() if f == first and n != alias} | {
-                n: f for n, f in turned.items() if f != first
-            }
-            turned[first] = alias
-    return turned
+def _backbone(source: Source, naming: Naming, root: Shapes) -> str:
+    """What a checkpoint's own names start with inside its backbone (`bert.`), or nothing when there is no such part."""
+    prefix = naming.prefix
+    inner = {n[len(prefix):]: info.numel for n, info in source.tensors.items() if n.startswith(prefix)}  # fmt: skip
+    if prefix and len(inner) < len(source.tensors):
+        return prefix
+    part = _main_part(inner, {n[len(prefix):] for n, to in naming.names.items() if to in root})  # fmt: skip
+    if part or not any(is_head_name(name) for name in inner):
+        return prefix + part
+    return ""
 
 
-def _backbone(source: Source, shared: list[str]) -> str:
-    """The first part of most shared parameters' names (`bert.`), or nothing when there is no such part."""
-    sizes: Counter[str] = Counter()
+def _main_part(sizes: Mapping[str, int], shared: set[str]) -> str:
+    """The first part of most shared parameters' names, if all outside of it is heads or not shared."""
+    firsts: Counter[str] = Counter()
     for name in shared:
-        sizes[name.split(".", 1)[0] + "."] += source.tensors[name].numel
-    if not sizes:
+        firsts[name.split(".", 1)[0] + "."] += sizes[name]
+    if not firsts:
         return ""
-    prefix, size = sizes.most_common(1)[0]
-    outside = [n for n in source.tensors if not n.startswith(prefix)]
-    is_backbone = size > 0.5 * sum(sizes.values()) and all(is_head_name(n) or n not in shared for n in outside)
-    return prefix if is_backbone else ""
+    prefix, size = firsts.most_common(1)[0]
+    outside = [n for n in sizes if not n.startswith(prefix)]
+    is_main = size > 0.5 * sum(firsts.values()) and all(is_head_name(n) or n not in shared for n in outside)
+    return prefix if is_main else ""
 
 
 class _Aligner:
@@ -119,17 +133,16 @@ class _Aligner:
         self,
         base: Member | None,
         experts: dict[str, Member],
-        root: Source,
         select: Select,
         task_heads: bool,
         kept: Mapping[str, str],
     ) -> None:
-        self.base, self.experts, self.root, self.select, self.task_heads = base, experts, root, select, task_heads
-        self.kept = kept
+        self.base, self.experts, self.select, self.task_heads, self.kept = base, experts, select, task_heads, kept
+        self.root = base or next(iter(experts.values()))
         self.tensors: dict[str, TensorInfo] = {}
         self.forced: dict[str, Choice] = {}
         self.heads: dict[str, list[str]] = {task: [] for task in experts}
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.seen: dict[str, None] = {}
 
     def run(self) -> None:
@@ -137,15 +150,16 @@ class _Aligner:
         for name in self.seen:
             self._place(name)
         if self.problems:
-            heading = f"{len(self.problems)} tensor(s) cannot be merged:"
-            remedy = "Every expert must be fine-tuned from the base. To leave a tensor out, name it in the recipe under select: keep (the base's) or head (each task's)."
-            raise MismatchError(itemise(heading, self.problems, remedy))
+            others = other_kinds(self.root.source, [m.source for m in self.experts.values()], self._root_label())
+            raise MismatchError(mismatch(self.problems, others, self.task_heads))
 
     def _place(self, name: str) -> None:
         holders = {task: m for task, m in self.experts.items() if name in m.names}
-        told = next((why for pattern, why in self.kept.items() if fnmatchcase(name, pattern)), None)
-        if told and self.base and name in self.base.names:
-            self._keep(name, told)
+        reason = next((why for pattern, why in self.kept.items() if fnmatchcase(name, pattern)), None)
+        if reason and self.base and name in self.base.names:
+            self._keep(name, reason)
+        elif why := self._computed(name):
+            self._leave(name, why)
         elif self._is_head(name, holders):
             for task in holders:
                 self.heads[task].append(name)
@@ -161,14 +175,31 @@ class _Aligner:
     def _members(self) -> list[Member]:
         return [*([self.base] if self.base else []), *self.experts.values()]
 
-    def _asked(self, name: str, action: str) -> bool:
-        patterns = [p for a, p in self.select.patterns() if a == action]
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
+    def _holders(self, name: str) -> list[Member]:
+        return [member for member in self._members() if name in member.names]
+
+    def _picked(self, name: str, *actions: str) -> bool:
+        """Whether the recipe names a tensor for one of these actions."""
+        return any(action in actions and fnmatchcase(name, pattern) for action, pattern in self.select.patterns())
+
+    def _computed(self, name: str) -> str | None:
+        """Why nothing was learned in a tensor, unless the recipe says what happens to it."""
+        if self._picked(name, "head", "decompose", "scale"):
+            return None
+        return computed(self._holders(name)[0].info(name))
+
+    def _leave(self, name: str, why: str) -> None:
+        """Keep what is not learned from the base; where the base lacks it nobody needs it."""
+        differing = self._differing(name, True) if why.startswith("computed") and name in self.root.names else []
+        if differing and not self._picked(name, "keep"):
+            self._differ(name, differing)
+        else:
+            self._keep(name, why)
 
     def _is_head(self, name: str, holders: Mapping[str, Member]) -> bool:
-        if self._asked(name, "head"):
+        if self._picked(name, "head"):
             return True
-        if not self.task_heads or not holders or self._asked(name, "keep"):
+        if not self.task_heads or not holders or self._picked(name, "keep"):
             return False
         if any(m.backbone and m.names[name].startswith(m.backbone) for m in holders.values()):
             return False
@@ -179,46 +210,65 @@ class _Aligner:
 
     def _shapes(self, name: str) -> dict[tuple[int, ...], str]:
         """Shape -> the first file that has it."""
-        members = self._members()
         shapes: dict[tuple[int, ...], str] = {}
-        for info in (m.info(name) for m in members if name in m.names):
+        for info in (m.info(name) for m in self._holders(name)):
             shapes.setdefault(info.shape, info.file)
         return shapes
 
     def _keep(self, name: str, reason: str) -> None:
-        holder = self.base or next(m for m in self.experts.values() if name in m.names)
-        info = holder.info(name)
+        """Keep a tensor of the base, or of the first expert where there is none; drop what these lack."""
+        if name not in self.root.names:
+            for member in self._holders(name):
+                member.dropped[member.names[name]] = f"{reason}; {self._root_label()} lacks it"
+            return
+        info = self.root.info(name)
         self.tensors[name] = TensorInfo(name, info.shape, info.dtype, info.file)
         self.forced[name] = Choice("keep", reason)
 
+    def _root_label(self) -> str:
+        return "the base" if self.base else self.root.source.label
+
     def _extra(self, name: str, holders: Mapping[str, Member]) -> None:
+        lost = []
         for task, member in holders.items():
-            info = member.info(name)
-            tied = None if not info.dtype.is_floating_point else tied_to(member.source, info.name)
-            if not info.dtype.is_floating_point:
-                member.dropped[info.name] = f"{str(info.dtype).removeprefix('torch.')} buffer that the base lacks"
-            elif tied:
-                member.dropped[info.name] = f"tied to {tied}"
-            elif self._asked(name, "keep"):
-                member.dropped[info.name] = "kept from the base, which lacks it"
+            stored, tied = member.names[name], self._tied(member, name, self.root.names)
+            if tied:
+                member.dropped[stored] = f"tied to {tied}"
+            elif self._picked(name, "keep"):
+                member.dropped[stored] = "kept from the base, which lacks it"
             else:
-                self.problems.append(f"{name}: {info.shape} in expert '{task}' ({info.file}), missing from the base")
+                lost.append(f"{member.info(name).shape} in expert '{task}' ({member.info(name).file})")
+        if lost:
+            self.problems.append(Problem("extra", name, f"{', '.join(lost)}, missing from the base"))
 
     def _missing(self, name: str, holders: Mapping[str, Member]) -> None:
-        info = (self.base or next(iter(holders.values()))).info(name)
-        if self._asked(name, "keep"):
+        having = self._holders(name)
+        everywhere = {n for n in self.root.names if all(n in m.names for m in self.experts.values())}
+        lacking = {t: m for t, m in self.experts.items() if t not in holders}
+        if self._picked(name, "keep"):
             self._keep(name, "recipe")
-        elif not info.dtype.is_floating_point:
-            self._keep(name, f"{str(info.dtype).removeprefix('torch.')} buffer")
-        elif self.base and not holders and self.task_heads and self._base_only(name):
+        elif self.base and not holders and (self._in_module(name) or (self.task_heads and self._base_only(name))):
             self._keep(name, "in the base only: no expert has it")
-        elif all(tied_to(m.source, m.names[name]) for m in self._members() if name in m.names):
-            for member in (m for m in self._members() if name in m.names):
-                stored = member.names[name]
-                member.dropped[stored] = f"tied to {tied_to(member.source, stored)}"
+        elif all(self._tied(member, name, everywhere) for member in having):
+            for member in having:
+                member.dropped[member.names[name]] = f"tied to {self._tied(member, name, everywhere)}"
+        elif all(name in member.spare for member in lacking.values()):
+            for member in lacking.values():  # tied there, and two tensors in other inputs
+                member.names[name] = member.spare[name]
+                del member.dropped[member.spare[name]]
+            self._shared(name)
         else:
-            lost = [f"expert '{t}' ({m.source.label})" for t, m in self.experts.items() if t not in holders]
-            self.problems.append(f"{name}: {info.shape} in {info.file}, missing from {', '.join(lost)}")
+            info = having[0].info(name)
+            lost = [f"expert '{task}' ({member.source.label})" for task, member in lacking.items()]
+            self.problems.append(
+                Problem("missing", name, f"{info.shape} in {info.file}, missing from {', '.join(lost)}")
+            )
+
+    def _in_module(self, name: str) -> bool:
+        """Whether a tensor is of a sentence encoder's further module, while no expert was saved with any."""
+        assert self.base
+        paths = tuple(f"{module.path}/" for module in self.base.source.modules)
+        return bool(paths) and name.startswith(paths) and not any(m.source.modules for m in self.experts.values())
 
     def _base_only(self, name: str) -> bool:
         """A pooler or a pre-training head: parts that fine-tuning a classifier commonly leaves out."""
@@ -231,24 +281,63 @@ class _Aligner:
         )
 
     def _shared(self, name: str) -> None:
-        shapes = self._shapes(name)
-        info = (self.base or next(iter(self.experts.values()))).info(name)
-        kinds = {m.info(name).dtype.is_floating_point for m in self.experts.values()} | {info.dtype.is_floating_point}
-        if self._asked(name, "keep"):
+        shapes, info = self._shapes(name), self.root.info(name)
+        kinds = {m.info(name).dtype.is_floating_point for m in self._holders(name)}
+        if self._picked(name, "keep"):
             self._keep(name, "recipe")
         elif len(shapes) > 1:
             listed = ", ".join(f"{shape} in {file}" for shape, file in shapes.items())
-            self.problems.append(f"{name}: {listed}")
+            self.problems.append(Problem("shape", name, listed))
         elif len(kinds) > 1:
-            self.problems.append(f"{name}: float in some inputs and integer in others")
+            self.problems.append(Problem("dtype", name, "float in some inputs and integer in others"))
+        elif kinds == {False} and (differing := self._differing(name)):
+            self._differ(name, differing)
         else:
             self.tensors[name] = TensorInfo(name, info.shape, info.dtype, info.file)
 
+    def _differ(self, name: str, tasks: Sequence[str]) -> None:
+        where = ", ".join(f"expert '{task}' ({self.experts[task].info(name).file})" for task in tasks)
+        dtype = str(self.root.info(name).dtype).removeprefix("torch.")
+        first = self.root.info(name).file
+        self.problems.append(Problem("integer", name, f"{dtype}, of other values in {where} than in {first}"))
 
-def tied_to(source: Source, name: str) -> str | None:
-    """The other tensor of `source` with the same shape and the same values, if any: a tied weight stored twice."""
-    info = source.tensors[name]
-    if len(info.shape) < 2:
-        return None
-    twins = [n for n, i in source.tensors.items() if n != name and i.shape == info.shape and i.dtype == info.dtype]
-    return next((twin for twin in twins if torch.equal(source.read(twin), source.read(name))), None)
+    def _differing(self, name: str, corner: bool = False) -> list[str]:
+        """The experts whose integers are others than the base's; `corner`: in what both have, whatever their lengths."""
+        members = self._holders(name)
+        if is_mask(self.root.info(name)) or any(m.info(name).dtype.is_floating_point for m in members):
+            return []
+        first = self.root.source.read(self.root.names[name])
+        others = {t: m for t, m in self.experts.items() if name in m.names and m is not self.root}
+        return [t for t, m in others.items() if not _equal(first, m.source.read(m.names[name]), corner)]
+
+    def _tied(self, member: Member, name: str, anchors: Mapping[str, str] | set[str]) -> str | None:
+        """The tensor of `anchors` that a member has under this name too: a tied weight, stored twice.
+
+        What is tied is an embedding table and a layer of output, or the biases of one: others are equal by chance.
+        """
+        info = member.info(name)
+        if not info.dtype.is_floating_point:
+            return None
+        twins = [n for n in member.names if n != name and n in anchors and _may_be_tied(info, name, member.info(n), n)]
+        if not twins:
+            return None
+        tensor = member.source.read(info.name)
+        if tensor.dim() > 1 and bool((tensor == tensor.flatten()[0]).all()):
+            return None
+        return next((n for n in twins if torch.equal(member.source.read(member.names[n]), tensor)), None)
+
+
+def _may_be_tied(info: TensorInfo, name: str, other: TensorInfo, twin: str) -> bool:
+    if info.shape != other.shape or info.dtype != other.dtype:
+        return False
+    if len(info.shape) == 1:  # lm_head.bias and lm_head.decoder.bias
+        short, long = sorted((name, twin), key=len)
+        return long.endswith("decoder.bias") and long.removesuffix("decoder.bias") + "bias" == short
+    return len(info.shape) > 1 and any(is_embedding(n) or n.startswith("lm_head.") for n in (name, twin))
+
+
+def _equal(one: Tensor, other: Tensor, corner: bool) -> bool:
+    if corner and one.dim() == other.dim():
+        common = tuple(slice(min(sides)) for sides in zip(one.shape, other.shape, strict=True))
+        one, other = one[common], other[common]
+    return one.shape == other.shape and bool((one.long() == other.long()).all())

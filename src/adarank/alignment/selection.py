@@ -2,7 +2,7 @@
 
     decompose   a matrix whose task vectors go through the SVD (methods without spectra just see a matrix)
     scale       merged by λ·delta: biases, norms, positional tables, kernels
-    keep        kept from the base: integer buffers, embeddings of text models, what no expert has
+    keep        kept from the base: buffers that a model computes, embeddings of text models, what no expert has
     head        belongs to a task and is kept per task
 
 The default is read off the tensor's name, shape and dtype; a recipe overrides it with patterns
@@ -11,11 +11,13 @@ The default is read off the tensor's name, shape and dtype; a recipe overrides i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import torch
 from pydantic import field_validator
 
 from adarank.errors import RecipeError, itemise
@@ -27,6 +29,17 @@ Action = Literal["decompose", "scale", "keep", "head"]
 _EMBEDDING = ("embed", "wte", "wpe", "shared.weight")
 _TABLE = "position_bias_table"  # of Swin and its kin: two-dimensional, but a list of biases
 _HEADS = ("classifier", "pre_classifier", "score", "head", "heads", "lm_head", "logits_proj", "classification_head")
+
+
+# Buffers that the architectures of `transformers` (and timm's Swin) compute themselves. Older releases saved them, newer
+# ones do not, so that files of different age have them or not; what a file holds is not what the model uses.
+_COMPUTED = re.compile(
+    r"(^|\.)((original_)?inv_freq|inv_timescales|(cos|sin)_cached|rope\.freqs|freqs_(cis?|cos|sin)"  # rotary positions
+    r"|masked_bias|(self_)?mask_value_float(16|32)|causal_mask|attn_mask|alibi|slopes"
+    r"|attn\.embed_positions|embed_positions\.(weights|_float_tensor)"  # of sines
+    r"|(position|token_type|buffered_token_type)_ids|relative_position_index|relative_coords_table|attention_bias_idxs)$"
+)
+_COUNTER = "num_batches_tracked"  # of batch norms: state of training, without effect on what a network computes
 
 
 class Select(Settings):
@@ -115,14 +128,36 @@ def _asked(info: TensorInfo, action: Action, pattern: str) -> Choice:
 def _default(info: TensorInfo, keep_embeddings: bool) -> Choice:
     if not info.dtype.is_floating_point:
         return Choice("keep", f"{str(info.dtype).removeprefix('torch.')} buffer")
-    embedding = any(part in info.name.lower() for part in _EMBEDDING)
     if len(info.shape) != 2 or min(info.shape) < 2:
         return Choice("scale", f"{len(info.shape)}-D tensor")
     if info.name.endswith(_TABLE):
         return Choice("scale", "positional table")
-    if embedding:
+    if is_embedding(info.name):
         return Choice("keep", "embedding table") if keep_embeddings else Choice("scale", "embedding table")
     return Choice("decompose", "matrix")
+
+
+def computed(info: TensorInfo) -> str | None:
+    """Why a tensor is nothing that was learned, so that inputs may differ in it or lack it; None for all others.
+
+    Buffers that the model computes are known by name (positions, rotary frequencies) or are causal masks called `bias`.
+    """
+    if _COMPUTED.search(info.name) or is_mask(info):
+        return "computed by the model"
+    return "a counter of training" if info.name.rsplit(".", 1)[-1] == _COUNTER else None
+
+
+def is_mask(info: TensorInfo) -> bool:
+    """True for causal masks that GPT-2, GPT-Neo, GPT-J and their kin store as the `bias` of an attention."""
+    if info.name.rsplit(".", 1)[-1] != "bias":
+        return False
+    square = len(info.shape) >= 2 and info.shape[-1] == info.shape[-2]
+    return square and (info.dtype in (torch.bool, torch.uint8) or (len(info.shape) == 4 and info.shape[:2] == (1, 1)))
+
+
+def is_embedding(name: str) -> bool:
+    """True if a tensor is called as embedding tables are."""
+    return any(part in name.lower() for part in _EMBEDDING)
 
 
 def is_head_name(name: str) -> bool:

@@ -2,8 +2,7 @@
 
     τ_t = W_t - origin        origin: the base, the mean of the experts, or zero
 
-`align` pairs tensors by name, never by position, accounts for every key of every input and raises one
-error that lists all that does not fit. A `Network` then reads one tensor at a time.
+A `Network` of checkpoints that are aligned (`alignment/align.py`) reads one tensor at a time.
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ class Member:
         names: name in the base -> name in this checkpoint.
         dropped: name in this checkpoint -> why it is not used.
         backbone: what the checkpoint's own names start with inside the backbone, such as `bert.`.
+        spare: name in the base -> further name of a tensor in this checkpoint, where several share its memory.
     """
 
     source: Source
-    names: Mapping[str, str]
+    names: dict[str, str]
     dropped: dict[str, str] = field(default_factory=dict)
     backbone: str = ""
+    spare: Mapping[str, str] = field(default_factory=dict)
 
     def info(self, name: str) -> TensorInfo:
         return self.source.tensors[self.names[name]]

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank.cli.threads import wait_passively
-from adarank.errors import AdaRankError, Interrupted
+from adarank.errors import AdaRankError, Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from adarank.workflow.scores import Table
 
+BUG = 70  # sysexits.h: an internal software error
+_MOST_THREADS = 1024
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 our own error, 2 wrong usage, 130 interrupted."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0 done, 1 an error in what was given or in the system, told in a sentence, 2 wrong usage, 70 a bug
+        of adarank's own, 130 interrupted.
+    """
+    _print_anything()
     options = parser().parse_args(arguments)
     wait_passively()
     signal.signal(signal.SIGTERM, _terminate)  # so that a termination cleans up as Ctrl-C does
@@ -36,7 +48,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("adarank: interrupted; no output was left behind.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, MemoryError) as error:  # of the system: no file at fault that a reader knew of
+        print(f"adarank: {_of_the_system(error)}", file=sys.stderr)
+        return 1
+    except Exception as error:  # the last resort: nobody planned for it, so it is ours to mend
+        traceback.print_exc()
+        print(
+            f"adarank: a bug in adarank ({type(error).__name__}), not in what you gave it. No output was left behind. "
+            "Please report the lines above, the command and the versions of adarank and torch.",
+            file=sys.stderr,
+        )
+        return BUG
     return 0
+
+
+def _of_the_system(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "there is not enough memory. Close other programs, or merge smaller models."
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}the system refuses ({error.strerror or error}). Check the path, its permissions and the free space."
+
+
+def _print_anything() -> None:
+    """Text that the terminal's encoding lacks, or that is no text (names of files may be so), is printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -120,10 +160,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _threads(count: int | None) -> None:
-    if count:
-        import torch
+    if count is None:
+        return
+    if not 1 <= count <= _MOST_THREADS:
+        raise RecipeError(
+            f"--threads {count}: a number from 1 to {_MOST_THREADS} is needed. Leave it out for PyTorch's choice."
+        )
+    import torch
 
-        torch.set_num_threads(count)
+    torch.set_num_threads(count)
 
 
 def _print_json(content: Any) -> None:
@@ -157,32 +202,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import show
-    from adarank.errors import DataError
-    from adarank.methods import Informed
-    from adarank.recipe.job import open_job
-    from adarank.recipe.plan import describe
-    from adarank.recipe.reader import load_recipe
-    from adarank.workflow.calibrate import sampled
-    from adarank.workflow.load_tasks import check_tasks
+    from adarank.workflow.plan import plan
 
-    job = open_job(load_recipe(options.recipe))
-    described = describe(job)
-    if job.recipe.needs_data:
-        tasks = check_tasks(job)
-        described["splits"] = {
-            task: {split: len(own) for split, own in rows.splits.rows.items()} for task, rows in tasks.items()
-        }
-        if isinstance(job.method, Informed):
-            rows = sampled(job.method, tasks)
-            described["statistics"] = {
-                "inputs": {task: len(own) for task, own in rows.items()},
-                "labels_read": job.method.reads_labels,
-            }
-    elif any(entry.task and entry.task.data for entry in job.recipe.experts.values()):
-        try:  # merging reads none of it, but evaluation will
-            check_tasks(job)
-        except DataError as error:
-            described["notes"].append(f"The merge goes without the tasks' data, but `evaluate` will not: {error}")
+    described = plan(options.recipe)
     if options.json:
         _print_json(described)
     else:
@@ -190,52 +212,26 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from adarank.cli import console as words
     from adarank.cli import show
     from adarank.cli.progress import Adapting
-    from adarank.recipe.reader import load_recipe
-    from adarank.workflow import merge as pipeline
+    from adarank.workflow.merge import merge
 
     progress = Adapting()
     try:
-        record = pipeline.merge(
-            load_recipe(options.recipe),
-            options.out,
-            options.force,
-            show.note,
-            progress,
-        )
+        record = merge(options.recipe, options.out, options.force, show.note, progress)
     finally:
         progress.close()
     if options.json:
         _print_json(record)
-        return
-    if "adaptation" in record:
-        show.adapted(record["adaptation"])
-    if "training" in record:
-        show.trained(record["training"])
-    if "statistics" in record:
-        show.informed(record["statistics"])
-    for kind in ("adaptation", "training", "statistics"):
-        for line in record.get(kind, {}).get("notes", ()):
-            words.out.print(line, style="dim")
-    show.remarks(record["plan"], record["kept_though_changed"])
-    written = f" written in {words.clock(record['seconds'])}"
-    if "bundle" in record:
-        show.say(options.out, f"{written}: {show.bundle_size(record['bundle'])}")
-        words.out.print(show.task_aware(record["plan"]["merge_method"]))
     else:
-        show.say(options.out, f"{written}, {words.size(record['plan']['output_bytes'])}")
-    if record["plan"]["kind"]:  # of tasks: there is something to score
-        words.out.print(f"next: adarank evaluate {options.recipe} {options.out}", style="dim")
+        show.merged(record, options.recipe, options.out)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from adarank.cli import show
-    from adarank.recipe.reader import load_recipe
-    from adarank.workflow import evaluate as scoring
+    from adarank.workflow.evaluate import evaluate
 
-    table = scoring.evaluate(load_recipe(options.recipe), options.outputs, options.split, show.note)
+    table = evaluate(options.recipe, options.outputs, options.split, show.note)
     if options.json:
         _print_scores(table)
     else:
@@ -265,7 +261,9 @@ def _search(options: argparse.Namespace) -> None:
 
 def _print_scores(table: Table) -> None:
     means = {row: {"mean": table.mean(row), "normalised": table.normalised(row)} for row in table.rows}
-    _print_json({**dataclasses.asdict(table), "summary": means})
+    content = dataclasses.asdict(table)
+    bundles = content.pop("bundles")
+    _print_json({**content, "task_aware": bundles, "summary": means})
 
 
 def _extract(options: argparse.Namespace) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table as Grid
 from rich.text import Text
 
 from adarank.cli.console import clock, err, out, recent, size
 from adarank.io.bundle import About
-from adarank.modular import MODULAR
 from adarank.recipe.catalogue import Entry
-from adarank.recipe.papers import SETTINGS, PaperRow
+from adarank.recipe.registry import METHODS
 from adarank.workflow.inspect import LayerRow, TensorRow
 from adarank.workflow.scores import Table
 from adarank.workflow.search import Point
 
-TASK_AWARE = "Task-aware: each task has weights of its own, so whoever uses them must know the task of every input."
+if TYPE_CHECKING:
+    from adarank.recipe.papers import PaperRow
 
 
 def note(text: str) -> None:
@@ -47,8 +48,11 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     for names, tasks in _same_heads(described["heads"]).items():
         out.print(f"        head of {tasks}: {', '.join(names)}")
     for member, dropped in described["dropped"].items():
-        for name, reason in dropped.items():
-            out.print(f"        not used from {member}: {name} ({reason})")
+        for reason in dict.fromkeys(dropped.values()):
+            unused = [name for name, why in dropped.items() if why == reason]
+            few = unused if len(unused) <= 3 else [f"{unused[0]} and {len(unused) - 1} more"]
+            for name in few:
+                out.print(f"        not used from {member}: {name} ({reason})")
     for task, splits in described.get("splits", {}).items():
         out.print(f"        inputs of {task}: " + ", ".join(f"{count} to {split}" for split, count in splits.items()))
     if "statistics" in described:
@@ -62,7 +66,7 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
             grid.add_row(name, "×".join(map(str, row["shape"])), row["dtype"], row["action"], row["reason"])
         out.print(grid)
     if described["task_aware"]:
-        out.print(f"  {task_aware(described['merge_method'])}")
+        out.print(f"  {METHODS[described['merge_method']].in_use}")
         out.print(
             f"  {len(described['tasks'])} whole experts would take {size(described['experts_bytes'])}, heads apart"
         )
@@ -70,8 +74,35 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     out.print(f"  output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}")
 
 
-def remarks(described: Mapping[str, Any], changed: Mapping[str, float] | None = None) -> None:
-    """What a user may not expect: of the recipe, and of what was kept from the base though experts changed it."""
+def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
+    """What a merge came to, and what comes next."""
+    for block, shown in _OF_BLOCK.items():
+        if block in record:
+            shown(record[block])
+    for block in _OF_BLOCK:
+        for line in record.get(block, {}).get("notes", ()):
+            out.print(line, style="dim")
+    remarks(record["plan"], record["kept_though_changed"], record["kept_though_of_other_shape"])
+    written = f" written in {clock(record['seconds'])}"
+    if "bundle" in record:
+        say(folder, f"{written}: {bundle_size(record['bundle'])}")
+        out.print(METHODS[record["plan"]["merge_method"]].in_use)
+    else:
+        say(folder, f"{written}, {size(record['plan']['output_bytes'])}")
+    if record["plan"]["kind"]:  # of tasks: there is something to score
+        out.print(f"next: adarank evaluate {recipe} {folder}", style="dim")
+
+
+def remarks(
+    described: Mapping[str, Any],
+    changed: Mapping[str, float] | None = None,
+    reshaped: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+) -> None:
+    """What a user may not expect: of the recipe, and of what was kept from the base though experts changed it.
+
+    Arguments:
+        changed: tensor -> by how much; `reshaped`: tensor -> expert -> the shape that it has there.
+    """
     for text in described["notes"]:
         say("note:", f" {text}", "bold yellow")
     far = {name: share for name, share in (changed or {}).items() if share > 0.01}
@@ -85,10 +116,10 @@ def remarks(described: Mapping[str, Any], changed: Mapping[str, float] | None = 
             "bold yellow",
         )
 
-
-def task_aware(kind: str) -> str:
-    """What whoever uses a bundle of some kind must know of every input."""
-    return f"In use it must know {MODULAR[kind].knows}." if kind in MODULAR else TASK_AWARE
+    if reshaped:
+        listed = [f"{name} ({', '.join(f'{tuple(own)} in {task}' for task, own in of.items())})" for name, of in reshaped.items()]  # fmt: skip
+        more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+        say("note:", f" kept from the base where experts have another shape: {', '.join(listed[:3])}{more}.", "bold yellow")  # fmt: skip
 
 
 def bundle_size(sizes: Mapping[str, Any]) -> str:
@@ -103,7 +134,7 @@ def bundle_size(sizes: Mapping[str, Any]) -> str:
 def bundle(about: About, sizes: Mapping[str, Any]) -> None:
     """What a bundle is, and the size of each of its parts."""
     say(about.kind, f" bundle: {bundle_size(sizes)}")
-    out.print(task_aware(about.kind))
+    out.print(METHODS[about.kind].in_use)
     grid = Grid(box=None, header_style="bold", pad_edge=False)
     grid.add_column("weights")
     grid.add_column("size", justify="right")
@@ -137,14 +168,14 @@ def scores(table: Table) -> None:
     for row, values in table.rows.items():
         normal = table.normalised(row)
         grid.add_row(
-            f"{row} (task-aware)" if row in table.task_aware else row,
+            f"{row} (task-aware)" if row in table.bundles else row,
             f"{table.mean(row):.1f}",
             f"{normal:.1f}" if normal is not None else "",
             *(f"{values[t]:.1f}" for t in tasks),
         )
     grid.add_row("inputs", "", "", *(str(table.counts[t]) for t in tasks), style="dim")
     out.print(grid)
-    for text in dict.fromkeys(task_aware(kind) for kind in table.task_aware.values()):
+    for text in dict.fromkeys(METHODS[kind].in_use for kind in table.bundles.values()):
         out.print(text)
 
 
@@ -214,6 +245,8 @@ def methods(entries: Mapping[str, Entry]) -> None:
 
 def papers(rows: Sequence[PaperRow]) -> None:
     """The papers' rows, each with its recipe and the papers' figures."""
+    from adarank.recipe.papers import SETTINGS  # the tables of the papers are made when it is imported
+
     grid = Grid("row", "recipe", box=None, header_style="bold", pad_edge=False)
     for title in SETTINGS.values():
         grid.add_column(title, justify="right", min_width=8)
@@ -308,3 +341,7 @@ def _measured(found: Mapping[str, Any]) -> str:
     number = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     labels = "their labels are read" if found["labels_read"] else "no label is read"
     return f"statistics of {number} adapt inputs per task, {labels}"
+
+
+_OF_BLOCK = {"adaptation": adapted, "training": trained, "statistics": informed}
+"""Block of a record -> what shows it."""

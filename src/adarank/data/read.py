@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
+import lzma
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,27 @@ import numpy as np
 
 from adarank.data.spec import HubData
 from adarank.errors import DataError
+from adarank.io.hub import local_path
+from adarank.io.parsing import parse_json, repetition
 
 Table = dict[str, Sequence[Any]]
 """Column name -> values, all of one length."""
 
+# What the readers of tables, arrays and archives raise on bytes that they did not expect.
+UNREADABLE = (
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    MemoryError,
+    csv.Error,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 
@@ -53,33 +71,37 @@ def _anchored(value: Any, folder: Path) -> Any:
     """A relative path counted from `folder`, alone or as `datasets` stores it; anything else as it is."""
     if isinstance(value, str):
         return str(folder / value)
-    if isinstance(value, Mapping) and not value.get("bytes") and value.get("path"):
+    if isinstance(value, Mapping) and not value.get("bytes") and isinstance(value.get("path"), str):
         return {**value, "path": str(folder / value["path"])}
     return value
 
 
 def _read_file(source: str, folder: Path) -> tuple[str, Table]:
-    path = Path(source).expanduser()
-    path = path if path.is_absolute() else folder / path
+    path = local_path(source, folder, DataError)
     if not path.exists():
         raise DataError(f"{path}: no such data file. Relative paths count from the recipe's folder.")
-    if path.is_dir():
-        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        return str(path), _read_saved(path) if saved else _image_folder(path)
-    readers = {
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"{path}: neither a file nor a folder. Save the data in a file first.")
+    readers: dict[str, Callable[[Path], Table]] = {
         ".tsv": _read_tsv,
         ".csv": _read_csv,
         ".jsonl": _read_jsonl,
         ".parquet": _read_parquet,
         ".npz": _read_npz,
     }
-    if path.suffix not in readers:
+    reader: Callable[[Path], Table]
+    if path.is_dir():
+        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        reader = _read_saved if saved else _image_folder
+    elif path.suffix in readers:
+        reader = readers[path.suffix]
+    else:
         raise DataError(
             f"{path}: format '{path.suffix}' is not known. Give {', '.join(readers)} or a folder of images, one sub-folder a class."
         )
     try:
-        return str(path), readers[path.suffix](path)
-    except (ValueError, OSError, KeyError, EOFError, csv.Error, zipfile.BadZipFile) as error:
+        return str(path), reader(path)
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error}). Check the file.") from None
 
 
@@ -98,10 +120,17 @@ def _columns(rows: list[list[str]]) -> Table:
     if not rows:
         raise ValueError("the file is empty")
     header, *body = [row for row in rows if row]  # a blank line is no row
+    _refuse_twice(header)
     for number, row in enumerate(body, start=2):
         if len(row) != len(header):
             raise ValueError(f"line {number} has {len(row)} fields, the header {len(header)}")
     return {name: [row[i] for row in body] for i, name in enumerate(header)}
+
+
+def _refuse_twice(columns: Sequence[str]) -> None:
+    repeated = repetition(columns)
+    if repeated is not None:
+        raise ValueError(f"the column {columns[repeated]!r} is there twice")
 
 
 def _read_jsonl(path: Path) -> Table:
@@ -110,9 +139,9 @@ def _read_jsonl(path: Path) -> Table:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}: {error.msg}") from None
+            rows += [parse_json(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is no object")
@@ -126,12 +155,14 @@ def _read_jsonl(path: Path) -> Table:
 def _read_parquet(path: Path) -> Table:
     import pyarrow.parquet  # imported on use: only Parquet files need it
 
+    _refuse_twice(pyarrow.parquet.read_schema(path).names)
     table = pyarrow.parquet.read_table(path)
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
 def _read_npz(path: Path) -> Table:
     with np.load(path, allow_pickle=False) as arrays:
+        _refuse_twice(arrays.files)
         table = {name: arrays[name] for name in arrays.files}
     if any(array.ndim == 0 for array in table.values()):
         raise ValueError("an array without rows")
@@ -181,7 +212,10 @@ def _read_hub(source: HubData, folder: Path) -> tuple[str, Table]:
     datasets = _datasets(source.dataset)
     name = str(folder / source.dataset) if (folder / source.dataset).is_dir() else source.dataset
     try:
-        rows = datasets.load_dataset(name, source.config, split=source.split, revision=source.revision)
+        # versions before 4 would ask on the terminal whether to run a dataset's script
+        rows = datasets.load_dataset(
+            name, source.config, split=source.split, revision=source.revision, trust_remote_code=False
+        )
     except Exception as error:  # datasets raises many unrelated classes
         raise DataError(
             f"dataset '{source.dataset}': could not be loaded ({type(error).__name__}: {error}). Check name, config, split and network."

@@ -11,16 +11,14 @@ A part is one stored tensor. Its name in shared.safetensors and own.safetensors 
 `mask:encoder.0.weight`, or `PART:` if it belongs to the whole model. The part `whole` is a tensor as it is: a task
 whose files have `whole:NAME` uses that for NAME. What other parts mean is the kind's business.
 
-Another kind of bundle: give `write_parts` the layouts of its parts and a stream of them (`outputs.write.write_bundle` does the
-rest of the folder), and add a line to `KINDS` of `outputs/bundle.py`, which turns the parts of one task into tensors and,
-where the network needs more than tensors (an adapter, a router), into a module. A kind whose parts come of one tensor's
-task vectors at a time is a `Taskwise` method (`methods/task_aware/base.py`) and needs no line there.
+Another kind of bundle is another method (`method.py`) whose result are `Parts`: it says how a task's parts become tensors
+(`task_tensors`) and, where the network needs more than tensors (an adapter, a router), a module (`dress`). A kind whose
+parts come of one tensor's task vectors at a time is a `Taskwise` method (`methods/task_aware/base.py`), which does both.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,10 @@ from typing import Any
 from torch import Tensor
 
 from adarank.errors import CheckpointError, itemise
-from adarank.io.checkpoint import DTYPES, NAMES, Checkpoint, Source, file_sha256
+from adarank.io.checkpoint import DTYPES, NAMES, Checkpoint, MemorySource, Source, leads_out
+from adarank.io.files import file_sha256
+from adarank.io.hub import local_path
+from adarank.io.parsing import parse_json
 from adarank.io.writer import BUNDLE, RECORD, Layout, TensorFile, layout_bytes, write_json
 from adarank.settings import nearest
 
@@ -102,13 +103,45 @@ class About:
 
     @classmethod
     def parsed(cls, content: Mapping[str, Any]) -> About:
-        """What `plain` gave."""
+        """What `plain` gave. JSON may hold anything: a `ValueError`, `KeyError`, … if it is not that."""
+        _check_types(content)
         names = {task: Names(own["prefix"], dict(own["renamed"])) for task, own in content["tasks"].items()}
         bad = [task for task in names if task in ("", ".", "..") or "/" in task or "\\" in task]
         if bad:
             raise ValueError(f"'{bad[0]}' names no task")
         tensors = {n: (tuple(own["shape"]), DTYPES[own["dtype"]]) for n, own in content["tensors"].items()}
         return cls(content["kind"], dict(content["settings"]), content["models"], tensors, names)
+
+
+def _check_types(content: Mapping[str, Any]) -> None:
+    """Names are text, shapes and sizes are counts; a `ValueError` if not."""
+    renamed = [own["renamed"] for own in content["tasks"].values()]
+    texts = [content["kind"], content["models"] or "", *(own["prefix"] for own in content["tasks"].values())]
+    texts += [name or "" for own in renamed for name in own.values()]
+    sizes, shapes = content["bytes"], [own["shape"] for own in content["tensors"].values()]
+    counts = [sizes["bundle"], sizes["shared"], sizes["experts"], sizes["one"], *sizes["tasks"].values()]
+    counts += [length for shape in shapes for length in shape]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a name that is no text")
+    if not all(isinstance(count, int) and 0 <= count < 2**63 for count in counts):
+        raise ValueError("a size that is no count")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a bundle is made of: layouts, and a stream of the parts, so that none need be held.
+
+    Attributes:
+        kind: who can read them: the name of the method that made them.
+        settings: in force when they were made, as plain data.
+        shared, own, pieces: as for `write_parts`.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    shared: Layout
+    own: Mapping[str, Layout]
+    pieces: Iterator[Piece]
 
 
 def task_folder(folder: Path, task: str) -> Path:
@@ -165,6 +198,7 @@ def finish(folder: Path, about: About) -> dict[str, Any]:
 
 def is_bundle(path: Path) -> bool:
     """True for a bundle's folder."""
+    local_path(path)
     return (path / BUNDLE).is_file()
 
 
@@ -187,6 +221,19 @@ class PartFile:
         return {part: self._source.read(key(part, name)) for part in self._index.get(name, ())}
 
 
+def held_parts(tasks: Iterable[str], pieces: Iterable[Piece]) -> tuple[PartFile, dict[str, PartFile]]:
+    """The shared parts and each task's own, held in memory: as large as the bundle."""
+    held: dict[str | None, dict[str, Tensor]] = {None: {}, **{task: {} for task in tasks}}
+    for owner, name, tensor in pieces:
+        held[owner][name] = tensor.cpu()
+    of_tasks = {
+        task: PartFile(MemorySource(tensors, f"parts of '{task}'"))
+        for task, tensors in held.items()
+        if task is not None
+    }
+    return PartFile(MemorySource(held[None], "shared parts")), of_tasks
+
+
 class BundleFolder:
     """A bundle on disk, by its parts.
 
@@ -203,6 +250,7 @@ class BundleFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        local_path(folder)
         content = _content(self.folder)
         try:
             self.about = About.parsed(content)
@@ -252,6 +300,17 @@ class BundleFolder:
         self._check(list(found.values()))
         return list(found.values())
 
+    def module_files(self) -> list[Path]:
+        """What the modules of a sentence encoder need beside weights, in folders of their own."""
+        found = [self.folder / name for name in self._files if "/" in name and not name.startswith("tasks/")]
+        self._check(found)
+        return found
+
+    def module_paths(self) -> list[str]:
+        """The folders that names of tensors start with, of a sentence encoder's modules."""
+        named = dict.fromkeys(name.rpartition("/")[0] for name in self.about.tensors if "/" in name)
+        return [path for path in named if (self.folder / path).is_dir()]
+
     def check(self) -> None:
         """Compare every file with its SHA-256.
 
@@ -283,7 +342,11 @@ class BundleFolder:
         return None
 
     def _check_lengths(self) -> None:
-        problems = []
+        problems = [
+            f"{BUNDLE} names {name!r}, which is outside of the folder" for name in self._files if leads_out(name)
+        ]
+        if problems:
+            raise CheckpointError(_unusable(self.folder, problems))
         needed = [SHARED, *(f"tasks/{task}/{OWN}" for task in self.about.tasks)]
         problems += [
             f"{self.folder / name}: not in {BUNDLE}'s list of files" for name in needed if name not in self._files
@@ -312,7 +375,7 @@ def _content(folder: Path) -> dict[str, Any]:
             f"{folder}: not a bundle (no {BUNDLE}). Give a folder that adarank merge wrote with a task-aware method."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         found = content["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}). Copy the bundle again.") from None

@@ -7,39 +7,28 @@ tensor into memory. safetensors files (one or sharded) are mapped, so their byte
 
 from __future__ import annotations
 
-import hashlib
-import json
-import pickle
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from adarank.errors import CheckpointError, OutputError, RecipeError, itemise
+from adarank.errors import CheckpointError, OutputError, RecipeError, itemise, reading
+from adarank.io.files import file_sha256, open_safetensors, read_json
+from adarank.io.hub import local_path
+from adarank.io.pickled import LEGACY, check_members, load_pickled, shared_storage
+from adarank.io.quantised import DEQUANTISE, FLOAT8, method_beside, method_in, quantised_file
+from adarank.io.sentence import Module, modules_of
+from adarank.io.side_files import side_files
 
-LEGACY = (".bin", ".pt", ".pth")
-# What PyTorch's weights-only reader raises on bytes that are no pickle of its own.
-DAMAGED = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    struct.error,
-)
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
+_READ = {**DTYPES, **FLOAT8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -73,6 +62,21 @@ class Source(Protocol):
     @property
     def aliases(self) -> Mapping[str, str]: ...
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the architecture, as far as it is known."""
+        ...
+
+    @property
+    def quantisation(self) -> str | None:
+        """The method by which the configuration says that weights are quantised."""
+        ...
+
+    @property
+    def modules(self) -> Sequence[Module]:
+        """What comes after the transformer in a sentence encoder's folder."""
+        ...
+
     def read(self, name: str) -> Tensor:
         """The tensor as stored. It may be a view of a mapped file: never write to it."""
         ...
@@ -85,7 +89,10 @@ class MemorySource:
         self.label = label
         self._state = dict(state)
         self.tensors = {n: TensorInfo(n, tuple(t.shape), t.dtype, label) for n, t in self._state.items()}
-        self.aliases = _shared_storage(self._state)
+        self.aliases = shared_storage(self._state)
+        self.config: Mapping[str, Any] = {}
+        self.quantisation: str | None = None
+        self.modules: Sequence[Module] = ()
 
     def read(self, name: str) -> Tensor:
         return self._state[name].detach()
@@ -98,7 +105,8 @@ class Checkpoint:
         path: a folder in Hugging Face layout, or one weights file.
 
     Attributes:
-        tensors: name -> `TensorInfo` of every stored tensor.
+        tensors: name -> `TensorInfo` of every stored tensor. Those of a sentence encoder's further modules have their
+            folder before their name: `2_Dense/linear.weight`.
         aliases: name -> the name it shares storage with, for tied weights of legacy files.
         config: the folder's `config.json`, or an empty dict.
 
@@ -107,23 +115,51 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, label: str | None = None) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self.label = label or str(path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
-        self.files = _weight_files(self.path)
+        with reading(CheckpointError, self.path):
+            self.files = _weight_files(self.path)
         self.tensors: dict[str, TensorInfo] = {}
         self.aliases: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
+        self._inside: dict[str, str] = {}  # name -> name in its file, where that is another
+        self._unchecked: set[str] = set()  # archives whose tensors' bytes have not been compared with their CRC-32
         for file in self.files:
             self._open(file)
         self._check_index()
-        self.config: dict[str, Any] = _read_json(self.folder / "config.json") if self.path.is_dir() else {}
+        self.config: dict[str, Any] = read_json(self.folder / "config.json") if self.path.is_dir() else {}
+        self.modules: tuple[Module, ...] = modules_of(self.folder, read_json) if self.path.is_dir() else ()
+        for module in self.modules:
+            for file in module.weights:
+                self._open(file, f"{module.path}/")
+                self.files.append(file)
 
     def read(self, name: str) -> Tensor:
         info = self.tensors[name]
-        handle = self._handles[info.file]
-        tensor: Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        self._check_bytes(info.file)
+        handle, inside = self._handles[info.file], self._inside.get(name, name)
+        tensor: Tensor = handle[inside] if isinstance(handle, dict) else handle.get_tensor(inside)
         return tensor
+
+    def check_bytes(self) -> None:
+        """Compare the bytes of the tensors with the checksums that the files have of them; `read` does so by itself.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        for file in list(self._unchecked):
+            self._check_bytes(file)
+
+    def _check_bytes(self, file: str) -> None:
+        if file in self._unchecked:
+            check_members(Path(file), tensors=True)
+            self._unchecked.discard(file)
+
+    @property
+    def quantisation(self) -> str | None:
+        """The method by which the folder's configuration says that weights are quantised."""
+        return method_in(self.config) or (method_beside(self.folder) if self.path.is_dir() else None)
 
     @property
     def companions(self) -> Path:
@@ -144,45 +180,40 @@ class Checkpoint:
         """File name -> SHA-256, for every weights file and the configuration."""
         config = self.folder / "config.json"
         files = [*self.files, *([config] if self.path.is_dir() and config.exists() else [])]
-        return {file.name: file_sha256(file) for file in files}
+        return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in files}
 
     def side_files(self) -> list[Path]:
-        """Configuration, tokenizer and processor files: what a loadable copy of the folder needs beside weights."""
-        if not self.path.is_dir():
-            return []
-        return sorted(f for f in self.folder.iterdir() if f.is_file() and f.suffix in (".json", ".txt", ".model", ".jinja")
-                      and not f.name.endswith(".index.json") and f.name != "adarank.json")  # fmt: skip
+        """What a loadable copy of the folder needs beside weights; of a single file there is nothing."""
+        return side_files(self.path) if self.path.is_dir() else []
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path, prefix: str = "") -> None:
         if file.suffix in LEGACY:
-            self._open_legacy(file)
+            self._open_legacy(file, prefix)
         else:
-            self._open_safetensors(file)
+            self._open_safetensors(file, prefix)
 
-    def _open_safetensors(self, file: Path) -> None:
-        try:
-            handle = safe_open(str(file), framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file}: not a whole safetensors file ({error}). Copy or download it again."
-            ) from None
+    def _open_safetensors(self, file: Path, prefix: str) -> None:
+        handle = open_safetensors(file)
         for name in handle.keys():  # noqa: SIM118 (no iterator)
             view = handle.get_slice(name)
-            if view.get_dtype() not in DTYPES:
-                raise CheckpointError(
-                    f"{file}: tensor '{name}' has dtype {view.get_dtype()}, and adarank reads {', '.join(DTYPES)}. De-quantise the checkpoint first."
-                )
-            self._add(TensorInfo(name, tuple(view.get_shape()), DTYPES[view.get_dtype()], str(file)))
+            if view.get_dtype() not in _READ:
+                raise CheckpointError(_unread(file, name, view.get_dtype()))
+            self._add(prefix, TensorInfo(name, tuple(view.get_shape()), _READ[view.get_dtype()], str(file)))
         self._handles[str(file)] = handle
 
-    def _open_legacy(self, file: Path) -> None:
-        state = _load_legacy(file)
+    def _open_legacy(self, file: Path, prefix: str) -> None:
+        state = load_pickled(file)
         for name, tensor in state.items():
-            self._add(TensorInfo(name, tuple(tensor.shape), tensor.dtype, str(file)))
-        self.aliases.update(_shared_storage(state))
+            _check_plain(tensor, name, file)
+            self._add(prefix, TensorInfo(name, tuple(tensor.shape), tensor.dtype, str(file)))
+        self.aliases.update({prefix + name: prefix + first for name, first in shared_storage(state).items()})
         self._handles[str(file)] = state
+        self._unchecked.add(str(file))
 
-    def _add(self, info: TensorInfo) -> None:
+    def _add(self, prefix: str, info: TensorInfo) -> None:
+        if prefix:
+            self._inside[prefix + info.name] = info.name
+            info = replace(info, name=prefix + info.name)
         if info.name in self.tensors:
             raise CheckpointError(
                 f"{info.file}: tensor '{info.name}' is also in {self.tensors[info.name].file}. Remove the stale file."
@@ -194,23 +225,28 @@ class Checkpoint:
         index = next(iter(sorted(self.folder.glob("*.index.json"))), None) if self.path.is_dir() else None
         if index is None or len(self.files) == 0 or index.name.rsplit(".", 3)[1] not in self.files[0].name:
             return
-        wanted = _read_json(index).get("weight_map", {})
+        wanted = _weight_map(index)
         lost = [f"{n}: not in {f}" for n, f in wanted.items() if n not in self.tensors]
         if lost:
             raise CheckpointError(itemise(f"{index}: {len(lost)} tensor(s) missing from the shards.", lost,
                                           "Download the shards again.", 20))  # fmt: skip
 
 
-def _shared_storage(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> the earlier name whose memory it shares entirely: the tied weights of a state dict."""
-    places: dict[tuple[Any, ...], str] = {}
-    aliases = {}
-    for name, tensor in state.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
-        first = places.setdefault(place, name)
-        if first != name and tensor.numel():
-            aliases[name] = first
-    return aliases
+def check_any(source: Source) -> None:
+    """Refuse a model without a single number: what would be merged is nothing, and no mistake is likelier.
+
+    Raises:
+        CheckpointError: there are no tensors, or all are empty.
+    """
+    if not any(info.numel for info in source.tensors.values()):
+        what = "all its tensors are empty" if source.tensors else "it holds no tensors"
+        raise CheckpointError(f"{source.label}: {what}, so there is nothing to merge. Save the model's state again.")
+
+
+def _unread(file: Path, name: str, dtype: str) -> str:
+    """The sentence about a tensor whose dtype is none that is read."""
+    remedy = "Save it in another dtype." if "complex" in dtype or dtype.startswith("C") else DEQUANTISE
+    return f"{file}: tensor '{name}' has dtype {dtype}, and adarank reads {', '.join(DTYPES)}. {remedy}"
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -218,9 +254,15 @@ def _weight_files(path: Path) -> list[Path]:
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint. Give a folder in Hugging Face layout or a weights file.")
     if path.is_file():
+        if kind := quantised_file(path):
+            raise CheckpointError(f"{path}: quantised ({kind}). {DEQUANTISE}")
         if path.suffix not in (*LEGACY, ".safetensors"):
             raise CheckpointError(f"{path}: not a weights file. Give .safetensors, .bin, .pt or .pth, or the folder.")
         return [path]
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: neither a file nor a folder. Give a folder in Hugging Face layout or a weights file."
+        )
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         if (path / f"{stem}.{suffix}.index.json").exists():
             return _shards(path / f"{stem}.{suffix}.index.json")
@@ -230,10 +272,16 @@ def _weight_files(path: Path) -> list[Path]:
         raise CheckpointError(
             f"{path}: an adapter (adapter_config.json) without the model that it changes. Merge it into its model first, with peft's merge_and_unload, and give the folder that save_pretrained writes then."
         )
+    kinds = {kind for file in path.iterdir() if (kind := quantised_file(file))}
+    if kinds:
+        raise CheckpointError(f"{path}: quantised ({', '.join(sorted(kinds))}). {DEQUANTISE}")
     found = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", *LEGACY) and f.name != "training_args.bin")
     if len(found) == 1:
         return found
     if not found:
+        inside = sorted(f.parent.name for f in (*path.glob("*/model.safetensors"), *path.glob("*/pytorch_model.bin")))
+        if inside:
+            raise CheckpointError(f"{path}: no weights, but in folders inside: {', '.join(inside)}. Give that folder.")
         raise CheckpointError(
             f"{path}: no weights. Needed: model.safetensors, its sharded form with model.safetensors.index.json, or pytorch_model.bin."
         )
@@ -243,12 +291,21 @@ def _weight_files(path: Path) -> list[Path]:
     )
 
 
-def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{index}: no 'weight_map' in the shard index. Download it again.")
+    outside = sorted({name for name in weight_map.values() if leads_out(name)})
+    if outside:
+        names = ", ".join(map(repr, outside[:3]))
+        raise CheckpointError(f"{index}: names files outside of its folder ({names}). Download it again.")
+    return weight_map
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = _weight_map(index)
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
-    lost = [str(shard) for shard in shards if not shard.exists()]
+    lost = [str(shard) for shard in shards if not local_path(shard).is_file()]
     if lost:
         raise CheckpointError(
             itemise(f"{index}: {len(lost)} of {len(shards)} shard(s) missing:", lost, "Download them.")
@@ -256,60 +313,27 @@ def _shards(index: Path) -> list[Path]:
     return shards
 
 
-def _load_legacy(file: Path) -> dict[str, Tensor]:
-    """A pickled state dict, read without running any code from it."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:160]
+def leads_out(name: str) -> bool:
+    """True if a name that a file gives of another one beside it leads out of their folder."""
+    parts = name.replace("\\", "/").split("/")
+    return ".." in parts or name == "" or parts[0] == "" or PureWindowsPath(name).drive != "" or "\0" in name
+
+
+def _check_plain(tensor: Tensor, name: str, file: Path) -> None:
+    """Refuse what a pickle may hold beside ordinary tensors: sparse, nested, quantised and empty-handed (meta) ones."""
+    if tensor.dtype not in _READ.values():
+        raise CheckpointError(_unread(file, name, str(tensor.dtype).removeprefix("torch.")))
+    if tensor.is_nested or tensor.is_sparse or tensor.is_meta or tensor.layout != torch.strided:
         raise CheckpointError(
-            f"{file}: this pickle needs to run code to load, which adarank never does ({reason}). If you trust its origin, "
-            f"convert it once in an isolated environment: torch.load('{file.name}', weights_only=False), then "
-            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
-        ) from None
-    except DAMAGED as error:
-        raise CheckpointError(
-            f"{file}: damaged weights file ({str(error)[:160]}). Copy or download it again."
-        ) from None
-    for wrapper in ("state_dict", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(f"{file}: not a state dict of tensors. Save model.state_dict() with safetensors.")
-    return {str(name): tensor for name, tensor in state.items()}
-
-
-def _is_zip(file: Path) -> bool:
-    with file.open("rb") as handle:
-        return handle.read(4) == b"PK\x03\x04"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not readable JSON ({error}). Copy or download it again.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: a JSON object was needed, got a {type(content).__name__}.")
-    return content
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        for block in iter(lambda: handle.read(1 << 22), b""):
-            digest.update(block)
-    return digest.hexdigest()
+            f"{file}: tensor '{name}' holds no ordinary numbers, and adarank reads dense tensors of {', '.join(DTYPES)}. Save the model again in one of these."
+        )
 
 
 def check_finite(tensor: Tensor, name: str, file: str) -> Tensor:
     """`tensor`, or a `CheckpointError` that counts its NaN and infinite entries."""
     if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
         return tensor  # one pass, no copy; a sum that overflows is looked at again below
-    bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+    bad = int(tensor.numel() - torch.isfinite(tensor.float() if tensor.dtype in FLOAT8.values() else tensor).sum())
     if bad == 0:
         return tensor
     raise CheckpointError(

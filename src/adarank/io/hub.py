@@ -5,9 +5,13 @@ The only file that names `huggingface_hub`.
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from adarank.errors import CheckpointError
+from adarank.errors import AdaRankError, CheckpointError
 
 # What a merge can use: weights, configuration, tokenizer and processor files. Never code.
 PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.bin", "*.bin.index.json"]
@@ -21,6 +25,44 @@ def is_hub_id(reference: str) -> bool:
     return name.count("/") == 1 and all(name.split("/")) and not Path(name).suffix
 
 
+def local_path(given: str | Path, folder: Path | None = None, kind: type[AdaRankError] = CheckpointError) -> Path:
+    """A path as a user gives it, absolute or counted from `folder` (the working directory if there is none).
+
+    Raises:
+        AdaRankError (of the kind asked for): no file can have this name, or it cannot be looked at.
+    """
+    try:
+        path = Path(given).expanduser()
+        path = path if path.is_absolute() else (folder or Path.cwd()) / path
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # nothing is there: the caller says what was needed
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise kind(f"{path}: is a link that leads back to itself. Give another path.") from None
+        raise kind(f"{path}: cannot be read ({error.strerror}). Check the path and its permissions.") from None
+    except (ValueError, RuntimeError) as error:  # a NUL, a lone surrogate; `~name` of nobody
+        raise kind(f"{str(given)!r}: no path ({error}). Give another.") from None
+    return path
+
+
+def same_model(one: str, other: str | None, folder: Path) -> bool:
+    """Whether two references are to one model, however their paths are written. Relative ones count from `folder`.
+
+    What lies under two paths by a link counts as two models.
+    """
+    if other is None:
+        return False
+    first, second = (os.path.abspath(folder / Path(reference).expanduser()) for reference in (one, other))
+    return first == second
+
+
+def called(reference: str, folder: Path) -> str:
+    """The last part of a model's path or hub id, without its revision."""
+    name = Path(reference.split("@")[0]).name
+    return name if name not in ("", "..") else (folder / reference).resolve().name
+
+
 def resolve(reference: str, folder: Path | None = None) -> Path:
     """The local path of a checkpoint.
 
@@ -31,9 +73,7 @@ def resolve(reference: str, folder: Path | None = None) -> Path:
     Raises:
         CheckpointError: there is no such path, and it is no hub id or the hub cannot give it.
     """
-    path = Path(reference).expanduser()
-    if not path.is_absolute():
-        path = (folder or Path.cwd()) / path
+    path = local_path(reference, folder)
     if path.exists():
         return path
     if not is_hub_id(reference):
@@ -41,6 +81,19 @@ def resolve(reference: str, folder: Path | None = None) -> Path:
             f"{path}: no such checkpoint. Give a folder, a weights file, or a hub id 'org/name@revision'."
         )
     return _download(reference)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """While it is open the hub's client asks nobody: what is read lies in a local folder, whatever its files name."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _download(reference: str) -> Path:
@@ -51,6 +104,14 @@ def _download(reference: str) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=PATTERNS))
     except Exception as error:  # the hub client's errors share no base class
         raise CheckpointError(
-            f"{reference}: not a local path, and the hub did not give it ({type(error).__name__}: {error}). "
+            f"{reference}: not a local path, and the hub did not give it ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
             "Check the name and revision, log in if it is private, or download it and give the folder."
         ) from error
+
+
+def configuration_errors() -> tuple[type[Exception], ...]:
+    """What the configurations of `transformers` raise of values that they refuse: by version, classes of the hub's client."""
+    from huggingface_hub import errors
+
+    strict = getattr(errors, "StrictDataclassError", ValueError)
+    return (strict, ValueError, TypeError, LookupError, AttributeError, ImportError, OSError)

@@ -1,4 +1,4 @@
-"""The file in which an unfinished run is kept."""
+"""Files in which an unfinished run, and what it can find again, are kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from adarank.errors import OutputError, RecipeError
-from adarank.io.checkpoint import DAMAGED
+from adarank.io.archive import load_signed, signed
+from adarank.io.pickled import DAMAGED
 
 _STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
           "judged", "judging_seconds", "start", "best", "source", "starts", "memory"}  # fmt: skip
@@ -23,7 +24,7 @@ def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
         RecipeError: it is damaged, no state, or belongs to another run.
     """
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = load_signed(path)
     except (pickle.UnpicklingError, *DAMAGED) as error:
         raise RecipeError(f"{path}: the saved state is damaged ({error}). Delete it to start anew.") from None
     if not isinstance(content, dict) or not content.keys() >= _STATE:
@@ -35,6 +36,18 @@ def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
     return content
 
 
+def read_kept(path: Path, mapped: bool = False) -> Any:
+    """What `write_state` saved to be found again; None if there is nothing or it is damaged: then it is computed anew.
+
+    Arguments:
+        mapped: leave tensors in the file until they are read.
+    """
+    try:
+        return torch.load(path, weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, *DAMAGED):
+        return None
+
+
 def write_state(path: Path, content: Mapping[str, Any], what: str) -> None:
     """Save what a later run may take up, whole or not at all.
 
@@ -44,7 +57,7 @@ def write_state(path: Path, content: Mapping[str, Any], what: str) -> None:
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(dict(content), partial)
+        torch.save(signed(content), partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError on a full disk
         raise OutputError(

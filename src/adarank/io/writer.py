@@ -10,9 +10,9 @@ import errno
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,10 +21,29 @@ from torch import Tensor
 
 from adarank.errors import OutputError
 from adarank.io.checkpoint import NAMES, cast
+from adarank.io.hub import local_path
+from adarank.io.lock import hold, resolved
+from adarank.io.output_folder import (
+    MARK,
+    RECORD,
+    check_replaceable,
+    clear_leavings,
+    leavings,
+    list_files,
+    make_ours,
+    remove_ours,
+    settle,
+    workspace,
+)
+from adarank.io.state import write_state
 
-RECORD = "adarank.json"
 BUNDLE = "bundle.json"
+__all__ = [  # RECORD is looked for here by whoever reads outputs
+    "BUNDLE", "RECORD", "Layout", "TensorFile", "atomic_folder", "check_output", "claimed", "json_text", "layout_bytes",
+    "locked", "state_folder", "write_checkpoint", "write_json", "write_record", "write_state", "write_tensors", "write_text",
+]  # fmt: skip
 
+_NAME, _TEMPORARY = 255, "." * 32  # the longest name that file systems hold; what temporary names beside it need more
 _NUMBERS = re.compile(r"\[\s+-?\d[-+.,eE\d\s]*\]")
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -32,60 +51,94 @@ Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @contextmanager
-def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `out` when the block ends, and vanishes when it fails.
+def claimed(out: Path, force: bool = False) -> Iterator[Path]:
+    """While it is open this run alone writes to `out`; yields its path, links followed.
+
+    What killed runs left there is removed first.
 
     Raises:
-        OutputError: `out` exists and `force` is not given, or it is not an output of adarank, or the disk
-            is full or read-only.
+        OutputError: another run writes there, `out` exists and `force` is not given, or it may not be replaced.
     """
-    check_output(out, force)
-    partial = out.parent / f".{out.name}.partial"  # a fixed name, so that a killed run's leavings are found
-    with _disk_errors(out):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            _replace(partial, out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    place = resolved(out)
+    try:
+        check_output(place, force)  # without the lock: who is refused anyhow keeps nobody else off
+    except OutputError:
+        if leavings(place):
+            with suppress(OutputError), locked(place):
+                clear_leavings(place)
+        raise
+    with locked(place):
+        with _disk_errors(out):
+            clear_leavings(place)
+        check_output(place, force)
+        yield place
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """`lock.hold`, with a sentence where its file cannot be made."""
+    with ExitStack() as stack:
+        with _disk_errors(out):
+            stack.enter_context(hold(out))
+        yield
+
+
+@contextmanager
+def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends, and vanishes when it fails.
+
+    What was in the place of `out` stays there until then.
+
+    Raises:
+        OutputError: another run writes there, `out` exists and `force` is not given, or it holds what adarank did not
+            write, or the disk is full or read-only.
+    """
+    with claimed(out, force) as place, _disk_errors(out), workspace(place) as work:
+        yield work / "new"
+        check_output(place, force)  # again: it may have taken hours
+        settle(work, place)
 
 
 def check_output(out: Path, force: bool) -> None:
-    """Refuse an output path that would overwrite something, before any work is done."""
-    parent = next(p for p in (out, *out.resolve().parents) if p.exists())
+    """Refuse an output path that would overwrite something, or that no folder can have, before any work is done."""
+    local_path(out, kind=OutputError)
+    place = out.resolve()
+    if os.path.ismount(place) or place in (Path.cwd(), *Path.cwd().parents):
+        raise OutputError(
+            f"{out}: an output takes its folder's place whole, and the working folder, those around it and mount points stay where they are. Give the name of a new folder."
+        )
+    parent = next(p for p in (place, *place.parents) if p.exists())
+    if parent != place and not parent.is_dir():
+        raise OutputError(f"{out}: {parent} is no folder, so nothing can be written in it. Give another path.")
+    longest = max((len(os.fsencode(part)) for part in place.parts), default=0)
+    if longest > _NAME - len(_TEMPORARY):
+        raise OutputError(
+            f"{out}: a name of {longest} bytes, and {_NAME - len(_TEMPORARY)} are the most. Give a shorter one."
+        )
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{out}: {parent} is not writable. Give another output folder or mend its permissions.")
     if not out.exists():
         return
-    if out.is_file():
+    if not out.is_dir():
         raise OutputError(f"{out}: is a file, and an output is a folder. Give another path.")
     if not any(out.iterdir()):
         return
     if not force:
         raise OutputError(f"{out}: already exists. Give another path, or --force to replace it.")
-    if not (out / RECORD).exists():
-        raise OutputError(
-            f"{out}: holds files that adarank did not write (no {RECORD}), so --force will not remove it. Give another path."
-        )
+    check_replaceable(out)
 
 
-def _replace(partial: Path, out: Path) -> None:
-    for file in partial.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    old = out.parent / f".{out.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    try:
-        partial.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write an output's record, last of its files: it lists all of them, so that they may be replaced later."""
+    record["files"] = list_files(folder)
+    write_json(folder / RECORD, record)
+
+
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your share of the disk (its quota) is used up",
+    errno.EFBIG: "a file would be larger than the system allows",
+}
 
 
 @contextmanager
@@ -93,26 +146,52 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in _FULL:
             raise OutputError(
-                f"{out}: the disk is full. Nothing was left behind; free space or give another path."
+                f"{out}: {_FULL[error.errno]}. Nothing was left behind; free space or give another path."
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise OutputError(f"{out}: cannot be written ({error.strerror}). Give another output folder.") from None
-        raise
+        which = f", {error.filename}" if error.filename else ""
+        raise OutputError(
+            f"{out}: cannot be written ({error.strerror or error}{which}). Give another output folder."
+        ) from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole: to a temporary name, then renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def write_text(path: Path, text: str, scratch: Path | None = None) -> None:
+    """Write a small file whole: to a temporary name (in `scratch`, on the same disk, if it is given), then renamed."""
+    partial = (scratch or path.parent) / f".{path.name}.{secrets.token_hex(8)}.partial"
+    try:
+        # a lone surrogate, which JSON may hold and UTF-8 may not, is written as the escape that it is in JSON
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON with each list of numbers on one line, whole or not at all."""
+def write_json(path: Path, content: Any, scratch: Path | None = None) -> None:
+    """Write `content` as `json_text` does, whole or not at all; `scratch` as for `write_text`."""
+    write_text(path, json_text(content), scratch)
+
+
+def json_text(content: Any) -> str:
+    """Indented JSON with each list of numbers on one line."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    write_text(path, _NUMBERS.sub(lambda found: " ".join(found.group().split()), text) + "\n")
+    return _NUMBERS.sub(lambda numbers: " ".join(numbers.group().split()), text) + "\n"
+
+
+@contextmanager
+def state_folder(folder: Path) -> Iterator[Path]:
+    """A folder in which a run keeps what it may go on from; one with nothing in it is not left behind.
+
+    Raises:
+        OutputError: it is there, and adarank did not make it; or it cannot be made.
+    """
+    with _disk_errors(folder):
+        make_ours(folder)
+    try:
+        yield folder
+    finally:
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == [MARK]:
+            remove_ours(folder)
 
 
 def write_checkpoint(
@@ -139,6 +218,21 @@ def write_checkpoint(
         index = {"metadata": {"total_size": layout_bytes(layout)}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
     return [folder / file for file in shards]
+
+
+def write_folders(
+    folder: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], paths: Sequence[str] = ()
+) -> None:
+    """As `write_checkpoint`, with the tensors whose names start with one of `paths` and a slash in that folder.
+
+    Arguments:
+        paths: of a sentence encoder's further modules. Their tensors come after all others, module by module.
+    """
+    of = {name: next((path for path in paths if name.startswith(f"{path}/")), "") for name in layout}
+    for path in dict.fromkeys(["", *of.values()]):
+        part = {name.removeprefix(f"{path}/"): spec for name, spec in layout.items() if of[name] == path}
+        (folder / path).mkdir(parents=True, exist_ok=True)
+        write_checkpoint(folder / path, part, ((name.removeprefix(f"{path}/"), tensor) for name, tensor in tensors))
 
 
 class TensorFile:
@@ -179,11 +273,17 @@ class TensorFile:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A small safetensors file with metadata. The same content always gives the same bytes."""
-    with path.open("wb") as handle:
-        _write_header(handle, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, metadata)
-        for tensor in tensors.values():
-            _write_tensor(handle, tensor.cpu())
+    """A small safetensors file with metadata, whole or not at all. The same content always gives the same bytes."""
+    path = path.resolve()  # a link is followed
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("wb") as handle:
+            _write_header(handle, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, metadata)
+            for tensor in tensors.values():
+                _write_tensor(handle, tensor.cpu())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _shard_names(layout: Layout, limit: int) -> dict[str, list[str]]:

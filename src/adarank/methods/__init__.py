@@ -8,11 +8,15 @@ from adarank.methods.calibrated.fisher import Fisher
 from adarank.methods.calibrated.regmean import RegMean
 from adarank.methods.calibrated.regmean_plus_plus import RegMeanPlusPlus
 from adarank.methods.linear.average import WeightAverage
+from adarank.methods.linear.karcher import Karcher
 from adarank.methods.linear.linear import Linear
 from adarank.methods.linear.model_stock import ModelStock
+from adarank.methods.linear.multislerp import MultiSlerp
+from adarank.methods.linear.nearswap import NearSwap
 from adarank.methods.linear.nuslerp import NuSlerp
 from adarank.methods.linear.slerp import Slerp
 from adarank.methods.linear.task_arithmetic import TaskArithmetic
+from adarank.methods.sparse.arcee_fusion import ArceeFusion
 from adarank.methods.sparse.breadcrumbs import Breadcrumbs
 from adarank.methods.sparse.breadcrumbs_ties import BreadcrumbsTies
 from adarank.methods.sparse.consensus_ta import ConsensusTA
@@ -23,6 +27,8 @@ from adarank.methods.sparse.dare_ties import DareTies
 from adarank.methods.sparse.dare_ties_merging import DareTiesMerging
 from adarank.methods.sparse.della import Della
 from adarank.methods.sparse.della_linear import DellaLinear
+from adarank.methods.sparse.ram import RAM
+from adarank.methods.sparse.ramplus_tl import RAMPlus
 from adarank.methods.sparse.sce import SCE
 from adarank.methods.sparse.ties import Ties
 from adarank.methods.sparse.ties_merging import TiesMerging
@@ -43,6 +49,10 @@ ALL: tuple[type[Method], ...] = (
     Linear,
     Slerp,
     NuSlerp,
+    MultiSlerp,
+    Karcher,
+    NearSwap,
+    ArceeFusion,
     ModelStock,
     TaskArithmetic,
     Ties,
@@ -53,6 +63,8 @@ ALL: tuple[type[Method], ...] = (
     DellaLinear,
     Della,
     SCE,
+    RAM,
+    RAMPlus,
     TiesMerging,
     Dare,
     DareTiesMerging,

@@ -3,8 +3,9 @@
 weight: 0.5                                     the same for every tensor
 weight: [0, 0.5, 1]                             a gradient over the layers, interpolated linearly
 weight: [{filter: mlp, value: 0.5}, {value: 1}] the first entry whose filter is part of the tensor's name
+normalize: [false, true]                        a gradient of switches goes in steps: true in the last layer alone
 
-`PerTensor` is the type of such a setting; `resolve` makes one of what a recipe, or Python, gives.
+`PerTensor` is the type of such a setting, `Flag` that of a switch; `resolve` makes one of what a recipe, or Python, gives.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class TensorWeights:
         key: what recipes call the setting, for errors.
         rest: where nothing is given. None: 1 if nothing is given at all, an error if filters leave a tensor out.
     """
+
+    _wanted = "a number, a list of numbers"
 
     def __init__(
         self,
@@ -86,18 +89,17 @@ class TensorWeights:
 
     def _value(self, task: str, setting: Any, name: str) -> float | None:
         """None where no filter covers the tensor."""
-        number = _number(setting)
+        number = self._number(setting)
         if number is not None:
             return number
         if isinstance(setting, Mapping):
             setting = [setting]
-        if isinstance(setting, list) and setting and all(_number(v) is not None for v in setting):
-            return self._gradient([float(v) for v in setting], name)
         if isinstance(setting, list) and setting:
+            steps = [step for step in map(self._number, setting) if step is not None]
+            if len(steps) == len(setting):
+                return self._gradient(steps, name)
             return self._filtered(task, setting, name)
-        raise RecipeError(
-            f"{self._where(task)} must be a number, a list of numbers or a list of filters, got {setting!r}."
-        )
+        raise RecipeError(f"{self._where(task)} must be {self._wanted} or a list of filters, got {setting!r}.")
 
     def _filtered(self, task: str, entries: list[Any], name: str) -> float | None:
         for entry in entries:
@@ -113,12 +115,45 @@ class TensorWeights:
         return None
 
     def _gradient(self, values: list[float], name: str) -> float:
-        layer = layer_number(name)
-        position = 0.0 if layer is None else layer / self._last if self._last else 1.0
-        scaled = position * (len(values) - 1)
+        scaled = self._position(name) * (len(values) - 1)
         low = int(scaled)
         high = min(low + 1, len(values) - 1)
         return (1 - (scaled - low)) * values[low] + (scaled - low) * values[high]
+
+    def _position(self, name: str) -> float:
+        """Where in the network a tensor is: 0 in the first layer and outside the layers, 1 in the last."""
+        layer = layer_number(name)
+        return 0.0 if layer is None else layer / self._last if self._last else 1.0
+
+    @staticmethod
+    def _number(value: Any) -> float | None:
+        """A finite number, also one that YAML takes for text (`1e-1`); None for anything else."""
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            return None
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        return number if math.isfinite(number) else None
+
+
+class TensorFlags(TensorWeights):
+    """Switches for each tensor of a network: 1 where on, 0 where off. A list over the layers goes in steps."""
+
+    _wanted = "true or false, a list of these"
+
+    def plain(self) -> Any:
+        given = super().plain()
+        return bool(given) if isinstance(given, float) else given
+
+    def _gradient(self, values: list[float], name: str) -> float:
+        return values[int(self._position(name) * (len(values) - 1))]
+
+    @staticmethod
+    def _number(value: Any) -> float | None:
+        if isinstance(value, str):
+            return {"true": 1.0, "false": 0.0}.get(value.lower())
+        return float(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
 def rest(value: float) -> TensorWeights:
@@ -126,17 +161,33 @@ def rest(value: float) -> TensorWeights:
     return TensorWeights({}, (), rest=value)
 
 
-def _constant(value: Any) -> Any:
+def flag(value: bool) -> TensorFlags:
+    """The default of a switch."""
+    return TensorFlags({}, (), rest=float(value))
+
+
+def _constant(value: Any) -> TensorWeights:
     """One number for all, where a setting is given from Python without a network."""
-    number = _number(value)
-    if number is not None:
-        return TensorWeights({}, ("",), fallback=number)
-    if isinstance(value, TensorWeights):
+    return _for_all(TensorWeights, value, "a number")
+
+
+def _switch(value: Any) -> TensorWeights:
+    """One switch for all."""
+    return _for_all(TensorFlags, value, "true or false")
+
+
+def _for_all(kind: type[TensorWeights], value: Any, wanted: str) -> TensorWeights:
+    if isinstance(value, kind):
         return value
-    raise ValueError("should be a number here; lists are for recipes and adarank.merge, which know the tensors' names")
+    if kind._number(value) is None:
+        raise ValueError(
+            f"should be {wanted} here; lists are for recipes and adarank.merge, which know the tensors' names"
+        )
+    return kind({}, ("",), fallback=value)
 
 
 PerTensor = Annotated[TensorWeights, BeforeValidator(_constant), PlainSerializer(TensorWeights.plain)]
+Flag = Annotated[TensorFlags, BeforeValidator(_switch), PlainSerializer(TensorWeights.plain)]
 
 
 def resolve(
@@ -166,7 +217,7 @@ def resolve(
             own, shared = {**shared, **own}, None
         if own or shared is not None:
             default = field.default if isinstance(field.default, TensorWeights) else TensorWeights({}, ())
-            values[key] = TensorWeights(own, names, shared, key, default._rest)
+            values[key] = type(default)(own, names, shared, key, default._rest)
     return values
 
 
@@ -176,19 +227,9 @@ def is_per_tensor(field: FieldInfo) -> bool:
 
 
 def _is_weights(part: Any) -> bool:
-    return part is TensorWeights or _first(get_args(part)) is TensorWeights
+    kind = part if isinstance(part, type) else _first(get_args(part))
+    return isinstance(kind, type) and issubclass(kind, TensorWeights)
 
 
 def _first(parts: Iterable[Any]) -> Any:
     return next(iter(parts), None)
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, also one that YAML takes for text (`1e-1`); None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,17 @@ from adarank.models.tied import TaskModels, share
 
 ALL: tuple[Family, ...] = (TextClassifiers(), ImageClassifiers(), ZeroShotImageClassifiers())
 FAMILIES: dict[str, Family] = {family.kind: family for family in ALL}
+# Classes of `transformers` with a head that is no classifier of whole inputs.
+_OTHER_HEAD = re.compile(
+    r"(LM|LMHeadModel|For(ConditionalGeneration|PreTraining|QuestionAnswering|TokenClassification|MultipleChoice|NextSentencePrediction))\b"
+)
 
 
 def kind_of(config: Mapping[str, Any]) -> str | None:
     """The kind that a model's `config.json` tells: by the classes it names, else by its model type. None if neither does."""
-    named = " ".join(config.get("architectures") or ())
+    named = classes_of(config)
     told = [kind for kind, family in FAMILIES.items() if any(own in named for own in family.architectures)]
-    if not told and "model_type" in config:
+    if not told and isinstance(config.get("model_type"), str) and not no_classifier(config):
         from transformers import CONFIG_MAPPING  # imported on use: it is slow, and most configurations name a class
 
         if config["model_type"] in CONFIG_MAPPING:
@@ -28,4 +33,37 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
     return told[0] if len(told) == 1 else None
 
 
-__all__ = ["FAMILIES", "Family", "TaskModels", "kind_of", "share"]
+def classes_of(config: Mapping[str, Any]) -> str:
+    """The classes that a model's `config.json` names; empty if it names none."""
+    named = config.get("architectures")
+    return ", ".join(map(str, named)) if isinstance(named, (list, tuple)) else str(named or "")
+
+
+def no_classifier(config: Mapping[str, Any], head: bool = True) -> bool:
+    """True if the class that a model's `config.json` names gives no logits of one class an input.
+
+    Arguments:
+        head: the model has tensors beside its body, which may be a classifier's though the class is that of a body.
+    """
+    named = classes_of(config)
+    of_a_family = any(part in named for family in ALL for part in family.architectures)
+    return bool(named) and not of_a_family and (not head or _OTHER_HEAD.search(named) is not None)
+
+
+def foreign_code(config: Mapping[str, Any]) -> str | None:
+    """What a model's configuration would have run that is not in `transformers`, in words; None if nothing."""
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        if "/" in str(config.get(key) or ""):
+            return f"{key}: {config[key]!r} is code on the hub"
+    for own in config.values():
+        if isinstance(own, Mapping) and (inner := foreign_code(own)):
+            return inner
+    if config.get("auto_map"):
+        from transformers import CONFIG_MAPPING  # imported on use: it is slow, and most configurations name no code
+
+        if config.get("model_type") not in CONFIG_MAPPING:
+            return f"auto_map: model_type {config.get('model_type')!r} is code beside the weights"
+    return None
+
+
+__all__ = ["FAMILIES", "Family", "TaskModels", "classes_of", "foreign_code", "kind_of", "no_classifier", "share"]

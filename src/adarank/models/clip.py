@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adarank.data.spec import TaskSpec
-from adarank.errors import CheckpointError, RecipeError, itemise
+from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, TensorInfo
-from adarank.models.family import quiet_transformers
+from adarank.io.hub import local_path
 from adarank.models.image import ImageClassifiers
+from adarank.models.loading import LOCALLY, loading
 from adarank.models.text import tokenizer_of
+from adarank.models.tied import held_tensors, refuse_missing, stored_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +74,7 @@ def classifier_class() -> type[PreTrainedModel]:
                 )
 
             @classmethod
-            def from_config(cls, config: Any) -> Any:
+            def from_config(cls, config: Any, trust_remote_code: bool = False) -> Any:
                 return cls(config)
 
         _CLASS = CLIPZeroShotClassifier
@@ -118,15 +120,18 @@ class ZeroShotHeads:
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
         own = {**(self._base.config.get("text_config") or {}), "projection_dim": self.width}
-        try:
-            with quiet_transformers():
-                tower: Any = CLIPTextModelWithProjection.from_pretrained(
-                    str(self._base.folder), config=CLIPTextConfig(**own), dtype=torch.float32
-                )
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-            raise CheckpointError(
-                f"{self._base.folder}: no text tower of CLIP can be loaded ({str(error).splitlines()[0][:200]}). Give a whole CLIP model as base_model."
-            ) from None
+        with loading(
+            self._base.folder, "no text tower of CLIP can be loaded", "Give a whole CLIP model as base_model."
+        ):
+            loaded: Any = CLIPTextModelWithProjection.from_pretrained(
+                str(self._base.folder),
+                config=CLIPTextConfig(**own),
+                dtype=torch.float32,
+                output_loading_info=True,
+                **LOCALLY,
+            )
+        tower, report = loaded
+        refuse_missing(tower, report["missing_keys"], self._base.label)
         made: nn.Module = tower.eval()
         return made
 
@@ -222,6 +227,10 @@ class ZeroShotImageClassifiers(ImageClassifiers):
         settings = AutoConfig.for_model(**expert.config)
         with torch.random.fork_rng():
             module: Any = classifier_class()(settings)
+        held = held_tensors(module)
+        shapes = {name: info.shape for name, info in expert.tensors.items()}
+        loaded = set(stored_keys({name: name for name in shapes}, shapes, module, held).values())
+        refuse_missing(module, held.keys() - loaded, expert.label)
         with torch.no_grad():
             module.classifier.weight.copy_(expert.read(HEAD))
         made: nn.Module = module.float().eval()
@@ -270,8 +279,10 @@ def _lines(given: str | Sequence[str] | None, folder: Path) -> list[str]:
     """A list as it is; of a file its lines."""
     if not isinstance(given, str):
         return list(given or ())
-    path = folder / given
+    path = local_path(given, folder, RecipeError)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(

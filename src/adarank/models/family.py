@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +12,10 @@ from torch import Tensor, nn
 from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch, Examples
-from adarank.errors import CheckpointError, RecipeError, itemise
+from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
+from adarank.models.loading import LOCALLY, loading
+from adarank.models.tied import refuse_missing
 
 
 class Family(Protocol):
@@ -63,6 +63,7 @@ class Family(Protocol):
 
     def load(self, expert: Checkpoint) -> nn.Module:
         """A model with its head, in float32 and evaluation mode."""
+        expert.check_bytes()
         return load_quietly(self.auto_class(), expert.folder)
 
     def columns(self, spec: TaskSpec) -> list[str]:
@@ -82,54 +83,15 @@ class Family(Protocol):
         ...
 
 
-def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """Name in a checkpoint -> name in the module that `transformers` loads it into.
-
-    Its loader renames tensors of some architectures. To be told how, it is given a checkpoint in which every tensor
-    is filled with a number of its own; where these numbers come out is where the tensors went.
-    """
-    first = 1000  # no constant that fresh weights are filled with
-    numbered = dict(enumerate(shapes, first))
-    probe = {name: torch.tensor(float(i)).expand(tuple(shapes[name])) for i, name in numbered.items()}
-    found: dict[str, str] = {}
-    with quiet_transformers(), torch.random.fork_rng():
-        loader: Any = type(module)
-        tried = loader.from_pretrained(None, config=module.config, state_dict=probe, dtype=torch.float32)
-    for key, tensor in tried.state_dict().items():
-        number = float(tensor.flatten()[0]) if tensor.is_floating_point() and tensor.numel() else 0.0
-        name = numbered.get(int(number)) if math.isfinite(number) else None
-        if name and tuple(tensor.shape) == tuple(shapes[name]) and bool((tensor == number).all()):
-            found[name] = key
-    return found
-
-
 def load_quietly(auto_class: Any, folder: Path) -> nn.Module:
     """A model of `folder` in float32 and evaluation mode, without the loader's own progress bars and notes.
 
     Raises:
-        CheckpointError: the folder's config and weights make no model of this class.
+        CheckpointError: the folder's config and weights make no model of this class, not a whole one, or one whose code
+            lies beside them.
     """
-    try:
-        with quiet_transformers():
-            module: nn.Module = auto_class.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        # TypeError: config.json names no architectures, and the model type has several
-        raise CheckpointError(
-            f"{folder}: cannot be loaded as {auto_class.__name__} ({str(error).splitlines()[0][:200]}). Check config.json and the weights."
-        ) from None
-    return module.to(torch.float32).eval()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no notes on missing heads from its loader."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
+    with loading(folder, f"cannot be loaded as {auto_class.__name__}", "Check config.json and the weights."):
+        module, report = auto_class.from_pretrained(str(folder), output_loading_info=True, **LOCALLY)
+    refuse_missing(module, report["missing_keys"], str(folder))
+    made: nn.Module = module.to(torch.float32).eval()
+    return made

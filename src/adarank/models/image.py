@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,12 @@ from torch import Tensor, nn
 from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch
-from adarank.errors import CheckpointError, DataError
+from adarank.errors import DataError, reading
+from adarank.io.files import read_json
+from adarank.io.hub import local_path
+from adarank.models.depth import bits_per_channel
 from adarank.models.family import Family
+from adarank.models.loading import LOCALLY, loading
 
 _KEPT_BYTES = 128 * 2**20  # processed images that a task keeps in memory; the rest are processed anew for each batch
 _LEAST = 2**13  # pixels that a small image counts as: batches of more than 128 are slower on a CPU, not faster
@@ -109,8 +112,7 @@ class ImageClassifiers(Family):
         images = table[spec.columns.image]
         if len(images) == 0:
             raise DataError(f"task '{spec.name}': no inputs.")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        mode = "L" if config.get("num_channels") == 1 else "RGB"
+        mode = "L" if read_json(folder / "config.json").get("num_channels") == 1 else "RGB"
         return ImageExamples(spec.name or "", _processor(folder), mode, images), []
 
     def logits(self, module: nn.Module, batch: Batch) -> Tensor:
@@ -129,10 +131,7 @@ def image_key(value: Any) -> Hashable:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
-        try:
-            value = Path(value).read_bytes()
-        except OSError as error:
-            raise DataError(f"{value}: no readable image ({error.strerror}). Check the path.") from None
+        value = _file(value).read_bytes()
     if isinstance(value, Image.Image):
         value = np.asarray(value if value.mode in ("L", "RGB") else value.convert("RGBA"))
     if isinstance(value, (list, np.ndarray)):
@@ -144,15 +143,22 @@ def image_key(value: Any) -> Hashable:
     return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
 
 
+def _file(path: str) -> Path:
+    """The file of an image; a `DataError` if there is none, or something that would never end, such as a device."""
+    file = local_path(path, kind=DataError)
+    if not file.is_file():
+        raise DataError(
+            f"{path}: no readable image ({'not a file' if file.exists() else 'No such file or directory'}). Check the path."
+        )
+    with reading(DataError, file), file.open("rb"):
+        return file
+
+
 def _processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
-    try:
-        return AutoImageProcessor.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CheckpointError(
-            f"{folder}: no usable image processor ({str(error).splitlines()[0]}). Copy preprocessor_config.json beside the weights."
-        ) from None
+    with loading(folder, "no usable image processor", "Copy preprocessor_config.json beside the weights."):
+        return AutoImageProcessor.from_pretrained(str(folder), **LOCALLY)
 
 
 @contextmanager
@@ -183,8 +189,10 @@ def _opened(value: Any) -> Image.Image:
         image: Image.Image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
     else:
         image = value if isinstance(value, Image.Image) else Image.fromarray(_pixels(value))
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its pixels are of mode {image.mode}, where 8-bit ones are needed")
+    if (bits := bits_per_channel(image)) > 8:
+        raise ValueError(
+            f"its pixels have {bits} bits a channel, read as mode {image.mode}, where 8-bit ones are needed"
+        )
     return image
 
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adarank.data.spec import Split
-from adarank.data.task import TaskData
+from adarank.data.task import Batch, TaskData
 from adarank.errors import DataError
 from adarank.models.family import Family
+
+
+def split_batches(
+    family: Family, data: TaskData, split: Split, device: torch.device | str
+) -> Iterator[tuple[list[int], Batch]]:
+    """(row numbers, inputs on the device) over a split, longest first.
+
+    Raises:
+        DataError: the split is empty.
+    """
+    if not data.splits.rows[split]:
+        raise DataError(
+            f"task '{data.name}': its {split} split is empty. Give its data a {split} file, or a larger {split} fraction."
+        )
+    for rows, batch in data.scored_batches(split, family.token_budget):
+        yield rows, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()
@@ -20,13 +36,9 @@ def predict(family: Family, module: nn.Module, data: TaskData, split: Split) -> 
     device = next(module.parameters()).device
     rows: list[int] = []
     parts: list[Tensor] = []
-    for batch_rows, batch in data.scored_batches(split, family.token_budget):
+    for batch_rows, batch in split_batches(family, data, split, device):
         rows += batch_rows
-        parts.append(family.logits(module, {k: v.to(device) for k, v in batch.items()}).cpu())
-    if not rows:
-        raise DataError(
-            f"task '{data.name}': its {split} split is empty. Give its data a {split} file, or a larger {split} fraction."
-        )
+        parts.append(family.logits(module, batch).cpu())
     return rows, torch.cat(parts)
 
 

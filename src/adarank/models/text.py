@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Hashable, Sequence
@@ -16,7 +15,9 @@ from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch
 from adarank.errors import CheckpointError, DataError
 from adarank.io.checkpoint import Checkpoint
+from adarank.io.files import read_json
 from adarank.models.family import Family
+from adarank.models.loading import LOCALLY, loading
 
 
 class TextExamples:
@@ -71,6 +72,7 @@ class TextClassifiers(Family):
 
     def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[TextExamples, list[str]]:
         texts = [[str(value) for value in table[column]] for column in self.columns(spec)]
+        _check_text(spec.name or "", texts)
         tokenizer = tokenizer_of(folder)
         most, whose = min((spec.max_length, ""), (_positions(folder, tokenizer), ", which is the model's own,"))
         encoded = tokenizer(*texts, truncation=True, max_length=most)
@@ -89,16 +91,27 @@ class TextClassifiers(Family):
         return out.float()
 
 
+def _check_text(task: str, columns: Sequence[Sequence[str]]) -> None:
+    """A `DataError` that names the first row whose text no tokenizer can read."""
+    for texts in columns:
+        for row, text in enumerate(texts, start=1):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"task '{task}', row {row}: the text is no Unicode ({error.reason} at character {error.start}: half of a surrogate pair). Save the file as UTF-8."
+                ) from None
+
+
 # they number positions from the padding's id on, and have so many fewer
-_AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "data2vec-text")
+AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "data2vec-text")
 
 
 def _positions(folder: Path, tokenizer: Any) -> int:
     """How many tokens the model has positions for."""
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    config = read_json(folder / "config.json")
     known = config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize
-    if config.get("model_type") in _AFTER_PADDING:
+    if config.get("model_type") in AFTER_PADDING:
         padding = config.get("pad_token_id")
         known -= 2 if padding is None else padding + 1
     return int(min(known, tokenizer.model_max_length))
@@ -109,12 +122,8 @@ def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise CheckpointError(
-            f"{folder}: no usable tokenizer ({str(error).strip().split(chr(10))[0]}). Copy the tokenizer's files beside the weights."
-        ) from None
+    with loading(folder, "no usable tokenizer", "Copy the tokenizer's files beside the weights."):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **LOCALLY)
     # without any of its files some versions make a tokenizer that knows no word; tokenizers of bytes have no files
     files = {*tokenizer.vocab_files_names.values(), *(("tokenizer.json",) if tokenizer.vocab_files_names else ())}
     if files and not any((folder / file).exists() for file in files):

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adarank.alignment.selection import computed
 from adarank.alignment.task_vectors import Network
-from adarank.errors import MismatchError, itemise
-from adarank.models.family import loaded_names
+from adarank.errors import CheckpointError, MismatchError, itemise
+from adarank.models.loading import loaded_names
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,15 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
         heads[task] = {network.experts[task].names[name]: held[key] for name, key in own_keys.items()}
         for name in own:
             key = keys.get(name)
-            if key is not None:
+            kept, shape = network.choices[name].action == "keep", network.tensors[name].shape
+            if key is not None and kept and tuple(held[key].shape) != shape:
+                if not computed(network.tensors[name]):  # a network computes its own, of the length that it needs
+                    problems.append(f"{name}: {shape} is kept from the base, and the model of task '{task}' has {tuple(held[key].shape)}")  # fmt: skip
+            elif key is not None:
                 tensor = shared.setdefault(name, held[key])
                 for twin in [k for k, t in held.items() if t is held[key]]:  # tied weights stay tied
                     _set(module, twin, tensor)
-            elif network.choices[name].action != "keep":
+            elif not kept:
                 problems.append(f"{name}: no such tensor in the model of task '{task}' ({type(module).__name__})")
     if problems:
         remedy = (
@@ -137,3 +142,27 @@ def _set(module: nn.Module, key: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = tensor  # type: ignore[assignment]
     else:
         owner._buffers[leaf] = tensor
+
+
+def refuse_missing(module: nn.Module, missing: Iterable[str], where: str) -> None:
+    """Parameters that no file holds are random after loading, and float buffers as a fresh network has them.
+
+    Arguments:
+        missing: names that the loader missed; those of integer buffers, which are computed, do no harm.
+        where: the checkpoint, for the error.
+
+    Raises:
+        CheckpointError: there are such tensors; a few are named.
+    """
+    learned = {name for name, tensor in held_tensors(module).items() if tensor.is_floating_point()}
+    lost = sorted(learned.intersection(missing))
+    if not lost:
+        return
+    named = ", ".join(f"'{name}'" for name in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    headless = " It has no head." if not any(name.startswith(prefix) for name in lost) else ""
+    raise CheckpointError(
+        f"{where}: {type(module).__name__} has {len(lost)} tensor(s) that no file there holds: {named}. They would be "
+        f"random.{headless} Give the whole model that was fine-tuned for the task, its head included; to merge it "
+        "without a head, leave its task out of the recipe."
+    )

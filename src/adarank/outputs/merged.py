@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from adarank.errors import CheckpointError
 from adarank.io.checkpoint import Checkpoint
+from adarank.io.files import open_safetensors, read_json
+from adarank.io.hub import local_path
 from adarank.io.writer import BUNDLE, RECORD
-from adarank.models import FAMILIES, kind_of
-from adarank.models.family import quiet_transformers
+from adarank.models import FAMILIES, foreign_code, kind_of
+from adarank.models.loading import LOCALLY, loading
 from adarank.settings import nearest
 
 
@@ -39,6 +39,7 @@ def load_task(out: str | Path, task: str) -> nn.Module:
         logits = model(input_ids=torch.tensor([[2, 5, 6, 3]])).logits  # (1, classes)
     """
     folder = Path(out)
+    local_path(folder)
     if (folder / BUNDLE).exists():
         raise CheckpointError(f"{folder}: a bundle, with weights for each task. Use adarank.from_bundle.")
     if not folder.is_dir():
@@ -49,16 +50,21 @@ def load_task(out: str | Path, task: str) -> nn.Module:
         raise CheckpointError(
             f"{folder}: no head of task '{task}'.{nearest(task, known) if known else ' It has no heads.'}"
         )
-    config = json.loads((heads / task / "config.json").read_text(encoding="utf-8"))
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    module = empty(config, record["plan"].get("kind"), folder)
-    with safe_open(str(heads / task / "head.safetensors"), framework="pt") as handle:
+    module = empty(read_json(heads / task / "config.json"), _kind(folder), folder)
+    with open_safetensors(heads / task / "head.safetensors") as handle:
         head = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no iterator)
         backbone = (handle.metadata() or {}).get("backbone", "")
     wanted = set(module.state_dict())
     body = Checkpoint(folder)
     state = {name if name in wanted else backbone + name: body.read(name) for name in body.tensors}
     return filled(module, {**state, **head}, f"{folder}: task '{task}'")
+
+
+def _kind(out: Path) -> str | None:
+    """What the models of an output do, as its record says."""
+    plan = read_json(out / RECORD).get("plan")
+    kind = plan.get("kind") if isinstance(plan, dict) else None
+    return kind
 
 
 def empty(config: Mapping[str, Any], kind: str | None, where: Path) -> nn.Module:
@@ -73,18 +79,27 @@ def empty(config: Mapping[str, Any], kind: str | None, where: Path) -> nn.Module
     """
     import transformers
 
-    name = (config.get("architectures") or [""])[0]
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
     if "model_type" not in config:
         raise CheckpointError(f"{where}: config.json of the expert ({name or 'no architecture'}) names no model_type.")
+    foreign = foreign_code(config)
+    if foreign:
+        raise CheckpointError(f"{where}: {foreign}, and adarank never runs code of a checkpoint.")
+    if kind is not None and kind not in FAMILIES:
+        raise CheckpointError(f"{where}: models of the kind {kind!r}; known are {', '.join(FAMILIES)}. Merge again.")
     kind = kind or kind_of(config)
     if kind is None and not hasattr(transformers, name):
         raise CheckpointError(
             f"{where}: config.json of the expert names no class of transformers (architectures: {name or 'none'})."
         )
     auto: Any = FAMILIES[kind].auto_class() if kind else getattr(transformers, name)
-    with torch.random.fork_rng():
+    with (
+        torch.random.fork_rng(),
+        loading(where, f"no {name or auto.__name__} can be made", "Check config.json of the expert."),
+    ):
         settings = transformers.AutoConfig.for_model(**config)
-        module: nn.Module = auto.from_config(settings) if kind else auto(settings)
+        module: nn.Module = auto.from_config(settings, trust_remote_code=False) if kind else auto(settings)
     return module
 
 
@@ -94,10 +109,11 @@ def filled(module: nn.Module, state: dict[str, Tensor], what: str) -> nn.Module:
     Raises:
         CheckpointError: a tensor of the module is not in `state`.
     """
-    with quiet_transformers():  # its loader knows the names that it gives tensors of some architectures
-        kind: Any = type(module)
+    kind: Any = type(module)
+    # its loader knows the names that it gives tensors of some architectures
+    with loading(Path(what), "its tensors do not fit its configuration", "Merge again."):
         made, told = kind.from_pretrained(
-            None, config=module.config, state_dict=state, dtype=torch.float32, output_loading_info=True
+            None, config=module.config, state_dict=state, dtype=torch.float32, output_loading_info=True, **LOCALLY
         )
     if told["missing_keys"]:
         missing = sorted(told["missing_keys"])

@@ -4,28 +4,54 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from adarank.alignment.task_vectors import Network
-from adarank.io.bundle import HEAD, About, Names, Piece, finish, task_folder, write_parts
-from adarank.io.writer import Layout, write_json, write_tensors
-from adarank.methods.task_aware.base import Taskwise, task_parts
+from adarank.io.bundle import HEAD, About, Names, Parts, finish, task_folder, write_parts
+from adarank.io.sentence import ROOT_FILES
+from adarank.io.writer import write_folders, write_json, write_tensors
+from adarank.method import Result
 from adarank.recipe.job import Job
 
 CONFIG = "config.json"
 
 
+def check_companions(job: Job) -> None:
+    """Look at all that will be copied, before anything is spent.
+
+    Raises:
+        CheckpointError: a file is a link out of its model's folder.
+    """
+    for checkpoint in (job.root, *(job.experts.values() if job.method.in_use else ())):
+        checkpoint.side_files()
+
+
 def write_root_files(folder: Path, job: Job) -> None:
     """Configuration, tokenizer and processor files of the base; the configuration names the output's dtype."""
     for file in job.root.side_files():
-        shutil.copyfile(file, folder / file.name)
-    if job.recipe.output_dtype() is not None and (folder / CONFIG).exists():
+        shutil.copy(file, folder / file.name)  # with its permissions
+    if (job.recipe.output_dtype() is not None or job.recipe.dequantize) and (folder / CONFIG).exists():
         write_json(folder / CONFIG, _in_dtype(job.root.config, job))
+    _write_modules(folder, job)
+
+
+def _write_modules(folder: Path, job: Job) -> None:
+    """What the modules of a sentence encoder need beside weights: the base's, else those that all experts agree on.
+
+    The experts' stay behind where they have weights that the base lacks, and so the output.
+    """
+    encoder = next((c for c in (job.root, *job.experts.values()) if c.modules), None)
+    if encoder is None or (encoder is not job.root and any(module.weights for module in encoder.modules)):
+        return
+    beside = [] if encoder is job.root else [f for name in ROOT_FILES if (f := encoder.folder / name).exists()]
+    for file in [*beside, *(file for module in encoder.modules for file in module.files)]:
+        target = folder / file.relative_to(encoder.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)  # with its permissions
 
 
 def write_head(target: Path, job: Job, task: str, head: Mapping[str, Tensor] | None = None) -> None:
@@ -44,7 +70,7 @@ def write_task_files(target: Path, job: Job, task: str) -> None:
     roots = {file.name: file.read_bytes() for file in job.root.side_files()}
     for file in job.experts[task].side_files():
         if file.name != CONFIG and roots.get(file.name) != file.read_bytes():
-            shutil.copyfile(file, target / file.name)
+            shutil.copy(file, target / file.name)
     if job.experts[task].config:
         write_json(target / CONFIG, _in_dtype(job.experts[task].config, job))
 
@@ -55,29 +81,22 @@ def _in_dtype(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
     return {**config, "dtype" if "dtype" in config else "torch_dtype": asked} if asked else dict(config)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a bundle is made of: layouts, and a stream of the parts, so that none need be held.
+def write_result(folder: Path, job: Job, result: Result) -> dict[str, Any]:
+    """Fill `folder` with what a method gave; returns what the record has of it beside its own report.
 
-    Attributes:
-        kind: who can read them: a key of `outputs.bundle.KINDS`.
-        settings: in force when they were made, as plain data.
-        shared, own, pieces: as for `bundle.write_parts`.
+    Raises:
+        OutputError: tensors or parts do not follow their layouts.
     """
-
-    kind: str
-    settings: Mapping[str, Any]
-    shared: Layout
-    own: Mapping[str, Layout]
-    pieces: Iterator[Piece]
-
-
-def parts_of(job: Job, method: Taskwise) -> Parts:
-    """The parts that a job's task-aware method makes, each computed when it is asked for."""
-    shared, own = job.part_layouts()
-    settings = method.model_dump(mode="json", by_alias=True)
-    pieces = task_parts(method, job.network, job.sites(), job.recipe.device)
-    return Parts(method.name, settings, shared, own, pieces)
+    for name, write in result.files.items():
+        write(folder / name)
+    if result.parts is not None:
+        return {"bundle": write_bundle(folder, job, result.parts)}
+    write_folders(folder, job.layout(), iter(result.tensors), [module.path for module in job.root.modules])
+    write_root_files(folder, job)
+    for task, names in job.network.heads.items():
+        if names:
+            write_head(folder / "heads" / task, job, task, result.heads.get(task))
+    return {}
 
 
 def write_bundle(folder: Path, job: Job, parts: Parts) -> dict[str, Any]:

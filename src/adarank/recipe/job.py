@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,15 @@ import torch
 from adarank.alignment.align import align
 from adarank.alignment.task_vectors import Network
 from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
-from adarank.io.checkpoint import Checkpoint
+from adarank.io.checkpoint import Checkpoint, check_any
+from adarank.io.dequantise import Dequantised
 from adarank.io.hub import resolve
-from adarank.io.writer import Layout, layout_bytes
-from adarank.methods import Method
-from adarank.methods.task_aware.base import Site, Taskwise, layouts, sites_of
-from adarank.models import FAMILIES, Family, kind_of
+from adarank.io.quantised import quantisation, refuse_quantised
+from adarank.io.sentence import check_modules
+from adarank.io.writer import layout_bytes
+from adarank.method import MergeMethod, Outline
+from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
+from adarank.models.compatibility import check_compatible
 from adarank.recipe.checks import different_kinds
 from adarank.recipe.schema import Recipe
 
@@ -27,7 +30,8 @@ class Job:
     Attributes:
         folders: task -> folder of its expert.
         family: the kind of model, if the recipe's models have tasks.
-        method: the method with its settings, checked against the network; None if the recipe adapts or trains.
+        method: the method with all its settings, checked against the network.
+        notes: how the models differ where that stops no merge, in sentences.
     """
 
     recipe: Recipe
@@ -35,17 +39,13 @@ class Job:
     experts: dict[str, Checkpoint]
     network: Network
     family: Family | None
-    method: Method | None
+    method: MergeMethod
+    notes: tuple[str, ...] = ()
 
     @property
     def root(self) -> Checkpoint:
         """The base, or the first expert when there is none."""
         return self.base or next(iter(self.experts.values()))
-
-    @property
-    def task_aware(self) -> bool:
-        """True if a bundle is written, with a network for each task, instead of one model."""
-        return self.recipe.modular or isinstance(self.method, Taskwise)
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The output's tensors: name -> (shape, dtype). Floats take the asked dtype, by default the base's own."""
@@ -55,31 +55,14 @@ class Job:
             for name, info in self.network.tensors.items()
         }
 
-    def sites(self) -> list[Site]:
-        """What a task-aware method is told of every tensor."""
-        return sites_of(self.network, self.layout(), self.recipe.output_dtype())
-
-    def part_layouts(self) -> tuple[Layout, dict[str, Layout]]:
-        """Layouts of a bundle's shared parts and of each task's own; nothing if the method is not task-aware."""
-        if self.recipe.modular and self.family is not None:
-            method, _ = self.recipe.modules()
-            widths = {task: self._head_width(task) for task in self.network.tasks}
-            return method.layouts({site.name: site for site in self.sites()}, self.family, widths)
-        if not isinstance(self.method, Taskwise):
-            return {}, {}
-        return layouts(self.method, self.sites(), self.network.tasks)
-
-    def _head_width(self, task: str) -> int:
-        """The length of what a task's head is given, as far as headers tell: the columns of its first matrix."""
-        shapes = [self.network.experts[task].info(name).shape for name in self.network.heads[task]]
-        return next((shape[1] for shape in shapes if len(shape) == 2), 0)
+    def outline(self) -> Outline:
+        """What headers tell of the merge."""
+        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, self.recipe.dequantize)
 
     def output_bytes(self) -> int:
         """Size of the output's tensors, heads not among them."""
-        if self.task_aware:
-            shared, own = self.part_layouts()
-            return layout_bytes(shared) + sum(layout_bytes(each) for each in own.values())
-        return layout_bytes(self.layout())
+        shared, of_tasks = self.method.output_layouts(self.outline())
+        return layout_bytes(shared) + sum(layout_bytes(layout) for layout in of_tasks.values())
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every input file, by checkpoint."""
@@ -88,7 +71,7 @@ class Job:
 
 
 def open_job(recipe: Recipe) -> Job:
-    """Open and align everything that a recipe names. Reads headers only.
+    """Open and align everything that a recipe names. Reads headers, integers, and tables that may be tied.
 
     Arguments:
         recipe: what `load_recipe` returns.
@@ -104,43 +87,38 @@ def open_job(recipe: Recipe) -> Job:
         for name, choice in job.network.choices.items():
             print(name, choice.action, choice.reason)
     """
-    opened: dict[str, Checkpoint] = {}
-    problems: list[str] = []
-    wanted = {
-        **({"base": recipe.base_model} if recipe.base_model else {}),
-        **{t: e.model for t, e in recipe.experts.items()},
-    }
-    for name, reference in wanted.items():
-        try:
-            opened[name] = Checkpoint(resolve(reference, recipe.folder), reference)
-        except AdaRankError as error:
-            problems.append(str(error))
-    if len(problems) == 1:
-        raise CheckpointError(problems[0])
-    if problems:
-        raise CheckpointError(itemise(f"{len(problems)} checkpoints cannot be read:", problems))
+    base, opened = _open(recipe)
     if recipe.layer_range is not None:
-        _check_layers(recipe.layer_range, opened)
-    base = opened.pop("base", None) if recipe.base_model else None
+        _check_layers(recipe.layer_range, [*([base] if base else []), *opened.values()])
     family = _family(recipe, opened)
-    keep_embeddings = bool(family and family.keep_embeddings) and not recipe.trains  # fine-tuning trains them too
+    if family is not None and recipe.dequantize:
+        raise RecipeError(
+            "dequantize: true is for models without tasks: networks are loaded from their files. De-quantise the models first."
+        )
+    keep_embeddings = bool(family and family.keep_embeddings) and recipe.kind.keeps_embeddings
     kept: dict[str, str] = {}
     if family is not None:
-        tasks = {task: entry.task for task, entry in recipe.experts.items() if entry.task}
-        opened, kept = family.complete(base, opened, tasks, recipe.folder)
+        opened, kept = family.complete(base, opened, recipe.tasks, recipe.folder)
+    else:
+        check_modules(
+            {checkpoint.label: checkpoint.modules for checkpoint in [*([base] if base else []), *opened.values()]}
+        )
     network = align(base, opened, recipe.select, keep_embeddings, family is not None, kept)
     for task, member in network.experts.items():
         member.dropped.update(opened[task].unused)
-    method = None if recipe.learns else recipe.method(network.merged())
-    if method is not None:
-        method.check(network)
-    return Job(recipe, base, opened, network, family, method)
+    if base is not None and network.base is not None:
+        network.base.dropped.update(base.unused)
+    _check_bodies(recipe, opened, network)
+    notes = check_compatible(network, base, opened)
+    method = recipe.method(network.merged())
+    method.check(network)
+    return Job(recipe, base, opened, network, family, method, tuple(notes))
 
 
-def _check_layers(wanted: tuple[int, int], opened: Mapping[str, Checkpoint]) -> None:
+def _check_layers(wanted: tuple[int, int], opened: Sequence[Checkpoint]) -> None:
     """One slice stands for whole models if it has all their layers."""
     problems = []
-    for own in opened.values():
+    for own in opened:
         known = (own.config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
         count = next((found for found in known if found is not None), None)
         if count is None or tuple(wanted) != (0, count):
@@ -154,17 +132,62 @@ def _check_layers(wanted: tuple[int, int], opened: Mapping[str, Checkpoint]) -> 
 
 def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
     """The kind of the recipe's tasks: as it says, else as the experts' config.json tells. None if there are no tasks."""
-    tasks = {name: entry.task for name, entry in recipe.experts.items() if entry.task}
-    kinds = {name: task.kind or kind_of(experts[name].config) for name, task in tasks.items()}
-    untold = [
+    kinds = {name: task.kind or kind_of(experts[name].config) for name, task in recipe.tasks.items()}
+    others = [name for name in recipe.tasks if no_classifier(experts[name].config)]
+    problems = [_no_classifier(name, experts[name]) for name in others]
+    problems += [
         f"models: the kind of task '{name}' cannot be told from {experts[name].folder / 'config.json'}. Give task: kind, one of {', '.join(FAMILIES)}."
         for name, kind in kinds.items()
-        if kind is None
+        if kind is None and name not in others
+    ]
+    foreign = {experts[name].folder: foreign_code(experts[name].config) for name in recipe.tasks}
+    problems += [
+        f"{folder / 'config.json'}: {what}, and adarank never runs code of a checkpoint. Merge it by a data-free method, without a task."
+        for folder, what in foreign.items()
+        if what
     ]
     known = {kind for kind in kinds.values() if kind}
-    problems = untold + ([different_kinds(known)] if len(known) > 1 else [])
-    if problems:
-        raise RecipeError(
-            problems[0] if len(problems) == 1 else itemise(f"recipe: {len(problems)} problem(s).", problems)
-        )
+    _refuse([*problems, *([different_kinds(known)] if len(known) > 1 else [])])
     return FAMILIES[known.pop()] if known else None
+
+
+def _open(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+    """The recipe's base and experts, which are not quantised, or turned into floats. All problems at once."""
+    problems: list[str] = []
+
+    def opened(reference: str) -> list[Checkpoint]:
+        try:
+            checkpoint = Checkpoint(resolve(reference, recipe.folder), reference)
+            check_any(checkpoint)
+            return [Dequantised(checkpoint) if recipe.dequantize and quantisation(checkpoint) else checkpoint]
+        except AdaRankError as error:
+            problems.append(str(error))
+            return []
+
+    base = opened(recipe.base_model) if recipe.base_model else []
+    experts = {task: opened(entry.model) for task, entry in recipe.experts.items()}
+    if problems:
+        heading = f"{len(problems)} checkpoints cannot be read:"
+        raise CheckpointError(problems[0] if len(problems) == 1 else itemise(heading, problems))
+    refuse_quantised([*base, *(checkpoint for each in experts.values() for checkpoint in each)])
+    return next(iter(base), None), {task: each[0] for task, each in experts.items()}
+
+
+def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Network) -> None:
+    """A body alone can merge, and neither be adapted nor scored on data."""
+    with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
+    bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]
+    _refuse([_no_classifier(task, experts[task]) for task in bodies])
+
+
+def _no_classifier(task: str, expert: Checkpoint) -> str:
+    return (
+        f"models: the expert of task '{task}' ({expert.label}) is a {classes_of(expert.config)} by its config.json, without the head of a classifier. "
+        f"Tasks are of {', '.join(FAMILIES)}: give the model that was fine-tuned as one, or no task, as models merge without tasks too."
+    )
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        heading = f"recipe: {len(problems)} problem(s)."
+        raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 import yaml
 
-from adarank.adapt.methods import ADAPTIVE
-from adarank.adapt.multitask import Multitask
 from adarank.errors import RecipeError, itemise
-from adarank.methods import METHODS
-from adarank.modular import MODULAR
+from adarank.io.hub import local_path
+from adarank.io.parsing import parse_yaml
 from adarank.recipe.checks import check
-from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, of_one_slice
+from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, whole_models
+from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
-from adarank.settings import nearest, parse
+from adarank.settings import parse
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 """A recipe, its file, or what would be in its file."""
@@ -44,6 +43,7 @@ def load_recipe(given: RecipeLike) -> Recipe:
     if isinstance(given, Mapping):
         return parse_recipe(given, Path.cwd())
     path = Path(given)
+    local_path(path, kind=RecipeError)
     values = _read_yaml(path, ())
     return parse_recipe(values, path.resolve().parent, str(path))
 
@@ -55,22 +55,26 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in inside:
         raise RecipeError(f"{path}: extends itself, by way of {inside[-1]}. Remove one of the extends lines.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a mapping of settings was needed, got {type(values).__name__}.")
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    if not isinstance(parent, str) or (path.parent / parent).resolve().parent != path.resolve().parent:
+    if (
+        not isinstance(parent, str)
+        or "\0" in parent
+        or (path.parent / parent).resolve().parent != path.resolve().parent
+    ):
         raise RecipeError(f"{path}: extends must name a recipe in the same folder, got {parent!r}.")
     return {**_read_yaml(path.parent / parent, (*inside, path.resolve())), **values}
 
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
-    values = of_one_slice({key: value for key, value in values.items() if value is not None or key not in NOT_DONE})
+    values = whole_models({key: value for key, value in values.items() if not _asks_for_nothing(key, value)})
     asked = [key for key, value in values.items() if (key, value) != ("tokenizer_source", "base")]
     refused = [f"'{key}' is not supported. {reason}" for key, reason in NOT_DONE.items() if key in asked]
     if refused:
@@ -80,17 +84,18 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     else:
         _check_device(recipe.device, where)
-    known = [*METHODS, *ADAPTIVE, *MODULAR, Multitask.name]
     if recipe.merge_method in NOT_HERE:
         raise RecipeError(
             f"{where}: mergekit's merge_method '{recipe.merge_method}' is not here. {NOT_HERE[recipe.merge_method]}"
         )
-    if recipe.merge_method not in known:
-        raise RecipeError(
-            f"{where}: unknown merge_method '{recipe.merge_method}'.{nearest(recipe.merge_method, known)}"
-        )
+    METHODS.named(recipe.merge_method, f"{where}: unknown merge_method")
     check(recipe, where)
     return recipe
+
+
+def _asks_for_nothing(key: str, value: Any) -> bool:
+    """mergekit's keys without a value; its `tokenizer: {}` is the union of the vocabularies, which are equal here."""
+    return key in NOT_DONE and (value is None or (key, value) == ("tokenizer", {}))
 
 
 def _check_device(name: str, where: str) -> None:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from adarank.errors import CheckpointError, MismatchError
 from adarank.io.bits import pack, unpack
+from adarank.io.files import check_file
+from adarank.io.hub import local_path
+from adarank.io.parsing import parse_json
 from adarank.io.writer import write_tensors
 from adarank.spectral.bases import BASES, COMMON, Basis
-from adarank.spectral.masks import kept
+from adarank.spectral.masks import _check_header, kept
 
 FILE = "masks.safetensors"
 
@@ -99,6 +102,8 @@ class MaskFile:
         Raises:
             CheckpointError: it is missing, damaged or not a masks file.
         """
+        path = local_path(path)
+        check_file(path)
         try:
             with safe_open(str(path), framework="pt") as handle:
                 metadata = handle.metadata() or {}
@@ -112,7 +117,7 @@ class MaskFile:
                 f"{path}: not a masks file of this version (needed format {_FORMAT} or {_SOFT_FORMAT}, got {metadata.get('format')})."
             )
         try:
-            return cls._parse(json.loads(metadata["header"]), tensors)
+            return cls._parse(parse_json(metadata["header"]), tensors)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: a damaged masks file ({type(error).__name__}: {error}). Copy it again."
@@ -120,6 +125,7 @@ class MaskFile:
 
     @classmethod
     def _parse(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> MaskFile:
+        _check_header(header)
         tasks = tuple(header["tasks"])
         if tensors["lambda"].shape[1:] != (len(tasks),):
             raise ValueError(f"λ of shape {tuple(tensors['lambda'].shape)} for {len(tasks)} tasks")

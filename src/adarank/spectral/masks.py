@@ -12,7 +12,8 @@ Adam moves every number alike, so small singular components would hardly move a 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -70,3 +71,15 @@ def pace(s: Tensor) -> Tensor:
 def kept(mask: Tensor) -> Tensor:
     """Bool: True where a component is kept; of a soft mask, where it is nearer to 1 than to 0, or above."""
     return mask >= 0.5 if mask.is_floating_point() else mask
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Of the right types, as JSON may hold anything; a `ValueError` if not."""
+    texts = [header["origin"], *header["tasks"], *header["tensors"], *header["sizes"], header.get("basis", "")]
+    numbers = [part for parts in header["sizes"].values() for part in parts]
+    if not all(isinstance(own, str) for own in texts) or not isinstance(header["about"], dict):
+        raise ValueError("a name that is no text")
+    if not all(isinstance(own, int) and own >= 0 for own in numbers):
+        raise ValueError("a size that is no count")
+    if len(set(header["tensors"])) < len(header["tensors"]) or header["origin"] not in ("pretrained", "average"):
+        raise ValueError("a tensor twice, or an unknown origin")

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from adarank.adapt.agreement import Judged, collapsed, first_collapse
 from adarank.adapt.history import History
-from adarank.adapt.learner import Loss, Memory
 from adarank.adapt.live_weights import LiveWeights
-from adarank.adapt.loop import adapt
-from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
+from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings
-from adarank.adapt.start_search import GLANCE
 from adarank.data.task import TaskData
-from adarank.models import TaskModels
-from adarank.models.head_inputs import head_inputs, head_parts
+from adarank.method import changed_tensors
 from adarank.recipe.job import Job
 from adarank.spectral.mask_file import MaskFile
-from adarank.workflow.build_networks import build_models, changed_tensors, family_of
-from adarank.workflow.context import Run
-from adarank.workflow.experts import Outputs, judge_of, watched
+from adarank.workflow.build_networks import build_models
+from adarank.workflow.problem import problem_of, table_inputs
+
+if TYPE_CHECKING:
+    from adarank.workflow.context import Run
 
 
 @dataclass(frozen=True)
@@ -42,78 +40,29 @@ class Adaptation:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the merged model that is not a head, in the network's order."""
-        return changed_tensors(self.job, self.live.parameters, "adaptation")
+        return changed_tensors(self.job.network, self.live.parameters, "adaptation")
 
 
-def adapt_job(run: Run) -> Adaptation:
-    """Adapt as the job's recipe says, from a saved state if there is one."""
-    job, data = run.job, run.data
-    method, settings = job.recipe.adaptation()
-    fingerprint = run.fingerprint(run.marks)
+def adapt_job(run: Run, method: AdaptiveMethod) -> Adaptation:
+    """Adapt by a method and its settings, from a saved state if there is one."""
+    job, data, settings = run.job, run.data, method.settings
+    fingerprint = run.fingerprint()
     run.note("Loading the networks")
     models = build_models(job)
-    experts = run.experts(models, settings)
+    predictions = run.expert_predictions(models, settings)
     run.note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
     live = method.start(job.network, models.shared, settings, job.recipe.device)
-    memory: Memory = {}
-    losses = task_losses(job, models, data, settings, experts, memory)
-    judge, glance = (judge_of(job, models, data, settings, experts, most) for most in (None, GLANCE))
+    problem = problem_of(job, models, data, settings, predictions)
     run.note("Adapting")
-    one_pass = min(own.one_pass(settings.batch_size) for own in data.values())
-    history = adapt(
-        live, losses, settings, run.state, fingerprint, run.progress, judge, memory, method.grid, glance, one_pass
-    )
+    history = problem.adapt(live, method.grid, run.state, fingerprint, run.progress)
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = live.mask_file(job.network.tasks, method.origin, about)
-    own = {
+    of_masks = {
         "components_kept": live.kept_share(),
         "kept": [round(v, 5) for v in history.kept],
         "mask": live.mask_kind,
     }
-    return Adaptation(job, live, masks, report(history, job, settings, data) | own)
-
-
-def task_losses(
-    job: Job,
-    models: TaskModels,
-    data: Mapping[str, TaskData],
-    settings: AdaptSettings,
-    experts: Mapping[str, Outputs],
-    memory: Memory,
-) -> dict[str, Loss]:
-    """task -> its objective on the task's batch of a step.
-
-    Arguments:
-        experts: task -> its expert's outputs; only tasks whose objective compares with them are looked up.
-        memory: where running means are kept from step to step.
-    """
-    family = family_of(job)
-
-    def loss_of(task: str) -> Loss:
-        weights = settings.weights(task)
-        own = experts[task] if (NEED_EXPERT | NEED_FEATURES) & weights.keys() else None
-        module = models.modules[task]
-        parts = head_parts(models, task) if NEED_FEATURES & weights.keys() else []
-
-        def loss(step: int) -> Tensor:
-            rows = list(data[task].adapt_rows(step, settings.batch_size))
-            batch = {k: v.to(job.recipe.device) for k, v in data[task].examples.batch(rows).items()}
-            with head_inputs(module, parts) as seen:
-                logits = family.logits(module, batch)
-            if NEED_MEAN & weights.keys():
-                memory[task] = running_mean(logits, memory.get(task), settings.momentum)
-            view = View(
-                logits,
-                own.logits[rows].to(logits) if own else None,
-                memory.get(task),
-                seen[-1] if seen else None,
-                own.features[rows].to(logits) if own and own.features is not None else None,
-            )
-            return objective(view, weights, settings.self_label, settings.filter)
-
-        return loss
-
-    return {task: loss_of(task) for task in job.network.tasks}
+    return Adaptation(job, live, masks, report(history, job, settings, data) | of_masks)
 
 
 def report(
@@ -146,9 +95,11 @@ def report(
         "seconds_judging": round(history.judging_seconds, 3),
         "resumed_from": history.resumed_from,
         "losses": {task: [round(v, 5) for v in values] for task, values in history.losses.items()},
-        "judged_on": {task: watched(own, settings)[1] for task, own in data.items()},
+        "judged_on": {task: inputs.judged[1] for task, inputs in table_inputs(job, data, settings).items()},
         "judged": {str(step): _rounded(seen) for step, seen in history.judged.items()},
-        "way_back": [{"step": own.step, "share": own.share, "judged": _rounded(own.judged)} for own in history.backs],
+        "way_back": [
+            {"step": own.step, "share": own.share, "judged": _rounded(own.judged)} for own in history.line_points
+        ],
         "largest_class_share": {
             task: {"before": start[task].largest, "after": own.largest, "expert": own.expert_largest}
             for task, own in kept.items()

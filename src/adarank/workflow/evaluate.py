@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from adarank.alignment.task_vectors import Network
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.errors import MismatchError
-from adarank.io.bundle import is_bundle
+from adarank.errors import CheckpointError, MismatchError
+from adarank.io.bundle import held_parts, is_bundle
 from adarank.io.checkpoint import Checkpoint
+from adarank.io.files import read_json
+from adarank.io.hub import local_path
 from adarank.io.record import Note
 from adarank.io.writer import RECORD
-from adarank.methods import Method, merge_tensors
-from adarank.methods.task_aware.base import Taskwise, in_memory, rebuilt
+from adarank.method import Result
 from adarank.models import TaskModels
 from adarank.outputs.bundle import Bundle
 from adarank.recipe.job import Job, open_job
@@ -57,24 +58,22 @@ def evaluate(
         print(table.mean("merged"), table.rows["experts"]["sentiment"])
     """
     recipe = load_recipe(recipe)
+    for path in outputs:
+        local_path(path)
     job = open_job(recipe)
     data = load_tasks(job)
-    opened = {_row(path, recipe): _open_output(path, job.network) for path in map(Path, outputs)}
+    opened = {_row(path, recipe): _opened(path, job.network) for path in map(Path, outputs)}
     models = build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
     table = Table(split, protocol, {task: len(own.splits.rows[split]) for task, own in data.items()})
     if job.base is not None:
         note("Scoring the base")
         table.rows["base"] = score_all(job, models, data, split)
-    for name, found in opened.items():
+    for name, output in opened.items():
         note(f"Scoring {name}")
-        if isinstance(found, Bundle):
-            table.rows[name] = score_bundle(job, models, data, found, split)
-            table.task_aware[name] = found.about.kind
-            continue
-        models.fill((key, found.read(key)) for key in job.network.tensors)
-        with heads_of(found.folder, models):
-            table.rows[name] = score_all(job, models, data, split)
+        table.rows[name] = output.score(job, models, data, split)
+        if output.kind:
+            table.bundles[name] = output.kind
     note("Scoring the experts")
     table.rows["experts"] = score_experts(job, models, data, split)
     return table
@@ -82,12 +81,22 @@ def evaluate(
 
 @contextmanager
 def heads_of(out: Path, models: TaskModels) -> Iterator[None]:
-    """While it is open the models have the heads of an output: those of the experts, unless it was trained."""
+    """While it is open the models have the heads of an output: those of the experts, unless it was trained.
+
+    Raises:
+        MismatchError: it was trained, and the head of a task is not there or is of another shape.
+    """
+    trained = "training" in read_json(out / RECORD)
     before = {task: {n: own.detach().clone() for n, own in head.items()} for task, head in models.heads.items()}
     for task, head in models.heads.items():
         file = out / "heads" / task / "head.safetensors"
         if file.exists():
-            _fill_head(head, load_file(file), str(file))
+            stored = Checkpoint(file)
+            _fill_head(head, {name: stored.read(name) for name in stored.tensors}, str(file))
+        elif head and trained:
+            raise MismatchError(
+                f"{file}: is missing, and this output was trained with heads of its own. Copy the output again."
+            )
     try:
         yield
     finally:
@@ -123,17 +132,16 @@ def score_bundle(
     return _score_each(job, models, data, split, bundle.tensors, bundle if bundle.kind.dress else None)
 
 
-def score_method(
-    job: Job, models: TaskModels, data: Mapping[str, TaskData], method: Method, split: Split
+def score_result(
+    job: Job, models: TaskModels, data: Mapping[str, TaskData], result: Result, split: Split
 ) -> dict[str, float]:
-    """The score of every task with what a data-free method merges, which is not written anywhere."""
-    device = job.recipe.device
-    if not isinstance(method, Taskwise):
-        models.fill(merge_tensors(method, job.network, device))
+    """The score of every task with what a method gave, which is not written anywhere."""
+    if result.parts is None:
+        models.fill(result.tensors)
         return score_all(job, models, data, split)
-    shared, own = in_memory(method, job.network, job.sites(), device)
-    layout, kind = job.layout(), type(method)
-    return _score_each(job, models, data, split, lambda task: rebuilt(kind, layout, shared, own[task]))
+    layout, tensors_of = job.layout(), job.method.task_tensors
+    shared, of_tasks = held_parts(job.network.tasks, result.parts.pieces)
+    return _score_each(job, models, data, split, lambda task: tensors_of(layout, shared, of_tasks[task]))
 
 
 def _score_each(
@@ -157,8 +165,16 @@ def _score_each(
 
 def _row(path: Path, recipe: Recipe) -> str:
     """A row's name: the output's path, whether it was trained on labels, and whether what it learned from may be scored."""
-    file = path / RECORD
-    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    record = read_json(path / RECORD)
+    try:
+        return _row_of(path, record, recipe)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / RECORD}: a damaged record ({type(error).__name__}: {error}). Copy it again, or merge again."
+        ) from None
+
+
+def _row_of(path: Path, record: Mapping[str, Any], recipe: Recipe) -> str:
     used = record.get("adaptation") or record.get("statistics") or record.get("training")
     if not used:
         return str(path)
@@ -176,17 +192,47 @@ def _row(path: Path, recipe: Recipe) -> str:
     return f"{path} [{use} other splits, which may hold scored inputs]"
 
 
-def _open_output(path: Path, network: Network) -> Checkpoint | Bundle:
-    found = Bundle(path) if is_bundle(path) else Checkpoint(path)
-    held = found.about.tensors if isinstance(found, Bundle) else found.tensors
+@dataclass(frozen=True)
+class _Output:
+    """A folder that `merge` wrote, opened.
+
+    Attributes:
+        kind: the method of a bundle; empty for one model.
+        score: (job, models, data, split) -> task -> score.
+    """
+
+    kind: str
+    score: Callable[[Job, TaskModels, Mapping[str, TaskData], Split], dict[str, float]]
+
+
+def _opened(path: Path, network: Network) -> _Output:
+    if is_bundle(path):
+        return _opened_bundle(path, network)
+    model = Checkpoint(path)
+    _refuse_lacks(path, network, model.tensors)
+
+    def scored(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
+        models.fill((name, model.read(name)) for name in network.tensors)
+        with heads_of(path, models):
+            return score_all(job, models, data, split)
+
+    return _Output("", scored)
+
+
+def _opened_bundle(path: Path, network: Network) -> _Output:
+    bundle = Bundle(path)
+    _refuse_lacks(path, network, bundle.about.tensors)
+    missing = [task for task in network.tasks if task not in bundle.tasks]
+    if missing:
+        raise MismatchError(
+            f"{path}: has no task {', '.join(map(repr, missing))} of this recipe. Give a bundle of this recipe's models."
+        )
+    return _Output(bundle.about.kind, lambda job, models, data, split: score_bundle(job, models, data, bundle, split))
+
+
+def _refuse_lacks(path: Path, network: Network, held: Collection[str]) -> None:
     lost = [name for name in network.tensors if name not in held]
     if lost:
         raise MismatchError(
             f"{path}: lacks {len(lost)} tensor(s) of this recipe's network, such as '{lost[0]}'. Give an output of this recipe's models."
         )
-    strangers = [task for task in network.tasks if task not in found.tasks] if isinstance(found, Bundle) else []
-    if strangers:
-        raise MismatchError(
-            f"{path}: has no task {', '.join(map(repr, strangers))} of this recipe. Give a bundle of this recipe's models."
-        )
-    return found

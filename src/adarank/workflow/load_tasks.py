@@ -11,7 +11,7 @@ from adarank.data.read import Table, read_table
 from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
 from adarank.data.splits import Splits, by_file, by_fraction, limited
 from adarank.data.task import TaskData
-from adarank.errors import AdaRankError, DataError, itemise
+from adarank.errors import AdaRankError, DataError, raise_together
 from adarank.io.checkpoint import Checkpoint
 from adarank.models.family import Family
 from adarank.recipe.job import Job
@@ -114,12 +114,6 @@ def _each(job: Job, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) ->
     return found
 
 
-def raise_together(problems: list[str]) -> None:
-    if problems:
-        heading = f"{len(problems)} tasks have unusable data:"
-        raise DataError(problems[0] if len(problems) == 1 else itemise(heading, problems))
-
-
 def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[int | None]:
     """Class numbers: integers as they are, names through the expert's label2id."""
     count = len(next(iter(table.values())))
@@ -130,11 +124,10 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
         )
     if spec.columns.label not in table:
         return [None] * count
-    by_name = {str(label): int(number) for label, number in (config.get("label2id") or {}).items()}
-    # a configuration that names no classes has transformers' default of two
-    classes = len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
+    by_name, classes = _classes(config, name)
     found: list[int | None] = []
-    for row, value in enumerate(table[spec.columns.label], start=1):
+    for row, stored in enumerate(table[spec.columns.label], start=1):
+        value = stored.tolist() if hasattr(stored, "tolist") else stored  # of NumPy's numbers and arrays plain ones
         if (
             value is None or value != value or str(value).strip() in ("-1", "")
         ):  # how files say that a label is withheld
@@ -144,12 +137,23 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
         number = int(value) if named is None and _is_integer(value) else named
         if number is None or not 0 <= number < classes:
             known = ", ".join(by_name) or f"0 to {classes - 1}"
-            shown = value.item() if hasattr(value, "item") else value
             raise DataError(
-                f"task '{name}': row {row} has label {shown!r}; the expert knows {known}. Use its class numbers or names."
+                f"task '{name}': row {row} has label {value!r}; the expert knows {known}. Use its class numbers or names."
             )
         found.append(number)
     return found
+
+
+def _classes(config: Mapping[str, Any], task: str) -> tuple[dict[str, int], int]:
+    """Class name -> number, and how many classes there are, by an expert's `config.json`."""
+    try:
+        by_name = {str(label): int(number) for label, number in (config.get("label2id") or {}).items()}
+        # a configuration that names no classes has transformers' default of two
+        return by_name, len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DataError(
+            f"task '{task}': config.json of its expert names no classes that can be read (label2id, id2label or num_labels: {error}). Mend it."
+        ) from None
 
 
 def _is_integer(value: Any) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,30 @@ import yaml
 
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.errors import OutputError, RecipeError
+from adarank.errors import OutputError, RecipeError, itemise
+from adarank.io.hub import local_path
+from adarank.io.lock import resolved
+from adarank.io.output_folder import check_ours, is_as_listed, read_list, remove_ours, sha256
+from adarank.io.parsing import parse_json, parse_yaml, repetition
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import write_json, write_text
-from adarank.methods import METHODS, Informed, Method
+from adarank.io.writer import json_text, locked, state_folder, write_json, write_text
+from adarank.method import MergeMethod
 from adarank.models import TaskModels
 from adarank.recipe.job import Job, open_job
+from adarank.recipe.paths import portable
 from adarank.recipe.reader import load_recipe
+from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
 from adarank.settings import nearest, parse
 from adarank.spectral.svd import stored_spectra
 from adarank.workflow.build_networks import build_models
-from adarank.workflow.calibrate import inform, sampled
-from adarank.workflow.evaluate import score_method
+from adarank.workflow.context import Run
+from adarank.workflow.evaluate import score_result
 from adarank.workflow.load_tasks import load_tasks
 
 SPLIT: Split = "select"
 _MOST = 100_000
+_JOURNAL = "replacing.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def parse_axis(text: str) -> Axis:
                 raise ValueError
             # 12 digits: 0.1 + 2·0.1 is to read 0.3
             return Axis(name, tuple(float(f"{first + i * step:.12g}") for i in range(count + 1)))
-        return Axis(name, tuple(yaml.safe_load(part) for part in given.split(",") if part.strip()))
+        return Axis(name, tuple(parse_yaml(part) for part in given.split(",") if part.strip()))
     except (ValueError, yaml.YAMLError):
         raise RecipeError(
             f"--over {text}: not an axis. Write name=first:last:step, where whole steps lead from first to last, or name=a,b,c."
@@ -104,9 +112,23 @@ def search(
     Raises:
         AdaRankError: anything wrong with recipe, axes, inputs or output, before a point is tried.
     """
+    local_path(path, kind=RecipeError)
+    if not best.name or local_path(best, kind=OutputError).is_dir():
+        raise OutputError(f"{best}: is no name of a file, and the best recipe is one. Give a name such as best.yaml.")
+    best = resolved(best)
+    files = Written(best, best.with_suffix(".search.json"), best.parent / f".{best.stem}.search")
+    _check_place(path, best)
+    files.check(force)
+    with locked(files.record):  # which names the state, too, and is the same for best.yaml and best.yml
+        files.check(force)
+        return _search(path, files, axes, note, progress)
+
+
+def _search(
+    path: Path, files: Written, axes: Sequence[Axis], note: Note, progress: Callable[[Point, int, int], None]
+) -> tuple[list[Point], dict[str, Any]]:
+    """What `search` does, once its output is this run's alone."""
     clock = Clock()
-    record_path = best.with_suffix(".search.json")
-    _check_outputs(path, best, record_path, force)
     recipe = load_recipe(path)
     points = _grid(recipe, axes)
     job = open_job(recipe)
@@ -115,43 +137,98 @@ def search(
     for own in data.values():
         own.targets(own.splits.rows[SPLIT])
     for method in methods:
-        if isinstance(method, Informed):
-            sampled(method, data)
+        method.of_data(data)
     note("Hashing the inputs")
     inputs = job.inputs()
     prints = {task: own.fingerprint() for task, own in data.items()}
     identity = json.dumps([recipe.merge_method, recipe.parameters, inputs, prints], sort_keys=True, default=str)
-    state = best.parent / f".{best.stem}.search" / hashlib.sha256(identity.encode()).hexdigest()[:16]
     note("Loading the networks")
     models = build_models(job)
-    found = try_points(job, models, data, list(zip(points, methods, strict=True)), state, progress)
-    found += each_tasks_best(METHODS[recipe.merge_method], found)
-    ranked = sorted(found, key=lambda point: -point.mean)  # stable: of equals the first of the grid
-    record = {
-        "split": f"{SPLIT}, with labels; the test split was not read",
-        "method": recipe.merge_method,
-        "axes": {axis.name: list(axis.values) for axis in axes},
-        "best": {"settings": dict(ranked[0].settings), "mean": ranked[0].mean, "scores": dict(ranked[0].scores)},
-        "at_the_edge": {axis: at for axis, (at, _) in edges(METHODS[recipe.merge_method], found).items()},
-        "points": [{"settings": dict(p.settings), "mean": p.mean, "scores": dict(p.scores)} for p in found],
-        "rows_per_split": {task: {s: len(rows) for s, rows in own.splits.rows.items()} for task, own in data.items()},
-        "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
-        "inputs": inputs,
-        "versions": versions(),
-        "machine": machine(recipe.device),
-        **clock.spent(),
-    }
-    write_json(record_path, record)
-    _write_best(path, best, recipe, ranked[0], record_path)
-    shutil.rmtree(state.parent, ignore_errors=True)
+    with state_folder(files.state):
+        state = files.state / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        found = try_points(job, models, data, list(zip(points, methods, strict=True)), state, progress)
+        found += each_tasks_best(recipe.kind, found)
+        ranked = sorted(found, key=lambda point: -point.mean)  # stable: of equals the first of the grid
+        record = {
+            "split": f"{SPLIT}, with labels; the test split was not read",
+            "method": recipe.merge_method,
+            "axes": {axis.name: list(axis.values) for axis in axes},
+            "best": {"settings": dict(ranked[0].settings), "mean": ranked[0].mean, "scores": dict(ranked[0].scores)},
+            "at_the_edge": {axis: at for axis, (at, _) in edges(recipe.kind, found).items()},
+            "points": [{"settings": dict(p.settings), "mean": p.mean, "scores": dict(p.scores)} for p in found],
+            "rows_per_split": {t: {s: len(rows) for s, rows in own.splits.rows.items()} for t, own in data.items()},
+            "recipe": portable(recipe),
+            "inputs": inputs,
+            "versions": versions(),
+            "machine": machine(recipe.device),
+            **clock.spent(),
+        }
+        files.write(_best_text(path, recipe, ranked[0], files.record), record)
+    remove_ours(files.state)
     return ranked, record
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a search writes: the best recipe, its record, and the folder that an interrupted search goes on from.
+
+    The two files are replaced one after the other. What they may replace is noted in the state first, so that the same
+    command completes what a kill between them left.
+    """
+
+    best: Path
+    record: Path
+    state: Path
+
+    def check(self, force: bool) -> None:
+        """Refuse to overwrite what is there, before any work is done.
+
+        Raises:
+            OutputError: something is, and `force` is not given; or no search wrote it as it is; or what is kept of an
+                interrupted search is not adarank's.
+        """
+        check_ours(self.state)
+        there = [file for file in (self.best, self.record) if os.path.lexists(file) and not self._begun(file)]
+        if there and not force:
+            names = ", ".join(map(str, there))
+            raise OutputError(f"{names}: already exists. Give another name, or --force to replace it.")
+        listed = read_list(self.record) or {}
+        changed = [
+            f"{file}: is not as a search wrote it"
+            for file in there
+            if not (is_as_listed(file, listed.get(file.name, {})) if file == self.best else listed)
+        ]
+        if changed:
+            remedy = "Move it, or give another name."
+            raise OutputError(itemise("--force replaces only what adarank search wrote:", changed, remedy))
+
+    def write(self, text: str, record: dict[str, Any]) -> None:
+        """Write the best recipe, and the record, which lists it."""
+        content = text.encode()
+        record["files"] = {self.best.name: {"bytes": len(content), "sha256": sha256(content)}}
+        texts = {self.record: json_text(record), self.best: text}
+        known = {
+            file.name: [sha256(new.encode()), *([sha256(file.read_bytes())] if file.exists() else [])]
+            for file, new in texts.items()
+        }
+        write_json(self.state / _JOURNAL, known)
+        for file, new in texts.items():
+            write_text(file, new, self.state)
+
+    def _begun(self, file: Path) -> bool:
+        """True for a file that an interrupted search was about to replace, or had written."""
+        journal = self.state / _JOURNAL
+        if not journal.is_file() or not file.is_file():
+            return False
+        known = json.loads(journal.read_text(encoding="utf-8"))
+        return sha256(file.read_bytes()) in known.get(file.name, ())
 
 
 def try_points(
     job: Job,
     models: TaskModels,
     data: Mapping[str, TaskData],
-    points: Sequence[tuple[Mapping[str, Any], Method]],
+    points: Sequence[tuple[Mapping[str, Any], MergeMethod]],
     state: Path,
     progress: Callable[[Point, int, int], None] = lambda point, done, total: None,
 ) -> list[Point]:
@@ -165,24 +242,35 @@ def try_points(
     with stored_spectra(state / "spectra"):
         for number, (settings, method) in enumerate(points, start=1):
             kept = state / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}.json"
-            if kept.exists():
-                scores = json.loads(kept.read_text(encoding="utf-8"))
-            else:
-                known, _ = inform(method, job, models, data, state / "statistics")
-                scores = score_method(job, models, data, known, SPLIT)
+            scores = _kept_scores(kept, job.network.tasks)
+            if scores is None:
+                run = Run(replace(job, method=method), data, state=state / "statistics" / "state.pt", ready=models)
+                scores = score_result(run.job, models, data, method.run(run), SPLIT)
                 write_json(kept, scores)
             found.append(Point(settings, scores))
             progress(found[-1], number, len(points))
     return found
 
 
-def each_tasks_best(kind: type[Method], points: Sequence[Point]) -> list[Point]:
+def _kept_scores(file: Path, tasks: Sequence[str]) -> dict[str, float] | None:
+    """What an interrupted search kept of a point; None if there is nothing, or nothing whole: then it is scored anew."""
+    if not file.is_file():
+        return None
+    try:
+        scores = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    fits = isinstance(scores, dict) and list(scores) == list(tasks)
+    return scores if fits and all(isinstance(own, float) and math.isfinite(own) for own in scores.values()) else None
+
+
+def each_tasks_best(kind: type[MergeMethod], points: Sequence[Point]) -> list[Point]:
     """The point made of each task's own best settings, where a task-aware method has them per model; else nothing.
 
     It needs no scoring: its settings change the weights of their own task alone. Of equals the first is taken.
     """
     axes = list(points[0].settings)
-    if not (kind.task_aware and set(axes) <= set(kind.per_model)):
+    if not set(axes) <= set(kind.of_one_task()):
         return []
     best = {task: max(points, key=lambda point: point.scores[task]) for task in points[0].scores}
     settings = {axis: {task: point.settings[axis] for task, point in best.items()} for axis in axes}
@@ -194,7 +282,7 @@ def level(points: Sequence[Point]) -> bool:
     return len(points) > 1 and all(point.scores == points[0].scores for point in points)
 
 
-def edges(kind: type[Method], points: Sequence[Point]) -> dict[str, tuple[float, float]]:
+def edges(kind: type[MergeMethod], points: Sequence[Point]) -> dict[str, tuple[float, float]]:
     """Numbers whose best lies at the end of what was tried, so that better ones may lie beyond it.
 
     Returns:
@@ -216,7 +304,7 @@ def edges(kind: type[Method], points: Sequence[Point]) -> dict[str, tuple[float,
     return found
 
 
-def _allowed(kind: type[Method], axis: str, value: float) -> bool:
+def _allowed(kind: type[MergeMethod], axis: str, value: float) -> bool:
     try:
         parse(kind, {axis: value}, kind.name)
     except RecipeError:
@@ -224,37 +312,38 @@ def _allowed(kind: type[Method], axis: str, value: float) -> bool:
     return True
 
 
-def _check_outputs(path: Path, best: Path, record: Path, force: bool) -> None:
+def _check_place(path: Path, best: Path) -> None:
     if best.resolve().parent != path.resolve().parent:
         raise OutputError(
             f"{best}: the best recipe extends {path.name}, so it must lie in the same folder. Give {path.parent / best.name}."
         )
     if best.resolve() == path.resolve():
         raise OutputError(f"{best}: is the recipe itself. Give another file for the best one.")
-    there = [str(file) for file in (best, record) if file.exists()]
-    if there and not force:
-        raise OutputError(f"{', '.join(there)}: already exists. Give another name, or --force to replace it.")
 
 
 def _grid(recipe: Recipe, axes: Sequence[Axis]) -> list[dict[str, Any]]:
-    if recipe.merge_method not in METHODS:
+    kind = recipe.kind
+    if kind.not_searched:
+        others = [name for name, other in METHODS.built_in.items() if not other.not_searched]
         raise RecipeError(
-            f"merge_method: '{recipe.merge_method}' learns what it writes; a search tries those of methods that do not adapt, such as {', '.join(list(METHODS)[:4])}."
+            f"merge_method: '{kind.name}' {kind.not_searched}; a search tries those of methods that do not adapt, such as {', '.join(others[:4])}."
         )
     if not axes:
         raise RecipeError("search: nothing to vary. Give --over name=first:last:step or --over name=a,b,c.")
-    kind = METHODS[recipe.merge_method]
     known = [field.alias or name for name, field in kind.model_fields.items()]
     for axis in axes:
         if axis.name not in known:
             raise RecipeError(f"--over {axis.name}: '{kind.name}' has no such setting.{nearest(axis.name, known)}")
+    repeated = repetition([axis.name for axis in axes])
+    if repeated is not None:
+        raise RecipeError(f"--over {axes[repeated].name}: is given twice. Give all its values at once.")
     return [
         dict(zip((axis.name for axis in axes), values, strict=True))
         for values in itertools.product(*(axis.values for axis in axes))
     ]
 
 
-def _method(job: Job, settings: Mapping[str, Any]) -> Method:
+def _method(job: Job, settings: Mapping[str, Any]) -> MergeMethod:
     """The recipe's method with a point's settings, checked as a merge would check it."""
     changed = job.recipe.model_copy(update={"parameters": {**job.recipe.parameters, **settings}})
     method = changed.method(job.network.merged())
@@ -262,10 +351,9 @@ def _method(job: Job, settings: Mapping[str, Any]) -> Method:
     return method
 
 
-def _write_best(path: Path, best: Path, recipe: Recipe, point: Point, record: Path) -> None:
+def _best_text(path: Path, recipe: Recipe, point: Point, record: Path) -> str:
     parameters = {**recipe.parameters, **point.settings}
-    text = (
+    return (
         f"# The best of {record.name}: mean {point.mean:.2f} on the labelled select split.\n"
         f"extends: {path.name}\n" + yaml.safe_dump({"parameters": parameters}, sort_keys=False)
     )
-    write_text(best, text)

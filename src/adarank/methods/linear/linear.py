@@ -15,12 +15,14 @@ from torch import Tensor
 
 from adarank.methods.base import (
     Deltas,
+    Flag,
     Method,
     Network,
     OriginKind,
     PerTensor,
     RecipeError,
     TensorWeights,
+    flag,
     weighted_sum,
 )
 
@@ -35,22 +37,23 @@ class Linear(Method):
 
     name: ClassVar[str] = "linear"
     origin: ClassVar[OriginKind] = "zero"
+    merges_base: ClassVar[bool] = True
     formula: ClassVar[str] = "W = Σ_t w_t W_t / Σ_t w_t"
     source: ClassVar[str] = "mergekit's linear; Wortsman et al. 2022, arXiv:2203.05482"
     per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
-    normalize: bool = Field(True, description="divide by the sum of the weights")
+    normalize: Flag = Field(flag(True), description="divide by the sum of the weights")
     weight: PerTensor = Field(
         TensorWeights({}, ()), description="per model: a number, a list over the layers, or filters"
     )
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         total = weighted_sum(origin, deltas, lambda task: self.weight.of(task, name))  # the origin is zero
-        return total.div_(self._total(name, deltas)) if self.normalize else total
+        return total.div_(self._total(name, deltas)) if self.normalize.of("", name) else total
 
     def check(self, network: Network) -> None:
         for name in network.merged():
-            if self.normalize and abs(self._total(name, network.experts)) < 1e-8:
+            if self.normalize.of("", name) and abs(self._total(name, network.experts)) < 1e-8:
                 raise RecipeError(
                     f"linear: the weights of tensor '{name}' sum to 0. Change them, or set normalize: false."
                 )

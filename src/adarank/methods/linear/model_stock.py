@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, Network, OriginKind, RecipeError, scaled_mean
+from adarank.methods.base import Deltas, Flag, Method, Network, OriginKind, RecipeError, flag, scaled_mean
 
 
 class ModelStock(Method):
@@ -31,12 +31,12 @@ class ModelStock(Method):
     formula: ClassVar[str] = "W = W₀ + t mean_t τ_t; t = T c / (1 + (T - 1) c), c = mean_{a<b} cos(τ_a, τ_b)"
     source: ClassVar[str] = "mergekit's model_stock; Jang et al. 2024, arXiv:2403.19522"
 
-    filter_wise: bool = Field(False, description="an angle for each row instead of each tensor")
+    filter_wise: Flag = Field(flag(False), description="an angle for each row instead of each tensor")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         count = len(deltas)
         pairs = list(combinations(deltas, 2))
-        cosine = torch.stack([self._cosine(deltas, a, b) for a, b in pairs]).mean(0)
+        cosine = torch.stack([self._cosine(name, deltas, a, b) for a, b in pairs]).mean(0)
         divisor = 1 + (count - 1) * cosine
         share = torch.where(divisor.abs() < 1e-6, 0.0, count * cosine / divisor)
         return origin + share * (scaled_mean(origin, deltas, 1.0) - origin)
@@ -50,10 +50,11 @@ class ModelStock(Method):
     def workspace(self, tasks: int, decomposed: bool) -> int:
         return 3
 
-    def _cosine(self, deltas: Deltas, first: str, second: str) -> Tensor:
+    def _cosine(self, name: str, deltas: Deltas, first: str, second: str) -> Tensor:
         """cos(τ_a, τ_b) of whole tensors, shape (); filter-wise one for each row, shape (…, 1)."""
-        a, b = (deltas[task] if self.filter_wise else deltas[task].flatten() for task in (first, second))
+        by_row = self.filter_wise.of("", name)
+        a, b = (deltas[task] if by_row else deltas[task].flatten() for task in (first, second))
         # by sum, which adds in pairs: PyTorch's float32 norms add one by one, and are 0.1% off at 10⁷ entries
         norms = (a * a).sum(dim=-1).sqrt() * (b * b).sum(dim=-1).sqrt()
         cosine: Tensor = ((a * b).sum(dim=-1) / norms.clamp(min=1e-6)).clamp(-1, 1)
-        return cosine.unsqueeze(-1) if self.filter_wise and a.dim() else cosine
+        return cosine.unsqueeze(-1) if by_row and a.dim() else cosine

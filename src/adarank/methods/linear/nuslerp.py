@@ -17,7 +17,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, Network, OriginKind, PerTensor, RecipeError, TensorWeights
+from adarank.methods.base import (
+    Deltas,
+    Flag,
+    Method,
+    Network,
+    OriginKind,
+    PerTensor,
+    RecipeError,
+    TensorWeights,
+    flag,
+)
 
 _PARALLEL = 1e-7  # sin²θ: what float32 cannot tell from 0
 
@@ -35,8 +45,10 @@ class NuSlerp(Method):
     weight: PerTensor = Field(
         TensorWeights({}, ()), description="per model: a number, a list over the layers, or filters"
     )
-    nuslerp_flatten: bool = Field(True, description="one angle for each tensor")
-    nuslerp_row_wise: bool = Field(False, description="if not flat: vectors along the first dimension, else the last")
+    nuslerp_flatten: Flag = Field(flag(True), description="one angle for each tensor")
+    nuslerp_row_wise: Flag = Field(
+        flag(False), description="if not flat: vectors along the first dimension, else the last"
+    )
 
     def origin_kind(self, network: Network) -> OriginKind:
         return "zero" if network.base is None else "pretrained"
@@ -46,7 +58,7 @@ class NuSlerp(Method):
         weights = [self.weight.of(task, name) for task in (first, second)]
         t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
         a, b = deltas[first], deltas[second]
-        cosine = self._cosine(a, b)
+        cosine = self._cosine(name, a, b)
         parallel = 1 - cosine.square() <= _PARALLEL
         angle = torch.where(parallel, 1.0, cosine.acos())
         share_a, share_b = (
@@ -65,12 +77,12 @@ class NuSlerp(Method):
     def workspace(self, tasks: int, decomposed: bool) -> int:
         return 3
 
-    def _cosine(self, a: Tensor, b: Tensor) -> Tensor:
+    def _cosine(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """In float64, of a shape that broadcasts to the tensors'. Norms below 1e-7 count as that."""
-        if self.nuslerp_flatten or a.dim() == 0:
+        if self.nuslerp_flatten.of("", name) or a.dim() == 0:
             dimensions = tuple(range(a.dim()))
         else:
-            dimensions = (0,) if self.nuslerp_row_wise else (-1,)
+            dimensions = (0,) if self.nuslerp_row_wise.of("", name) else (-1,)
         norms = [
             torch.linalg.vector_norm(x, dim=dimensions, keepdim=True, dtype=torch.float64).clamp(min=1e-7)
             for x in (a, b)

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, Network, OriginKind, PerTensor, RecipeError
+from adarank.methods.base import Deltas, Method, Network, OriginKind, PerTensor, check_one_other, length
 
 _PARALLEL = 0.9995
 
@@ -37,11 +37,7 @@ class Slerp(Method):
         return first * origin + second * other
 
     def check(self, network: Network) -> None:
-        if len(network.experts) != 1:
-            raise RecipeError(
-                f"models: 'slerp' goes from base_model to one other model, got {len(network.experts)} others"
-                f" ({', '.join(network.tasks)}). Make one of two models the base_model, or use nuslerp or linear."
-            )
+        check_one_other(self.name, network)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         return 2
@@ -57,6 +53,5 @@ def arc(cosine: float, t: float) -> tuple[float, float]:
 
 def _cosine(first: Tensor, second: Tensor) -> float:
     """Of both as vectors. A vector of length up to 1e-8 counts as zero, at a right angle to all."""
-    norms = [float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (first, second)]
-    a, b = (norm if norm > 1e-8 else 1.0 for norm in norms)
+    a, b = (norm if norm > 1e-8 else 1.0 for norm in (length(first), length(second)))
     return max(-1.0, min(1.0, float(((first / a) * (second / b)).sum(dtype=torch.float64))))

@@ -13,7 +13,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, OriginKind, PerTensor, weighted_sum
+from adarank.methods.base import Deltas, Flag, Method, OriginKind, PerTensor, flag, weighted_sum
 
 
 class TaskArithmetic(Method):
@@ -33,7 +33,7 @@ class TaskArithmetic(Method):
     per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
     scale: PerTensor | None = Field(None, alias="lambda", description="λ: 0.3, or 1 when models carry weights")
-    normalize: bool = Field(False, description="divide by the sum of the weights")
+    normalize: Flag = Field(flag(False), description="divide by the sum of the weights")
     int8_mask: bool = Field(False, description="taken from mergekit's recipes; changes nothing")
     weight: PerTensor | None = Field(None, description="per model: a number, a list over the layers, or filters")
 
@@ -42,5 +42,5 @@ class TaskArithmetic(Method):
         default = 0.3 if self.weight is None else 1.0
         scale = default if self.scale is None else self.scale.of("", name)
         total = sum(weights.values())
-        divisor = total if self.normalize and abs(total) > 1e-8 else 1.0
+        divisor = total if self.normalize.of("", name) and abs(total) > 1e-8 else 1.0
         return weighted_sum(origin, deltas, lambda task: scale * weights[task] / divisor)

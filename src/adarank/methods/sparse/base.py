@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, OriginKind, PerTensor, TensorWeights, rest
+from adarank.methods.base import Deltas, Flag, Method, OriginKind, PerTensor, TensorWeights, flag, rest
 from adarank.sparsify.drop import norm_ratio
 from adarank.sparsify.sign_election import Election
 
@@ -42,8 +42,8 @@ class SparseSum(Method):
     )
     density: PerTensor = Field(rest(1.0), ge=0, le=1, description="share of entries kept; per model, as weight")
     scale: PerTensor = Field(rest(1.0), alias="lambda", description="λ: a number, a list over the layers, or filters")
-    normalize: bool = Field(False, description="divide by the sum of the weights")
-    rescale: bool = Field(False, description="restore each task vector's L1 norm")
+    normalize: Flag = Field(flag(False), description="divide by the sum of the weights")
+    rescale: Flag = Field(flag(False), description="restore each task vector's L1 norm")
     int8_mask: bool = Field(False, description="taken from mergekit's recipes; changes nothing")
 
     def kept(self, delta: Tensor, density: float, task: str, name: str) -> Tensor:
@@ -52,7 +52,7 @@ class SparseSum(Method):
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         total, divisor = (self._elected if self.elects else self._summed)(name, origin, deltas)
-        if self.normalize:
+        if self.normalize.of("", name):
             total /= divisor
         return total.mul_(self.scale.of("", name)).add_(origin)
 
@@ -82,4 +82,4 @@ class SparseSum(Method):
         if density >= 1:
             return delta.clone()
         cut = delta * self.kept(delta, density, task, name)
-        return cut.mul_(norm_ratio(delta, cut)) if self.rescale else cut
+        return cut.mul_(norm_ratio(delta, cut)) if self.rescale.of("", name) else cut

@@ -14,6 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from adarank.methods.base import Flag, flag
 from adarank.methods.sparse.base import SparseSum
 from adarank.sparsify.drop import at_random
 
@@ -28,7 +29,7 @@ class DareLinear(SparseSum):
     formula: ClassVar[str] = "W = W₀ + λ Σ_t w_t c_t m_t∘τ_t; m_t ~ Bernoulli(density), c_t = ‖τ_t‖₁ / ‖m_t∘τ_t‖₁"
     source: ClassVar[str] = "mergekit's dare_linear; Yu et al. 2024, arXiv:2311.03099"
 
-    rescale: bool = Field(True, description="restore each task vector's L1 norm")
+    rescale: Flag = Field(flag(True), description="restore each task vector's L1 norm")
     seed: int = Field(0, description="of what is dropped; by default the recipe's seed")
 
     def kept(self, delta: Tensor, density: float, task: str, name: str) -> Tensor:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from adarank.methods.base import Flag, flag
 from adarank.methods.sparse.della_linear import DellaLinear
 
 
@@ -29,4 +30,4 @@ class Della(DellaLinear):
     source: ClassVar[str] = "mergekit's della; Deep et al. 2024, arXiv:2406.11617"
     elects: ClassVar[bool] = True
 
-    normalize: bool = Field(True, description="divide by the sum of the weights")
+    normalize: Flag = Field(flag(True), description="divide by the sum of the weights")

@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Network, PerTensor, RecipeError, rest
+from adarank.methods.base import Flag, Network, PerTensor, RecipeError, flag, rest
 from adarank.methods.sparse.base import SparseSum
 from adarank.sparsify.drop import by_rank
 
@@ -32,7 +32,7 @@ class DellaLinear(SparseSum):
     source: ClassVar[str] = "mergekit's della_linear; Deep et al. 2024, arXiv:2406.11617"
     per_model: ClassVar[tuple[str, ...]] = ("weight", "density", "epsilon")
 
-    rescale: bool = Field(True, description="restore each task vector's L1 norm")
+    rescale: Flag = Field(flag(True), description="restore each task vector's L1 norm")
     epsilon: PerTensor = Field(
         rest(0.15), ge=0, le=1, description="density ± this is the range of p; per model, as weight"
     )

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from adarank.methods.base import Flag, flag
 from adarank.methods.sparse.base import SparseSum
 from adarank.sparsify.drop import largest
 
@@ -29,7 +30,7 @@ class Ties(SparseSum):
     source: ClassVar[str] = "mergekit's ties; Yadav et al. 2023, arXiv:2306.01708"
     elects: ClassVar[bool] = True
 
-    normalize: bool = Field(True, description="divide by the sum of the weights")
+    normalize: Flag = Field(flag(True), description="divide by the sum of the weights")
 
     def kept(self, delta: Tensor, density: float, task: str, name: str) -> Tensor:
         if density <= 0:

@@ -1,0 +1,68 @@
+"""Unlabelled inputs that come in batches, as the Python interface is given them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from adarank.adapt.problem import Chunk, Predict, Predictions
+from adarank.adapt.schedule import Schedule
+from adarank.adapt.settings import AdaptSettings
+
+T = TypeVar("T")
+
+
+@dataclass
+class BatchInputs:
+    """One task's batches. Predictions are looked up by (held out or not, place of the batch).
+
+    Arguments:
+        batches: what is adapted on: step i takes batch i, from the start again when they are used up.
+        held_out: what steps are judged on; with none it is `batches`.
+
+    Attributes:
+        size: how many inputs the first of the judged batches has; known once there are predictions.
+    """
+
+    batches: Sequence[Any]
+    held_out: Sequence[Any]
+    settings: AdaptSettings
+    size: int = field(default=1, init=False)
+
+    @property
+    def one_pass(self) -> int:
+        """How many batches are adapted on."""
+        return len(self.batches)
+
+    def step(self, step: int) -> Chunk:
+        """The step's batch."""
+        place = step % len(self.batches)
+        return (False, place), self.batches[place]
+
+    def judged_on(self, most: int | None = None) -> Iterable[Chunk]:
+        """Whole batches, evenly spread, as they may come sorted by their classes: one at least, `check_inputs` inputs at most."""
+        judged = spread(self._candidates(), self.settings.check_inputs // self.size)
+        return judged if most is None else spread(judged, most // self.size)
+
+    def predictions(self, predict: Predict, adapted_on: bool) -> Predictions:
+        """Predictions of the judged batches, and of those that steps will see."""
+        first, batch = self._candidates()[0]
+        known = {first: predict(batch)}
+        self.size = max(1, len(known[first].logits))
+        seen = min(Schedule(self.settings).longest, len(self.batches)) if adapted_on else 0
+        for where, batch in [*map(self.step, range(seen)), *self.judged_on()]:
+            if where not in known:
+                known[where] = predict(batch)
+        features = {where: each.features for where, each in known.items() if each.features is not None}
+        return Predictions({where: each.logits for where, each in known.items()}, features or None)
+
+    def _candidates(self) -> list[Chunk]:
+        held_out = bool(self.held_out)
+        return [((held_out, place), batch) for place, batch in enumerate(self.held_out or self.batches)]
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """So many of the items, one at least, evenly spread over them."""
+    count = min(len(items), max(1, count))
+    return [items[i * len(items) // count] for i in range(count)]

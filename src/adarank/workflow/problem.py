@@ -1,0 +1,182 @@
+"""The problem of adaptation that a recipe's files make: tables of inputs, and the experts' predictions kept beside the state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adarank.adapt import problem
+from adarank.adapt.learner import Memory
+from adarank.adapt.objectives import NEED_FEATURES
+from adarank.adapt.problem import BatchPredictions, Chunk, Predict, Predictions, Problem, compares, predictor
+from adarank.adapt.settings import AdaptSettings
+from adarank.data.spec import Split
+from adarank.data.task import TaskData
+from adarank.io.archive import load_signed
+from adarank.io.pickled import DAMAGED
+from adarank.io.record import Note
+from adarank.io.state import write_state
+from adarank.models import Family, TaskModels
+from adarank.models.head_inputs import Pool, head_parts
+from adarank.models.predict import split_batches
+from adarank.recipe.job import Job
+from adarank.workflow.build_networks import family_of
+
+FILE = "experts.pt"
+
+
+@dataclass(frozen=True)
+class TableInputs:
+    """One task's inputs in a table. Predictions are tables of as many rows; those that were not predicted are 0.
+
+    Arguments:
+        device: where batches are put.
+    """
+
+    data: TaskData
+    settings: AdaptSettings
+    family: Family
+    device: torch.device | str
+
+    @property
+    def one_pass(self) -> int:
+        """Steps after which each row of the adapt split has been seen."""
+        return self.data.one_pass(self.settings.batch_size)
+
+    @property
+    def judged(self) -> tuple[TaskData, Split]:
+        """The task with the rows that it is judged on: of select, or of adapt where select is empty; `check_inputs` at most."""
+        split: Split = "select" if self.data.splits.rows["select"] else "adapt"
+        return self.data.spread(split, self.settings.check_inputs), split
+
+    def step(self, step: int) -> Chunk:
+        """The rows of a step."""
+        rows = list(self.data.adapt_rows(step, self.settings.batch_size))
+        return rows, {name: tensor.to(self.device) for name, tensor in self.data.examples.batch(rows).items()}
+
+    def judged_on(self, most: int | None = None) -> Iterator[Chunk]:
+        """The judged rows, longest first."""
+        data, split = self.judged
+        return self._batches(data if most is None else data.spread(split, most), split)
+
+    def predictions(self, predict: Predict, adapted_on: bool) -> Predictions:
+        """Predictions of all rows of adapt if these are wanted, and of those that are judged."""
+        rows: list[int] = []
+        parts: list[BatchPredictions] = []
+        for data, split in self._to_predict(adapted_on):
+            for batch_rows, batch in self._batches(data, split):
+                rows += batch_rows
+                parts.append(predict(batch))
+        features = [part.features for part in parts if part.features is not None]
+        return Predictions(
+            self._table(rows, [part.logits for part in parts]), self._table(rows, features) if features else None
+        )
+
+    def rows_to_predict(self, adapted_on: bool) -> list[list[Any]]:
+        """[split, row, row, …] of what `predictions` predicts."""
+        return [[split, *data.splits.rows[split]] for data, split in self._to_predict(adapted_on)]
+
+    def _to_predict(self, adapted_on: bool) -> list[tuple[TaskData, Split]]:
+        judged = self.judged
+        if not adapted_on:
+            return [judged]
+        return [(self.data, "adapt")] if judged[1] == "adapt" else [(self.data, "adapt"), judged]
+
+    def _batches(self, data: TaskData, split: Split) -> Iterator[Chunk]:
+        return split_batches(self.family, data, split, self.device)
+
+    def _table(self, rows: list[int], values: list[Tensor]) -> Tensor:
+        table = torch.zeros(len(self.data.examples.lengths), values[0].shape[-1])
+        table[rows] = torch.cat(values)
+        return table
+
+
+def table_inputs(job: Job, data: Mapping[str, TaskData], settings: AdaptSettings) -> dict[str, TableInputs]:
+    """task -> its inputs."""
+    family = family_of(job)
+    return {task: TableInputs(of_task, settings, family, job.recipe.device) for task, of_task in data.items()}
+
+
+def problem_of(
+    job: Job,
+    models: TaskModels,
+    data: Mapping[str, TaskData],
+    settings: AdaptSettings,
+    predictions: Mapping[str, Predictions],
+    memory: Memory | None = None,
+) -> Problem:
+    """What a job's networks and data give the loop to work on.
+
+    Arguments:
+        predictions: task -> its expert's predictions; only tasks whose objective compares with them are looked up by losses.
+        memory: where losses keep running means from step to step.
+    """
+    inputs = table_inputs(job, data, settings)
+    memory = {} if memory is None else memory
+    return Problem(models, inputs, settings, family_of(job).logits, predictions, memory=memory)
+
+
+def expert_predictions(
+    job: Job,
+    models: TaskModels,
+    data: Mapping[str, TaskData],
+    settings: AdaptSettings,
+    mark: Any = None,
+    folder: Path | None = None,
+    note: Note = lambda text: None,
+) -> dict[str, Predictions]:
+    """Every expert's predictions on the inputs that its task adapts on (if its objective needs them) and is judged on.
+
+    The models hold the base's tensors afterwards, if anything had to be computed.
+
+    Arguments:
+        mark: what tells the experts and their data from others, as plain data.
+        folder: where predictions are kept; those that lie there with the same mark are not computed again.
+    """
+    inputs = table_inputs(job, data, settings)
+    rows = {task: of_task.rows_to_predict(compares(settings, task)) for task, of_task in inputs.items()}
+    kinds = {task: bool(NEED_FEATURES & settings.weights(task).keys()) for task in data}
+    fingerprint = hashlib.sha256(json.dumps([mark, rows, kinds], sort_keys=True).encode()).hexdigest()
+    kept = _read(folder / FILE, fingerprint) if folder else None
+    if kept is not None:
+        return kept
+    note("Computing the experts' predictions")
+    predictions = problem.expert_predictions(job.network, models, inputs, settings, family_of(job).logits)
+    if folder:
+        outputs = {task: {"logits": each.logits, "features": each.features} for task, each in predictions.items()}
+        write_state(folder / FILE, {"fingerprint": fingerprint, "outputs": outputs}, "the experts' predictions")
+    return predictions
+
+
+def head_features(
+    job: Job,
+    models: TaskModels,
+    data: Mapping[str, TaskData],
+    settings: AdaptSettings,
+    task: str,
+    pool: Pool | None = None,
+) -> Tensor:
+    """(rows, width) what a task's head is given by the tensors that the models hold now, on the rows adapted on and judged on."""
+    predict = predictor(models.modules[task], head_parts(models, task), family_of(job).logits, pool)
+    features = table_inputs(job, data, settings)[task].predictions(predict, adapted_on=True).features
+    assert isinstance(features, Tensor)  # the head's parts were given
+    return features
+
+
+def _read(path: Path, fingerprint: str) -> dict[str, Predictions] | None:
+    """What is kept, or None if there is nothing, it is damaged, or it is of others: then it is computed anew."""
+    try:
+        content = load_signed(path)
+        if content["fingerprint"] != fingerprint:
+            return None
+        return {task: Predictions(each["logits"], each["features"]) for task, each in content["outputs"].items()}
+    except (pickle.UnpicklingError, *DAMAGED):
+        return None

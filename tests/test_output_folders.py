@@ -1,0 +1,536 @@
+"""An output's place: one run at a time, whole or not at all, and nothing of the user's is ever replaced or removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import adarank
+import text_zoo
+from adarank.cli.main import main
+from adarank.errors import CheckpointError, OutputError
+from adarank.io.lock import hold
+from adarank.io.side_files import side_files
+from adarank.io.writer import RECORD, atomic_folder, write_record
+from adarank.recipe.reader import load_recipe
+from adarank.workflow.search import Axis, search
+from make import save, state, write_index
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import concurrent_merges
+import kills
+
+AXES = [Axis("lambda", (0.5, 1.0))]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_zoo.make_zoo(tmp_path_factory.mktemp("outputs"))
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def fill(folder: Path, text: str = "new") -> None:
+    (folder / "model.safetensors").write_text(text)
+    write_record(folder, {"versions": {}})
+
+
+def made(out: Path, text: str = "old") -> Path:
+    with atomic_folder(out) as folder:
+        fill(folder, text)
+    return out
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Do something in a forked process; its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)  # an end of its own is the child's business
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die() -> None:
+    os.kill(os.getpid(), 9)
+
+
+def killed_while_filling(out: Path, force: bool = False) -> None:
+    def work() -> None:
+        with atomic_folder(out, force) as folder:
+            (folder / "model-00001-of-00002.safetensors").write_text("half")
+            die()
+
+    assert in_child(work) == -9
+
+
+def test_the_next_run_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    killed_while_filling(tmp_path / "out")
+    assert "out" not in names(tmp_path)
+    assert len(names(tmp_path)) == 2  # its lock and its workspace
+    made(tmp_path / "out")
+    assert names(tmp_path) == {"out"}
+    assert names(tmp_path / "out") == {"model.safetensors", RECORD}
+
+
+def test_a_killed_replacement_leaves_the_old_output_in_its_place(tmp_path: Path) -> None:
+    out = made(tmp_path / "out")
+    before = contents(out)
+    killed_while_filling(out, force=True)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("last", ["out", "new"])
+def test_an_old_output_in_hand_when_killed_is_put_back(tmp_path: Path, last: str) -> None:
+    """Where two folders cannot be exchanged in one step, a kill may come between or after two renames."""
+    out = made(tmp_path / "out")
+
+    def work() -> None:
+        real = Path.rename
+
+        def rename(self: Path, target: Path) -> Path:
+            renamed = real(self, target)
+            if self.name == last:
+                die()
+            return renamed
+
+        Path.rename = rename  # type: ignore[method-assign]
+        sys.platform = "other"
+        with atomic_folder(out, force=True) as folder:
+            fill(folder)
+
+    assert in_child(work) == -9
+    assert out.exists() == (last == "new")
+    with pytest.raises(OutputError, match="already exists"), atomic_folder(out):
+        pass
+    assert (out / "model.safetensors").read_text() == ("old" if last == "out" else "new")
+    assert names(tmp_path) == {"out"}
+
+
+def test_nothing_of_the_users_is_removed_for_its_name(zoo: Path, tmp_path: Path) -> None:
+    for name in (".out.partial", ".out.old", ".out.state", ".out.0123456789abcdef.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("precious")
+    (tmp_path / ".out.lock").write_text("precious")
+    before = contents(tmp_path)
+    adarank.merge_recipe(text_zoo.recipe(zoo), tmp_path / "out")
+    adarank.merge_recipe(text_zoo.recipe(zoo), tmp_path / "out", force=True)
+    assert before.items() <= contents(tmp_path).items()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_strange_state_is_refused_before_any_work(zoo: Path, tmp_path: Path, kind: str) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("precious")
+    place = tmp_path / ".out.state"
+    {"folder": lambda: other.rename(place), "file": lambda: place.write_text("mine"), "link": lambda: place.symlink_to(other)}[kind]()  # fmt: skip
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match=r"\.out\.state: is not adarank's"):
+        adarank.merge_recipe(text_zoo.recipe(zoo, **text_zoo.ADAPT), tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+# One run at a time
+
+
+def test_a_second_run_is_told_who_holds_the_output(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    code = (
+        "import sys; from pathlib import Path; from adarank.io.writer import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1])): pass"
+    )
+    with hold(out):
+        done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False)
+    assert f"another run is writing there (process {os.getpid()} on {platform.node()})" in done.stderr
+    assert names(tmp_path) == set()
+
+
+def test_another_thread_is_another_run_and_a_nested_call_is_not(tmp_path: Path) -> None:
+    errors: list[Exception] = []
+
+    def second() -> None:
+        try:
+            with hold(tmp_path / "out"):
+                pass
+        except OutputError as error:
+            errors.append(error)
+
+    with hold(tmp_path / "out"):
+        with hold(tmp_path / "x" / ".." / "out"):
+            pass
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(errors) == 1
+    second()
+    assert len(errors) == 1
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_lock_ends_with_its_process(tmp_path: Path, killed: bool) -> None:
+    def work() -> None:
+        with hold(tmp_path / "out"):
+            die() if killed else os._exit(0)
+
+    assert in_child(work) == (-9 if killed else 0)
+    with hold(tmp_path / "out"):
+        assert names(tmp_path) == {".out.adarank.lock"}
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("command", ["merge", "adapt", "extract", "search", "demo"])
+def test_every_command_that_writes_takes_the_lock(zoo: Path, tmp_path: Path, capsys: Any, command: str) -> None:
+    out = tmp_path / "out"
+    recipe = str(text_zoo.recipe(zoo, f"{command}.yaml", **(text_zoo.ADAPT if command == "adapt" else {})))
+    bundle = tmp_path / "bundle"
+    if command == "extract":
+        adarank.merge_recipe(text_zoo.recipe(zoo, "emr.yaml", merge_method="emr"), bundle)
+    best = zoo / "held.best.yaml"
+    given = {"merge": ["merge", recipe, str(out)], "adapt": ["merge", recipe, str(out)], "demo": ["demo", str(out)],
+             "extract": ["extract", str(bundle), str(out), "--task", "mood"],
+             "search": ["search", recipe, str(best), "--over", "lambda=0.5,1.0"]}  # fmt: skip
+    held = zoo / "held.best.search.json" if command == "search" else out
+
+    def work() -> None:
+        sys.stderr = (tmp_path / "said").open("w")
+        code = main(given[command])
+        sys.stderr.flush()
+        os._exit(code)
+
+    with hold(held):
+        assert in_child(work) == 1
+    assert "another run is writing there (process" in (tmp_path / "said").read_text()
+    assert not out.exists()
+    assert not best.exists()
+
+
+def test_races_end_with_one_output_and_one_sentence(tmp_path: Path) -> None:
+    ends = concurrent_merges.race(tmp_path, pairs=6, seed=1)
+    assert sum(ends.values()) == 6
+
+
+def test_kills_end_with_the_old_output_or_the_new_one(tmp_path: Path) -> None:
+    few = [command for command in kills.COMMANDS if command.name in ("merge regmean", "merge cart --force over task_arithmetic")]  # fmt: skip
+    ends = kills.kill_all(tmp_path, kills=6, seed=1, commands=few)
+    assert all(seen["killed"] for seen in ends.values())
+
+
+@pytest.mark.slow
+def test_kills_of_every_command_end_well(tmp_path: Path) -> None:
+    ends = kills.kill_all(tmp_path, kills=40, seed=2)
+    assert sum(seen["killed"] for seen in ends.values()) >= 40
+
+
+# What --force replaces
+
+
+def add(out: Path) -> None:
+    (out / "notes.txt").write_text("precious")
+
+
+def change(out: Path) -> None:
+    (out / "model.safetensors").write_text("edited by hand")
+
+
+def same_length(out: Path) -> None:
+    (out / "model.safetensors").write_text("OLD")
+
+
+def link(out: Path) -> None:
+    (out / "elsewhere").symlink_to(out.parent)
+
+
+def folder(out: Path) -> None:
+    (out / "runs").mkdir()
+
+
+def deep(out: Path) -> None:
+    (out / "heads" / "mood").mkdir(parents=True)
+    (out / "heads" / "mood" / "mine.txt").write_text("precious")
+
+
+@pytest.mark.parametrize(("damage", "named"), [(add, "notes.txt: is not in"), (change, "model.safetensors: is not as"),
+    (same_length, "model.safetensors: is not as"), (link, "elsewhere: is a link"), (folder, "runs: is a folder"),
+    (deep, "heads/mood/mine.txt: is not in")])  # fmt: skip
+def test_force_refuses_what_the_record_does_not_list(tmp_path: Path, damage: Callable, named: str) -> None:
+    out = made(tmp_path / "out")
+    damage(out)
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match=named), atomic_folder(out, force=True):
+        pass
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("record", ["{}", "not JSON", '{"files": {}}', '{"versions": {}, "files": ["a"]}', "[]"])
+def test_force_refuses_a_record_that_lists_nothing(tmp_path: Path, record: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / RECORD).write_text(record)
+    (out / "precious.txt").write_text("precious")
+    with pytest.raises(OutputError, match="does not list the files of an output"), atomic_folder(out, force=True):
+        pass
+    assert names(out) == {RECORD, "precious.txt"}
+
+
+def test_what_is_added_while_a_run_goes_on_is_not_replaced(tmp_path: Path) -> None:
+    out = made(tmp_path / "out")
+
+    def replaced() -> None:
+        with atomic_folder(out, force=True) as folder:
+            fill(folder)
+            add(out)
+
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        replaced()
+    assert (out / "notes.txt").exists()
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_replaced_output_keeps_its_folders_permissions(tmp_path: Path) -> None:
+    out = made(tmp_path / "out")
+    out.chmod(0o750)
+    with atomic_folder(out, force=True) as folder:
+        fill(folder)
+    assert out.stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("read", ["base", "file", "masks", "data"])
+def test_an_output_is_not_replaced_by_what_reads_it(tmp_path: Path, read: str) -> None:
+    zoo = text_zoo.make_zoo(tmp_path / "zoo")
+    out = zoo / "out"
+    short = {**text_zoo.ADAPT, "adapt": {"steps": 1, "batch_size": 4}}
+    adarank.merge_recipe(text_zoo.recipe(zoo, **short), out)
+    models = [{"model": f"models/{t}", "task": {"name": t, "data": f"data/{t}.tsv"}} for t in text_zoo.TASKS]
+    changes: dict[str, Any] = {}
+    if read == "base":
+        changes = {"base_model": "out"}
+    if read == "masks":
+        changes = {"merge_method": "masked", "parameters": {"masks": str(out / "adarank_masks.safetensors")}}
+        changes["parameters"]["masks"] = str(next(out.glob("*mask*")))
+    if read == "file":  # a folder outside, whose weights lead into the output
+        (zoo / "linked").mkdir()
+        (zoo / "linked" / "model.safetensors").symlink_to(out / "model.safetensors")
+        (zoo / "linked" / "config.json").write_text((out / "config.json").read_text())
+        changes = {"base_model": "linked"}
+    if read == "data":
+        (out / "adarank.json").rename(out / "old.json")
+        (out / "mood.tsv").write_text((zoo / "data" / "mood.tsv").read_text())
+        write_record(out, json.loads((out / "old.json").read_text()))
+        models[0]["task"]["data"] = "linked.tsv"  # type: ignore[index]
+        (zoo / "linked.tsv").symlink_to(out / "mood.tsv")
+    before = contents(out)
+    with pytest.raises(OutputError, match="lies inside its own output"):
+        adarank.merge_recipe(text_zoo.recipe(zoo, "again.yaml", models=models, **changes), out, force=True)
+    assert contents(out) == before
+
+
+def test_a_bundle_is_not_replaced_by_its_extract(zoo: Path, tmp_path: Path) -> None:
+    adarank.merge_recipe(text_zoo.recipe(zoo, "emr.yaml", merge_method="emr"), tmp_path / "bundle")
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match="lies inside its own output"):
+        adarank.extract(tmp_path / "bundle", "mood", tmp_path / "bundle", force=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_method_called_like_the_output_is_no_input(zoo: Path) -> None:
+    """`cart` names a method in the recipe, and a folder beside it."""
+    path = text_zoo.recipe(zoo, "named.yaml", merge_method="cart")
+    adarank.merge_recipe(path, zoo / "cart")
+    adarank.merge_recipe(path, zoo / "cart", force=True)
+
+
+# Links
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_that_is_a_link_is_followed(tmp_path: Path, there: bool) -> None:
+    real = tmp_path / "disk" / "real"
+    real.parent.mkdir()
+    if there:
+        made(real)
+    (tmp_path / "out").symlink_to(real)
+    with atomic_folder(tmp_path / "out", force=there) as folder:
+        fill(folder)
+        assert folder.parent.parent == real.parent  # on the disk that the link leads to
+    assert (tmp_path / "out").is_symlink()
+    assert (real / "model.safetensors").read_text() == "new"
+    assert names(tmp_path / "disk") == {"real"}
+    assert names(tmp_path) == {"disk", "out"}
+
+
+def test_a_link_in_a_circle_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "other")
+    (tmp_path / "other").symlink_to(tmp_path / "out")
+    with pytest.raises(OutputError, match="Give another path"), atomic_folder(tmp_path / "out"):
+        pass
+
+
+# Side files
+
+
+def model(folder: Path, *others: str) -> Path:
+    save(folder, state(0), {"model_type": "bert"})
+    for name in others:
+        (folder / name).write_text(f"content of {name}")
+    return folder
+
+
+KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+        "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+        "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # fmt: skip
+LEFT = ("trainer_state.json", "all_results.json", "training_args.bin", "optimizer.pt", "notes.txt", "README.md", "modeling.py",
+        "secrets.json", "wandb-summary.json", "model.safetensors.index.json.bak", "adarank.json", "requirements.txt")  # fmt: skip
+
+
+def test_only_what_a_model_needs_goes_along(tmp_path: Path) -> None:
+    model(tmp_path, *KEPT, *LEFT)
+    assert {file.name for file in side_files(tmp_path)} == {"config.json", *KEPT}
+
+
+def test_side_files_keep_their_permissions(tmp_path: Path) -> None:
+    zoo = text_zoo.make_zoo(tmp_path / "zoo")
+    tokenizer = zoo / "models" / "base" / "tokenizer.json"
+    tokenizer.chmod(0o640)
+    adarank.merge_recipe(text_zoo.recipe(zoo), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("where", ["models/base", "models/mood"])
+def test_a_link_out_of_a_models_folder_is_refused(tmp_path: Path, where: str) -> None:
+    zoo = text_zoo.make_zoo(tmp_path / "zoo")
+    (tmp_path / "secret").write_text("{}")
+    file = zoo / where / "tokenizer_config.json"
+    file.unlink()
+    file.symlink_to(tmp_path / "secret")
+    path = text_zoo.recipe(zoo, merge_method="emr")  # of a bundle the experts' files go along, too
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: leads to .*secret"):
+        adarank.merge_recipe(path, tmp_path / "out")
+    assert names(tmp_path) == {"zoo", "secret"}
+
+
+def test_links_within_a_hub_cache_are_followed(tmp_path: Path) -> None:
+    root = tmp_path / "hub" / "models--org--name"
+    snapshot, blobs = root / "snapshots" / "0a1b", root / "blobs"
+    model(blobs, "tokenizer.json")
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    (tmp_path / "short").symlink_to(snapshot)
+    for folder in (snapshot, tmp_path / "short"):
+        assert [file.name for file in side_files(folder)] == ["config.json", "tokenizer.json"]
+    (snapshot / "vocab.txt").symlink_to(tmp_path / "hub" / "elsewhere.txt")
+    (tmp_path / "hub" / "elsewhere.txt").write_text("secret")
+    with pytest.raises(CheckpointError, match=r"vocab\.txt: leads to"):
+        side_files(snapshot)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/model.safetensors", "a/../../model.safetensors",
+                                  "..\\other\\model.safetensors", "C:\\model.safetensors"])  # fmt: skip
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "other", state(0))
+    (tmp_path / "model").mkdir()
+    write_index(tmp_path / "model", dict.fromkeys(state(0), name))
+    with pytest.raises(CheckpointError, match="files outside of its folder"):
+        adarank.io.checkpoint.Checkpoint(tmp_path / "model")
+
+
+def test_a_bundle_that_names_files_outside_is_refused(zoo: Path, tmp_path: Path) -> None:
+    adarank.merge_recipe(text_zoo.recipe(zoo, "emr.yaml", merge_method="emr"), tmp_path / "bundle")
+    file = tmp_path / "bundle" / "bundle.json"
+    content = json.loads(file.read_text())
+    content["files"]["../secret.json"] = {"bytes": 3, "sha256": "0"}
+    (tmp_path / "secret.json").write_text("key")
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="outside of the folder"):
+        adarank.load_bundle(tmp_path / "bundle")
+
+
+# Records
+
+
+@pytest.mark.parametrize("method", ["cart", "regmean", "adarank", "emr"])
+def test_a_record_names_no_place_and_merges_again(tmp_path: Path, method: str) -> None:
+    zoo = text_zoo.make_zoo(tmp_path / "zoo")
+    models = [{"model": str(zoo / "models" / t), "task": {"name": t, "data": str(zoo / "data" / f"{t}.tsv")}} for t in text_zoo.TASKS]  # fmt: skip
+    changes = {**text_zoo.ADAPT, "adapt": {"steps": 1, "batch_size": 4}} if method == "adarank" else {"merge_method": method}  # fmt: skip
+    path = text_zoo.recipe(zoo, models=models, base_model=str(zoo / "models" / "base"), **changes)
+    out = tmp_path / "out"
+    adarank.merge_recipe(path, out)
+    assert str(tmp_path) not in (out / RECORD).read_text()
+    again = zoo / "again.yaml"
+    again.write_text(json.dumps(json.loads((out / RECORD).read_text())["recipe"]))
+    adarank.merge_recipe(load_recipe(again), tmp_path / "again")
+    first, second = contents(out), contents(tmp_path / "again")
+    assert {n: c for n, c in first.items() if n != RECORD} == {n: c for n, c in second.items() if n != RECORD}
+
+
+def test_a_record_lists_every_file_beside_it(zoo: Path, tmp_path: Path) -> None:
+    adarank.merge_recipe(text_zoo.recipe(zoo), tmp_path / "out")
+    listed = json.loads((tmp_path / "out" / RECORD).read_text())["files"]
+    found = contents(tmp_path / "out")
+    assert {name: entry["bytes"] for name, entry in listed.items()} == {n: len(c) for n, c in found.items() if n != RECORD}  # fmt: skip
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+# Searches
+
+
+def test_a_forced_search_replaces_only_what_a_search_wrote(zoo: Path) -> None:
+    path, best = text_zoo.recipe(zoo, "found.yaml"), zoo / "found.best.yaml"
+    search(path, best, AXES)
+    search(path, best, AXES, force=True)
+    best.write_text(best.read_text() + "seed: 3  # mine\n")
+    with pytest.raises(OutputError, match=r"found\.best\.yaml: is not as a search wrote it"):
+        search(path, best, AXES, force=True)
+    other = zoo / "mine.yaml"
+    other.write_text("mine")
+    with pytest.raises(OutputError, match=r"mine\.yaml: is not as a search wrote it"):
+        search(path, other, AXES, force=True)
+    assert other.read_text() == "mine"
+    assert not list(zoo.glob(".found*"))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_search_killed_between_its_two_files_is_completed(zoo: Path, force: bool) -> None:
+    path, best = text_zoo.recipe(zoo, f"two-{force}.yaml"), zoo / f"two-{force}.best.yaml"
+    if force:
+        search(path, best, [Axis("lambda", (0.7,))])
+    before = best.read_text() if force else None
+
+    def work() -> None:
+        real = Path.replace
+
+        def replace(self: Path, target: Path) -> Path:
+            renamed = real(self, target)
+            if str(target).endswith(".best.search.json"):
+                die()
+            return renamed
+
+        Path.replace = replace  # type: ignore[method-assign]
+        search(path, best, AXES, force)
+
+    assert in_child(work) == -9
+    assert (best.read_text() if best.exists() else None) == before
+    _, record = search(path, best, AXES, force)
+    written = load_recipe(best).parameters
+    assert written == record["best"]["settings"]
+    assert not list(zoo.glob(f".two-{force}*"))
