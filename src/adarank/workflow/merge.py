@@ -42,7 +42,7 @@ def merge(
     Arguments:
         recipe: its file, a mapping with the same keys, or what `load_recipe` returns.
         out: the folder to write; it appears whole or not at all.
-        force: replace `out` if adarank wrote it.
+        force: replace `out` if adarank wrote it and nobody has changed it since.
         note: called with a line of text as each stage begins.
         progress: called after each adaptation step.
         data: the recipe's tasks, if they are loaded already.
