@@ -33,6 +33,7 @@ LAYERS = [
     {"outputs"},
     {"workflow"},
     {"api", "cli"},
+    {"__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 
@@ -43,7 +44,7 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("adarank"):
-            parts = node.module.split(".")[1:] or [alias.name for alias in node.names]
+            parts = node.module.split(".")[1:] or [alias.name for alias in node.names if alias.name != "__version__"]
             found |= {parts[0]} if node.module != "adarank" else set(parts)
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("adarank.")}

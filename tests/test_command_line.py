@@ -15,6 +15,7 @@ import huggingface_hub
 import pytest
 from rich.console import Console
 
+import adarank
 from adarank.cli import show
 from adarank.cli.main import main
 from adarank.errors import CheckpointError
@@ -162,3 +163,16 @@ def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     with pytest.raises(CheckpointError, match=r"org/name: not a local path.*no route"):
         resolve("org/name")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["merge", "--help"]], ids=" ".join)
+def test_help_and_version_load_no_pytorch(arguments: list[str]) -> None:
+    script = f"import sys, adarank.cli.main as m\ntry: code = m.main({arguments})\nexcept SystemExit as end: code = end.code\nassert 'torch' not in sys.modules\nsys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert adarank.__version__ in done.stdout if arguments == ["--version"] else "usage: adarank" in done.stdout
+
+
+def test_the_package_is_a_command_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "adarank", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"adarank {adarank.__version__}\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from adarank import __version__
 from adarank.cli.threads import wait_passively
 from adarank.errors import AdaRankError, Interrupted, RecipeError
 
@@ -33,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         of adarank's own, 130 interrupted.
     """
     _print_anything()
-    options = parser().parse_args(arguments)
+    commands = parser()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not given:
+        commands.print_help()
+        return 0
+    options = commands.parse_args(given)
     wait_passively()
     signal.signal(signal.SIGTERM, _terminate)  # so that a termination cleans up as Ctrl-C does
     try:
@@ -86,6 +92,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 def parser() -> argparse.ArgumentParser:
     """The argument parser of all commands."""
     top = argparse.ArgumentParser(prog="adarank", description="Turn many fine-tuned models into one.")
+    top.add_argument("--version", action="version", version=f"adarank {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
