@@ -32,7 +32,7 @@ def score(check: Run) -> float:
 
 
 def kept(run: Run) -> Run:
-    """What is kept: a step, or a point on the line to it."""
+    """What is kept: a step, or a point of the line search from it towards the start."""
     chosen = (run["step_kept"], run["share_kept"])
     return next(own for own in run["checks"] + run["way_back"] if (own["step"], own["share"]) == chosen)
 
@@ -57,8 +57,9 @@ def tables() -> list[str]:
         if name != "objectives":
             lines.append("| by default | " + " | ".join(_cells(default[bed]) for bed in beds) + " |")
         for row in rows:
-            own = [studies_of(bed)["runs"][name].get(row) for bed in beds]
-            lines.append(f"| {row} | " + " | ".join(_cells(run) if run else "| |" for run in own) + " |")
+            runs = [studies_of(bed)["runs"][name].get(row) for bed in beds]
+            label = row.replace("way back", "line search")  # as records made before the term call it
+            lines.append(f"| {label} | " + " | ".join(_cells(run) if run else "| |" for run in runs) + " |")
         lines.append("")
     return lines[:-1]
 
@@ -69,17 +70,17 @@ CHOICES = (
     ("the paper's binary masks", "`mask: binary`", "learned", "binary masks"),
     ("two to three times the time", "`batch_size: 32`", "batch", "32 inputs"),
     ("the expert's features as well as its answers", "`objective: {self-label: 1.0, features: 0.5}`", "objectives", "self-label and features"),
-    ("the spectrum as it was cut, and λ alone", "`learn_masks: false`", "learned", "λ alone"),
-    ("no component that was cut away at the start", "`returnable: false`", "learned", "top components alone"),
+    ("λ alone, with the components of the start", "`learn_masks: false`", "learned", "λ alone"),
+    ("no component that the start leaves out", "`returnable: false`", "learned", "top components alone"),
     ("few numbers to learn: one λ per task", "`lambda_per: task`", "λ shared", "per task"),
     ("task vectors about the base, not the average", "`origin: pretrained`", "bases", "TA"),
     ("TSV-M's orthogonal directions", "`basis: tsv_m`", "bases", "TSV-M"),
     ("Iso-C's flat spectrum", "`basis: iso_c`", "bases", "Iso-C"),
-    ("Iso-CTS' common and own directions", "`basis: iso_cts`", "bases", "Iso-CTS"),
+    ("Iso-CTS' shared and task-specific directions", "`basis: iso_cts`", "bases", "Iso-CTS"),
     ("a tenth of the inputs", "nothing", "data", "10%"),
     ("16 inputs of each task", "nothing", "data", "16 inputs a task"),
-    ("no task with less agreement, by not one input", "`tolerance: 0`", "keeping", "tolerance 0"),
-    ("classes in other shares than at use", "nothing", "faults", "classes out of balance"),
+    ("no loss of agreement for any task", "`tolerance: 0`", "keeping", "tolerance 0"),
+    ("classes in other proportions than in use", "nothing", "faults", "classes out of balance"),
     ("noisy inputs", "nothing", "faults", "noise on every input"),
     ("a task without inputs", "nothing", "faults", "last task without data"),
     ("the papers' objective", "`objective: entropy`", "objectives", "entropy"),
@@ -88,7 +89,7 @@ CHOICES = (
 
 def choices() -> list[str]:
     """What to say for what one has, with the test scores that it came to."""
-    lines = ["| you have, or want | say | " + " | ".join(f"{bed}: start → kept (last step)" for bed in BEDS) + " |",
+    lines = ["| you have, or want | set | " + " | ".join(f"{bed}: start → kept (last step)" for bed in BEDS) + " |",
              "|---" * (2 + len(BEDS)) + "|"]  # fmt: skip
     for want, say, study, label in CHOICES:
         runs = [studies_of(bed)["runs"].get(study, {}).get(label) for bed in BEDS]

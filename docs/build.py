@@ -24,11 +24,13 @@ from results_tables import (
     chart,
     collapse,
     costs,
+    first_run,
     flat,
     fusion_bench,
     peers,
     record_of,
     settings,
+    short_table,
     table,
     task_aware,
 )
@@ -61,10 +63,10 @@ def methods_page() -> str:
             f"Needs {entry.needs}. Reads {entry.reads}. In memory: {entry.memory}. Source: {entry.source}.",
             "",
         ]
-        own = [s for s in entry.settings if not s.name.startswith("adapt.")]
-        if own:
+        parameters = [s for s in entry.settings if not s.name.startswith("adapt.")]
+        if parameters:
             lines += ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
-            lines += [f"| `{s.name}` | {s.default} | {s.allowed} | {s.meaning} |" for s in own] + [""]
+            lines += [f"| `{s.name}` | {s.default} | {s.allowed} | {s.meaning} |" for s in parameters] + [""]
         loop = [s for s in entry.settings if s.name.startswith("adapt.")]
         changed = [f"{s.name.removeprefix('adapt.')} {s.default}" for s in loop if s.default != usual[s.name]]
         if changed:
@@ -83,12 +85,12 @@ def methods_page() -> str:
         "",
         "## Presets",
         "",
-        "`adapt: {preset: NAME}`: the settings released with the papers. A preset states every setting that its result depends on, so a default",
-        "of adarank's that changes changes none of them. What the table leaves open is as follows.",
+        "`adapt: {preset: NAME}`: the settings released with the papers. A preset states every setting that its result depends on, so it does",
+        "not change when a default of adarank changes. The settings that the table does not list are as follows.",
         "",
         "- AdaRank: binary masks and a λ per tensor; the start is λ 2.3 with rank 0.16 about the average, λ 0.3 with rank 1 about the base, λ 1 with rank 1 on another basis.",
         "- AdaMerging: λ 0.3 about the base, per tensor; ++ with a density of 0.2. CART++: λ 1 with rank 0.08 about the average, per tensor.",
-        "- Modular methods know `paper` alone, and have as many steps as in papers of their own.",
+        "- Modular methods have the preset `paper` alone, with the number of steps of their papers.",
         f"- The adapt block: {flat(presets()['paper']['adapt'])}. No paper says how many steps AdaRank takes; give `steps` beside `preset: paper`.",
         "",
         "| preset | parameters | adapt |",
@@ -102,9 +104,10 @@ def methods_page() -> str:
         "",
         "## Rows of the papers",
         "",
-        "Which recipe makes which row of the tables of AdaRank (arXiv:2503.22178; eight tasks, RoBERTa and GPT-2 seven) and CART (arXiv:2412.12153), with the papers' own",
-        "figures to hold a run on the same checkpoints against: means over tasks in per cent. The papers adapt on the test inputs (`data: {protocol: transductive}`).",
-        "What this project measured is in [results.md](results.md). `adarank methods --papers` shows the same.",
+        "Which recipe makes which row of the tables of AdaRank (arXiv:2503.22178; eight tasks, RoBERTa and GPT-2 seven) and CART",
+        "(arXiv:2412.12153). The figures are the papers' own, to compare a run on the same checkpoints with: means over tasks in per cent. The",
+        "papers adapt on the test inputs (`data: {protocol: transductive}`). [results.md](results.md) has what this project measured.",
+        "`adarank methods --papers` shows the same rows.",
         "",
         f"| row | recipe | {' | '.join(SETTINGS.values())} |",
         "|---|---|" + "---|" * len(SETTINGS),
@@ -143,13 +146,12 @@ def filled(page: str, fill: Mapping[str, Callable[[], list[str]]]) -> str:
 
 def adaptation_page() -> str:
     """What adaptation does and what its choices come to."""
-    own = adaptation_tables
     fill = {
-        "steps": own.steps,
-        "choices": own.choices,
-        "studies": own.tables,
-        "signals": own.signals,
-        "subsets": own.subsets,
+        "steps": adaptation_tables.steps,
+        "choices": adaptation_tables.choices,
+        "studies": adaptation_tables.tables,
+        "signals": adaptation_tables.signals,
+        "subsets": adaptation_tables.subsets,
     }
     return filled("adaptation.in.md", fill)
 
@@ -162,6 +164,7 @@ def results_page() -> str:
         "ablation": lambda: ablation("minilm-8"),
         "settings": lambda: settings("minilm-8"),
         "collapse": lambda: collapse("minilm-8"),
+        "shown": shown,
         "demo": lambda: table("demo-8", ROWS, costs=True),
         "demo_task_aware": lambda: task_aware("demo-8"),
         "demo_ablation": lambda: ablation("demo-8"),
@@ -180,17 +183,17 @@ def shown() -> list[str]:
 
 
 def readme() -> str:
-    """The README with what the demo shows and the head of the results."""
+    """The README with what the first command costs and gives, and the main rows of the results."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = {
-        "shown": shown(),
-        "demo": table("demo-8", HEAD),
-        "minilm": table("minilm-8", HEAD),
+        "first run": first_run(),
+        "demo table": ["", *short_table("demo-8", HEAD), ""],
+        "minilm table": ["", *short_table("minilm-8", HEAD), ""],
     }
     for name, rows in tables.items():
-        begin, end = f"<!-- {name} table -->", f"<!-- end of {name} table -->"
-        found = "\n".join([begin, "", *rows, "", end])
-        text = re.sub(f"{begin}.*?{end}", lambda m, found=found: found, text, flags=re.DOTALL)
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        block = "\n".join([begin, *rows, end])
+        text = re.sub(f"{begin}.*?{end}", lambda m, block=block: block, text, flags=re.DOTALL)
     return text
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from records import FOLDER, Record, Records
 
+from adarank.recipe.reader import load_recipe
+from adarank.workflow.demo import ZOO
+
 TASKS = {
     "minilm-8": ["cola", "sst2", "mrpc", "mnli", "qnli", "agnews", "trec", "tweet_emotion"],
     "demo-8": ["mnist", "fashion_mnist", "kannada_mnist", "chars74k_fnt", "mnist_m", "usps", "gtsrb", "cifar10"],
@@ -97,19 +100,66 @@ def table(bed: str, rows: list[str], costs: bool = False) -> list[str]:
         records = load(bed, row)
         if not records:
             continue
-        mean = statistics.mean(r["mean"] for r in records)
-        gap = f"{100 * (mean - average['mean']) / (experts['mean'] - average['mean']):.0f}%"
-        lines.append(_row(bed, row, records, [gap], costs))
+        lines.append(_row(bed, row, records, [_gap(records, average, experts)], costs))
+    return lines
+
+
+def short_table(bed: str, rows: list[str]) -> list[str]:
+    """The README's table: six columns, and in the last but one the task that keeps least of its expert's score."""
+    experts, average = (load(bed, row)[0] for row in ("experts", "weight average"))
+    lines = [
+        "| method | mean | normalised | gap closed | weakest task: score of expert's | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        records, wide = load(bed, row), experts["scores"]
+        scores = _scores(bed, records)
+        weakest = min(scores, key=lambda task: scores[task] / wide[task])
+        cells = [_spread(records), _normalised(bed, scores), _gap(records, average, experts),
+                 f"{weakest}: {scores[weakest]:.1f} of {wide[weakest]:.1f}" if row != "experts" else "", str(len(records))]  # fmt: skip
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 
 
 def _row(bed: str, row: str, records: list[dict[str, Any]], more: list[str], costs: bool) -> str:
     """A row's line: mean over seeds ± the sample standard deviation, normalised mean, `more`, each task's mean, costs, seeds."""
-    tasks, experts = TASKS[bed], load(bed, "experts")[0]["scores"]
-    scores = {task: statistics.mean(r["scores"][task] for r in records) for task in tasks}
-    normal = 100 * statistics.mean(scores[task] / experts[task] for task in tasks)
-    cells = [_spread(records), f"{normal:.1f}", *more, *(f"{scores[task]:.1f}" for task in tasks)]
+    scores = _scores(bed, records)
+    cells = [_spread(records), _normalised(bed, scores), *more, *(f"{score:.1f}" for score in scores.values())]
     return f"| {row} | " + " | ".join([*cells, *(_cost(records) if costs else ()), str(len(records))]) + " |"
+
+
+def _scores(bed: str, records: list[dict[str, Any]]) -> dict[str, float]:
+    """task -> mean score over seeds."""
+    return {task: statistics.mean(r["scores"][task] for r in records) for task in TASKS[bed]}
+
+
+def _normalised(bed: str, scores: dict[str, float]) -> str:
+    """The mean over tasks of score ÷ expert's score, in per cent."""
+    experts = load(bed, "experts")[0]["scores"]
+    return f"{100 * statistics.mean(scores[task] / experts[task] for task in scores):.1f}"
+
+
+def _gap(records: list[dict[str, Any]], average: Record, experts: Record) -> str:
+    """The share of the way from the weight average to the experts."""
+    mean = statistics.mean(r["mean"] for r in records)
+    return f"{round(100 * (mean - average['mean']) / (experts['mean'] - average['mean']))}%"
+
+
+def first_run() -> list[str]:
+    """How long `adarank demo` took, on what, and the means that it came to."""
+    demo, quick = (record_of("demo-8", "demo", name) for name in ("whole", "quick"))
+    machine = demo["machine"]
+    means = {line.split()[0]: line.split()[1] for line in demo["shown"][2:9]}
+    default = load("demo-8", "AdaRank")
+    taken, whole = load_recipe(ZOO / "recipe.yaml").method().settings.steps, default[0]["settings"]["adapt"]["steps"]
+    return [
+        f"- **Time**: the set-up, which depends on your connection, and then {demo['seconds']:.0f} s, or {quick['seconds']:.0f} s with `--quick`. That was on",
+        f"  {machine['cores']} CPU cores ({machine['system']}, PyTorch {demo['versions']['torch']}), with {demo['peak_resident_bytes'] / 1e9:.1f} GB of memory at the peak.",
+        f"- **Result**: a table of scores. Mean accuracy is {means['base']} for the base, {means['average']} for the average of the experts' weights,",
+        f"  {means['AdaRank']} for AdaRank's merged model, and {means['experts']} for the experts, each on its own task.",
+        f"- **{means['AdaRank']} here, {_spread(default)} [below](#results)**: the demo takes {taken} steps, with one seed, to be done sooner;",
+        f"  the default is {whole} steps, and the figure below is the mean over {len(default)} seeds.",
+    ]
 
 
 def _spread(records: list[dict[str, Any]]) -> str:
@@ -136,9 +186,9 @@ def task_aware(bed: str) -> list[str]:
     lines = [
         "### Task-aware methods",
         "",
-        "Each task is scored by weights of its own, from one bundle; the task of every test input is known, so these rows are no rivals",
-        "of those above. WEMoE and Twin-Merging use it for the head alone: their weights are merged as each input asks. Sizes are of all",
-        "weights, heads included, beside all experts whole and beside one network.",
+        "Each task is scored by weights of its own, from one bundle. The task of every test input is known, so these rows do not compare",
+        "with those above. WEMoE and Twin-Merging use the task for the head alone: a router merges their weights for each input. Sizes are",
+        "of all weights, heads included, relative to all experts whole and to one network.",
         "",
         "| " + " | ".join(names) + " |",
         "|---" * len(names) + "|",

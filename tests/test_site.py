@@ -10,6 +10,7 @@ import pytest
 import adarank
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+GUIDES = [DOCS.parent / "README.md", DOCS.parent / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 PAGES = [DOCS / "index.md", *sorted((DOCS / "api").glob("*.md"))]
 EXAMPLES = [
     (page.relative_to(DOCS).as_posix(), code)
@@ -35,6 +36,17 @@ def test_the_errors_page_has_every_error() -> None:
     things = vars(adarank.errors).items()
     errors = {name for name, thing in things if isinstance(thing, type) and issubclass(thing, Exception)}
     assert set(listed.group(1).split(", ")) == errors
+
+
+PRIVATE_WORDS = re.compile(
+    r"\bhangs? on\b|\bis none\b|\bway back\b|\bstarts all but\b|\bd(?:id|oes) not do\b|\bby the back door\b|\breckon"
+    r"|\bglance\b|\bcompanions?\b|\bask(?:s|ed|ing)? (?:the experts|them)\b|\bis told\b|\bunasked\b"
+)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=[page.name for page in GUIDES])
+def test_guides_use_the_fields_words(page: Path) -> None:
+    assert not PRIVATE_WORDS.findall(page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("page", "code"), EXAMPLES, ids=[page for page, _ in EXAMPLES])

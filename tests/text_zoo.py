@@ -23,20 +23,27 @@ _SMALL = {
 
 
 def make_zoo(
-    folder: Path, architecture: str = "bert", bare_base: bool = True, dtype: torch.dtype = torch.float32
+    folder: Path,
+    architecture: str = "bert",
+    bare_base: bool = True,
+    dtype: torch.dtype = torch.float32,
+    tasks: Mapping[str, int] = TASKS,
+    positions: int = 16,
 ) -> Path:
     """Write models/, data/ and no recipe yet; returns `folder`."""
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    tokens = BertTokenizerFast(vocab=vocabulary, model_max_length=16)
+    tokens = BertTokenizerFast(vocab=vocabulary, model_max_length=positions)
     small = {**_SMALL[architecture], "vocab_size": len(vocabulary)}
+    if positions != 16:
+        small["max_position_embeddings"] = positions
     config = transformers.AutoConfig.for_model(architecture, **small)
     body = transformers.AutoModel.from_config(config)
     base: Any = body if bare_base else transformers.AutoModelForSequenceClassification.from_config(config)
     if not bare_base:
         getattr(base, base.base_model_prefix).load_state_dict(body.state_dict(), strict=False)
     _save(base, tokens, folder / "models" / "base", dtype)
-    for task, classes in TASKS.items():
+    for task, classes in tasks.items():
         labels = {i: f"{task}-{i}" for i in range(classes)}
         own = transformers.AutoConfig.for_model(
             architecture, **small, num_labels=classes, id2label=labels, label2id={v: k for k, v in labels.items()}

@@ -14,9 +14,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adarank.adapt.history import Adapted
     from adarank.adapt.settings import AdaptSettings
     from adarank.alignment.selection import Select
-    from adarank.api import Adapted, adapt, evaluate, merge, merge_each
+    from adarank.api import adapt, evaluate, merge, merge_each
     from adarank.errors import AdaRankError
     from adarank.outputs.bundle import Bundle, extract, from_bundle, load_bundle
     from adarank.outputs.merged import load_task
@@ -51,7 +52,7 @@ __all__ = [
 _HOMES = {
     "AdaRankError": "errors:AdaRankError",
     "AdaptSettings": "adapt.settings:AdaptSettings",
-    "Adapted": "api:Adapted",
+    "Adapted": "adapt.history:Adapted",
     "Bundle": "outputs.bundle:Bundle",
     "MaskFile": "spectral.mask_file:MaskFile",
     "Select": "alignment.selection:Select",

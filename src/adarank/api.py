@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from adarank.adapt.base import split_block
 from adarank.adapt.batches import BatchInputs
-from adarank.adapt.history import History, Progress
+from adarank.adapt.history import Adapted, Progress
 from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.problem import Problem, expert_predictions
 from adarank.adapt.settings import AdaptSettings
@@ -29,28 +28,10 @@ from adarank.models.compatibility import check_modules
 from adarank.models.predict import Forward
 from adarank.recipe.registry import METHODS, method_class
 from adarank.settings import nearest
-from adarank.spectral.mask_file import MaskFile
 from adarank.workflow.scores import score
 
 State = Mapping[str, Tensor]
 Objective = Callable[[Tensor], Tensor] | str | Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """What `adapt` found.
-
-    Attributes:
-        modules: task -> the merged network with that task's head, ready to use. They share memory.
-        state: the merged tensors, heads not among them.
-        masks: masks and λ; `masks.save(path)` writes the file that the method `masked` applies.
-        history: losses and components kept, step by step; judgements; which step was kept and why (`history.choice`).
-    """
-
-    modules: Mapping[str, nn.Module]
-    state: dict[str, Tensor]
-    masks: MaskFile
-    history: History
 
 
 def merge(
@@ -62,7 +43,7 @@ def merge(
     batches: Mapping[str, Sequence[Any]] | None = None,
     forward: Forward | None = None,
 ) -> dict[str, Tensor]:
-    """Merge experts by a method that does not adapt.
+    """Merge experts by a method that does not adapt. docs/methods.md has the source of each.
 
     Arguments:
         base: the model that the experts were fine-tuned from (None for methods that need none).
@@ -78,7 +59,7 @@ def merge(
         forward: as for `adapt`.
 
     Returns:
-        Tensor name -> merged tensor, in the base's dtypes. Task heads are not in it.
+        Tensor name -> merged tensor of the base's shape and dtype. Task heads are not in it.
 
     Raises:
         RecipeError: an unknown method or setting.
@@ -87,8 +68,12 @@ def merge(
         OutputError: a merged value is beyond what the dtype can hold.
 
     Example:
-        merged = adarank.merge(base.state_dict(), {"a": a.state_dict(), "b": b.state_dict()}, "cart", {"rank": 0.1})
-        merged = adarank.merge(None, {"a": a, "b": b}, "regmean", batches={"a": [x_a], "b": [x_b]})
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        merged = adarank.merge(base, {"a": a, "b": b}, "cart", {"rank": 0.5})
+        base.load_state_dict(merged)
+
+        batches = {task: [torch.randn(16, 8)] for task in "ab"}  # unlabelled: a calibrated method needs inputs
+        merged = adarank.merge(None, {"a": a, "b": b}, "regmean", batches=batches)
     """
     network = _network(base, experts, select)
     chosen = _method(network, method, parameters, "merge")
@@ -109,7 +94,7 @@ def merge_each(
     parameters: Mapping[str, Any] | None = None,
     select: Select | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Give each task weights of its own by a task-aware method: what a bundle of it would yield.
+    """Give each task weights of its own by a task-aware method, as a bundle has them. docs/methods.md has the source of each.
 
     Arguments:
         base, experts, parameters, select: as for `merge`.
@@ -117,13 +102,15 @@ def merge_each(
             derives from `adarank.methods.task_aware.base.Taskwise`, or an instance of one.
 
     Returns:
-        task -> tensor name -> tensor, in the base's dtypes. Task heads are not in it.
+        task -> tensor name -> tensor of the base's shape and dtype. Task heads are not in it.
 
     Raises:
         AdaRankError: as for `merge`, and if the method is not task-aware.
 
     Example:
-        each = adarank.merge_each(base.state_dict(), {"a": a.state_dict(), "b": b.state_dict()}, "emr")
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        each = adarank.merge_each(base, {"a": a, "b": b}, "emr")
+        a.load_state_dict(each["a"])
     """
     network = _network(base, experts, select)
     chosen = _method(network, method, parameters, "merge_each")
@@ -150,6 +137,8 @@ def adapt(
 ) -> Adapted:
     """Merge experts by adapting on unlabelled batches. The modules given are copied, not changed.
 
+    Source: AdaRank is of Lee et al. 2025, arXiv:2503.22178; AdaMerging of Yang et al. 2024, arXiv:2310.02575.
+
     Arguments:
         base: the model that the experts were fine-tuned from.
         experts: task -> fine-tuned module with its head.
@@ -169,9 +158,18 @@ def adapt(
         held_out: task -> unlabelled batches to judge steps on; `batches` where a task has none. With `keep="best"` in
             the settings, which is the default, the step kept is the one nearest to the experts on these.
 
+    Returns:
+        Modules and merged tensors in float32, masks with λ, and the history of the steps.
+
     Raises:
         DataError: a task has no batches.
         AdaRankError: as for `merge`, and if a loss is not finite.
+
+    Example:
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        batches = {task: [torch.randn(16, 8) for _ in range(4)] for task in "ab"}
+        adapted = adarank.adapt(base, {"a": a, "b": b}, batches, settings={"steps": 5})
+        logits = adapted.modules["a"](batches["a"][0])  # (16, 4)
     """
     kind: Any = _kind(method, "adapt")
     batches, held_out = _listed("batches", batches, experts), _listed("held_out", held_out or {}, experts)
@@ -238,12 +236,19 @@ def evaluate(
 
     Arguments:
         modules: task -> module, for instance `Adapted.modules`.
-        labelled: task -> pairs of (batch, labels).
-        forward: as for `adapt`.
-        metric: `accuracy` or `matthews`.
+        labelled: task -> pairs of (batch, labels); labels are class numbers, as many as the batch has inputs.
+        forward: as for `adapt`: (module, batch) -> logits of shape (batch, classes).
+        metric: `accuracy` or `matthews`, Matthews' correlation coefficient, as scikit-learn computes them.
 
     Returns:
         task -> score ×100.
+
+    Raises:
+        DataError: a module gives something other than logits of shape (batch, classes).
+
+    Example:
+        module, inputs = torch.nn.Linear(8, 4), torch.randn(16, 8)
+        scores = adarank.evaluate({"a": module}, {"a": [(inputs, [0, 1, 2, 3] * 4)]})
     """
     call = forward or _call
     scores = {}

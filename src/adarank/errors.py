@@ -20,7 +20,14 @@ from pathlib import Path
 
 
 class AdaRankError(Exception):
-    """Base of every error that adarank raises on purpose."""
+    """Base of every error that adarank raises on purpose. Its message says what is wrong, where, and what to do.
+
+    Example:
+        try:
+            adarank.merge_recipe("missing.yaml", "merged-missing")
+        except adarank.AdaRankError as error:
+            print(error)
+    """
 
 
 class RecipeError(AdaRankError):

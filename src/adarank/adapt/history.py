@@ -1,13 +1,16 @@
-"""What happened in a run of the loop, step by step."""
+"""What happened in a run of the loop, step by step, and what `adarank.adapt` returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor, nn
+
 from adarank.adapt.agreement import Signals
 from adarank.adapt.choice import Choice, LinePoint
 from adarank.adapt.start_search import Tried
+from adarank.spectral.mask_file import MaskFile
 
 
 @dataclass
@@ -54,3 +57,27 @@ class History:
 
 Progress = Callable[[History, int], None]
 """Called after each step with the history so far and the number of steps."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What `adapt` returns.
+
+    Attributes:
+        modules: task -> the merged network with that task's head, in float32 and evaluation mode. They share memory.
+        state: tensor name -> merged tensor, in float32, heads not among them.
+        masks: masks and λ; `masks.save(path)` writes the file that the method `masked` applies.
+        history: losses and components kept, step by step; judgements; which step was kept and why (`history.choice`).
+
+    Example:
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        adapted = adarank.adapt(base, {"a": a, "b": b}, {task: [torch.randn(16, 8)] for task in "ab"}, settings={"steps": 3})
+        classes = adapted.modules["a"](torch.randn(5, 8)).argmax(dim=-1)
+        base.load_state_dict(adapted.state)
+        print(adapted.history.choice, adapted.masks.kept_share())
+    """
+
+    modules: Mapping[str, nn.Module]
+    state: dict[str, Tensor]
+    masks: MaskFile
+    history: History

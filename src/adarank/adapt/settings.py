@@ -31,8 +31,8 @@ class AdaptSettings(Settings):
         batch_size: inputs per task and step.
         lr_masks, lr_lambda: Adam step sizes of mask logits and of λ. `lr_masks: auto` is 0.01 where steps count in weights
             and 0.005 elsewhere.
-        step_unit: of soft masks, what a step moves alike for all components of a matrix and task: the `weights`, whose
-            unit is the root mean square of its singular values; or the `mask`, which moves weights less along the smaller.
+        step_unit: for soft masks, what a step changes equally for all components of a matrix and task: the `weights`, in units
+            of the root mean square of the singular values; or the `mask`, which changes weights less along small components.
         objective: what every task minimises: a name, or a mapping from names to weights.
         objectives: task -> its own objective, instead of `objective`.
         self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
@@ -48,18 +48,26 @@ class AdaptSettings(Settings):
         check_every: steps between two judgements; `auto` is 40, or two passes over the inputs of the task with the fewest
             where that is less, 5 at least.
         check_inputs: inputs per task that a judgement looks at, at most.
-        keep: `best`: the judged step nearest to the experts at which no task agrees less with its expert than at the
-            start, but for what `tolerance` allows; which is the start itself if there is none. `last`: the last step, as in the papers.
-        signal: what nearest means. `agreement` is in the unit of what is promised, weighs tasks alike whatever their
-            number of classes, and does not depend on how sure the predictions are; `divergence` is finer.
-        tolerance: how many standard errors a task's agreement may fall below the start's; 0 is not at all, by not one input.
-        patience: take no further steps after so many judgements in a row that were no nearer to the experts; `keep: last`
-            takes them all.
-        repair: rounds of further steps, each of a quarter of `check_every` (5 steps at least, if that has as many), from the
-            latest judged step that is as near to the experts as any, where it leaves some task behind its start; such
-            tasks count most in them.
-        retreat: points on the lines from the start to that step and to the end of the repair that are judged, if the
-            repair fails. 4 are 0.8, 0.6, 0.4 and 0.2 of the way; the first that leaves no task behind is the last looked at.
+        keep: `best`: of the judged steps at which no task agrees less with its expert than at the start, within the
+            `tolerance`, the one nearest to the experts; the start if there is none. `last`: the last step, as in the papers.
+        signal: how nearness to the experts is measured. `agreement` is what `keep: best` promises, weighs tasks equally
+            whatever their number of classes, and does not depend on how sure predictions are; `divergence` is finer.
+        tolerance: how many standard errors a task's agreement may fall below the start's; with 0 it may not fall at all.
+        patience: stop after so many judgements in a row that are no nearer to the experts; `keep: last` takes all steps.
+        repair: rounds of further steps, each of a quarter of `check_every` (at least 5 steps, if that has as many). They start at
+            the latest judged step that is as near to the experts as any, if it leaves some task behind its start; tasks left
+            behind count most.
+        retreat: points of the line search towards the start, if the repair fails: on the lines from the start to that step and
+            to the end of the repair. 4 are 0.8, 0.6, 0.4 and 0.2 of the way; the first that leaves no task behind ends it.
+
+    Raises:
+        RecipeError: from a mapping or a recipe, for an unknown setting or a value out of range.
+
+    Example:
+        settings = adarank.AdaptSettings(steps=100, objective={"self-label": 1.0, "entropy": 0.1}, tolerance=0)
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        batches = {task: [torch.randn(16, 8)] for task in "ab"}
+        adapted = adarank.adapt(base, {"a": a, "b": b}, batches, settings=settings)
     """
 
     steps: int = Field(200, ge=0, description="Adam steps")
@@ -67,7 +75,7 @@ class AdaptSettings(Settings):
     lr_masks: Annotated[float | Literal["auto"], BeforeValidator(_at_least_zero_or_auto)] = Field(
         AUTO, description="Adam step size of the mask logits; auto: 0.01 where steps count in weights, 0.005 elsewhere"
     )
-    step_unit: StepUnit = Field("weights", description="of soft masks: what a step moves alike for all components")
+    step_unit: StepUnit = Field("weights", description="for soft masks: what a step changes equally for all components")
     lr_lambda: float = Field(2e-2, ge=0, description="Adam step size of λ")
     objective: str | Weights = Field(
         "self-label", description=f"what is minimised: {_NAMES}; or name: weight of several"
@@ -92,16 +100,20 @@ class AdaptSettings(Settings):
         AUTO, description="steps between two judgements without labels; auto: 40, fewer where inputs are few"
     )
     check_inputs: int = Field(256, ge=1, description="inputs per task that a judgement looks at, at most")
-    keep: Literal["best", "last"] = Field("best", description="the step whose weights are written")
-    signal: Signal = Field("agreement", description="with the experts, by which best is meant")
+    keep: Literal["best", "last"] = Field("best", description="which step's weights are written")
+    signal: Signal = Field("agreement", description="how nearness to the experts is measured")
     tolerance: float = Field(
         1.0, ge=0, description="standard errors that a task's agreement may fall below the start's"
     )
     patience: int | None = Field(
-        5, ge=1, description="judgements in a row no nearer to the experts after which steps end; null is never"
+        5, ge=1, description="stop after so many judgements in a row that are no nearer to the experts; null: never"
     )
-    repair: int = Field(8, ge=0, description="rounds of further steps, where the best would qualify but for some tasks")
-    retreat: int = Field(4, ge=0, description="points on the line to the start that are judged, if the repair fails")
+    repair: int = Field(
+        8, ge=0, description="rounds of further steps, if the nearest step leaves some task behind its start"
+    )
+    retreat: int = Field(
+        4, ge=0, description="points of the line search towards the start that are judged, if the repair fails"
+    )
 
     @field_validator("objective", mode="before")
     @classmethod

@@ -46,7 +46,15 @@ class Select(Settings):
     """Patterns per action; what matches none follows the default.
 
     Attributes:
-        decompose, scale, keep, head: lists of patterns over tensor names.
+        decompose, scale, keep, head: patterns over tensor names in the base (`fnmatch`: `*`, `?`, `[...]`), one or several.
+
+    Raises:
+        RecipeError: on use, if patterns of two actions match a tensor, or one that matches cannot take the action.
+
+    Example:
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        merged = adarank.merge(base, {"a": a, "b": b}, "cart", select=adarank.Select(keep="bias"))
+        assert torch.equal(merged["bias"], base.bias)
     """
 
     @field_validator("decompose", "scale", "keep", "head", mode="before")

@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "out", nargs="?", type=Path, default=Path("adarank-demo"), help="folder to write (default: adarank-demo)"
     )
-    demo.add_argument("--quick", action="store_true", help="fewer images and steps: does it work? under 40 s")
+    demo.add_argument("--quick", action="store_true", help="fewer images and steps: to see that it works, not how well")
     demo.add_argument("--seed", type=int, default=0, help="of the adaptation batches (default: 0)")
     demo.add_argument("--force", action="store_true", help="replace an existing output of adarank")
     demo.set_defaults(run=_demo)

@@ -36,6 +36,11 @@ class Bundle(BundleFolder):
 
     Raises:
         CheckpointError: it is no bundle, damaged, incomplete, or of a format or kind that is not known.
+
+    Example:
+        bundle = adarank.Bundle("bundle")
+        print(bundle.tasks, bundle.sizes["bundle"], bundle.sizes["experts"])
+        weights = dict(bundle.tensors("sentiment"))
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -96,16 +101,21 @@ class Bundle(BundleFolder):
 
 
 def load_bundle(folder: str | Path) -> Bundle:
-    """Open a bundle. Its weights are read when they are asked for.
+    """Open a bundle. Its weights are read when they are used.
 
     Arguments:
         folder: what `adarank merge` wrote with a task-aware method, such as `emr`.
+
+    Returns:
+        The bundle: its tasks, sizes in bytes, and the tensors or the module of each task.
 
     Raises:
         CheckpointError: it is no bundle, damaged, incomplete, or of a format or kind that is not known.
 
     Example:
-        bundle = adarank.load_bundle("bundle"); weights = dict(bundle.tensors("cola"))
+        bundle = adarank.load_bundle("bundle")
+        for name, tensor in bundle.tensors("sentiment"):
+            print(name, tuple(tensor.shape))
     """
     return Bundle(folder)
 
@@ -117,21 +127,39 @@ def from_bundle(folder: str | Path, task: str) -> nn.Module:
         folder: what `adarank merge` wrote with a task-aware method.
         task: one of its tasks.
 
+    Returns:
+        A module of `transformers`; for `surgery`, `wemoe` and `twin_merging` with hooks for what they add.
+
     Raises:
         CheckpointError: no such bundle or task, or a file of it is damaged.
 
     Example:
-        model = adarank.from_bundle("bundle", "cola")
+        model = adarank.from_bundle("bundle", "sentiment")
+        logits = model(input_ids=torch.tensor([[2, 5, 6, 3]])).logits  # (1, classes)
     """
     return load_bundle(folder).module(task)
 
 
 def extract(folder: str | Path, task: str, out: Path, force: bool = False) -> dict[str, Any]:
-    """Write one task of a bundle as an ordinary checkpoint, its tensors named as its expert's own; returns the record.
+    """Write one task of a bundle as an ordinary checkpoint, whose tensors have the names that its expert's have.
+
+    Arguments:
+        folder: what `adarank merge` wrote with a task-aware method.
+        task: one of its tasks.
+        out: the folder to write.
+        force: replace `out` if adarank wrote it.
+
+    Returns:
+        The record that lies in `out`: bundle, task, kind, settings, versions.
 
     Raises:
         CheckpointError: no such bundle or task, a damaged file, or a kind whose networks are more than a checkpoint.
         OutputError: `out` exists, or cannot be written.
+
+    Example:
+        from pathlib import Path
+
+        adarank.extract("bundle", "sentiment", Path("sentiment-alone"))
     """
     bundle = load_bundle(folder)
     if bundle.kind.dress:

@@ -28,11 +28,15 @@ def load_task(out: str | Path, task: str) -> nn.Module:
         out: a folder written by `adarank merge`.
         task: one of its tasks.
 
+    Returns:
+        A module of `transformers` with the merged body and the task's head, in float32.
+
     Raises:
         CheckpointError: no such output or task, or its tensors do not fit the task's architecture.
 
     Example:
-        model = adarank.load_task("merged", "cola")
+        model = adarank.load_task("merged", "sentiment")
+        logits = model(input_ids=torch.tensor([[2, 5, 6, 3]])).logits  # (1, classes)
     """
     folder = Path(out)
     local_path(folder)

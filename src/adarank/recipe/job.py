@@ -73,8 +73,19 @@ class Job:
 def open_job(recipe: Recipe) -> Job:
     """Open and align everything that a recipe names. Reads headers, integers, and tables that may be tied.
 
+    Arguments:
+        recipe: what `load_recipe` returns.
+
+    Returns:
+        The recipe with its opened checkpoints, its method, and what happens to each tensor (`job.network.choices`).
+
     Raises:
         AdaRankError: what cannot be opened or does not fit, all at once.
+
+    Example:
+        job = adarank.open_job(adarank.load_recipe("recipe.yaml"))
+        for name, choice in job.network.choices.items():
+            print(name, choice.action, choice.reason)
     """
     base, opened = _open(recipe)
     if recipe.layer_range is not None:

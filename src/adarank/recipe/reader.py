@@ -26,10 +26,17 @@ def load_recipe(given: RecipeLike) -> Recipe:
     """Read and validate a recipe.
 
     Arguments:
-        given: its file; or what would be in it, with paths from the working folder. A `Recipe` comes back as it is.
+        given: its file; or a mapping with the same keys, with paths from the working folder. A `Recipe` is returned as it is.
+
+    Returns:
+        The recipe, with defaults filled in.
 
     Raises:
-        RecipeError: it is missing, no YAML, or has problems; all of them are listed.
+        RecipeError: it is missing, not YAML, or has problems; all of them are listed.
+
+    Example:
+        recipe = adarank.load_recipe("recipe.yaml")
+        print(recipe.merge_method, list(recipe.experts))
     """
     if isinstance(given, Recipe):
         return given

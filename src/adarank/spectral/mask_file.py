@@ -29,7 +29,9 @@ _FORMAT, _SOFT_FORMAT = "adarank-masks-1", "adarank-masks-2"  # the second may h
 
 @dataclass(frozen=True)
 class MaskFile:
-    """What adaptation found: enough to merge again without data or network.
+    """The masks and λ that adaptation learned: enough to merge again without data or network.
+
+    Source: Lee et al. 2025, arXiv:2503.22178.
 
     Attributes:
         origin: "pretrained" or "average".
@@ -40,6 +42,14 @@ class MaskFile:
         about: how it was made: settings, input hashes.
         basis: how matrices were decomposed.
         thresholds: task -> magnitude at which its task vector was trimmed, where they were processed as by TIES.
+
+    Example:
+        base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
+        experts, batches = {"a": a, "b": b}, {task: [torch.randn(16, 8)] for task in "ab"}
+        adarank.adapt(base, experts, batches, settings={"steps": 3}).masks.save("masks.safetensors")
+
+        masks = adarank.MaskFile.load("masks.safetensors")
+        merged = adarank.merge(base, experts, "masked", {"masks": masks})
     """
 
     origin: str
@@ -64,12 +74,12 @@ class MaskFile:
         return replace(BASES[self.basis], thresholds=self.thresholds)
 
     def kept_share(self) -> float:
-        """Share of all components that are kept."""
+        """Share of all components that are kept, from 0 to 1; of soft masks, those at ½ or above."""
         total = sum(mask.numel() for mask in self.masks.values())
         return sum(int(kept(mask).sum()) for mask in self.masks.values()) / max(1, total)
 
     def kept(self, name: str) -> list[int]:
-        """Components kept per task in one matrix."""
+        """Components kept per task in one matrix, in the order of `tasks`."""
         return [int(own.sum()) for own in kept(self.masks[name]).split(self.sizes[name])]
 
     def save(self, path: Path | str) -> None:

@@ -42,9 +42,20 @@ def evaluate(
     """Score base, experts and merged outputs on one split of every task.
 
     Arguments:
-        recipe: its file, what would be in it, or what `load_recipe` gives.
+        recipe: its file, a mapping with the same keys, or what `load_recipe` returns.
         outputs: folders written by `merge`; a row each.
         split: `test`, or `select` while choosing settings.
+        note: called with a line of text as each model's scoring begins.
+
+    Returns:
+        Scores ×100 by row and task (`table.rows`), the number of inputs (`table.counts`), means (`table.mean(row)`).
+
+    Raises:
+        AdaRankError: anything wrong with recipe, data or outputs; an output of other models is a `MismatchError`.
+
+    Example:
+        table = adarank.evaluate_recipe("recipe.yaml", ["merged"])
+        print(table.mean("merged"), table.rows["experts"]["sentiment"])
     """
     recipe = load_recipe(recipe)
     for path in outputs:

@@ -37,17 +37,26 @@ def merge(
     progress: Progress | None = None,
     data: Mapping[str, TaskData] | None = None,
 ) -> dict[str, Any]:
-    """Do what a recipe says and write the merged model to `out`; returns the record.
+    """Do what a recipe says and write the merged model to `out`.
 
     Arguments:
-        recipe: its file, what would be in it, or what `load_recipe` gives.
-        note: told each stage as it begins.
+        recipe: its file, a mapping with the same keys, or what `load_recipe` returns.
+        out: the folder to write; it appears whole or not at all.
+        force: replace `out` if adarank wrote it and nobody has changed it since.
+        note: called with a line of text as each stage begins.
         progress: called after each adaptation step.
         data: the recipe's tasks, if they are loaded already.
+
+    Returns:
+        The record, as in `adarank.json`: recipe, settings, hashes of all inputs, versions, seed, action per tensor, seconds, bytes.
 
     Raises:
         AdaRankError: anything wrong with recipe, inputs, data or output; nothing is left behind.
         Interrupted: adaptation was stopped; the same call continues it.
+
+    Example:
+        record = adarank.merge_recipe("recipe.yaml", "out")
+        print(record["settings"]["parameters"], record["seconds"])
     """
     recipe = load_recipe(recipe)
     with claimed(Path(out), force) as place:
