@@ -68,7 +68,7 @@ class Setup:
             mode="json", by_alias=True, exclude_unset=True
         )
         self.job: Job = open_job(parse_recipe(given, folder.resolve()))
-        self.method, settings = self.job.recipe.adaptation()
+        self.method, settings = self.job.method, self.job.method.settings
         self.settings: AdaptSettings = settings.model_copy(update={"objective": "entropy"})
         torch.manual_seed(self.job.recipe.seed)
         self.data = load_tasks(self.job)

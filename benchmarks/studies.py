@@ -272,7 +272,7 @@ class Studies:
             recipe = recipe.model_copy(update={"models": [m for m, t in zip(recipe.models, recipe.experts, strict=True) if t in tasks]})  # fmt: skip
         job = open_job(recipe)
         models = build_models(job) if variant.tasks else self.bench.models
-        method, settings = job.recipe.adaptation()
+        method, settings = job.method, job.method.settings
         whole = {task: self.bench.data[task] for task in tasks}
         every = self._expert_predictions(settings)
         # adapt inputs may have no labels: their classes are what the experts say

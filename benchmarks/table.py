@@ -49,9 +49,10 @@ from adarank.settings import parse
 from adarank.spectral.mask_file import FILE, MaskFile
 from adarank.spectral.masks import random_mask
 from adarank.workflow import build_networks as networks
-from adarank.workflow import calibrate, demo
+from adarank.workflow import demo
 from adarank.workflow import evaluate as scoring
 from adarank.workflow import merge as pipeline
+from adarank.workflow.context import Run
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.scores import Table
 from adarank.workflow.search import Point, each_tasks_best, edges, try_points
@@ -270,8 +271,9 @@ class Bench:
         clock = Clock()
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as kept:
-            known, found = calibrate.inform(method, self.job, self.models, data or self.data, Path(kept))
-            self.models.fill(merge_tensors(known, self.job.network))
+            job, state = replace(self.job, method=method), Path(kept) / "state.pt"
+            result = method.run(Run(job, data or self.data, state=state, ready=self.models))
+            self.models.fill(result.tensors)
         spent = clock.spent()
         spent = {"merge_seconds": spent["seconds"], "peak_resident_bytes": spent["peak_resident_bytes"]}
         settings = {
@@ -279,7 +281,7 @@ class Bench:
             "parameters": method.model_dump(by_alias=True, exclude={"weights", "masks"}),
         }
         content = {"settings": settings, "chosen": chosen, **spent}
-        self.record(row, seed, content | ({"statistics": found} if found else {}))
+        self.record(row, seed, content | result.recorded())
 
     def search(self, row: str) -> dict[str, Any]:
         """The settings of a row with the best mean on select; the whole grid is kept in a record of the kind "search"."""

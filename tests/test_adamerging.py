@@ -116,7 +116,7 @@ def test_taskwise_adamerging_is_a_plain_loop_over_two_numbers_step_by_step(lam: 
 
 @pytest.mark.parametrize("method", ["adamerging", "adamerging++"])
 def test_the_preset_is_the_papers(method: str) -> None:
-    layerwise, taskwise = (with_preset(method, {}, {}, name) for name in ("adamerging", "adamerging-task"))
+    layerwise, taskwise = (with_preset(ADAPTIVE[method], {}, {}, name) for name in ("adamerging", "adamerging-task"))
     assert (layerwise[0].lambda_per, taskwise[0].lambda_per) == ("tensor", "task")
     for own, loop in (layerwise, taskwise):
         assert own.scale == 0.3

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import adarank
-from adarank.methods import METHODS
 from adarank.recipe import catalogue
+from adarank.recipe.registry import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "adarank"
@@ -25,7 +25,7 @@ LAYERS = [
     {"io", "data"},
     {"alignment"},
     {"models", "sparsify"},
-    {"spectral"},
+    {"spectral", "method"},
     {"methods", "adapt"},
     {"modular", "calibration"},
     {"recipe"},
@@ -65,14 +65,39 @@ def test_methods_and_adaptation_never_import_each_other() -> None:
             assert other not in imports(path)
 
 
-# What a family of methods is written with comes from one file; task-aware methods have one of their own beside it.
-CONTRACTS = {"methods.base", "methods.task_aware.base", "modular.base"}
+FLAGS = {"adaptive", "modular", "trains", "learns", "task_aware"}
+# Every class that derives from the contract, and what runs used to give: nobody asks which one it has before them.
+KINDS = {
+    *(kind.__name__ for kind in METHODS.built_in.values()),
+    *("Method", "Taskwise", "Informed", "Adapting", "AdaptiveMethod", "Modular", "Multitask", "Bundle"),
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_nobody_tells_kinds_of_methods_apart(path: Path) -> None:
+    """Not by a class that a method derives from, nor by a flag: the method is asked for what is needed of it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("isinstance", "issubclass")
+        ):
+            assert not KINDS & {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
+        if isinstance(node, ast.MatchClass) and isinstance(node.cls, ast.Name):
+            assert node.cls.id not in KINDS
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            assert node.attr not in FLAGS, node.attr
+
+
+# What a family of methods is written with comes from one file; task-aware and calibrated methods have one of their own beside it.
+CONTRACTS = {"method", "methods.base", "methods.task_aware.base", "methods.calibrated.base", "modular.base"}
 METHOD_FILES = [
     path
     for package in ("methods", "modular")
     for path in sorted((SOURCE / package).rglob("*.py"))
     if path.stem != "__init__"
-    and ".".join(path.relative_to(SOURCE).with_suffix("").parts) not in CONTRACTS | {"methods.per_tensor"}
+    and ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    not in CONTRACTS | {"methods.per_tensor", "modular.training"}
 ]
 
 
@@ -112,15 +137,16 @@ def test_the_readmes_example_runs() -> None:
     exec(compile(block.group(1), "README.md", "exec"), {})
 
 
-def test_the_guides_method_is_half_way_to_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guides_method_is_half_way_to_the_average() -> None:
     block = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     assert block
     names: dict = {"__name__": "half"}
     exec(compile(block.group(1), "CONTRIBUTING.md", "exec"), names)
-    monkeypatch.setitem(METHODS, "half", names["Half"])
+    half = names["Half"]
     base, one, two = ({"w": torch.full((2, 2), value)} for value in (0.0, 1.0, 3.0))
-    assert torch.equal(adarank.merge(base, {"a": one, "b": two}, "half")["w"], torch.ones(2, 2))
-    assert catalogue.entry("half").formula == "W = W₀ + ½ mean_t τ_t"
+    assert torch.equal(adarank.merge(base, {"a": one, "b": two}, half)["w"], torch.ones(2, 2))
+    assert torch.equal(adarank.merge(base, {"a": one, "b": two}, half(share=1))["w"], torch.full((2, 2), 2.0))
+    assert catalogue.entry_of(half).formula == "W = W₀ + ½ mean_t τ_t"
 
 
 def _pages() -> dict:

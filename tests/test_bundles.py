@@ -31,7 +31,7 @@ from adarank.workflow.search import Axis, search
 from make import FLOATS, identical, randn, read_all
 from test_end_to_end import KILLED
 
-NAMES = [name for name, kind in METHODS.items() if kind.task_aware]
+NAMES = [name for name, kind in METHODS.items() if kind.in_use]
 TASKS = text_zoo.TASKS
 BATCH = {"input_ids": torch.tensor([[2, 6, 7, 8, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
 
@@ -192,7 +192,7 @@ def test_a_bundle_scores_each_task_by_its_own_weights(zoo: Path, tmp_path: Path,
     out = merged(zoo, tmp_path / "out", merge_method="tsv_c", parameters={"rank": 1.0})
     table = adarank.evaluate_recipe(load_recipe(zoo / "tsv_c.yaml"), [out])
     assert table.rows[str(out)] == table.rows["experts"]
-    assert table.task_aware == {str(out): "tsv_c"}
+    assert table.bundles == {str(out): "tsv_c"}
     assert main(["evaluate", str(zoo / "tsv_c.yaml"), str(out)]) == 0
     assert "Task-aware: each task has weights of its own" in capsys.readouterr().out
 

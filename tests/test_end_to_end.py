@@ -25,8 +25,7 @@ from adarank.recipe.reader import load_recipe
 from adarank.spectral.mask_file import FILE
 from adarank.workflow import adapt as adaptation
 from adarank.workflow import build_networks as networks
-from adarank.workflow import merge as pipeline
-from adarank.workflow import problem
+from adarank.workflow import context, problem
 from adarank.workflow.context import Run
 from adarank.workflow.load_tasks import load_tasks
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
@@ -122,6 +121,7 @@ from pathlib import Path
 from adarank.workflow import merge as pipeline
 from adarank.io import writer
 from adarank.recipe.reader import load_recipe
+from adarank.workflow import context
 from adarank.workflow.context import Run
 import torch
 torch.set_num_threads(1)  # as in this process: the number of threads may change the last bits
@@ -376,13 +376,15 @@ def test_no_label_is_read_by_adapting_and_judging(zoo: Path, tmp_path: Path, mon
 
     real = adaptation.adapt_job
 
-    def watched(run: Run) -> Any:
-        return real(replace(run, data={task: replace(own, labels=Unreadable()) for task, own in run.data.items()}))
+    def watched(run: Run, method: Any) -> Any:
+        return real(
+            replace(run, data={task: replace(own, labels=Unreadable()) for task, own in run.data.items()}), method
+        )
 
     class Unreadable(tuple):
         __getitem__ = __iter__ = __len__ = labels
 
-    monkeypatch.setattr(pipeline, "adapt_job", watched)
+    monkeypatch.setattr(context, "adapt_job", watched)
     monkeypatch.setattr(TaskData, "targets", labels)
     record = adarank.merge_recipe(
         load_recipe(recipe(zoo, **{**ADAPT, "adapt": {"steps": 1, "batch_size": 4}})), tmp_path / "out"
@@ -396,7 +398,7 @@ def test_a_resumed_run_does_not_run_the_experts_again(
     loaded = load_recipe(recipe(zoo, **{**ADAPT, "adapt": {**ADAPT["adapt"], "objective": "features"}}))
     job = adarank.open_job(loaded)
     data, models = load_tasks(job), networks.build_models(job)
-    settings = loaded.adaptation()[1]
+    settings = loaded.method().settings
     first = problem.expert_predictions(job, models, data, settings, "mark", tmp_path)
     again = recipe(zoo, **{**ADAPT, "adapt": {**ADAPT["adapt"], "objective": "features"}})
     monkeypatch.setattr(adapt_problem, "expert_predictions", lambda *_: pytest.fail("run again"))

@@ -165,7 +165,7 @@ def test_top_masks_keep_the_first_components_of_each_task(sizes: list[int], shar
 @pytest.mark.parametrize("method", ADAPTIVE)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_parses_for_every_adaptive_method(preset: str, method: str) -> None:
-    found, settings = with_preset(method, {}, {}, preset)
+    found, settings = with_preset(ADAPTIVE[method], {}, {}, preset)
     for key, value in PRESETS[preset]["parameters"].items():
         assert found.model_dump(by_alias=True)[key] == value
     for key, value in PRESETS[preset]["adapt"].items():
@@ -175,7 +175,7 @@ def test_every_preset_parses_for_every_adaptive_method(preset: str, method: str)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_keeps_to_the_papers(preset: str) -> None:
     """Entropy for every task, constant step sizes, the last step."""
-    settings = with_preset("adarank", {}, {}, preset)[1]
+    settings = with_preset(ADAPTIVE["adarank"], {}, {}, preset)[1]
     assert settings.weights("any") == {"entropy": 1.0}
     assert (settings.schedule, settings.keep, settings.patience) == ("constant", "last", None)
 
@@ -186,7 +186,7 @@ def test_the_defaults_follow_the_experts_and_keep_the_best_step() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_given_by_hand_overrides_the_preset(preset: str) -> None:
-    found, settings = with_preset("adarank", {"lambda": 9.5, "rank": 0.77}, {"steps": 3}, preset)
+    found, settings = with_preset(ADAPTIVE["adarank"], {"lambda": 9.5, "rank": 0.77}, {"steps": 3}, preset)
     assert (found.scale, found.rank, settings.steps) == (9.5, 0.77, 3)
     assert settings.batch_size == PRESETS[preset]["adapt"].get("batch_size", AdaptSettings().batch_size)
 
@@ -194,12 +194,12 @@ def test_what_is_given_by_hand_overrides_the_preset(preset: str) -> None:
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_a_setting_overrides_the_preset_under_either_of_its_names(method: str) -> None:
     preset = "roberta-7-cart"
-    assert with_preset(method, {"scale": 9.5}, {}, preset)[0].scale == 9.5
+    assert with_preset(ADAPTIVE[method], {"scale": 9.5}, {}, preset)[0].scale == 9.5
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match="Did you mean 'roberta-7-cart'"):
-        with_preset("adarank", {}, {}, "roberta-7-crt")
+        with_preset(ADAPTIVE["adarank"], {}, {}, "roberta-7-crt")
 
 
 @pytest.mark.parametrize(("kind", "key", "nearest"), [
@@ -231,7 +231,7 @@ def test_a_setting_that_makes_no_sense_is_refused(values: dict[str, Any]) -> Non
 @pytest.mark.parametrize("name", ["adamerging", "cart++"])
 def test_methods_without_masks_cannot_be_asked_to_learn_them(name: str) -> None:
     with pytest.raises(RecipeError, match="learn_masks"):
-        with_preset(name, {"learn_masks": True}, {}, None)
+        with_preset(ADAPTIVE[name], {"learn_masks": True}, {}, None)
 
 
 @pytest.mark.parametrize("kind", [*ADAPTIVE.values(), *METHODS.values(), AdaptSettings])
@@ -260,6 +260,6 @@ def test_settings_cannot_be_changed_after_they_are_made(kind: type[Settings]) ->
 def test_a_preset_starts_where_the_papers_start_from_that_origin_and_basis(
     parameters: dict[str, Any], preset: str, start: tuple[str, float, float]
 ) -> None:
-    method, settings = with_preset("adarank", parameters, {}, preset)
+    method, settings = with_preset(ADAPTIVE["adarank"], parameters, {}, preset)
     assert (method.origin, method.rank, method.scale) == start
     assert settings.objective == "entropy"

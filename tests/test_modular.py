@@ -34,7 +34,6 @@ from adarank.recipe.plan import settings_in_force
 from adarank.recipe.reader import load_recipe
 from adarank.workflow import evaluate as scoring
 from adarank.workflow import merge as pipeline
-from adarank.workflow import modular as assembly
 from adarank.workflow.context import Run
 from adarank.workflow.load_tasks import load_tasks
 from make import randn
@@ -115,7 +114,7 @@ def test_a_recipe_gives_a_bundle_that_serves_every_task(
     assert set(record["bundle"]["tasks"]) == set(data_of(zoo))
     assert record["bundle"]["experts"] > record["bundle"]["one"]
     table = scoring.evaluate(load_recipe(path), [tmp_path / "out"])
-    (row,) = table.task_aware
+    (row,) = table.bundles
     for task, data in data_of(zoo).items():
         module = adarank.from_bundle(tmp_path / "out", task)
         rows = data.splits.rows["test"]
@@ -150,12 +149,12 @@ def test_the_bundle_serves_the_networks_that_were_trained(method: str, text: Pat
     job = open_job(recipe)
     about = {"settings": settings_in_force(job), "inputs": {}, "seed": 0}
     data = load_tasks(job)
-    live = assembly.assemble_job(Run(job, data, about, tmp_path / "state" / "state.pt"))
+    live = job.method.run(Run(job, data, about, tmp_path / "state" / "state.pt"))
     pipeline.merge(recipe, tmp_path / "out")
     for task, own in data.items():
         batch = inputs(own)
         assert torch.equal(
-            logits(live.models.modules[task], batch), logits(adarank.from_bundle(tmp_path / "out", task), batch)
+            logits(live.modules[task], batch), logits(adarank.from_bundle(tmp_path / "out", task), batch)
         )
 
 
@@ -373,13 +372,14 @@ def test_wemoe_of_half_precision_models_is_exact_and_half_as_large(dtype: torch.
         assert tensor.dtype == dtype
         assert torch.equal(tensor, expert[f"bert.{name}"])
     recipe = load_recipe(write(zoo, **of("wemoe", 3, lr=0.05)))
-    about = {"settings": settings_in_force(open_job(recipe)), "inputs": {}, "seed": 0}
-    data = load_tasks(open_job(recipe))
-    live = assembly.assemble_job(Run(open_job(recipe), data, about, tmp_path / "s" / "state.pt"))
+    job = open_job(recipe)
+    about = {"settings": settings_in_force(job), "inputs": {}, "seed": 0}
+    data = load_tasks(job)
+    live = job.method.run(Run(job, data, about, tmp_path / "s" / "state.pt"))
     for task, inside in data.items():
         batch = inputs(inside)
         served = logits(adarank.from_bundle(tmp_path / "out", task), batch)
-        near(served, logits(live.models.modules[task], batch), atol=5e-3)  # the rest is rounded to the models' dtype
+        near(served, logits(live.modules[task], batch), atol=5e-3)  # the rest is rounded to the models' dtype
 
 
 def test_wemoe_by_entropy_as_in_the_paper(text: Path, tmp_path: Path) -> None:

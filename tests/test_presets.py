@@ -91,7 +91,7 @@ def compare(
     name: str, preset: str, given: Mapping[str, Any], method: Mapping[str, Any], loop: Mapping[str, Any]
 ) -> None:
     """What a preset resolves to, against all that is expected of the method and, but for `IDLE`, of the loop."""
-    resolved, settings = with_preset(name, given, {}, preset)
+    resolved, settings = with_preset(ADAPTIVE[name], given, {}, preset)
     assert resolved.model_dump(by_alias=True) == method
     assert settings.model_dump(exclude=set(IDLE)) == {**LOOP, **loop}
 
@@ -118,7 +118,7 @@ def test_a_preset_is_its_papers(
 @pytest.mark.parametrize("name", ADAPTIVE)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_leaves_nothing_to_defaults(preset: str, name: str) -> None:
-    method, settings = with_preset(name, {}, {}, preset)
+    method, settings = with_preset(ADAPTIVE[name], {}, {}, preset)
     assert method.model_fields_set == type(method).model_fields.keys()
     assert settings.model_fields_set == AdaptSettings.model_fields.keys() - IDLE.keys()
 
@@ -140,7 +140,7 @@ def adapted(idle: Mapping[str, Any]) -> LiveWeights:
     shapes = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
     base = {name: randn(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     experts = {task: {n: t + 0.3 * randn(20 + i, *t.shape) for n, t in base.items()} for i, task in enumerate("ab")}
-    method, settings = with_preset("adarank", {}, {"steps": 10, "lr_masks": 0.05, **idle}, "vit-b32-8-cart")
+    method, settings = with_preset(ADAPTIVE["adarank"], {}, {"steps": 10, "lr_masks": 0.05, **idle}, "vit-b32-8-cart")
     live = method.start(network(base, experts), dict(net.named_parameters()), settings, "cpu")
 
     def loss(step: int) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from adarank.adapt import ADAPTIVE
+from adarank.adapt import ADAPTIVE, AdaptiveMethod
 from adarank.errors import AdaRankError, CheckpointError, RecipeError
 from adarank.methods import CART, METHODS, Linear, SVDk, TaskArithmetic
 from adarank.recipe.job import open_job
@@ -264,7 +264,9 @@ def test_methods_about_the_experts_need_no_base(method: str) -> None:
 
 
 def test_adaptation_has_the_preset_first_and_the_recipe_on_top() -> None:
-    method, settings = parsed({**ADAPTIVE_RECIPE, "parameters": {"rank": 0.5}}).adaptation()
+    method = parsed({**ADAPTIVE_RECIPE, "parameters": {"rank": 0.5}}).method()
+    assert isinstance(method, AdaptiveMethod)
+    settings = method.settings
     assert (method.rank, method.scale, method.origin) == (0.5, 1.6, "average")
     assert (settings.steps, settings.batch_size, settings.lr_masks) == (7, 8, 1e-4)
 

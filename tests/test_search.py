@@ -114,8 +114,8 @@ def test_a_search_that_was_cut_off_goes_on(zoo: Path, monkeypatch: pytest.Monkey
         search(path, best, AXES, progress=stop)
     assert not best.exists()
     calls: list[int] = []
-    plain = scoring.score_method
-    monkeypatch.setattr("adarank.workflow.search.score_method", lambda *given: (calls.append(1), plain(*given))[1])
+    plain = scoring.score_result
+    monkeypatch.setattr("adarank.workflow.search.score_result", lambda *given: (calls.append(1), plain(*given))[1])
     ranked, _ = search(path, best, AXES)
     assert len(calls) == 2
     assert len(ranked) == 4

@@ -27,7 +27,6 @@ from adarank.methods import METHODS, Informed
 from adarank.recipe.reader import load_recipe
 from adarank.workflow import build_networks as networks
 from adarank.workflow import calibrate
-from adarank.workflow.calibrate import sampled
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.search import parse_axis, search
 
@@ -77,7 +76,7 @@ def test_regmean_from_a_recipe_solves_the_normal_equations_of_unpadded_inputs(
     job = adarank.open_job(given)
     data = load_tasks(job)
     assert isinstance(job.method, Informed)
-    rows = sampled(job.method, data)
+    rows = job.method.sampled(data)
     sums: dict[str, list[Any]] = {}
     for task in text_zoo.TASKS:
         expert = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "models" / task).eval()
@@ -140,10 +139,10 @@ def test_only_adapt_inputs_are_looked_at(zoo: Path, name: str) -> None:
     job = adarank.open_job(load_recipe(text_zoo.recipe(zoo, merge_method=name, parameters={"examples": 1000})))
     data = load_tasks(job)
     assert isinstance(job.method, Informed)
-    rows = sampled(job.method, data)
+    rows = job.method.sampled(data)
     for task, own in data.items():
         assert rows[task] == own.splits.rows["adapt"]
-    fewer = sampled(job.method.model_copy(update={"examples": 7}), data)
+    fewer = job.method.model_copy(update={"examples": 7}).sampled(data)
     assert all(len(own) == 7 and set(own) < set(rows[task]) for task, own in fewer.items())
 
 
@@ -278,7 +277,7 @@ def test_a_walk_that_ends_passes_early_measures_what_whole_passes_do(zoo: Path, 
     data = load_tasks(job)
 
     def found() -> dict[str, Tensor]:
-        known, _ = calibrate.inform(job.method, job, networks.build_models(job), data)
+        known, _ = calibrate.with_statistics(job.method, job, lambda: networks.build_models(job), data)
         return {n: known.statistics.read(n, "mood") for n in sorted(known.statistics.names)}
 
     early = found()

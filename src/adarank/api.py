@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adarank.adapt.base import split_block
 from adarank.adapt.batches import BatchInputs
 from adarank.adapt.history import History, Progress
-from adarank.adapt.methods import ADAPTIVE
-from adarank.adapt.multitask import Multitask
-from adarank.adapt.presets import with_preset
+from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.problem import Problem, expert_predictions
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.align import align
 from adarank.alignment.selection import Select
 from adarank.alignment.task_vectors import Network
-from adarank.calibration.gather import Gatherer, Sample, Store
+from adarank.calibration.batches import Batches
 from adarank.errors import DataError, RecipeError, itemise
+from adarank.io.bundle import held_parts
 from adarank.io.checkpoint import MemorySource, cast
-from adarank.methods import METHODS, Informed, Method, merge_tensors
-from adarank.methods.per_tensor import resolve
-from adarank.methods.task_aware.base import Taskwise, in_memory, rebuilt, sites_of
+from adarank.method import Given, MergeMethod
 from adarank.models import share
 from adarank.models.predict import Forward
-from adarank.modular import MODULAR
-from adarank.recipe.schema import AdaptBlock
-from adarank.settings import nearest, parse
+from adarank.recipe.registry import METHODS, method_class
+from adarank.settings import nearest
 from adarank.spectral.mask_file import MaskFile
 from adarank.workflow.scores import score
 
@@ -58,7 +55,7 @@ class Adapted:
 def merge(
     base: nn.Module | State | None,
     experts: Mapping[str, nn.Module | State],
-    method: str = "cart",
+    method: str | type[MergeMethod] | MergeMethod = "cart",
     parameters: Mapping[str, Any] | None = None,
     select: Select | None = None,
     batches: Mapping[str, Sequence[Any]] | None = None,
@@ -69,7 +66,8 @@ def merge(
     Arguments:
         base: the model that the experts were fine-tuned from (None for methods that need none).
         experts: task -> fine-tuned model; modules with their heads for methods that take statistics.
-        method: a name that `adarank methods` lists.
+        method: a name that `adarank methods` lists; or a class of your own that derives from
+            `adarank.methods.base.Method`, or an instance of one with its settings.
         parameters: the method's settings, such as `{"rank": 0.08, "lambda": 1.0}`. Those that a recipe gives per
             model are one value for all or {task: value}.
         select: overrides of what happens to which tensor.
@@ -92,13 +90,12 @@ def merge(
         merged = adarank.merge(None, {"a": a, "b": b}, "regmean", batches={"a": [x_a], "b": [x_b]})
     """
     network = _network(base, experts, select)
-    chosen = _method(network, method, parameters)
-    if isinstance(chosen, Informed):
-        chosen = _informed(chosen, network, experts, batches or {}, forward or _call)
+    chosen = _method(network, method, parameters, "merge")
+    result = chosen.run(Batches(network, experts, batches or {}, forward or _call))
     wider = "Give base and experts in a wider dtype, such as bfloat16."
     device = next(iter(_state(base if base is not None else next(iter(experts.values()))).values())).device
     merged = {}
-    for name, tensor in merge_tensors(chosen, network):
+    for name, tensor in result.tensors:
         found = cast(tensor, network.tensors[name].dtype, name, wider).to(device)
         merged[name] = found.clone() if network.choices[name].action == "keep" else found  # not the caller's own
     return merged
@@ -107,7 +104,7 @@ def merge(
 def merge_each(
     base: nn.Module | State | None,
     experts: Mapping[str, nn.Module | State],
-    method: str = "emr",
+    method: str | type[MergeMethod] | MergeMethod = "emr",
     parameters: Mapping[str, Any] | None = None,
     select: Select | None = None,
 ) -> dict[str, dict[str, Tensor]]:
@@ -115,7 +112,8 @@ def merge_each(
 
     Arguments:
         base, experts, parameters, select: as for `merge`.
-        method: a task-aware method, such as `emr`, `tall_masks`, `tsv_c` or `cart_indexing`.
+        method: a task-aware method, such as `emr`, `tall_masks`, `tsv_c` or `cart_indexing`; or a class of your own that
+            derives from `adarank.methods.task_aware.base.Taskwise`, or an instance of one.
 
     Returns:
         task -> tensor name -> tensor, in the base's dtypes. Task heads are not in it.
@@ -127,20 +125,20 @@ def merge_each(
         each = adarank.merge_each(base.state_dict(), {"a": a.state_dict(), "b": b.state_dict()}, "emr")
     """
     network = _network(base, experts, select)
-    chosen = _method(network, method, parameters)
-    if not isinstance(chosen, Taskwise):
-        raise RecipeError(f"method: '{method}' gives one model for all tasks. Use adarank.merge.")
-    sites = sites_of(network)
-    shared, own = in_memory(chosen, network, sites)
-    layout = {site.name: (site.shape, site.dtype) for site in sites}
-    return {task: dict(rebuilt(type(chosen), layout, shared, own[task])) for task in experts}
+    chosen = _method(network, method, parameters, "merge_each")
+    context = Batches(network, experts, {}, _call)
+    parts = chosen.run(context).parts
+    assert parts is not None  # as its class says
+    shared, of_tasks = held_parts(network.tasks, parts.pieces)
+    layout = context.outline().layout
+    return {task: dict(chosen.task_tensors(layout, shared, of_tasks[task])) for task in experts}
 
 
 def adapt(
     base: nn.Module | State,
     experts: Mapping[str, nn.Module],
     batches: Mapping[str, Sequence[Any]],
-    method: str = "adarank",
+    method: str | type[AdaptiveMethod] = "adarank",
     parameters: Mapping[str, Any] | None = None,
     settings: AdaptSettings | Mapping[str, Any] | None = None,
     forward: Forward | None = None,
@@ -155,7 +153,8 @@ def adapt(
         base: the model that the experts were fine-tuned from.
         experts: task -> fine-tuned module with its head.
         batches: task -> its unlabelled batches; step i uses batch i, from the start again when they are used up.
-        method: `adarank`, `adamerging`, `adamerging++` or `cart++`.
+        method: `adarank`, `adamerging`, `adamerging++` or `cart++`; or a class of your own that derives from
+            `adarank.adapt.methods.AdaptiveMethod`.
         parameters: the method's settings, such as `{"origin": "average", "rank": 0.16, "lambda": 2.0}`.
         settings: steps and step sizes, as `AdaptSettings` or a mapping of what an adapt block of a recipe has, such as
             `{"preset": "paper", "steps": 500}`; a preset gives settings of the method, too. `batch_size` is not used:
@@ -173,15 +172,16 @@ def adapt(
         DataError: a task has no batches.
         AdaRankError: as for `merge`, and if a loss is not finite.
     """
-    if method not in ADAPTIVE:
-        raise RecipeError(f"method: '{method}' does not adapt.{_elsewhere(method) or nearest(method, ADAPTIVE)}")
+    kind: Any = _kind(method, "adapt")
     batches, held_out = _listed("batches", batches, experts), _listed("held_out", held_out or {}, experts)
     empty = [task for task in experts if not batches.get(task)]
     if empty:
         raise DataError(
             f"batches: none for {', '.join(map(repr, empty))}. Every task needs at least one unlabelled batch."
         )
-    chosen, loop = with_preset(method, parameters or {}, *_given(settings, objective))
+    block, preset = _given(settings, objective)
+    chosen: AdaptiveMethod = kind.resolve(Given(parameters or {}, {}, block, preset))
+    loop = chosen.settings
     unknown = [task for task in loop.objectives if task not in experts]
     if unknown:
         raise RecipeError(f"adapt.objectives: unknown task '{unknown[0]}'.{nearest(unknown[0], experts)}")
@@ -220,69 +220,10 @@ def _given(
     """The loop's settings as they were given, with the objective given beside them, and the preset."""
     if isinstance(settings, AdaptSettings):
         settings = settings.model_dump(exclude_unset=True)
-    block = parse(AdaptBlock, settings or {}, "settings")
-    values = block.model_dump(exclude_unset=True, exclude={"preset"})
+    values, preset = split_block(settings or {}, "settings")
     if isinstance(objective, (str, Mapping)):
         values |= {"objective": objective, "objectives": {}}
-    return values, block.preset
-
-
-def _informed(
-    method: Informed,
-    network: Network,
-    experts: Mapping[str, nn.Module | State],
-    batches: Mapping[str, Sequence[Any]],
-    call: Forward,
-) -> Informed:
-    """The method with statistics of copies of the experts on the batches given."""
-    problems = [
-        f"experts: '{task}' is no module, and '{method.name}' runs it."
-        for task, expert in experts.items()
-        if not isinstance(expert, nn.Module)
-    ]
-    problems += [f"batches: none for '{task}', and '{method.name}' takes statistics of {method.data}." for task in experts
-                 if not batches.get(task)]  # fmt: skip
-    if method.reads_labels:
-        problems += [f"batches: one of '{task}' is no pair of (batch, labels), and labels are to be read." for task, own in batches.items()
-                     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in own)]  # fmt: skip
-    if problems:
-        raise DataError(itemise("The experts cannot be measured.", problems))
-    copies = ((task, copy.deepcopy(own).float().eval()) for task, own in experts.items() if isinstance(own, nn.Module))
-    models = share(copies, network)
-    models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
-    return Gatherer(network, models, _sample(batches, call, method.reads_labels), Store()).inform(method)
-
-
-def _sample(batches: Mapping[str, Sequence[Any]], call: Forward, labelled: bool) -> Sample:
-    """The batches given, as what statistics are taken of; `labelled`: they are pairs of (batch, labels)."""
-
-    def whole(task: str) -> Iterator[Any]:
-        return (own[0] if labelled else own for own in batches[task])
-
-    def singles(task: str) -> Iterator[tuple[Any, int | None]]:
-        for own in batches[task]:
-            batch, labels = own if labelled else (own, None)
-            for number, single in enumerate(_singles(batch)):
-                yield single, None if labels is None else int(labels[number])
-
-    return Sample(call, whole, singles)
-
-
-def _singles(batch: Any) -> Iterator[Any]:
-    """A batch's inputs one by one: every tensor in it is cut along its first axis."""
-    if isinstance(batch, Tensor):
-        yield from batch.split(1)
-        return
-    named = isinstance(batch, Mapping)
-    items = list(batch.items() if named else enumerate(batch) if isinstance(batch, (tuple, list)) else ())
-    cut = {key: value.split(1) for key, value in items if isinstance(value, Tensor) and value.dim()}
-    if not cut:
-        raise DataError(
-            f"batches: Fisher information is of single inputs, and a {type(batch).__name__} cannot be cut into them. Give tensors, or tuples or mappings of them."
-        )
-    for number in range(len(next(iter(cut.values())))):
-        single = {key: cut[key][number] if key in cut else value for key, value in items}
-        yield single if named else tuple(single.values())
+    return values, preset
 
 
 @torch.no_grad()
@@ -314,26 +255,35 @@ def evaluate(
     return scores
 
 
-def _method(network: Network, method: str, parameters: Mapping[str, Any] | None) -> Method:
-    """A data-free method with its settings, checked against the network."""
-    if method not in METHODS:
-        hint = _elsewhere(method) or nearest(method, METHODS)
-        raise RecipeError(f"method: '{method}' is none that merges without adapting.{hint}")
-    values = resolve(METHODS[method], parameters or {}, {task: {} for task in network.tasks}, network.merged())
-    chosen = parse(METHODS[method], values, f"parameters of '{method}'")
+def _method(
+    network: Network,
+    method: str | type[MergeMethod] | MergeMethod,
+    parameters: Mapping[str, Any] | None,
+    function: str,
+) -> MergeMethod:
+    """A method with its settings, checked against the network.
+
+    Arguments:
+        function: the one that was called.
+    """
+    chosen = method if isinstance(method, MergeMethod) else None
+    kind = _kind(type(method) if isinstance(method, MergeMethod) else method, function)
+    if chosen is not None and parameters:
+        raise RecipeError(f"parameters: '{kind.name}' was given with its settings. Give its class, or no parameters.")
+    if chosen is None:
+        models: dict[str, dict[str, Any]] = {task: {} for task in network.tasks}
+        chosen = kind.resolve(Given(parameters or {}, models, names=network.merged(), find=METHODS.named))
     chosen.check(network)
     return chosen
 
 
-def _elsewhere(method: str) -> str:
-    """Where a known method is to be had, after a blank; nothing for an unknown one."""
-    if method in ADAPTIVE:
-        return " It adapts on data: use adarank.adapt."
-    if method in METHODS:
-        return f" Use adarank.{'merge_each' if issubclass(METHODS[method], Taskwise) else 'merge'}."
-    if method in MODULAR:
-        return " It trains modules: give it as a recipe to adarank.merge_recipe, and load its bundle with adarank.from_bundle."
-    return " It trains on labels: give it as a recipe to adarank.merge_recipe." if method == Multitask.name else ""
+def _kind(method: str | type[MergeMethod], function: str) -> type[MergeMethod]:
+    """A method's class, if the function that was called runs such methods."""
+    kind = method_class(method)
+    own_function, remedy = kind.python
+    if own_function != function:
+        raise RecipeError(f"method: '{kind.name}' {remedy}")
+    return kind
 
 
 def _network(

@@ -49,6 +49,19 @@ class OutputError(AdaRankError):
     """The output cannot be written where it was asked for."""
 
 
+def raise_together(problems: Sequence[str]) -> None:
+    """Raise one `DataError` of the problems that tasks' data have, if there are any."""
+    if problems:
+        heading = f"{len(problems)} tasks have unusable data:"
+        raise DataError(problems[0] if len(problems) == 1 else itemise(heading, problems))
+
+
+def listed(error: AdaRankError) -> list[str]:
+    """The problems that an error lists, each with what its heading names."""
+    heading, *lines = str(error).split("\n")
+    return [f"{heading.split(':')[0]}: {line.strip()}" for line in lines] or [heading]
+
+
 def itemise(heading: str, problems: Sequence[str], remedy: str = "", most: int | None = None) -> str:
     """One message for all `problems`: a heading, a line each, and what to do. At most `most` lines, and how many more."""
     lines = [heading, *(f"  {problem}" for problem in problems[:most])]

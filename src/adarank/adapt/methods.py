@@ -12,18 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from adarank.adapt.base import Adapting
 from adarank.adapt.live_weights import Learn, LiveWeights
+from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
 from adarank.alignment.task_vectors import Network
-from adarank.settings import Settings
+from adarank.method import Context, Given, Outline, Result
+from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import build_blocks
@@ -42,11 +45,20 @@ def _share_or_auto(given: Any) -> Any:
     return given
 
 
+def _known_basis(given: str) -> str:
+    if given not in BASES:
+        raise ValueError(f"unknown basis.{nearest(given, BASES)}")
+    return given
+
+
 Number = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
 Share = Annotated[float | Literal["auto"], BeforeValidator(_share_or_auto)]
 
 
-class AdaptiveMethod(Settings):
+A = TypeVar("A", bound="AdaptiveMethod")
+
+
+class AdaptiveMethod(Adapting):
     """Where adaptation starts and what it learns. What it minimises on unlabelled inputs is a setting of the loop.
 
     Class attributes:
@@ -62,9 +74,8 @@ class AdaptiveMethod(Settings):
 
     """
 
-    name: ClassVar[str]
-    formula: ClassVar[str]
-    source: ClassVar[str]
+    fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks"})
+    python: ClassVar[tuple[str, str]] = ("adapt", "adapts on data. Use adarank.adapt.")
 
     origin: Literal["pretrained", "average"] = Field("pretrained", description="what task vectors are counted from")
     rank: Share = Field(1.0, description="share of components kept at the start, in (0, 1], or auto")
@@ -97,6 +108,40 @@ class AdaptiveMethod(Settings):
     def grid(self) -> Grid:
         """The starts that are left open. The climb begins at what the papers use about either origin."""
         return grid_of(self.rank, self.scale, (0.08, 1.0) if self.origin == "average" else (1.0, 0.3))
+
+    @classmethod
+    def resolve(cls: type[A], given: Given) -> A:
+        method, settings = with_preset(cls, given.parameters, given.adapt or {}, given.preset)
+        return method.with_settings(settings)
+
+    @classmethod
+    def memory(cls) -> str:
+        parts = "spectra" if cls().spectra else "task vectors"
+        return f"all merged tensors, their origins and gradients, their experts' {parts}, and one task's batch"
+
+    @property
+    def decomposes(self) -> bool:
+        return self.spectra
+
+    def held_bytes(self, outline: Outline) -> int:
+        """Origin, live weight and gradient of every merged tensor, its spectra or task vectors, what is kept, and heads."""
+        network = outline.network
+        numel = {name: info.numel for name, info in network.tensors.items()}
+        kept = sum(numel[name] for name, choice in network.choices.items() if choice.action == "keep")
+        merged = sum(3 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged())
+        return 4 * (merged + kept + outline.head_numel())
+
+    def _stored(self, network: Network, name: str) -> int:
+        """Numbers that one task's part of a tensor takes: factors, or the task vector."""
+        info = network.tensors[name]
+        if not (self.spectra and network.choices[name].action == "decompose"):
+            return info.numel
+        rows = info.shape[0] if info.shape else 1
+        columns = info.numel // max(1, rows)
+        return min(rows, columns) * (rows + columns)
+
+    def run(self, context: Context) -> Result:
+        return context.adapted(self)
 
     def decomposition(self, network: Network, device: torch.device | str) -> Basis:
         """What the blocks are of. May read every tensor, one at a time."""
@@ -140,8 +185,10 @@ class AdaRank(AdaptiveMethod):
     )
     source: ClassVar[str] = "Lee et al. 2025, arXiv:2503.22178"
 
-    basis: Literal["task_vectors", "tsv_m", "iso_c", "iso_cts"] = Field(
-        "task_vectors", description="what the components are of"
+    fixed: ClassVar[frozenset[str]] = frozenset()
+
+    basis: Annotated[str, AfterValidator(_known_basis)] = Field(
+        "task_vectors", description="what the components are of", json_schema_extra={"choices": list(BASES.built_in)}
     )
     origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")
     rank: Share = Field(AUTO, description="share of components kept at the start, in (0, 1], or auto")

@@ -10,19 +10,27 @@ Caruana 1997, "Multitask Learning"; the row "traditional MTL" of AdaMerging (arX
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+import zlib
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from adarank.adapt.learner import Parameters
+from adarank.adapt.history import History
+from adarank.adapt.learner import Loss, Parameters
+from adarank.adapt.loop import adapt
 from adarank.adapt.settings import AdaptSettings
-from adarank.settings import Settings
+from adarank.alignment.task_vectors import Network
+from adarank.data.task import TaskData
+from adarank.errors import RecipeError, listed
+from adarank.method import Context, Given, MergeMethod, Outline, Result, changed_tensors
+from adarank.models import TaskModels
 
 
-class Multitask(Settings):
+class Multitask(MergeMethod):
     """A reference, not a merge: trains the base on all tasks together, with the labels of their adapt split.
 
     Arguments:
@@ -36,9 +44,12 @@ class Multitask(Settings):
     name: ClassVar[str] = "multitask"
     formula: ClassVar[str] = "W, h = argmin mean_t E_(x,y)~t [-log p(y | x; W, h_t)], from W₀"
     source: ClassVar[str] = "Caruana 1997, Multitask Learning; traditional MTL in arXiv:2310.02575"
-    needs: ClassVar[str] = (
-        "base, experts (their heads and configurations) and labelled inputs: reads labels of the adapt split"
-    )
+    data: ClassVar[str] = "labelled inputs of each task"
+    use: ClassVar[str] = "trains on"
+    labels: ClassVar[str] = "labels of the adapt split"
+    keeps_embeddings: ClassVar[bool] = False  # fine-tuning trains them too
+    not_searched: ClassVar[str] = "learns what it writes"
+    python: ClassVar[tuple[str, str]] = ("", "trains on labels. Give it as a recipe to adarank.merge_recipe.")
 
     steps: int = Field(1000, ge=0, description="AdamW steps")
     batch_size: int = Field(16, ge=1, description="inputs per task and step")
@@ -47,6 +58,91 @@ class Multitask(Settings):
     warmup: float = Field(0.06, ge=0, le=1, description="share of the steps over which the step size rises")
     heads: Literal["fresh", "expert", "fixed"] = Field("fresh", description="what each task's head starts from")
     save_every: int = Field(100, ge=1, description="steps between two saves of the state")
+
+    @classmethod
+    def needs(cls) -> str:
+        return f"base, experts (their heads and configurations) and labelled inputs: reads {cls.labels}"
+
+    @classmethod
+    def passes_over(cls) -> str:
+        return "the base to start; a batch of each task every step, forward and backward"
+
+    @classmethod
+    def memory(cls) -> str:
+        return "all weights, their gradients and AdamW's two moments, and one task's batch"
+
+    @classmethod
+    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
+        problems = []
+        if protocol == "transductive":
+            problems.append(
+                f"data.protocol: '{cls.name}' reads labels, and under 'transductive' they would be those that are scored. Use disjoint."
+            )
+        try:
+            cls.resolve(given)
+        except RecipeError as error:
+            problems += listed(error)
+        return problems
+
+    def action(self, chosen: str) -> str:
+        return chosen if chosen == "keep" else "train"
+
+    def held_bytes(self, outline: Outline) -> int:
+        """Weights, gradients and AdamW's two moments; what is kept once; a second network while one is loaded."""
+        network = outline.network
+        body = sum(info.numel for info in network.tensors.values())
+        trained = sum(network.tensors[name].numel for name in network.merged())
+        return 4 * (4 * (trained + outline.head_numel()) + (body - trained) + body)
+
+    def run(self, context: Context) -> Result:
+        """Train, from a saved state if there is one. Reads labels of the adapt split only.
+
+        Raises:
+            DataError: a row of an adapt split carries no label.
+        """
+        data = context.data
+        labels = {task: _labels(of) for task, of in data.items()}
+        marks = {task: [of.fingerprint(), sorted(labels[task].items())] for task, of in data.items()}
+        fingerprint = context.fingerprint(marks, "parameters")
+        context.note("Loading the networks")
+        models = context.models()
+        if self.heads == "fresh":
+            _draw_heads(models, context.seed)
+        joint = JointTraining(_trained(context.network, models, self.heads == "fixed"), self, len(data))
+        context.note("Training, with labels")
+        for module in models.modules.values():
+            module.train()
+        torch.manual_seed(context.seed)  # of dropout, whatever was drawn before
+        losses = {task: self._loss(context, models, of, labels[task]) for task, of in data.items()}
+        history = adapt(joint, losses, self.pace(), context.state, fingerprint, context.progress)
+        tensors = changed_tensors(context.network, models.shared, "training")
+        heads = {task: _head(context.network, models, task) for task in data}
+        return Result(tensors, heads=heads, block="training", report=self._report(history, data))
+
+    def _loss(self, context: Context, models: TaskModels, data: TaskData, labels: Mapping[int, int]) -> Loss:
+        family, module, device = context.family, models.modules[data.name], context.device
+
+        def loss(step: int) -> Tensor:
+            rows = data.adapt_rows(step, self.batch_size)
+            batch = {k: v.to(device) for k, v in data.examples.batch(rows).items()}
+            targets = torch.tensor([labels[row] for row in rows], device=device)
+            return cross_entropy(family.logits(module, batch), targets)
+
+        return loss
+
+    def _report(self, history: History, data: Mapping[str, TaskData]) -> dict[str, Any]:
+        return {
+            "what": "a reference, not a merge: trained jointly from the base",
+            "protocol": "disjoint",  # no other is allowed
+            "reads": "labels of the adapt split of every task; none of select and test",
+            "steps": history.step,
+            "heads": self.heads,
+            "seconds_in_steps": round(history.seconds, 3),
+            "resumed_from": history.resumed_from,
+            "losses": {task: [round(v, 5) for v in values] for task, values in history.losses.items()},
+            "splits": {task: {split: len(rows) for split, rows in of.splits.rows.items()} for task, of in data.items()},
+            "notes": [f"{task}: {text}" for task, of in data.items() for text in of.notes],
+        }
 
     def pace(self) -> AdaptSettings:
         """These settings as those of the loop."""
@@ -89,3 +185,40 @@ class JointTraining(Parameters):
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad /= self._tasks
+
+
+def _labels(data: TaskData) -> dict[int, int]:
+    """Row -> class number, of the adapt split. Rows of other splits are not in it."""
+    data.adapt_rows(0, 1)  # refuses an empty split
+    rows = data.splits.rows["adapt"]
+    return dict(zip(rows, data.targets(rows), strict=True))
+
+
+def _draw_heads(models: TaskModels, seed: int) -> None:
+    """New heads, drawn as their architecture draws them. Each depends on the seed and on its task's name alone."""
+    for task, module in models.modules.items():
+        kind: Any = type(module)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{seed}/{task}/head".encode()))
+            drawn = kind(module.config).state_dict()
+        head = {id(tensor) for tensor in models.heads[task].values()}
+        with torch.no_grad():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                if id(tensor) in head:
+                    tensor.copy_(drawn[name])
+
+
+def _trained(network: Network, models: TaskModels, heads_fixed: bool) -> dict[str, Tensor]:
+    """What training may change: all of the body that is not kept, counters of batch norms too, and perhaps heads."""
+    body = {name: tensor for name, tensor in models.shared.items()
+            if network.choices[name].action != "keep" or name.endswith("num_batches_tracked")}  # fmt: skip
+    if heads_fixed:
+        return body
+    heads = {f"heads/{task}/{name}": tensor for task, head in models.heads.items() for name, tensor in head.items()}
+    return body | heads
+
+
+def _head(network: Network, models: TaskModels, task: str) -> dict[str, Tensor]:
+    """A task's trained head, under the names that its expert's files use."""
+    trained = {name: tensor.detach() for name, tensor in models.heads[task].items()}
+    return {**network.head(task), **trained}

@@ -6,19 +6,22 @@ infomax             mean entropy minus the entropy of the mean prediction       
 filtered-entropy    entropy of the inputs that are reliable and not redundant             (EATA, SAR)
 features            distance to the expert's last hidden representation                   (Surgery)
 
-A new objective is a function and a line in `OBJECTIVES`.
+A new objective is a function and a line in `OBJECTIVES`. Another package adds one by an entry point of the group
+`adarank.objectives`: a function of `View`, `SelfLabel` and `Filter` that gives a scalar with its graph. What it looks at
+beside the logits it names in its attribute `needs`, a set of `expert`, `mean` and `features`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from adarank.io.plugins import Registry
 from adarank.settings import Settings, nearest
 
 
@@ -204,14 +207,41 @@ def _given(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-OBJECTIVES: dict[str, Callable[[View, SelfLabel, Filter], Tensor]] = {
+Loss = Callable[[View, SelfLabel, Filter], Tensor]
+_BUILT_IN: dict[str, Loss] = {
     "self-label": lambda v, own, _: self_label(v.logits, _given(v.expert), **own.model_dump()),
     "entropy": lambda v, *_: entropy(v.logits),
     "infomax": lambda v, *_: infomax(v.logits, _given(v.mean)),
     "filtered-entropy": lambda v, _, own: filtered_entropy(v.logits, _given(v.mean), **own.model_dump()),
     "features": lambda v, *_: feature_distance(_given(v.features), _given(v.expert_features)),
 }
-NEED_EXPERT, NEED_MEAN, NEED_FEATURES = {"self-label"}, {"infomax", "filtered-entropy"}, {"features"}
+_NEEDS = {"self-label": "expert", "infomax": "mean", "filtered-entropy": "mean", "features": "features"}
+OBJECTIVES: Registry[Loss] = Registry(
+    "adarank.objectives", "objective", _BUILT_IN, lambda name, given: "" if callable(given) else "is no function"
+)
+
+
+def needs(name: str) -> frozenset[str]:
+    """What an objective looks at beside the logits: of `expert`, `mean` and `features`."""
+    if name in _BUILT_IN:
+        return frozenset({_NEEDS[name]} if name in _NEEDS else ())
+    return frozenset(getattr(OBJECTIVES[name], "needs", ()))
+
+
+class Needing:
+    """The objectives that look at a part of a `View`; `&` gives those among some names."""
+
+    def __init__(self, *parts: str) -> None:
+        self._parts = parts
+
+    def __and__(self, names: Iterable[str]) -> set[str]:
+        return {name for name in names if needs(name) & set(self._parts)}
+
+    def __or__(self, other: Needing) -> Needing:
+        return Needing(*self._parts, *other._parts)
+
+
+NEED_EXPERT, NEED_MEAN, NEED_FEATURES = Needing("expert"), Needing("mean"), Needing("features")
 
 
 def objective(view: View, weights: Weights, labels: SelfLabel, kept: Filter) -> Tensor:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from adarank.adapt.methods import ADAPTIVE, AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings
 from adarank.errors import RecipeError
 from adarank.settings import nearest, parse
+
+if TYPE_CHECKING:
+    from adarank.adapt.methods import AdaptiveMethod
+
+A = TypeVar("A", bound="AdaptiveMethod")
 
 # What all the papers do: entropy, constant step sizes, as many steps as were asked for, the last one kept. Everything that
 # the result depends on is written down, so that a default that changes changes no preset. How many steps neither paper
@@ -57,8 +61,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def with_preset(
-    name: str, parameters: Mapping[str, Any], adapt: Mapping[str, Any], preset: str | None
-) -> tuple[AdaptiveMethod, AdaptSettings]:
+    kind: type[A], parameters: Mapping[str, Any], adapt: Mapping[str, Any], preset: str | None
+) -> tuple[A, AdaptSettings]:
     """An adaptive method and its loop's settings: preset first, then what is given by hand.
 
     Raises:
@@ -67,11 +71,10 @@ def with_preset(
     if preset is not None and preset not in PRESETS:
         raise RecipeError(f"adapt: unknown preset '{preset}'.{nearest(preset, PRESETS)}")
     values = PRESETS[preset] if preset else {"parameters": {}, "adapt": {}}
-    kind = ADAPTIVE[name]
     preferred = {key: field.alias for key, field in kind.model_fields.items() if field.alias}
     given = {preferred.get(key, key): value for key, value in parameters.items()}
     # released starts are of plain task vectors: with another basis it is that of its static method
     released = values["parameters"] if given.get("basis", "task_vectors") == "task_vectors" else {}
     start = {**kind.paper(given), **released} if preset else {}
-    method = parse(kind, {**start, **given}, f"parameters of '{name}'")
+    method = parse(kind, {**start, **given}, f"parameters of '{kind.name}'")
     return method, parse(AdaptSettings, {**values["adapt"], **adapt}, "adapt")

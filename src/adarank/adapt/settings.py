@@ -13,7 +13,7 @@ from adarank.settings import Settings
 
 AUTO: Literal["auto"] = "auto"
 StepUnit = Literal["weights", "mask"]
-_NAMES = ", ".join(OBJECTIVES)
+_NAMES = ", ".join(OBJECTIVES.built_in)
 
 
 def _at_least_zero_or_auto(given: Any) -> Any:

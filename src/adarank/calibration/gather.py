@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ from adarank.calibration.hooks import Grams, Seen, add_squared_gradients, label_
 from adarank.io.checkpoint import DAMAGED, check_finite
 from adarank.io.record import Note
 from adarank.io.state import write_state
-from adarank.methods import Fisher, Informed, RegMean, RegMeanPlusPlus, merge_tensor
-from adarank.methods.calibrated.base import Statistics
+from adarank.methods.base import merge_tensor
+from adarank.methods.calibrated.base import Informed, Statistics
 from adarank.models import TaskModels
 
+M = TypeVar("M", bound=Informed)
 _BLOCK = re.compile(r"(?:.*\.)?\d+(?=\.)")
 
 
@@ -95,37 +96,39 @@ class Gatherer:
     store: Store
     note: Note = lambda text: None
 
-    def inform(self, method: Informed) -> Informed:
+    def inform(self, method: M) -> M:
         """`method` with its statistics."""
-        match method:
-            case Fisher():
-                return method.knowing(self._fishers(method))
-            case RegMeanPlusPlus():
-                return self._block_by_block(method)
-            case RegMean():
-                return method.knowing(self._grams())
-        raise NotImplementedError(method.name)
+        return method.gathered(self)
 
-    def _fishers(self, method: Fisher) -> Statistics:
+    def squared_gradients(self, classes: int, seed: int) -> Statistics:
+        """Of every merged tensor that gets a gradient, the mean square of single inputs' gradients.
+
+        Arguments:
+            classes: up to so many, the expectation over labels is a sum over all; of more, so many labels are drawn.
+            seed: of these draws.
+        """
         shared = self.models.shared
         parameters = {name: shared[name] for name in self.network.merged() if shared[name].requires_grad}
         parts = {
-            task: self._part(task, task, "Squared gradients", None, partial(self._fisher, method, task, parameters))
+            task: self._part(
+                task, task, "Squared gradients", None, partial(self._fisher, classes, seed, task, parameters)
+            )
             for task in self.network.tasks
         }
         return Statistics(parameters.keys(), lambda name, task: parts[task][name])
 
-    def _fisher(self, method: Fisher, task: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{method.seed}/{task}".encode()))
+    def _fisher(self, classes: int, seed: int, task: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{task}".encode()))
         total = {name: torch.zeros_like(own, requires_grad=False) for name, own in parameters.items()}
         count = 0
         for batch, label in self.sample.singles(task):
             logits = self.sample.call(self.models.modules[task], batch)[0]
-            add_squared_gradients(total, parameters, logits, label_weights(logits, label, method.classes, generator))
+            add_squared_gradients(total, parameters, logits, label_weights(logits, label, classes, generator))
             count += 1
         return {name: own.div_(count).cpu() for name, own in total.items()}
 
-    def _grams(self) -> Statistics:
+    def gram_matrices(self) -> Statistics:
+        """Of every linear layer, the mean outer product of what it is given in the expert."""
         names = self._matrices()
         return self._of_layers(
             {
@@ -134,8 +137,13 @@ class Gatherer:
             }
         )
 
-    def _block_by_block(self, method: RegMeanPlusPlus) -> Informed:
-        known = method.knowing(Statistics())
+    def gram_matrices_by_block(self, known_by: Callable[[Statistics], M]) -> M:
+        """The method with Gram matrices of what layers are given behind the already merged earlier blocks.
+
+        Arguments:
+            known_by: the method with statistics.
+        """
+        known = known_by(Statistics())
         self._merge(known, None)  # what has no Gram matrix is averaged, now as in the end
         parts: dict[str, dict[str, Tensor]] = {task: {} for task in self.network.tasks}
         calls = self._calls(self._matrices())
@@ -146,7 +154,7 @@ class Gatherer:
             for task, own in parts.items():
                 measure = partial(self._measured, task, layers, stop=once)
                 own.update(self._part(f"{task}/{block}", task, f"Gram matrices of {block}", members, measure))
-            known = method.knowing(self._of_layers(parts))
+            known = known_by(self._of_layers(parts))
             self._merge(known, members)
         return known
 

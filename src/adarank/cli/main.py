@@ -157,32 +157,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import show
-    from adarank.errors import DataError
-    from adarank.methods import Informed
-    from adarank.recipe.job import open_job
-    from adarank.recipe.plan import describe
-    from adarank.recipe.reader import load_recipe
-    from adarank.workflow.calibrate import sampled
-    from adarank.workflow.load_tasks import check_tasks
+    from adarank.workflow.plan import plan
 
-    job = open_job(load_recipe(options.recipe))
-    described = describe(job)
-    if job.recipe.needs_data:
-        tasks = check_tasks(job)
-        described["splits"] = {
-            task: {split: len(own) for split, own in rows.splits.rows.items()} for task, rows in tasks.items()
-        }
-        if isinstance(job.method, Informed):
-            rows = sampled(job.method, tasks)
-            described["statistics"] = {
-                "inputs": {task: len(own) for task, own in rows.items()},
-                "labels_read": job.method.reads_labels,
-            }
-    elif any(entry.task and entry.task.data for entry in job.recipe.experts.values()):
-        try:  # merging reads none of it, but evaluation will
-            check_tasks(job)
-        except DataError as error:
-            described["notes"].append(f"The merge goes without the tasks' data, but `evaluate` will not: {error}")
+    described = plan(options.recipe)
     if options.json:
         _print_json(described)
     else:
@@ -190,52 +167,26 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from adarank.cli import console as words
     from adarank.cli import show
     from adarank.cli.progress import Adapting
-    from adarank.recipe.reader import load_recipe
-    from adarank.workflow import merge as pipeline
+    from adarank.workflow.merge import merge
 
     progress = Adapting()
     try:
-        record = pipeline.merge(
-            load_recipe(options.recipe),
-            options.out,
-            options.force,
-            show.note,
-            progress,
-        )
+        record = merge(options.recipe, options.out, options.force, show.note, progress)
     finally:
         progress.close()
     if options.json:
         _print_json(record)
-        return
-    if "adaptation" in record:
-        show.adapted(record["adaptation"])
-    if "training" in record:
-        show.trained(record["training"])
-    if "statistics" in record:
-        show.informed(record["statistics"])
-    for kind in ("adaptation", "training", "statistics"):
-        for line in record.get(kind, {}).get("notes", ()):
-            words.out.print(line, style="dim")
-    show.remarks(record["plan"], record["kept_though_changed"])
-    written = f" written in {words.clock(record['seconds'])}"
-    if "bundle" in record:
-        show.say(options.out, f"{written}: {show.bundle_size(record['bundle'])}")
-        words.out.print(show.task_aware(record["plan"]["merge_method"]))
     else:
-        show.say(options.out, f"{written}, {words.size(record['plan']['output_bytes'])}")
-    if record["plan"]["kind"]:  # of tasks: there is something to score
-        words.out.print(f"next: adarank evaluate {options.recipe} {options.out}", style="dim")
+        show.merged(record, options.recipe, options.out)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from adarank.cli import show
-    from adarank.recipe.reader import load_recipe
-    from adarank.workflow import evaluate as scoring
+    from adarank.workflow.evaluate import evaluate
 
-    table = scoring.evaluate(load_recipe(options.recipe), options.outputs, options.split, show.note)
+    table = evaluate(options.recipe, options.outputs, options.split, show.note)
     if options.json:
         _print_scores(table)
     else:
@@ -265,7 +216,9 @@ def _search(options: argparse.Namespace) -> None:
 
 def _print_scores(table: Table) -> None:
     means = {row: {"mean": table.mean(row), "normalised": table.normalised(row)} for row in table.rows}
-    _print_json({**dataclasses.asdict(table), "summary": means})
+    content = dataclasses.asdict(table)
+    bundles = content.pop("bundles")
+    _print_json({**content, "task_aware": bundles, "summary": means})
 
 
 def _extract(options: argparse.Namespace) -> None:

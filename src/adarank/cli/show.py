@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table as Grid
 from rich.text import Text
 
 from adarank.cli.console import clock, err, out, recent, size
 from adarank.io.bundle import About
-from adarank.modular import MODULAR
 from adarank.recipe.catalogue import Entry
-from adarank.recipe.papers import SETTINGS, PaperRow
+from adarank.recipe.registry import METHODS
 from adarank.workflow.inspect import LayerRow, TensorRow
 from adarank.workflow.scores import Table
 from adarank.workflow.search import Point
 
-TASK_AWARE = "Task-aware: each task has weights of its own, so whoever uses them must know the task of every input."
+if TYPE_CHECKING:
+    from adarank.recipe.papers import PaperRow
 
 
 def note(text: str) -> None:
@@ -62,12 +63,31 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
             grid.add_row(name, "×".join(map(str, row["shape"])), row["dtype"], row["action"], row["reason"])
         out.print(grid)
     if described["task_aware"]:
-        out.print(f"  {task_aware(described['merge_method'])}")
+        out.print(f"  {METHODS[described['merge_method']].in_use}")
         out.print(
             f"  {len(described['tasks'])} whole experts would take {size(described['experts_bytes'])}, heads apart"
         )
     remarks(described)
     out.print(f"  output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}")
+
+
+def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
+    """What a merge came to, and what comes next."""
+    for block, shown in _OF_BLOCK.items():
+        if block in record:
+            shown(record[block])
+    for block in _OF_BLOCK:
+        for line in record.get(block, {}).get("notes", ()):
+            out.print(line, style="dim")
+    remarks(record["plan"], record["kept_though_changed"])
+    written = f" written in {clock(record['seconds'])}"
+    if "bundle" in record:
+        say(folder, f"{written}: {bundle_size(record['bundle'])}")
+        out.print(METHODS[record["plan"]["merge_method"]].in_use)
+    else:
+        say(folder, f"{written}, {size(record['plan']['output_bytes'])}")
+    if record["plan"]["kind"]:  # of tasks: there is something to score
+        out.print(f"next: adarank evaluate {recipe} {folder}", style="dim")
 
 
 def remarks(described: Mapping[str, Any], changed: Mapping[str, float] | None = None) -> None:
@@ -86,11 +106,6 @@ def remarks(described: Mapping[str, Any], changed: Mapping[str, float] | None = 
         )
 
 
-def task_aware(kind: str) -> str:
-    """What whoever uses a bundle of some kind must know of every input."""
-    return f"In use it must know {MODULAR[kind].knows}." if kind in MODULAR else TASK_AWARE
-
-
 def bundle_size(sizes: Mapping[str, Any]) -> str:
     """A bundle's size beside that of one model and of all experts."""
     count, experts = len(sizes["tasks"]), sizes["experts"]
@@ -103,7 +118,7 @@ def bundle_size(sizes: Mapping[str, Any]) -> str:
 def bundle(about: About, sizes: Mapping[str, Any]) -> None:
     """What a bundle is, and the size of each of its parts."""
     say(about.kind, f" bundle: {bundle_size(sizes)}")
-    out.print(task_aware(about.kind))
+    out.print(METHODS[about.kind].in_use)
     grid = Grid(box=None, header_style="bold", pad_edge=False)
     grid.add_column("weights")
     grid.add_column("size", justify="right")
@@ -137,14 +152,14 @@ def scores(table: Table) -> None:
     for row, values in table.rows.items():
         normal = table.normalised(row)
         grid.add_row(
-            f"{row} (task-aware)" if row in table.task_aware else row,
+            f"{row} (task-aware)" if row in table.bundles else row,
             f"{table.mean(row):.1f}",
             f"{normal:.1f}" if normal is not None else "",
             *(f"{values[t]:.1f}" for t in tasks),
         )
     grid.add_row("inputs", "", "", *(str(table.counts[t]) for t in tasks), style="dim")
     out.print(grid)
-    for text in dict.fromkeys(task_aware(kind) for kind in table.task_aware.values()):
+    for text in dict.fromkeys(METHODS[kind].in_use for kind in table.bundles.values()):
         out.print(text)
 
 
@@ -214,6 +229,8 @@ def methods(entries: Mapping[str, Entry]) -> None:
 
 def papers(rows: Sequence[PaperRow]) -> None:
     """The papers' rows, each with its recipe and the papers' figures."""
+    from adarank.recipe.papers import SETTINGS  # the tables of the papers are made when it is imported
+
     grid = Grid("row", "recipe", box=None, header_style="bold", pad_edge=False)
     for title in SETTINGS.values():
         grid.add_column(title, justify="right", min_width=8)
@@ -308,3 +325,7 @@ def _measured(found: Mapping[str, Any]) -> str:
     number = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     labels = "their labels are read" if found["labels_read"] else "no label is read"
     return f"statistics of {number} adapt inputs per task, {labels}"
+
+
+_OF_BLOCK = {"adaptation": adapted, "training": trained, "statistics": informed}
+"""Block of a record -> what shows it."""

@@ -11,16 +11,15 @@ A part is one stored tensor. Its name in shared.safetensors and own.safetensors 
 `mask:encoder.0.weight`, or `PART:` if it belongs to the whole model. The part `whole` is a tensor as it is: a task
 whose files have `whole:NAME` uses that for NAME. What other parts mean is the kind's business.
 
-Another kind of bundle: give `write_parts` the layouts of its parts and a stream of them (`outputs.write.write_bundle` does the
-rest of the folder), and add a line to `KINDS` of `outputs/bundle.py`, which turns the parts of one task into tensors and,
-where the network needs more than tensors (an adapter, a router), into a module. A kind whose parts come of one tensor's
-task vectors at a time is a `Taskwise` method (`methods/task_aware/base.py`) and needs no line there.
+Another kind of bundle is another method (`method.py`) whose result are `Parts`: it says how a task's parts become tensors
+(`task_tensors`) and, where the network needs more than tensors (an adapter, a router), a module (`dress`). A kind whose
+parts come of one tensor's task vectors at a time is a `Taskwise` method (`methods/task_aware/base.py`), which does both.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from adarank.errors import CheckpointError, itemise
-from adarank.io.checkpoint import DTYPES, NAMES, Checkpoint, Source, file_sha256
+from adarank.io.checkpoint import DTYPES, NAMES, Checkpoint, MemorySource, Source, file_sha256
 from adarank.io.writer import BUNDLE, RECORD, Layout, TensorFile, layout_bytes, write_json
 from adarank.settings import nearest
 
@@ -111,6 +110,23 @@ class About:
         return cls(content["kind"], dict(content["settings"]), content["models"], tensors, names)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a bundle is made of: layouts, and a stream of the parts, so that none need be held.
+
+    Attributes:
+        kind: who can read them: the name of the method that made them.
+        settings: in force when they were made, as plain data.
+        shared, own, pieces: as for `write_parts`.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    shared: Layout
+    own: Mapping[str, Layout]
+    pieces: Iterator[Piece]
+
+
 def task_folder(folder: Path, task: str) -> Path:
     """Where the files of one task are."""
     return folder / "tasks" / task
@@ -185,6 +201,19 @@ class PartFile:
     def of(self, name: str = "") -> dict[str, Tensor]:
         """Part -> stored tensor, of one tensor or of the whole model. They may be mapped: never write to them."""
         return {part: self._source.read(key(part, name)) for part in self._index.get(name, ())}
+
+
+def held_parts(tasks: Iterable[str], pieces: Iterable[Piece]) -> tuple[PartFile, dict[str, PartFile]]:
+    """The shared parts and each task's own, held in memory: as large as the bundle."""
+    held: dict[str | None, dict[str, Tensor]] = {None: {}, **{task: {} for task in tasks}}
+    for owner, name, tensor in pieces:
+        held[owner][name] = tensor.cpu()
+    of_tasks = {
+        task: PartFile(MemorySource(tensors, f"parts of '{task}'"))
+        for task, tensors in held.items()
+        if task is not None
+    }
+    return PartFile(MemorySource(held[None], "shared parts")), of_tasks
 
 
 class BundleFolder:

@@ -9,7 +9,7 @@ Method files take what they are written with from here, so that beside this file
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from torch import Tensor
 from adarank.alignment.task_vectors import Network, OriginKind
 from adarank.errors import MismatchError, RecipeError, itemise
 from adarank.io.checkpoint import check_result
-from adarank.methods.per_tensor import PerTensor, TensorWeights, rest
-from adarank.settings import Settings
+from adarank.method import Context, Given, MergeMethod, Outline, Result
+from adarank.methods.per_tensor import PerTensor, TensorWeights, resolve, rest
+from adarank.settings import parse
 
 __all__ = [
     "Deltas",
+    "Given",
     "Method",
     "MismatchError",
     "Network",
@@ -44,29 +46,18 @@ Deltas = Mapping[str, Tensor]
 M = TypeVar("M", bound="Method")
 
 
-class Method(Settings):
+class Method(MergeMethod):
     """Base of the data-free methods: a frozen object of settings with two functions of one tensor.
 
-    Class attributes:
-        name: what recipes call it.
+    Class attributes, beside those of the contract (`method.py`):
         origin: what task vectors are counted from.
-        formula, source: one line each for the catalogue.
         spectral: True if it decomposes matrices; the memory plan counts an SVD's workspace then.
-        per_model: settings that each model of a recipe may carry.
-        task_aware: True if each task gets weights of its own (`task_aware/base.py`).
         passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.
-        data: what it reads of the tasks' data, in words; empty for data-free methods.
     """
 
-    name: ClassVar[str]
     origin: ClassVar[OriginKind]
-    formula: ClassVar[str]
-    source: ClassVar[str]
     spectral: ClassVar[bool] = False
-    per_model: ClassVar[tuple[str, ...]] = ()
-    task_aware: ClassVar[bool] = False
     passes: ClassVar[int] = 1
-    data: ClassVar[str] = ""
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """Merge one matrix (`decompose`). `origin` is float32 and may be mapped: never write to it."""
@@ -80,9 +71,6 @@ class Method(Settings):
         """What task vectors are counted from."""
         return self.origin
 
-    def check(self, network: Network) -> None:
-        """Raise a `RecipeError` if the method cannot merge this network. Called before any work."""
-
     def prepare(self: M, network: Network, device: torch.device | str) -> M:
         """The method with all that it must know of the whole model before the first tensor is merged.
 
@@ -93,6 +81,53 @@ class Method(Settings):
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 held beside origin, sum and one task vector; the memory plan counts them."""
         return 5 if decomposed and self.spectral else 0
+
+    @classmethod
+    def resolve(cls: type[M], given: Given) -> M:
+        values = resolve(cls, given.parameters, given.models, given.names)
+        if given.seed is not None and "seed" in cls.model_fields:
+            values.setdefault("seed", given.seed)
+        return parse(cls, values, f"parameters of '{cls.name}'")
+
+    @classmethod
+    def needs_base(cls) -> bool:
+        return getattr(cls, "origin", None) == "pretrained"
+
+    @classmethod
+    def passes_over(cls) -> str:
+        return "the checkpoints once" if cls.passes == 1 else f"the checkpoints {cls.passes} times"
+
+    @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """Values of the settings that have no default, for the catalogue's figures."""
+        return {}
+
+    @classmethod
+    def memory(cls) -> str:
+        method = cls.model_construct(**cls.example())
+        one, two = (4 + method.workspace(tasks, True) for tasks in (1, 2))
+        copies = f"{one}" if one == two else f"{2 * one - two} + {two - one}·T"  # it may grow with the tasks
+        return f"{copies} float32 copies of the largest tensor"
+
+    @property
+    def decomposes(self) -> bool:
+        return self.spectral
+
+    def held_bytes(self, outline: Outline) -> int:
+        return max((self._streamed_bytes(outline.network, name) for name in outline.network.merged()), default=0)
+
+    def _streamed_bytes(self, network: Network, name: str) -> int:
+        """What merging one tensor holds at a time: origin, sum, one task vector; casts; the workspace."""
+        info, decomposed = network.tensors[name], network.choices[name].action == "decompose"
+        copies = 4 + (info.dtype.itemsize < 4) + self.workspace(len(network.tasks), decomposed)
+        return 4 * (copies * info.numel + (self.solving(info.shape) if decomposed else 0))
+
+    def solving(self, shape: tuple[int, ...]) -> int:
+        """Numbers of four bytes held beside, while a matrix of this shape is merged; the memory plan counts them."""
+        return 0
+
+    def run(self, context: Context) -> Result:
+        return Result(merge_tensors(self, context.network, context.device))
 
 
 def weighted_sum(origin: Tensor, deltas: Deltas, coefficient: Callable[[str], float]) -> Tensor:
@@ -114,10 +149,8 @@ def merge_tensors(method: Method, network: Network, device: torch.device | str =
     Raises:
         RecipeError: the method is task-aware: it merges into no single model.
     """
-    if method.task_aware:
-        raise RecipeError(
-            f"'{method.name}' gives each task weights of its own, not one model. Write a bundle of them by a recipe, or use adarank.merge_each."
-        )
+    if method.in_use:
+        raise RecipeError(f"'{method.name}' {method.python[1]}")
     with torch.no_grad():  # never around a yield: the caller's code would run without gradients too
         prepared = method.prepare(network, device)
     for name in network.tensors:

@@ -1,29 +1,33 @@
 """What a modular method is: it trains small modules on unlabelled inputs and keeps them, with weights, in a bundle.
 
 A method's file holds its formula, its settings, its modules, and two functions: one mounts the modules on a network, one
-dresses a network from a bundle's parts. `workflow/modular.py` trains them on a job's inputs. Method files take what they are
+dresses a network from a bundle's parts. `training.py` trains them on unlabelled inputs. Method files take what they are
 written with from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from adarank.adapt.base import Adapting, split_block
 from adarank.adapt.presets import PRESETS
 from adarank.adapt.settings import AdaptSettings
+from adarank.alignment.task_vectors import Network
 from adarank.errors import RecipeError
-from adarank.io.bundle import WHOLE, BundleFolder, PartFile, key
-from adarank.io.writer import Layout
-from adarank.methods.task_aware.base import Site
+from adarank.io.bundle import WHOLE, BundleFolder, PartFile, Parts, key
+from adarank.io.writer import Layout, layout_bytes
+from adarank.method import Another, Context, Given, MergeMethod, Outline, Result, Site, changed_tensors
+from adarank.methods import TaskArithmetic, merge_tensors
 from adarank.models import FAMILIES
 from adarank.models.family import Family
 from adarank.models.head_inputs import head_inputs, owners, pooled
 from adarank.models.tied import held_tensors, stored_keys
+from adarank.modular.training import Built, Work, pieces, train
 from adarank.settings import Settings, parse
 from adarank.sparsify.threshold import top_count
 
@@ -32,48 +36,62 @@ __all__ = [
     "OF_COMPONENTS",
     "OF_LOGITS",
     "WHOLE",
+    "Another",
+    "Built",
     "BundleFolder",
+    "Context",
     "Family",
+    "Given",
     "Layout",
+    "MergeMethod",
     "Modular",
+    "Network",
+    "Outline",
     "PartFile",
     "RecipeError",
     "Settings",
     "Site",
     "Spec",
+    "Work",
+    "arithmetic",
     "head_inputs",
     "head_of",
     "key",
     "module_names",
+    "parse",
     "pooled",
     "settled",
+    "split_block",
     "top_count",
     "whole",
-    "whole_tensors",
 ]
+
+M = TypeVar("M", bound="Modular")
 
 # Settings of the loop that are about λ and masks, or about logits.
 OF_COMPONENTS = frozenset({"lr_masks", "lr_lambda", "step_unit", "temperature", "logit", "clamp"})
 OF_LOGITS = frozenset({"objective", "objectives", "self_label", "filter", "momentum", "balance"})
 
 
-class Modular(Settings):
+class Modular(Adapting):
     """Base of the modular methods.
 
-    Class attributes:
+    Class attributes, beside those of the contract (`method.py`):
         knows: what must be known of an input when the network is used.
         spectral: True if it decomposes matrices.
-        defaults: of the loop's settings, where they are not AdaptSettings' own.
-        unused: the loop's settings that mean nothing here.
+        compares: settings of the loop that its losses, which are its own, stand for: what experts are run for.
     """
 
-    name: ClassVar[str]
-    formula: ClassVar[str]
-    source: ClassVar[str]
-    knows: ClassVar[str]
+    knows: ClassVar[str] = "the task of every input"
+    in_use: ClassVar[str] = f"In use it must know {knows}."
     spectral: ClassVar[bool] = False
+    compares: ClassVar[Mapping[str, Any]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {"steps": 1000, "check_every": 100, "save_every": 100}
     unused: ClassVar[frozenset[str]] = OF_COMPONENTS
+    python: ClassVar[tuple[str, str]] = (
+        "",
+        "trains modules. Give it as a recipe to adarank.merge_recipe, and load its bundle with adarank.from_bundle.",
+    )
 
     lr: float = Field(1e-3, gt=0, description="Adam step size")
 
@@ -88,6 +106,77 @@ class Modular(Settings):
         """
         raise NotImplementedError
 
+    def build(self, work: Work) -> Built:
+        """The modules on the networks: what is learned, and from which losses."""
+        raise NotImplementedError
+
+    def start_of(self, context: Context) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+        """(name, tensor) of the network that modules are put on, and what a record says of how it was made."""
+        raise NotImplementedError
+
+    @classmethod
+    def resolve(cls: type[M], given: Given) -> M:
+        method, settings = settled(cls, given.parameters, given.adapt or {}, given.preset)
+        return method.with_settings(settings)
+
+    @classmethod
+    def needs(cls) -> str:
+        return f"{super().needs()}; in use it must know {cls.knows}"
+
+    @classmethod
+    def memory(cls) -> str:
+        return "the network twice, what each task has for its own, and one task's batch"
+
+    @property
+    def decomposes(self) -> bool:
+        return self.spectral
+
+    def output_layouts(self, outline: Outline) -> tuple[Layout, dict[str, Layout]]:
+        if outline.family is None:
+            raise RecipeError(
+                f"'{self.name}' runs networks, and the models have no task. Give each its task with data."
+            )
+        return self.layouts({site.name: site for site in outline.sites()}, outline.family, outline.head_widths())
+
+    def held_bytes(self, outline: Outline) -> int:
+        """The network twice while one is loaded, the heads, and what modules hold."""
+        body = sum(info.numel for info in outline.network.tensors.values())
+        modules = sum(layout_bytes(layout) for layout in self.output_layouts(outline)[1].values())
+        return 4 * (2 * body + outline.head_numel()) + modules
+
+    def run(self, context: Context) -> Result:
+        """Train the modules, from a saved state if there is one. Reads no label."""
+        settings = self.settings.model_copy(update=dict(self.compares))
+        fingerprint = context.fingerprint()
+        start, made = self.start_of(context)
+        context.note("Loading the networks")
+        models = context.models()
+        predictions = context.expert_predictions(models, settings)
+        models.fill(start)
+        for tensor in models.shared.values():
+            tensor.requires_grad_(False)
+        work = Work(context, settings, models, predictions, {})
+        context.note("Putting the modules on the networks")
+        torch.manual_seed(context.seed)  # of what modules start from
+        built = self.build(work)
+        report = train(work, built, self.lr, fingerprint)
+        report |= {"known_in_use": self.knows, "not_routed": list(built.left), **made, **built.about()}
+        return Result(parts=self._parts(work, built), block="adaptation", report=report, modules=dict(models.modules))
+
+    def _parts(self, work: Work, built: Built) -> Parts:
+        """Layouts and a stream of the bundle's parts."""
+        shared, own = self.layouts(work.sites(), work.family, built.widths)
+        left = set(built.left)
+        own = {t: {k: spec for k, spec in each.items() if k.partition(":")[2] not in left} for t, each in own.items()}
+        settings = self.model_dump(mode="json", by_alias=True)
+        whole = changed_tensors(work.context.network, work.models.shared, "the start")
+        return Parts(self.name, settings, shared, own, pieces(built, whole, shared, own))
+
+    @classmethod
+    def task_tensors(cls, tensors: Layout, shared: PartFile, of_task: PartFile) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the network that the modules are put on: the same for every task."""
+        yield from ((name, shared.of(name)[WHOLE]) for name in tensors)
+
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -97,10 +186,16 @@ def whole(sites: Mapping[str, Site]) -> dict[str, Spec]:
     return {key(WHOLE, name): (site.shape, site.dtype) for name, site in sites.items()}
 
 
-def whole_tensors(bundle: BundleFolder, task: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the network that a modular bundle's modules are put on: the same for every task."""
-    shared = bundle.shared()
-    yield from ((name, shared.of(name)[WHOLE]) for name in bundle.about.tensors)
+def arithmetic(context: Context, scale: float, kept: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of task arithmetic.
+
+    Arguments:
+        scale: its λ.
+        kept: tensors that stay the base's.
+    """
+    ready = parse(TaskArithmetic, {"lambda": scale}, "parameters")
+    for name, tensor in merge_tensors(ready, context.network, context.device):
+        yield name, context.network.kept(name) if name in kept else tensor
 
 
 def module_names(bundle: BundleFolder, task: str, module: nn.Module) -> dict[str, str]:
@@ -121,8 +216,8 @@ def head_of(bundle: BundleFolder, task: str, module: nn.Module) -> list[nn.Modul
 
 
 def settled(
-    kind: type[Modular], parameters: Mapping[str, Any], adapt: Mapping[str, Any], preset: str | None
-) -> tuple[Modular, AdaptSettings]:
+    kind: type[M], parameters: Mapping[str, Any], adapt: Mapping[str, Any], preset: str | None
+) -> tuple[M, AdaptSettings]:
     """A modular method and its loop's settings: its defaults, the preset `paper`, then what is given by hand.
 
     Raises:

@@ -12,26 +12,38 @@ Yang et al., "Representation Surgery for Multi-Task Model Merging", arXiv:2402.0
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from adarank.modular.base import (
     OF_COMPONENTS,
     OF_LOGITS,
+    Another,
+    Built,
     BundleFolder,
+    Context,
     Family,
+    Given,
     Layout,
+    MergeMethod,
     Modular,
+    Network,
+    Outline,
     RecipeError,
     Settings,
     Site,
+    Work,
     head_of,
     key,
+    parse,
+    split_block,
     whole,
 )
 from adarank.modular.layers import carry
@@ -59,12 +71,82 @@ class Surgery(Modular):
     name: ClassVar[str] = "surgery"
     formula: ClassVar[str] = "z'_t = z_t - U_t relu(D_t z_t); D, U = argmin Σ_t |z'_t - z*_t|₁"
     source: ClassVar[str] = "Yang et al. 2024, arXiv:2402.02705"
-    knows: ClassVar[str] = "the task of every input"
     # its adapters do not depend on each other: each keeps its own best step, and there is nothing to end early or to repair
     unused: ClassVar[frozenset[str]] = OF_COMPONENTS | OF_LOGITS | {"patience", "tolerance", "repair", "retreat"}
 
+    compares: ClassVar[Mapping[str, Any]] = {"objective": "features", "balance": 0.0}
+
     rank: int = Field(16, ge=1, description="width r of each adapter")
     start: Start = Start()
+    _start: MergeMethod | None = PrivateAttr(default=None)
+
+    @classmethod
+    def resolve(cls, given: Given) -> Surgery:
+        method = super().resolve(given)
+        if given.find is None:
+            raise RecipeError("surgery: what it is put on is found by its name, in a recipe alone.")
+        start = method.start
+        block, preset = split_block(start.adapt, "parameters.start.adapt")
+        kind = given.find(start.merge_method, "parameters.start: unknown merge_method")
+        if kind.in_use or kind.labels:
+            raise RecipeError(f"parameters.start: '{start.merge_method}' gives no single merged model.")
+        try:
+            method._start = kind.resolve(replace(given, parameters=start.parameters, adapt=block, preset=preset))
+        except RecipeError as error:
+            raise RecipeError(f"parameters.start: {error}") from None
+        return method
+
+    @classmethod
+    def put_on(cls, given: Given) -> Another | None:
+        start = parse(cls, given.parameters, f"parameters of '{cls.name}'").start
+        return Another("parameters.start", start.merge_method, start.parameters, start.adapt)
+
+    def check(self, network: Network) -> None:
+        self._put_on().check(network)
+
+    def notes(self, network: Network) -> list[str]:
+        return [f"start: {text}" for text in self._put_on().notes(network)]
+
+    def of_data(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
+        return self._put_on().of_data(tasks)
+
+    def held_bytes(self, outline: Outline) -> int:
+        return max(super().held_bytes(outline), self._put_on().held_bytes(outline))
+
+    def start_of(self, context: Context) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+        context.note(f"Making the start: {self.start.merge_method}")
+        result, settings = context.another(self._put_on())
+        return iter(result.tensors), {"start": {"settings": settings, **result.recorded()}}
+
+    def _put_on(self) -> MergeMethod:
+        assert self._start is not None  # `resolve` gives it
+        return self._start
+
+    def build(self, work: Work) -> Built:
+        """Adapters, trained on what heads are given in the merged body and in the experts, each run once."""
+        adapters: dict[str, Adapter] = {}
+        losses = {}
+        for task in work.data:
+            merged = work.features(task, one_vector)
+            adapters[task] = Adapter(merged.shape[1], self.rank).to(work.device)
+            expert = work.predictions[task].features.to(work.device)  # the settings name them
+            losses[task] = partial(_step, work, task, adapters[task], merged, expert)
+        for task, adapter in adapters.items():
+            mount(work.models.modules[task], work.head(task), adapter)
+
+        def part(task: str | None, part: str, name: str) -> Tensor:
+            return adapters[str(task)].get_parameter(part)
+
+        named = {task: dict(adapter.named_parameters()) for task, adapter in adapters.items()}
+        learned = {f"{task}/{name}": tensor for task, each in named.items() for name, tensor in each.items()}
+        widths = {task: adapter.down.shape[1] for task, adapter in adapters.items()}
+        separate = {task: list(each.values()) for task, each in named.items()}
+        return Built(learned, losses, part, widths, separate=separate)
+
+    @staticmethod
+    def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
+        """What serves a task of a bundle: the module, with the task's adapter before its head."""
+        return dress(bundle, task, module)
 
     def layouts(
         self, sites: Mapping[str, Site], family: Family, widths: Mapping[str, int]
@@ -74,6 +156,12 @@ class Surgery(Modular):
             return {key("down"): (down, torch.float32), key("up"): (up, torch.float32)}
 
         return whole(sites), {task: own(width) for task, width in widths.items()}
+
+
+def _step(work: Work, task: str, adapter: Adapter, merged: Tensor, expert: Tensor, step: int) -> Tensor:
+    """The loss of one task's batch."""
+    rows = list(work.data[task].adapt_rows(step, work.settings.batch_size))
+    return distance(adapter, merged[rows], expert[rows])
 
 
 class Adapter(nn.Module):

@@ -16,25 +16,30 @@ Lu et al., "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu
+from torch.nn.functional import cross_entropy, leaky_relu
 
 from adarank.modular.base import (
     FAMILIES,
     OF_COMPONENTS,
     OF_LOGITS,
+    Built,
     BundleFolder,
+    Context,
     Family,
     Layout,
     Modular,
     PartFile,
     Site,
     Spec,
+    Work,
+    arithmetic,
     head_inputs,
     head_of,
     key,
@@ -59,7 +64,9 @@ class TwinMerging(Modular):
     formula: ClassVar[str] = "W(x) = W* + Σ_t w_t(x) SVD_k(W_t - W*), W* = W₀ + λ Σ_t τ_t, w = softmax(r(z))"
     source: ClassVar[str] = "Lu et al. 2024, arXiv:2406.15479"
     knows: ClassVar[str] = "the task of every input, for its head; its weights are merged as the router says"
+    in_use: ClassVar[str] = f"In use it must know {knows}."
     spectral: ClassVar[bool] = True
+    compares: ClassVar[Mapping[str, Any]] = {"objective": "entropy", "balance": 0.0}
     defaults: ClassVar[Mapping[str, Any]] = {**Modular.defaults, "steps": 500, "batch_size": 32, "keep": "last"}
     unused: ClassVar[frozenset[str]] = OF_COMPONENTS | OF_LOGITS
 
@@ -79,6 +86,53 @@ class TwinMerging(Modular):
         for name in (name for name, site in sites.items() if site.merged):
             own |= {key(part, name): (shape, sites[name].floats) for part, shape in self.shapes(sites[name]).items()}
         return shared, {task: dict(own) for task in widths}
+
+    def start_of(self, context: Context) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+        return arithmetic(context, self.scale), {}
+
+    def build(self, work: Work) -> Built:
+        """A router, trained to tell the tasks by what heads are given in the shared expert, which is run once."""
+        network = work.context.network
+        tasks = network.tasks
+        features = {task: work.features(task) for task in tasks}
+        width = next(iter(features.values())).shape[1]
+        router = Router(width, self.hidden, len(tasks)).to(work.device)
+        rows = {task: list(of.splits.rows["adapt"]) for task, of in work.data.items()}
+        router.fit_scale(torch.cat([features[task][rows[task]] for task in tasks]))
+        sites = work.sites()
+        deltas = deltas_of(network.merged(), lambda name: self._residuals(work, sites[name]))
+        left = self._put_on(work, router, deltas)
+
+        def part(task: str | None, part: str, name: str) -> Tensor:
+            return router.state_dict()[part] if task is None else deltas[name].part(part)[tasks.index(task)]
+
+        def about() -> dict[str, Any]:
+            shares = {task: _right(router, features[task][work.judged_rows(task)], tasks.index(task)) for task in tasks}
+            return {"told_by_router": shares}
+
+        losses = {task: partial(_step, work, router, features[task], task) for task in tasks}
+        return Built(dict(router.named_parameters()), losses, part, dict.fromkeys(tasks, width), left, about)
+
+    def _put_on(self, work: Work, router: Router, deltas: Mapping[str, Deltas]) -> tuple[str, ...]:
+        """Mount router and residuals on all networks; returns the tensors that no layer can merge input by input."""
+        keys = {task: work.keys(task) for task in work.models.modules}
+        route, first = Route(), work.context.network.tasks[0]
+        layers = mounted(work.models.modules[first], keys[first], deltas, route, work.family.expanded)
+        for task, module in work.models.modules.items():
+            layers.attach(module, keys[task])
+            mount(module, work.head(task), router, layers, route)
+        return layers.left
+
+    def _residuals(self, work: Work, site: Site) -> list[dict[str, Tensor]]:
+        """Each task's parts of W_t - W* for one tensor."""
+        shared = work.models.shared[site.name].detach()
+        members = work.context.network.experts.values()
+        return [self.residual(site, member.read(site.name, work.device).float() - shared) for member in members]
+
+    @staticmethod
+    def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
+        """What serves a task of a bundle: the module, its weights merged for every input as the router says."""
+        return dress(bundle, task, module)
 
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         """The parts of one tensor's residual: factors where they take less room."""
@@ -101,6 +155,19 @@ class TwinMerging(Modular):
         if "delta" in self.shapes(site):
             return {"delta": spectrum.reconstruct(k).reshape(site.shape)}
         return {"u": spectrum.u[:, :k] * spectrum.s[:k], "v": spectrum.v[:, :k]}
+
+
+def _step(work: Work, router: Router, features: Tensor, task: str, step: int) -> Tensor:
+    """The loss of one task's batch."""
+    batch = features[list(work.data[task].adapt_rows(step, work.settings.batch_size))]
+    number = work.context.network.tasks.index(task)
+    return cross_entropy(router(batch), torch.full((len(batch),), number, device=batch.device))
+
+
+@torch.no_grad()
+def _right(router: Router, features: Tensor, task: int) -> float:
+    """Share of (inputs, width) features that the router gives to a task."""
+    return float((router(features).argmax(dim=-1) == task).double().mean())
 
 
 def _matrix(site: Site) -> tuple[int, int]:

@@ -14,7 +14,7 @@ Tang et al., "Merging Multi-Task Models via Weight-Ensembling Mixture of Experts
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,13 +25,18 @@ from torch import Tensor, nn
 from adarank.modular.base import (
     FAMILIES,
     WHOLE,
+    Built,
     BundleFolder,
+    Context,
     Family,
     Layout,
     Modular,
+    Network,
     RecipeError,
     Site,
     Spec,
+    Work,
+    arithmetic,
     key,
     module_names,
     pooled,
@@ -55,6 +60,8 @@ class WEMoE(Modular):
     source: ClassVar[str] = "Tang et al. 2024, arXiv:2402.00433"
     knows: ClassVar[str] = "the task of every input, for its head; its MLPs are merged as the input asks"
 
+    in_use: ClassVar[str] = f"In use it must know {knows}."
+
     scale: float = Field(0.3, alias="lambda", description="λ of task arithmetic, and of the routers at the start")
     lr: float = Field(1e-4, gt=0, description="Adam step size of the routers")
 
@@ -71,6 +78,44 @@ class WEMoE(Modular):
                 half = site.dtype.itemsize < site.floats.itemsize  # then the expert's tensor is smaller, and as exact
                 own |= {key("expert" if half else "delta", site.name): (site.shape, site.dtype)}
         return shared, {task: dict(own) for task in widths}
+
+    def start_of(self, context: Context) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+        """Task arithmetic; MLPs that will be routed stay the base's."""
+        network = context.network
+        routed = mlps(network.tensors, set(network.merged()), context.family.mlps)
+        return arithmetic(context, self.scale, {name for block in routed for name in block.tensors}), {}
+
+    def build(self, work: Work) -> Built:
+        """Routers of all MLPs, trained through the networks by the objective of adaptation."""
+        network = work.context.network
+        merged = set(network.merged())
+        blocks = mlps(network.tensors, merged, work.family.mlps)
+        deltas = {n: _task_vectors(network, n, work.device) for block in blocks for n in block.tensors if n in merged}
+        width = {block: network.tensors[block.tensors[-1]].numel for block in blocks}
+        routers = {b: Router(width[b], len(network.tasks), self.scale).to(work.device) for b in blocks}
+        mount([(module, work.keys(task)) for task, module in work.models.modules.items()], deltas, routers)
+        named = {block.name: router for block, router in routers.items()}
+
+        def part(task: str | None, part: str, name: str) -> Tensor:
+            if task is not None and part == "expert":
+                return network.experts[task].read(name)
+            if task is not None:
+                return deltas[name].part(part)[network.tasks.index(task)]
+            return named[name].get_parameter(next(n for n, stored in ROUTER.items() if stored == part))
+
+        learned = {f"{name}/{n}": tensor for name, router in named.items() for n, tensor in router.named_parameters()}
+        return Built(learned, work.losses(), part, dict.fromkeys(network.tasks, 0))
+
+    @staticmethod
+    def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
+        """What serves a task of a bundle: the module, its MLPs merged for every input by the routers."""
+        return dress(bundle, task, module)
+
+
+def _task_vectors(network: Network, name: str, device: torch.device | str) -> Deltas:
+    """The task vectors of one tensor about the base, stacked."""
+    deltas = network.deltas(name, network.origin(name, "pretrained", device))
+    return Deltas(torch.stack([deltas[task] for task in deltas]).float())
 
 
 @dataclass(frozen=True)

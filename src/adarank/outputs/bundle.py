@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +15,10 @@ from adarank.io.bundle import BundleFolder
 from adarank.io.checkpoint import check_finite
 from adarank.io.record import versions
 from adarank.io.writer import BUNDLE, RECORD, Layout, atomic_folder, write_checkpoint, write_json
-from adarank.methods import METHODS
-from adarank.methods.task_aware.base import Taskwise, rebuilt
-from adarank.modular import Surgery, TwinMerging, WEMoE, surgery, twin_merging, wemoe
-from adarank.modular.base import whole_tensors
 from adarank.outputs.merged import empty, filled
 from adarank.outputs.write import CONFIG
+from adarank.recipe.registry import METHODS
 from adarank.settings import nearest
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How bundles of a kind are read.
-
-    Attributes:
-        tensors: (bundle, task) -> (name, tensor) of the task's whole network but its head, in the order of
-            `about.tensors`, one in memory at a time.
-        dress: (bundle, task, module with these tensors and the task's head) -> what serves the task, where that is more
-            than the module: adapters put into it, layers that merge per input put in place of its own.
-    """
-
-    tensors: Callable[[BundleFolder, str], Iterator[tuple[str, Tensor]]]
-    dress: Callable[[BundleFolder, str, nn.Module], nn.Module] | None = None
-
-
-def _taskwise(method: type[Taskwise], bundle: BundleFolder, task: str) -> Iterator[tuple[str, Tensor]]:
-    return rebuilt(method, bundle.about.tensors, bundle.shared(), bundle.own(task))
-
-
-KINDS: dict[str, Kind] = {
-    name: Kind(partial(_taskwise, method)) for name, method in METHODS.items() if issubclass(method, Taskwise)
-}
-KINDS |= {
-    Surgery.name: Kind(whole_tensors, surgery.dress),
-    WEMoE.name: Kind(whole_tensors, wemoe.dress),
-    TwinMerging.name: Kind(whole_tensors, twin_merging.dress),
-}
 
 
 class Bundle(BundleFolder):
@@ -63,6 +29,7 @@ class Bundle(BundleFolder):
 
     Attributes:
         about: kind, settings, tasks, tensors.
+        kind: the method that wrote it.
         sizes: bytes of the bundle's weights, and of all experts whole (`experts`).
 
     Raises:
@@ -71,12 +38,12 @@ class Bundle(BundleFolder):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
-        if self.about.kind not in KINDS:
+        if self.about.kind not in METHODS or not METHODS[self.about.kind].in_use:
             raise CheckpointError(
                 f"{self.folder / BUNDLE}: a bundle of kind '{self.about.kind}', which this adarank does not know."
-                f"{nearest(self.about.kind, KINDS)} Read it with the version that wrote it."
+                f"{nearest(self.about.kind, METHODS)} Read it with the version that wrote it."
             )
-        self.kind = KINDS[self.about.kind]
+        self.kind = METHODS[self.about.kind]
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -90,7 +57,7 @@ class Bundle(BundleFolder):
             CheckpointError: no such task, or a file of it is damaged.
         """
         self.names(task)
-        return self.kind.tensors(self, task)
+        return self.kind.task_tensors(self.about.tensors, self.shared(), self.own(task))
 
     def state(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """(name as in the expert's own files, tensor) of a task's whole network, its head last."""

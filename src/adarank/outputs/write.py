@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from adarank.alignment.task_vectors import Network
-from adarank.io.bundle import HEAD, About, Names, Piece, finish, task_folder, write_parts
-from adarank.io.writer import Layout, write_json, write_tensors
-from adarank.methods.task_aware.base import Taskwise, task_parts
+from adarank.io.bundle import HEAD, About, Names, Parts, finish, task_folder, write_parts
+from adarank.io.writer import write_checkpoint, write_json, write_tensors
+from adarank.method import Result
 from adarank.recipe.job import Job
 
 CONFIG = "config.json"
@@ -55,29 +54,22 @@ def _in_dtype(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
     return {**config, "dtype" if "dtype" in config else "torch_dtype": asked} if asked else dict(config)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a bundle is made of: layouts, and a stream of the parts, so that none need be held.
+def write_result(folder: Path, job: Job, result: Result) -> dict[str, Any]:
+    """Fill `folder` with what a method gave; returns what the record has of it beside its own report.
 
-    Attributes:
-        kind: who can read them: a key of `outputs.bundle.KINDS`.
-        settings: in force when they were made, as plain data.
-        shared, own, pieces: as for `bundle.write_parts`.
+    Raises:
+        OutputError: tensors or parts do not follow their layouts.
     """
-
-    kind: str
-    settings: Mapping[str, Any]
-    shared: Layout
-    own: Mapping[str, Layout]
-    pieces: Iterator[Piece]
-
-
-def parts_of(job: Job, method: Taskwise) -> Parts:
-    """The parts that a job's task-aware method makes, each computed when it is asked for."""
-    shared, own = job.part_layouts()
-    settings = method.model_dump(mode="json", by_alias=True)
-    pieces = task_parts(method, job.network, job.sites(), job.recipe.device)
-    return Parts(method.name, settings, shared, own, pieces)
+    for name, write in result.files.items():
+        write(folder / name)
+    if result.parts is not None:
+        return {"bundle": write_bundle(folder, job, result.parts)}
+    write_checkpoint(folder, job.layout(), iter(result.tensors))
+    write_root_files(folder, job)
+    for task, names in job.network.heads.items():
+        if names:
+            write_head(folder / "heads" / task, job, task, result.heads.get(task))
+    return {}
 
 
 def write_bundle(folder: Path, job: Job, parts: Parts) -> dict[str, Any]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import annotated_types  # pydantic's own vocabulary of bounds
+from pydantic.fields import FieldInfo
 
-from adarank.adapt.methods import ADAPTIVE, AdaptiveMethod
-from adarank.adapt.multitask import Multitask
 from adarank.adapt.presets import PRESETS
-from adarank.adapt.settings import AdaptSettings
-from adarank.errors import RecipeError
-from adarank.methods import METHODS, Informed, Masked, Method
-from adarank.modular import MODULAR, Modular
-from adarank.settings import Settings, nearest
-from adarank.spectral.mask_file import MaskFile
+from adarank.method import MergeMethod
+from adarank.recipe.registry import METHODS
+from adarank.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -49,26 +46,9 @@ class Entry:
     source: str
 
 
-_UNLABELLED = "base, experts and unlabelled inputs of each task; no labels"
-_STEPS = "the checkpoints to start and to merge; each expert's inputs once for its answers; a batch of each task every step, forward and backward"
-
-
 def catalogue() -> dict[str, Entry]:
-    """Method name -> entry; adaptive methods and the reference last."""
-    found = {name: _entry(kind, _needs(kind), _reads(kind), _memory(kind), ()) for name, kind in METHODS.items()}
-    for name, kind in ADAPTIVE.items():
-        fixed = {"learn_masks"} if name != "adarank" else set()
-        parts = "spectra" if kind().spectra else "task vectors"
-        memory = f"all merged tensors, their origins and gradients, their experts' {parts}, and one task's batch"
-        found[name] = _entry(kind, _UNLABELLED, _STEPS, memory, (AdaptSettings,), fixed)
-    for name, module in MODULAR.items():
-        needs = f"{_UNLABELLED}; in use it must know {module.knows}"
-        memory = "the network twice, what each task has for its own, and one task's batch"
-        found[name] = _entry(module, needs, _STEPS, memory, (AdaptSettings,), None, module)
-    reads = "the base to start; a batch of each task every step, forward and backward"
-    memory = "all weights, their gradients and AdamW's two moments, and one task's batch"
-    found[Multitask.name] = _entry(Multitask, Multitask.needs, reads, memory, ())
-    return found
+    """Method name -> entry; adaptive methods, modules, the reference and other packages' methods last."""
+    return {name: entry_of(METHODS[name]) for name in METHODS}
 
 
 def entry(name: str) -> Entry:
@@ -77,10 +57,7 @@ def entry(name: str) -> Entry:
     Raises:
         RecipeError: no such method.
     """
-    found = catalogue()
-    if name not in found:
-        raise RecipeError(f"methods: unknown method '{name}'.{nearest(name, found)}")
-    return found[name]
+    return entry_of(METHODS.named(name, "methods: unknown method"))
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -88,60 +65,34 @@ def presets() -> dict[str, dict[str, Any]]:
     return {name: {key: dict(values) for key, values in preset.items()} for name, preset in PRESETS.items()}
 
 
-def _needs(kind: type[Method]) -> str:
-    models = "base and experts" if getattr(kind, "origin", None) == "pretrained" else "experts"
-    if kind is Masked:
-        models = "base, experts and a masks file"
-    data = f"{models}, and {kind.data}" if kind.data else f"{models}; no data"
-    return f"{data}; in use, each input's task" if kind.task_aware else data
-
-
-def _reads(kind: type[Method]) -> str:
-    checkpoints = "the checkpoints once" if kind.passes == 1 else f"the checkpoints {kind.passes} times"
-    if not issubclass(kind, Informed):
-        return checkpoints
-    return f"{checkpoints} to merge, and before it each expert with its inputs once"
-
-
-def _memory(kind: type[Method]) -> str:
-    """What merging a tensor holds, as the memory plan counts it: a number of copies that may grow with the tasks."""
-    masks: dict[str, Any] = {"masks": MaskFile("average", (), {}, {}, {}, {})}  # which `masked` alone has
-    method = kind.model_construct(**masks)
-    one, two = (4 + method.workspace(tasks, True) for tasks in (1, 2))
-    copies = f"{one}" if one == two else f"{2 * one - two} + {two - one}·T"
-    merging = f"{copies} float32 copies of the largest tensor"
-    return f"{merging}; before, one network and one expert's statistics" if issubclass(kind, Informed) else merging
-
-
-def _entry(
-    kind: type[Method] | type[AdaptiveMethod] | type[Modular] | type[Multitask],
-    needs: str,
-    reads: str,
-    memory: str,
-    more: tuple[type[Settings], ...],
-    fixed: set[str] | None = None,
-    module: type[Modular] | None = None,
-) -> Entry:
-    unused = set(module.unused) if module else set()
-    loop = [s for extra in more for s in _settings(extra, unused, "adapt.")]
-    if module:  # which has defaults of its own
-        own = {f"adapt.{key}": str(value) for key, value in module.defaults.items()}
-        loop = [replace(s, default=own.get(s.name, s.default)) for s in loop]
-    settings = [*_settings(kind, fixed or set()), *loop]
+def entry_of(kind: type[MergeMethod]) -> Entry:
+    """The entry of a method's class."""
+    settings = [*_settings(kind, kind.fixed), *_loop(kind)]
     summary = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-    return Entry(kind.name, summary, kind.formula, needs, reads, memory, tuple(settings), kind.source)
+    return Entry(
+        kind.name, summary, kind.formula, kind.needs(), kind.passes_over(), kind.memory(), tuple(settings), kind.source
+    )
 
 
-def _settings(kind: type[Settings], fixed: set[str], prefix: str = "") -> list[Setting]:
+def _loop(kind: type[MergeMethod]) -> list[Setting]:
+    """Settings of the adapt block, with the method's own defaults."""
+    if kind.adapt_block is None:
+        return []
+    defaults = {f"adapt.{key}": str(value) for key, value in kind.defaults.items()}
+    settings = _settings(kind.adapt_block, kind.unused, "adapt.")
+    return [replace(setting, default=defaults.get(setting.name, setting.default)) for setting in settings]
+
+
+def _settings(kind: type[Settings], fixed: Collection[str], prefix: str = "") -> list[Setting]:
     found = []
     for key, field in kind.model_fields.items():
         if key in fixed or field.exclude:
             continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings) and not field.is_required():
-            found += _settings(field.annotation, set(), f"{prefix}{key}.")
+            found += _settings(field.annotation, (), f"{prefix}{key}.")
             continue
         default = "required" if field.is_required() else _yaml(field.default)
-        allowed = ", ".join(_bound(rule) for rule in field.metadata if _bound(rule)) or _choices(field.annotation)
+        allowed = ", ".join(_bound(rule) for rule in field.metadata if _bound(rule)) or _choices(field)
         found.append(Setting(prefix + (field.alias or key), default, allowed, field.description or ""))
     return found
 
@@ -166,8 +117,8 @@ def _bound(rule: Any) -> str:
     return ""
 
 
-def _choices(annotation: Any) -> str:
-    values = get_args(annotation)
-    return (
-        ", ".join(str(value) for value in values) if values and all(isinstance(value, str) for value in values) else ""
-    )
+def _choices(field: FieldInfo) -> str:
+    values = get_args(field.annotation)
+    if isinstance(field.json_schema_extra, dict):
+        values = tuple(field.json_schema_extra.get("choices", ()))  # type: ignore[arg-type]
+    return ", ".join(map(str, values)) if values and all(isinstance(value, str) for value in values) else ""

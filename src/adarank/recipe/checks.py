@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from adarank.adapt.methods import ADAPTIVE
-from adarank.errors import RecipeError, itemise
-from adarank.methods import METHODS
-from adarank.modular import MODULAR
+from adarank.adapt.base import AdaptBlock
+from adarank.errors import RecipeError, itemise, listed
+from adarank.method import Another
+from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
-from adarank.settings import nearest
+from adarank.settings import nearest, parse
 
 
 def check(recipe: Recipe, where: str) -> None:
@@ -21,85 +21,62 @@ def check(recipe: Recipe, where: str) -> None:
 
 
 def _problems(recipe: Recipe) -> list[str]:
-    problems = []
-    problems += [f"models: '{task}' cannot name a task here (a folder heads/{task} is made, and 'base' is the base). Give task: name." for task in recipe.experts
-                 if task in ("", ".", "..") or (task == "base" and recipe.base_model) or "/" in task or "\\" in task]  # fmt: skip
-    given = Counter(m.task.name for m in recipe.models if m.task and m.task.name)
-    problems += [f"models: {times} tasks are called '{name}'. Give each a name of its own."
-                 for name, times in given.items() if times > 1]  # fmt: skip
-    if recipe.merge_method == "linear" and recipe.base_model not in (None, *(m.model for m in recipe.models)):
+    kind = recipe.kind
+    problems = _names(recipe)
+    if kind.lists_base and recipe.base_model not in (None, *(m.model for m in recipe.models)):
         problems.append(
-            "base_model: 'linear' sums the models alone. List the base among the models too, or remove base_model."
+            f"base_model: '{kind.name}' sums the models alone. List the base among the models too, or remove base_model."
         )
     if not recipe.experts:
         problems.append("models: no expert is given. A merge needs at least one.")
-    if recipe.adapt is not None and not (recipe.adaptive or recipe.modular):
-        problems.append(
-            f"adapt: '{recipe.merge_method}' does not adapt. Remove the block, or use one of {', '.join([*ADAPTIVE, *MODULAR])}."
-        )
-    allowed = () if recipe.learns else METHODS[recipe.merge_method].per_model
-    for task, entry in recipe.experts.items():
-        for key in entry.parameters:
-            if key not in allowed:
-                problems.append(
-                    f"models: '{task}' has parameter '{key}', which '{recipe.merge_method}' does not take.{nearest(key, allowed) if allowed else ''}"
-                )
+    if recipe.adapt is not None and kind.adapt_block is None:
+        adapting = ", ".join(name for name, other in METHODS.built_in.items() if other.adapt_block)
+        problems.append(f"adapt: '{kind.name}' does not adapt. Remove the block, or use one of {adapting}.")
+    problems += _per_model(recipe)
     if len(recipe.kinds) > 1:
         problems.append(different_kinds(recipe.kinds))
-    needs_base = recipe.learns or getattr(METHODS[recipe.merge_method], "origin", None) == "pretrained"
-    if needs_base and recipe.base_model is None:
-        problems.append(f"base_model: '{recipe.merge_method}' needs the model that the experts were fine-tuned from.")
-    if recipe.needs_data:
-        use = "trains on" if recipe.trains else "adapts on" if recipe.learns else "takes statistics of"
-        problems += [f"models: '{t}' has no task with data, and '{recipe.merge_method}' {use} its inputs." for t, e in recipe.experts.items()
+    if kind.needs_base() and recipe.base_model is None:
+        problems.append(f"base_model: '{kind.name}' needs the model that the experts were fine-tuned from.")
+    if kind.data:
+        problems += [f"models: '{t}' has no task with data, and '{kind.name}' {kind.use} its inputs." for t, e in recipe.experts.items()
                      if e.task is None or e.task.data is None]  # fmt: skip
-    if recipe.trains:
-        problems += _training_problems(recipe)
-    if recipe.modular:
-        problems += _modular_problems(recipe)
-    if recipe.adaptive:
-        try:
-            strangers = [task for task in recipe.adaptation()[1].objectives if task not in recipe.experts]
-            problems += [f"adapt.objectives: unknown task '{t}'.{nearest(t, recipe.experts)}" for t in strangers]
-        except RecipeError as error:
-            problems += _listed(error)
+    return problems + _of_settings(recipe)
+
+
+def _names(recipe: Recipe) -> list[str]:
+    problems = [f"models: '{task}' cannot name a task here (a folder heads/{task} is made, and 'base' is the base). Give task: name." for task in recipe.experts
+                if task in ("", ".", "..") or (task == "base" and recipe.base_model) or "/" in task or "\\" in task]  # fmt: skip
+    given = Counter(m.task.name for m in recipe.models if m.task and m.task.name)
+    problems += [f"models: {times} tasks are called '{name}'. Give each a name of its own."
+                 for name, times in given.items() if times > 1]  # fmt: skip
     return problems
 
 
-def _listed(error: RecipeError) -> list[str]:
-    """The problems that an error lists, each with what its heading names."""
-    heading, *lines = str(error).split("\n")
-    return [f"{heading.split(':')[0]}: {line.strip()}" for line in lines] or [heading]
+def _per_model(recipe: Recipe) -> list[str]:
+    """Settings of single models that the method does not take."""
+    allowed = recipe.kind.per_model
+    return [
+        f"models: '{task}' has parameter '{key}', which '{recipe.kind.name}' does not take.{nearest(key, allowed) if allowed else ''}"
+        for task, entry in recipe.experts.items()
+        for key in entry.parameters
+        if key not in allowed
+    ]
 
 
-def _modular_problems(recipe: Recipe) -> list[str]:
-    """Of settings, and of the start that modules are put on."""
+def _of_settings(recipe: Recipe) -> list[str]:
+    """Of the method's settings, and of the method that it is put on."""
     try:
-        strangers = [task for task in recipe.modules()[1].objectives if task not in recipe.experts]
-        start = recipe.start()
+        problems = recipe.kind.check_recipe(recipe.given(), recipe.experts, recipe.data.protocol)
+        another = recipe.kind.put_on(recipe.given())
+        return problems if problems or another is None else _of_another(recipe, another)
     except RecipeError as error:
-        return _listed(error)
-    problems = [f"adapt.objectives: unknown task '{t}'.{nearest(t, recipe.experts)}" for t in strangers]
-    if start is None:
-        return problems
-    one_model = [name for name, kind in METHODS.items() if not kind.task_aware]
-    if start.merge_method not in (*one_model, *ADAPTIVE):
-        hint = nearest(start.merge_method, [*one_model, *ADAPTIVE])
-        return [*problems, f"parameters.start: '{start.merge_method}' gives no single merged model.{hint}"]
-    return problems + [f"parameters.start: {problem}" for problem in _problems(start)]
+        return listed(error)
 
 
-def _training_problems(recipe: Recipe) -> list[str]:
-    problems = []
-    if recipe.data.protocol == "transductive":
-        problems.append(
-            f"data.protocol: '{recipe.merge_method}' reads labels, and under 'transductive' they would be those that are scored. Use disjoint."
-        )
-    try:
-        recipe.training()
-    except RecipeError as error:
-        problems += _listed(error)
-    return problems
+def _of_another(recipe: Recipe, another: Another) -> list[str]:
+    block = None if another.adapt is None else parse(AdaptBlock, another.adapt, f"{another.key}.adapt")
+    changes = {"merge_method": another.merge_method, "parameters": dict(another.parameters), "adapt": block}
+    return [f"{another.key}: {problem}" for problem in _problems(recipe.model_copy(update=changes))]
 
 
 def different_kinds(kinds: Iterable[str]) -> str:

@@ -12,9 +12,8 @@ from adarank.alignment.task_vectors import Network
 from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.hub import resolve
-from adarank.io.writer import Layout, layout_bytes
-from adarank.methods import Method
-from adarank.methods.task_aware.base import Site, Taskwise, layouts, sites_of
+from adarank.io.writer import layout_bytes
+from adarank.method import MergeMethod, Outline
 from adarank.models import FAMILIES, Family, kind_of
 from adarank.recipe.checks import different_kinds
 from adarank.recipe.schema import Recipe
@@ -27,7 +26,7 @@ class Job:
     Attributes:
         folders: task -> folder of its expert.
         family: the kind of model, if the recipe's models have tasks.
-        method: the method with its settings, checked against the network; None if the recipe adapts or trains.
+        method: the method with all its settings, checked against the network.
     """
 
     recipe: Recipe
@@ -35,17 +34,12 @@ class Job:
     experts: dict[str, Checkpoint]
     network: Network
     family: Family | None
-    method: Method | None
+    method: MergeMethod
 
     @property
     def root(self) -> Checkpoint:
         """The base, or the first expert when there is none."""
         return self.base or next(iter(self.experts.values()))
-
-    @property
-    def task_aware(self) -> bool:
-        """True if a bundle is written, with a network for each task, instead of one model."""
-        return self.recipe.modular or isinstance(self.method, Taskwise)
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """The output's tensors: name -> (shape, dtype). Floats take the asked dtype, by default the base's own."""
@@ -55,31 +49,14 @@ class Job:
             for name, info in self.network.tensors.items()
         }
 
-    def sites(self) -> list[Site]:
-        """What a task-aware method is told of every tensor."""
-        return sites_of(self.network, self.layout(), self.recipe.output_dtype())
-
-    def part_layouts(self) -> tuple[Layout, dict[str, Layout]]:
-        """Layouts of a bundle's shared parts and of each task's own; nothing if the method is not task-aware."""
-        if self.recipe.modular and self.family is not None:
-            method, _ = self.recipe.modules()
-            widths = {task: self._head_width(task) for task in self.network.tasks}
-            return method.layouts({site.name: site for site in self.sites()}, self.family, widths)
-        if not isinstance(self.method, Taskwise):
-            return {}, {}
-        return layouts(self.method, self.sites(), self.network.tasks)
-
-    def _head_width(self, task: str) -> int:
-        """The length of what a task's head is given, as far as headers tell: the columns of its first matrix."""
-        shapes = [self.network.experts[task].info(name).shape for name in self.network.heads[task]]
-        return next((shape[1] for shape in shapes if len(shape) == 2), 0)
+    def outline(self) -> Outline:
+        """What headers tell of the merge."""
+        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family)
 
     def output_bytes(self) -> int:
         """Size of the output's tensors, heads not among them."""
-        if self.task_aware:
-            shared, own = self.part_layouts()
-            return layout_bytes(shared) + sum(layout_bytes(each) for each in own.values())
-        return layout_bytes(self.layout())
+        shared, of_tasks = self.method.output_layouts(self.outline())
+        return layout_bytes(shared) + sum(layout_bytes(layout) for layout in of_tasks.values())
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every input file, by checkpoint."""
@@ -112,7 +89,7 @@ def open_job(recipe: Recipe) -> Job:
         _check_layers(recipe.layer_range, opened)
     base = opened.pop("base", None) if recipe.base_model else None
     family = _family(recipe, opened)
-    keep_embeddings = bool(family and family.keep_embeddings) and not recipe.trains  # fine-tuning trains them too
+    keep_embeddings = bool(family and family.keep_embeddings) and recipe.kind.keeps_embeddings
     kept: dict[str, str] = {}
     if family is not None:
         tasks = {task: entry.task for task, entry in recipe.experts.items() if entry.task}
@@ -120,9 +97,8 @@ def open_job(recipe: Recipe) -> Job:
     network = align(base, opened, recipe.select, keep_embeddings, family is not None, kept)
     for task, member in network.experts.items():
         member.dropped.update(opened[task].unused)
-    method = None if recipe.learns else recipe.method(network.merged())
-    if method is not None:
-        method.check(network)
+    method = recipe.method(network.merged())
+    method.check(network)
     return Job(recipe, base, opened, network, family, method)
 
 

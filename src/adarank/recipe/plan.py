@@ -3,118 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from adarank.io.writer import layout_bytes
-from adarank.methods import Informed, RegMean
+from adarank.method import MergeMethod
 from adarank.recipe.job import Job
+from adarank.recipe.schema import Recipe
 
 _RUNTIME_BYTES = 300 * 2**20  # PyTorch and Python themselves
 
 
 def peak_bytes(job: Job) -> int:
     """Predicted peak of anonymous memory in bytes, without the activations of a network's batches."""
-    return _RUNTIME_BYTES + max(_held_bytes(job), *(expert.making_bytes for expert in job.experts.values()))
-
-
-def _held_bytes(job: Job) -> int:
-    """What merging, adapting or training holds."""
-    if job.recipe.trains:
-        return 4 * _trained_numel(job)
-    if job.recipe.modular:
-        return _modular_bytes(job)
-    if not job.recipe.adaptive:
-        merging = max((_streamed_bytes(job, name) for name in job.network.merged()), default=0)
-        return max(merging, _measuring_bytes(job))
-    spectra = job.recipe.adaptation()[0].spectra
-    tasks = len(job.experts)
-    total = 0
-    for name in job.network.merged():
-        info = job.network.tensors[name]
-        rows = info.shape[0] if info.shape else 1
-        columns = info.numel // max(1, rows)
-        decomposed = spectra and job.network.choices[name].action == "decompose"
-        total += 3 * info.numel  # origin, live weight, gradient
-        total += tasks * (min(rows, columns) * (rows + columns) if decomposed else info.numel)
-    kept = sum(i.numel for n, i in job.network.tensors.items() if job.network.choices[n].action == "keep")
-    return 4 * (total + kept + _head_numel(job))
-
-
-def _head_numel(job: Job) -> int:
-    return sum(job.network.experts[t].info(n).numel for t in job.experts for n in job.network.heads[t])
-
-
-def _measuring_bytes(job: Job) -> int:
-    """What taking one expert's statistics holds: the network, every head, and the statistics. 0 for data-free methods."""
-    if not isinstance(job.method, Informed):
-        return 0
-    tensors = job.network.tensors
-    held = sum(job.method.held(tensors[n].shape, job.network.choices[n].action == "decompose") for n in job.network.merged())  # fmt: skip
-    return 4 * (sum(info.numel for info in tensors.values()) + _head_numel(job) + held)
-
-
-def _modular_bytes(job: Job) -> int:
-    """The network twice while one is loaded, the heads, and what modules hold; the start that is adapted, if it is."""
-    start = job.recipe.start()
-    before = _held_bytes(replace(job, recipe=start)) if start is not None and start.adaptive else 0
-    body = sum(info.numel for info in job.network.tensors.values())
-    own = sum(layout_bytes(each) for each in job.part_layouts()[1].values())
-    return max(before, 4 * (2 * body + _head_numel(job)) + own)
-
-
-def _trained_numel(job: Job) -> int:
-    """Weights, gradients and AdamW's two moments; what is kept once; a second network while one is loaded."""
-    body = sum(info.numel for info in job.network.tensors.values())
-    trained = sum(job.network.tensors[name].numel for name in job.network.merged())
-    return 4 * (trained + _head_numel(job)) + (body - trained) + body
-
-
-def _streamed_bytes(job: Job, name: str) -> int:
-    """What merging one tensor holds at a time: origin, sum, one task vector; casts; the method's workspace."""
-    info = job.network.tensors[name]
-    copies = 4 + (info.dtype.itemsize < 4)
-    decomposed = job.network.choices[name].action == "decompose"
-    if job.method is not None:
-        copies += job.method.workspace(len(job.experts), decomposed)
-    solving = job.method.solving(info.shape) if isinstance(job.method, RegMean) and decomposed else 0
-    return 4 * (copies * info.numel + solving)
+    held = job.method.held_bytes(job.outline())
+    return _RUNTIME_BYTES + max(held, *(expert.making_bytes for expert in job.experts.values()))
 
 
 def settings_in_force(job: Job) -> dict[str, Any]:
     """Every setting with its value, defaults included."""
-    data = job.recipe.data.model_dump()
-    if job.method is not None:
-        return {"parameters": job.method.model_dump(by_alias=True, exclude={"masks"}), "data": data}
-    if job.recipe.trains:
-        return {"parameters": job.recipe.training().model_dump(), "data": data}
-    method, settings = job.recipe.modules() if job.recipe.modular else job.recipe.adaptation()
-    return {
-        "parameters": method.model_dump(by_alias=True),
-        "adapt": settings.model_dump(mode="json"),
-        "data": data,
-    }
+    return in_force(job.method, job.recipe)
 
 
-def _decomposes(job: Job) -> bool:
-    """False if the method takes matrices as they are."""
-    if job.method is not None:
-        return job.method.spectral
-    if job.recipe.modular:
-        return job.recipe.modules()[0].spectral
-    return job.recipe.adaptive and job.recipe.adaptation()[0].spectra
-
-
-def plan_notes(job: Job) -> list[str]:
-    """What a user may not expect of this recipe, in sentences."""
-    method = job.method
-    if len(job.experts) == 2 and method is not None and method.name == "cart":
-        return [
-            "About the average, two experts have equal and opposite task vectors: 'cart' gives their average, whatever its settings. "
-            "With two experts use a method about the base, such as tsv_m, or adarank."
-        ]
-    return []
+def in_force(method: MergeMethod, recipe: Recipe) -> dict[str, Any]:
+    """Every setting of a method and of a recipe's data with its value."""
+    return {**method.in_force(), "data": recipe.data.model_dump()}
 
 
 def unheeded(job: Job) -> dict[str, float]:
@@ -136,19 +49,19 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
     """The plan as plain data: what `adarank plan` shows and what a record keeps."""
     network = job.network
     layout = job.layout()
-    shown = {n: "train" if job.recipe.trains and c.action != "keep" else c.action for n, c in network.choices.items()}
+    actions = {name: job.method.action(choice.action) for name, choice in network.choices.items()}
     members = {**({"base": network.base} if network.base else {}), **network.experts}
     return {
         "merge_method": job.recipe.merge_method,
         "tasks": list(network.tasks),
         "kind": job.family.kind if job.family else None,
-        "reads": "labels of the adapt split" if job.recipe.trains else None,
-        "actions": dict(Counter(shown.values())),
-        "decomposes": _decomposes(job),
-        "notes": plan_notes(job),
+        "reads": job.method.labels or None,
+        "actions": dict(Counter(actions.values())),
+        "decomposes": job.method.decomposes,
+        "notes": job.method.notes(network),
         "tensors": {
             name: {
-                "action": shown[name],
+                "action": actions[name],
                 "reason": choice.reason,
                 "shape": list(layout[name][0]),
                 "dtype": str(layout[name][1]).removeprefix("torch."),
@@ -157,7 +70,7 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
         },
         "heads": {task: list(names) for task, names in network.heads.items()},
         "dropped": {name: dict(member.dropped) for name, member in members.items() if member.dropped},
-        "task_aware": job.task_aware,
+        "task_aware": bool(job.method.in_use),
         "output_bytes": job.output_bytes(),
         "experts_bytes": len(network.tasks) * layout_bytes(layout),
         "peak_bytes": peak_bytes(job),

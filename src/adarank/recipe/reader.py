@@ -9,15 +9,12 @@ from typing import Any
 import torch
 import yaml
 
-from adarank.adapt.methods import ADAPTIVE
-from adarank.adapt.multitask import Multitask
 from adarank.errors import RecipeError, itemise
-from adarank.methods import METHODS
-from adarank.modular import MODULAR
 from adarank.recipe.checks import check
 from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, of_one_slice
+from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
-from adarank.settings import nearest, parse
+from adarank.settings import parse
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 """A recipe, its file, or what would be in its file."""
@@ -73,15 +70,11 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     else:
         _check_device(recipe.device, where)
-    known = [*METHODS, *ADAPTIVE, *MODULAR, Multitask.name]
     if recipe.merge_method in NOT_HERE:
         raise RecipeError(
             f"{where}: mergekit's merge_method '{recipe.merge_method}' is not here. {NOT_HERE[recipe.merge_method]}"
         )
-    if recipe.merge_method not in known:
-        raise RecipeError(
-            f"{where}: unknown merge_method '{recipe.merge_method}'.{nearest(recipe.merge_method, known)}"
-        )
+    METHODS.named(recipe.merge_method, f"{where}: unknown merge_method")
     check(recipe, where)
     return recipe
 

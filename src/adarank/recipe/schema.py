@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -10,18 +11,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator
 
-from adarank.adapt.methods import ADAPTIVE, AdaptiveMethod
-from adarank.adapt.multitask import Multitask
-from adarank.adapt.presets import with_preset
-from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.base import AdaptBlock
 from adarank.alignment.selection import Select
 from adarank.data.spec import DataSettings, TaskSpec
-from adarank.methods import METHODS, Method
-from adarank.methods.per_tensor import resolve
-from adarank.modular import MODULAR, Modular, Surgery
-from adarank.modular.base import settled
-from adarank.settings import Settings, parse
-from adarank.spectral.mask_file import MaskFile
+from adarank.method import Given, MergeMethod
+from adarank.recipe.registry import METHODS
+from adarank.settings import Settings
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _Dtype = Literal["float32", "float16", "bfloat16", "float64"]
@@ -40,12 +35,6 @@ class ModelEntry(Settings):
     model: str
     parameters: dict[str, Any] = Field({}, description="settings")
     task: TaskSpec | None = None
-
-
-class AdaptBlock(AdaptSettings):
-    """The `adapt` block: the loop's settings and perhaps a preset that gives their defaults."""
-
-    preset: str | None = Field(None, description="released settings to start from")
 
 
 class Recipe(Settings):
@@ -69,34 +58,15 @@ class Recipe(Settings):
     layer_range: tuple[int, int] | None = None  # of the one slice that the models were given in: it must be all layers
 
     @property
-    def adaptive(self) -> bool:
-        return self.merge_method in ADAPTIVE
-
-    @property
-    def modular(self) -> bool:
-        """True if small modules are trained beside the weights: adapters, routers."""
-        return self.merge_method in MODULAR
-
-    @property
-    def trains(self) -> bool:
-        """True for the reference that is trained on labels: no merge at all."""
-        return self.merge_method == Multitask.name
-
-    @property
-    def learns(self) -> bool:
-        """True if what is written is learned step by step: λ and masks, modules, or a whole network."""
-        return self.adaptive or self.modular or self.trains
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether merging reads the tasks' data."""
-        return self.learns or bool(METHODS[self.merge_method].data)
+    def kind(self) -> type[MergeMethod]:
+        """The class of the method."""
+        return METHODS[self.merge_method]
 
     @property
     def experts(self) -> dict[str, ModelEntry]:
         """Task name -> model. The base, if it is listed among the models as mergekit allows, is no expert."""
-        uses_base = self.merge_method != "linear"
-        entries = [m for m in self.models if not (uses_base and m.model == self.base_model and m.task is None)]
+        base = None if self.kind.lists_base else self.base_model
+        entries = [m for m in self.models if m.model != base or m.task is not None]
         return dict(zip(_task_names(entries), entries, strict=True))
 
     @property
@@ -109,44 +79,23 @@ class Recipe(Settings):
         name = self.out_dtype or self.dtype
         return DTYPES[name] if name else None
 
-    def adaptation(self) -> tuple[AdaptiveMethod, AdaptSettings]:
-        """The adaptive method and its loop's settings."""
-        return with_preset(self.merge_method, self.parameters, *self._adapt())
+    def given(self, names: Sequence[str] = ()) -> Given:
+        """What the recipe says of its method.
 
-    def modules(self) -> tuple[Modular, AdaptSettings]:
-        """The modular method and its loop's settings."""
-        return settled(MODULAR[self.merge_method], self.parameters, *self._adapt())
+        Arguments:
+            names: the tensors that it merges; none while no checkpoint is opened.
+        """
+        block, preset = self.adapt.split() if self.adapt else (None, None)
+        models = {task: entry.parameters for task, entry in self.experts.items()}
+        return Given(self.parameters, models, block, preset, names, self.seed, self.folder, METHODS.named)
 
-    def start(self) -> Recipe | None:
-        """What the modules of this recipe are put on, as a recipe of its own; None if the method settles it itself."""
-        method = self.modules()[0] if self.modular else None
-        if not isinstance(method, Surgery):
-            return None
-        given = method.start
-        adapt = None if given.adapt is None else parse(AdaptBlock, given.adapt, "parameters.start.adapt")
-        return self.model_copy(
-            update={"merge_method": given.merge_method, "parameters": dict(given.parameters), "adapt": adapt}
-        )
+    def method(self, names: Sequence[str] = ()) -> MergeMethod:
+        """The method with all its settings; `names` as for `given`.
 
-    def _adapt(self) -> tuple[dict[str, Any], str | None]:
-        """What the adapt block says itself, and its preset."""
-        if self.adapt is None:
-            return {}, None
-        return self.adapt.model_dump(exclude_unset=True, exclude={"preset"}), self.adapt.preset
-
-    def training(self) -> Multitask:
-        """The settings of multi-task training."""
-        return parse(Multitask, self.parameters, f"parameters of '{self.merge_method}'")
-
-    def method(self, names: list[str]) -> Method:
-        """The method, if it is not adaptive, with its settings; `names` are the tensors that it merges."""
-        kind = METHODS[self.merge_method]
-        values = resolve(kind, self.parameters, {t: e.parameters for t, e in self.experts.items()}, names)
-        if "seed" in kind.model_fields:
-            values.setdefault("seed", self.seed)
-        if self.merge_method == "masked" and isinstance(values.get("masks"), str):
-            values["masks"] = MaskFile.load(self.folder / values["masks"])
-        return parse(kind, values, f"parameters of '{self.merge_method}'")
+        Raises:
+            RecipeError: settings that do not fit.
+        """
+        return self.kind.resolve(self.given(names))
 
 
 def _task_names(entries: list[ModelEntry]) -> list[str]:

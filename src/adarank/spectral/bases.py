@@ -19,10 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adarank.io.plugins import Registry
 from adarank.sparsify.sign_election import Agreeing
 from adarank.spectral.svd import Spectrum, as_matrix, decompose, determined, orthogonalise
 
@@ -102,15 +104,21 @@ def own_components(rank: int, tasks: int, common: float) -> int:
     return min(round((rank - int(common * rank)) / tasks), rank // tasks)
 
 
-BASES: dict[str, Basis] = {
-    basis.name: basis
-    for basis in (
-        Basis("task_vectors", task_vectors, scaled=lambda tasks: 1.0),
-        Basis("tsv_m", tsv_m),
-        Basis("iso_c", iso_c, common=True),
-        Basis("iso_cts", iso_cts, common=True),
-    )
-}
+def _flaw(name: str, given: Any) -> str:
+    """What is wrong with a basis of another package."""
+    if not isinstance(given, Basis):
+        return f"is a {type(given).__name__}, and a Basis of adarank.spectral.bases was needed"
+    return "" if given.name == name else f"calls itself '{given.name}'"
+
+
+_BUILT_IN = (
+    Basis("task_vectors", task_vectors, scaled=lambda tasks: 1.0),
+    Basis("tsv_m", tsv_m),
+    Basis("iso_c", iso_c, common=True),
+    Basis("iso_cts", iso_cts, common=True),
+)
+BASES: Registry[Basis] = Registry("adarank.bases", "basis", {basis.name: basis for basis in _BUILT_IN}, _flaw)
+"""Name -> basis. Another package adds one, about the base, by an entry point of the group `adarank.bases`."""
 
 
 def assembled(spectra: Sequence[Spectrum]) -> Tensor:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from adarank.adapt.agreement import Judged, collapsed, first_collapse
 from adarank.adapt.history import History
 from adarank.adapt.live_weights import LiveWeights
+from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.task import TaskData
+from adarank.method import changed_tensors
 from adarank.recipe.job import Job
 from adarank.spectral.mask_file import MaskFile
-from adarank.workflow.build_networks import build_models, changed_tensors
-from adarank.workflow.context import Run
+from adarank.workflow.build_networks import build_models
 from adarank.workflow.problem import problem_of, table_inputs
+
+if TYPE_CHECKING:
+    from adarank.workflow.context import Run
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,13 @@ class Adaptation:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the merged model that is not a head, in the network's order."""
-        return changed_tensors(self.job, self.live.parameters, "adaptation")
+        return changed_tensors(self.job.network, self.live.parameters, "adaptation")
 
 
-def adapt_job(run: Run) -> Adaptation:
-    """Adapt as the job's recipe says, from a saved state if there is one."""
-    job, data = run.job, run.data
-    method, settings = job.recipe.adaptation()
-    fingerprint = run.fingerprint(run.marks)
+def adapt_job(run: Run, method: AdaptiveMethod) -> Adaptation:
+    """Adapt by a method and its settings, from a saved state if there is one."""
+    job, data, settings = run.job, run.data, method.settings
+    fingerprint = run.fingerprint()
     run.note("Loading the networks")
     models = build_models(job)
     predictions = run.expert_predictions(models, settings)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from adarank.alignment.task_vectors import member_tensors
 from adarank.errors import RecipeError
-from adarank.io.checkpoint import check_result
 from adarank.models import Family, TaskModels, share
 from adarank.recipe.job import Job
 
@@ -26,17 +25,6 @@ def network_tensors(job: Job, which: str) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the base or of one expert, for every tensor it shares with the network."""
     network = job.network
     return member_tensors(network, network.reference() if which == "base" else network.experts[which])
-
-
-def changed_tensors(job: Job, changed: Mapping[str, Tensor], by: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a job's result, heads not among them, in the network's order: what a loop changed, the rest as kept.
-
-    Arguments:
-        by: what changed them, for the error about a value that is not finite.
-    """
-    for name in job.network.tensors:
-        own = changed.get(name)
-        yield name, job.network.kept(name) if own is None else check_result(own.detach(), name, by)
 
 
 def family_of(job: Job) -> Family:

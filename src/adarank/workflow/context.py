@@ -1,77 +1,159 @@
-"""One run of the loop for a job: what it is given, where its state lies, and what tells it from other runs."""
+"""What a method is given that runs by a recipe: its job, the tasks' data, where its state lies, and what tells it from other runs."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adarank.adapt.history import Progress
+import torch
+from torch import Tensor
+
+from adarank.adapt.history import History, Progress
+from adarank.adapt.learner import Loss, Memory
 from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
+from adarank.alignment.task_vectors import Network
 from adarank.data.task import TaskData
 from adarank.io.record import Note
 from adarank.io.state import read_state
-from adarank.models import TaskModels
+from adarank.method import Context, MergeMethod, Outline, Result
+from adarank.models import Family, TaskModels
 from adarank.recipe.job import Job
-from adarank.workflow.problem import expert_predictions
+from adarank.recipe.plan import in_force
+from adarank.spectral.mask_file import FILE as MASKS_FILE
+from adarank.workflow.adapt import adapt_job, report
+from adarank.workflow.build_networks import build_models, family_of
+from adarank.workflow.calibrate import with_statistics
+from adarank.workflow.problem import expert_predictions, head_features, problem_of, table_inputs
+
+
+def _silent(text: str) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """What adaptation, training and modules are given alike.
+class Run(Context):
+    """A job's context.
 
     Attributes:
         about: the settings, the inputs' hashes and the seed: what, beside the data, decides every number.
-        state: file in which the state is kept, with the experts' predictions beside it. A run continues from it.
+        state: file in which the state is kept, with the experts' predictions and statistics beside it. A run continues from it.
         note, progress: told of stages as they begin, and of every step.
+        ready: networks that are loaded already, and may be filled.
     """
 
     job: Job
-    data: Mapping[str, TaskData]
-    about: Mapping[str, Any]
-    state: Path
-    note: Note = lambda text: None
+    data: Mapping[str, TaskData] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    state: Path | None = None
+    note: Note = _silent
     progress: Progress | None = None
+    ready: TaskModels | None = None
+
+    @property
+    def network(self) -> Network:
+        return self.job.network
+
+    @property
+    def device(self) -> torch.device | str:
+        return self.job.recipe.device
+
+    @property
+    def seed(self) -> int:
+        return self.job.recipe.seed
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.job)
+
+    def outline(self) -> Outline:
+        return self.job.outline()
+
+    def models(self) -> TaskModels:
+        return build_models(self.job) if self.ready is None else self.ready
 
     @cached_property
     def marks(self) -> dict[str, str]:
         """Task -> what tells its data from others."""
-        return {task: own.fingerprint() for task, own in self.data.items()}
+        return {task: of.fingerprint() for task, of in self.data.items()}
 
     @cached_property
     def choices(self) -> dict[str, str]:
         """Tensor -> what happens to it."""
         return {name: choice.action for name, choice in self.job.network.choices.items()}
 
-    def fingerprint(self, marks: Mapping[str, Any], block: str = "adapt") -> str:
+    @property
+    def folder(self) -> Path | None:
+        """Where the state lies; None if none is kept."""
+        return self.state.parent if self.state else None
+
+    def fingerprint(self, marks: Mapping[str, Any] | None = None, block: str = "adapt") -> str:
         """Identifies what the run is of. Not the machine: it may be taken elsewhere, at the cost of its last bits.
-
-        A state of another run is refused here, before anything is computed.
-
-        Arguments:
-            marks: task -> what tells all that is read of it from others, as plain data.
-            block: the settings that hold `save_every`, which decides no number.
 
         Raises:
             RecipeError: the state is damaged, or of another run.
         """
-        about = self.about
+        about, marks = self.about, self.marks if marks is None else marks
         settings = {
             **about["settings"],
             block: {k: v for k, v in about["settings"][block].items() if k != "save_every"},
         }
         text = json.dumps([settings, about["inputs"], about["seed"], self.choices, marks], sort_keys=True)
-        found = hashlib.sha256(text.encode()).hexdigest()
-        if self.state.exists():
-            read_state(self.state, found)
-        return found
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        if self.state and self.state.exists():
+            read_state(self.state, fingerprint)
+        return fingerprint
+
+    def with_statistics(self, method: Any) -> tuple[Any, dict[str, Any]]:
+        return with_statistics(method, self.job, self.models, self.data, self._statistics_folder(), self.note)
+
+    def _statistics_folder(self) -> Path | None:
+        """Of these very checkpoints."""
+        of = hashlib.sha256(json.dumps(self.about.get("inputs"), sort_keys=True).encode()).hexdigest()[:32]
+        return self.folder / of if self.folder else None
+
+    def adapted(self, method: Any) -> Result:
+        adaptation = adapt_job(self, method)
+        return Result(
+            adaptation.tensors(),
+            files={MASKS_FILE: adaptation.masks.save},
+            block="adaptation",
+            report=adaptation.report,
+        )
+
+    def another(self, method: MergeMethod) -> tuple[Result, dict[str, Any]]:
+        settings = in_force(method, self.job.recipe)
+        about, state = (
+            {**self.about, "settings": settings},
+            self.state and self.state.parent / "start" / self.state.name,
+        )
+        return method.run(replace(self, job=replace(self.job, method=method), about=about, state=state)), settings
 
     def expert_predictions(self, models: TaskModels, settings: AdaptSettings) -> dict[str, Predictions]:
-        """Task -> its expert's predictions, as far as the settings ask for them. The models hold the base's tensors afterwards."""
         mark = [self.choices, self.about["inputs"], self.marks]
-        return expert_predictions(self.job, models, self.data, settings, mark, self.state.parent, self.note)
+        return expert_predictions(self.job, models, self.data, settings, mark, self.folder, self.note)
+
+    def losses(
+        self, models: TaskModels, settings: AdaptSettings, predictions: Mapping[str, Predictions], memory: Memory
+    ) -> dict[str, Loss]:
+        return problem_of(self.job, models, self.data, settings, predictions, memory).losses()
+
+    def judge(
+        self, models: TaskModels, settings: AdaptSettings, predictions: Mapping[str, Predictions]
+    ) -> Callable[[int], Any]:
+        return problem_of(self.job, models, self.data, settings, predictions).judge()
+
+    def judged_rows(self, task: str, settings: AdaptSettings) -> list[int]:
+        data, split = table_inputs(self.job, self.data, settings)[task].judged
+        return list(data.splits.rows[split])
+
+    def features(self, models: TaskModels, task: str, settings: AdaptSettings, pool: Any = None) -> Tensor:
+        return head_features(self.job, models, self.data, settings, task, pool)
+
+    def report(self, history: History, settings: AdaptSettings, kept: Any = None) -> dict[str, Any]:
+        return report(history, self.job, settings, self.data, kept)

@@ -5,23 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from adarank.adapt.history import Progress
-from adarank.adapt.methods import ADAPTIVE
 from adarank.errors import CheckpointError, itemise
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.record import Note
 from adarank.io.writer import check_output
-from adarank.methods import merge_tensors
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.recipe.schema import Recipe
 from adarank.workflow.build_networks import build_models, network_tensors
+from adarank.workflow.context import Run
 from adarank.workflow.evaluate import score_all, score_experts
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.merge import merge
@@ -108,7 +107,7 @@ def run(
     models = build_models(job)
     table = Table("test", "disjoint", {task: len(own.splits.rows["test"]) for task, own in data.items()})
 
-    def score(row: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    def score(row: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         models.fill(tensors)
         table.rows[row] = score_all(job, models, data, "test")
         note(f"{row}: mean accuracy {table.mean(row):.1f}")
@@ -119,8 +118,8 @@ def run(
     score("base", network_tensors(job, "base"))
     with tempfile.TemporaryDirectory(prefix="adarank-demo-") as scratch:
         for row, own in jobs.items():
-            if own.method is not None:
-                score(row, merge_tensors(own.method, own.network))
+            if not own.method.data:
+                score(row, own.method.run(Run(own)).tensors)
                 continue
             note(f"{row}: {own.recipe.merge_method}")
             folder = out if row == "AdaRank" else Path(scratch) / row
@@ -138,6 +137,6 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any], quick: bool, seed: int)
     if quick:
         for entry in values["models"]:
             entry["task"]["limit"] = _LIMIT
-        if values["merge_method"] in ADAPTIVE:
-            values["adapt"] = {**values.get("adapt", {}), **_QUICK}
+        if "adapt" in values:
+            values["adapt"] = {**values["adapt"], **_QUICK}
     return parse_recipe({**values, "seed": seed}, recipe.folder)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,12 +17,11 @@ from adarank.alignment.task_vectors import Network
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import MismatchError
-from adarank.io.bundle import is_bundle
+from adarank.io.bundle import held_parts, is_bundle
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.record import Note
 from adarank.io.writer import RECORD
-from adarank.methods import Method, merge_tensors
-from adarank.methods.task_aware.base import Taskwise, in_memory, rebuilt
+from adarank.method import Result
 from adarank.models import TaskModels
 from adarank.outputs.bundle import Bundle
 from adarank.recipe.job import Job, open_job
@@ -48,22 +48,18 @@ def evaluate(
     recipe = load_recipe(recipe)
     job = open_job(recipe)
     data = load_tasks(job)
-    opened = {_row(path, recipe): _open_output(path, job.network) for path in map(Path, outputs)}
+    opened = {_row(path, recipe): _opened(path, job.network) for path in map(Path, outputs)}
     models = build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
     table = Table(split, protocol, {task: len(own.splits.rows[split]) for task, own in data.items()})
     if job.base is not None:
         note("Scoring the base")
         table.rows["base"] = score_all(job, models, data, split)
-    for name, found in opened.items():
+    for name, output in opened.items():
         note(f"Scoring {name}")
-        if isinstance(found, Bundle):
-            table.rows[name] = score_bundle(job, models, data, found, split)
-            table.task_aware[name] = found.about.kind
-            continue
-        models.fill((key, found.read(key)) for key in job.network.tensors)
-        with heads_of(found.folder, models):
-            table.rows[name] = score_all(job, models, data, split)
+        table.rows[name] = output.score(job, models, data, split)
+        if output.kind:
+            table.bundles[name] = output.kind
     note("Scoring the experts")
     table.rows["experts"] = score_experts(job, models, data, split)
     return table
@@ -112,17 +108,16 @@ def score_bundle(
     return _score_each(job, models, data, split, bundle.tensors, bundle if bundle.kind.dress else None)
 
 
-def score_method(
-    job: Job, models: TaskModels, data: Mapping[str, TaskData], method: Method, split: Split
+def score_result(
+    job: Job, models: TaskModels, data: Mapping[str, TaskData], result: Result, split: Split
 ) -> dict[str, float]:
-    """The score of every task with what a data-free method merges, which is not written anywhere."""
-    device = job.recipe.device
-    if not isinstance(method, Taskwise):
-        models.fill(merge_tensors(method, job.network, device))
+    """The score of every task with what a method gave, which is not written anywhere."""
+    if result.parts is None:
+        models.fill(result.tensors)
         return score_all(job, models, data, split)
-    shared, own = in_memory(method, job.network, job.sites(), device)
-    layout, kind = job.layout(), type(method)
-    return _score_each(job, models, data, split, lambda task: rebuilt(kind, layout, shared, own[task]))
+    layout, tensors_of = job.layout(), job.method.task_tensors
+    shared, of_tasks = held_parts(job.network.tasks, result.parts.pieces)
+    return _score_each(job, models, data, split, lambda task: tensors_of(layout, shared, of_tasks[task]))
 
 
 def _score_each(
@@ -165,17 +160,47 @@ def _row(path: Path, recipe: Recipe) -> str:
     return f"{path} [{use} other splits, which may hold scored inputs]"
 
 
-def _open_output(path: Path, network: Network) -> Checkpoint | Bundle:
-    found = Bundle(path) if is_bundle(path) else Checkpoint(path)
-    held = found.about.tensors if isinstance(found, Bundle) else found.tensors
+@dataclass(frozen=True)
+class _Output:
+    """A folder that `merge` wrote, opened.
+
+    Attributes:
+        kind: the method of a bundle; empty for one model.
+        score: (job, models, data, split) -> task -> score.
+    """
+
+    kind: str
+    score: Callable[[Job, TaskModels, Mapping[str, TaskData], Split], dict[str, float]]
+
+
+def _opened(path: Path, network: Network) -> _Output:
+    if is_bundle(path):
+        return _opened_bundle(path, network)
+    model = Checkpoint(path)
+    _refuse_lacks(path, network, model.tensors)
+
+    def scored(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
+        models.fill((name, model.read(name)) for name in network.tensors)
+        with heads_of(path, models):
+            return score_all(job, models, data, split)
+
+    return _Output("", scored)
+
+
+def _opened_bundle(path: Path, network: Network) -> _Output:
+    bundle = Bundle(path)
+    _refuse_lacks(path, network, bundle.about.tensors)
+    missing = [task for task in network.tasks if task not in bundle.tasks]
+    if missing:
+        raise MismatchError(
+            f"{path}: has no task {', '.join(map(repr, missing))} of this recipe. Give a bundle of this recipe's models."
+        )
+    return _Output(bundle.about.kind, lambda job, models, data, split: score_bundle(job, models, data, bundle, split))
+
+
+def _refuse_lacks(path: Path, network: Network, held: Collection[str]) -> None:
     lost = [name for name in network.tensors if name not in held]
     if lost:
         raise MismatchError(
             f"{path}: lacks {len(lost)} tensor(s) of this recipe's network, such as '{lost[0]}'. Give an output of this recipe's models."
         )
-    strangers = [task for task in network.tasks if task not in found.tasks] if isinstance(found, Bundle) else []
-    if strangers:
-        raise MismatchError(
-            f"{path}: has no task {', '.join(map(repr, strangers))} of this recipe. Give a bundle of this recipe's models."
-        )
-    return found

@@ -11,7 +11,7 @@ from adarank.data.read import Table, read_table
 from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
 from adarank.data.splits import Splits, by_file, by_fraction, limited
 from adarank.data.task import TaskData
-from adarank.errors import AdaRankError, DataError, itemise
+from adarank.errors import AdaRankError, DataError, raise_together
 from adarank.io.checkpoint import Checkpoint
 from adarank.models.family import Family
 from adarank.recipe.job import Job
@@ -112,12 +112,6 @@ def _each(job: Job, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) ->
             problems.append(str(error))
     raise_together(problems)
     return found
-
-
-def raise_together(problems: list[str]) -> None:
-    if problems:
-        heading = f"{len(problems)} tasks have unusable data:"
-        raise DataError(problems[0] if len(problems) == 1 else itemise(heading, problems))
 
 
 def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[int | None]:

@@ -12,26 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adarank.adapt.history import Progress
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, OutputError
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_json
-from adarank.methods import Informed, merge_tensors
-from adarank.methods.task_aware.base import Taskwise
-from adarank.outputs.write import parts_of, write_bundle, write_head, write_root_files
+from adarank.io.writer import RECORD, atomic_folder, check_output, write_json
+from adarank.outputs.write import write_result
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.plan import describe, settings_in_force, unheeded
 from adarank.recipe.reader import RecipeLike, load_recipe
-from adarank.spectral.mask_file import FILE as MASKS_FILE
-from adarank.workflow.adapt import Adaptation, adapt_job
-from adarank.workflow.calibrate import inform_job, sampled
 from adarank.workflow.context import Run
 from adarank.workflow.load_tasks import load_tasks
-from adarank.workflow.modular import Assembly, assemble_job
-from adarank.workflow.train import Training, train_job
 
 
 def merge(
@@ -62,9 +54,8 @@ def merge(
     _check_disk(job, out)
     torch.manual_seed(recipe.seed)
     if data is None:
-        data = load_tasks(job) if recipe.needs_data else {}
-    if isinstance(job.method, Informed):
-        sampled(job.method, data)  # refused here, before anything is computed
+        data = load_tasks(job) if job.method.data else {}
+    job.method.of_data(data)  # refused here, before anything is computed
     note("Hashing the inputs")
     record: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -75,26 +66,12 @@ def merge(
         "inputs": job.inputs(),
     }
     state = out.parent / f".{out.name}.state"
-    learned: Adaptation | Training | Assembly | None = None
     with _no_leavings(state):
-        if job.method is None:
-            learn = train_job if recipe.trains else assemble_job if recipe.modular else adapt_job
-            learned = learn(Run(job, data, record, state / "state.pt", note, progress))
-            tensors = learned.tensors()
-        else:
-            method, found = inform_job(job, data, record["inputs"], state, note)
-            record |= {"statistics": found} if found else {}
-            tensors = merge_tensors(method, job.network, recipe.device)
-    note("Writing the bundle" if job.task_aware else "Writing the merged model")
+        result = job.method.run(Run(job, data, record, state / "state.pt", note, progress))
+    note("Writing the bundle" if result.parts else "Writing the merged model")
     with atomic_folder(out, force) as folder:
-        if isinstance(learned, Assembly):
-            record["bundle"] = write_bundle(folder, job, learned.parts())
-        elif isinstance(job.method, Taskwise):
-            record["bundle"] = write_bundle(folder, job, parts_of(job, job.method))
-        else:
-            _write_merged(folder, job, tensors, learned)
-        record |= {"training" if recipe.trains else "adaptation": learned.report} if learned else {}
-        record |= {"kept_though_changed": unheeded(job), "plan": describe(job), **clock.spent()}
+        record |= write_result(folder, job, result)
+        record |= {**result.recorded(), "kept_though_changed": unheeded(job), "plan": describe(job), **clock.spent()}
         write_json(folder / RECORD, record)
     shutil.rmtree(state, ignore_errors=True)
     return record
@@ -109,20 +86,6 @@ def _no_leavings(state: Path) -> Iterator[None]:
         if not any(state.rglob("state.pt")):  # of a start that is adapted itself, too
             shutil.rmtree(state, ignore_errors=True)
         raise
-
-
-def _write_merged(
-    folder: Path, job: Job, tensors: Iterator[tuple[str, Tensor]], learned: Adaptation | Training | Assembly | None
-) -> None:
-    """One model: its weights, what lies beside them, each task's head, and the masks."""
-    write_checkpoint(folder, job.layout(), tensors)
-    write_root_files(folder, job)
-    for task, names in job.network.heads.items():
-        if names:
-            head = learned.head(task) if isinstance(learned, Training) else job.network.head(task)
-            write_head(folder / "heads" / task, job, task, head)
-    if isinstance(learned, Adaptation):
-        learned.masks.save(folder / MASKS_FILE)
 
 
 def _check_disk(job: Job, out: Path) -> None:

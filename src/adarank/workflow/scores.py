@@ -22,14 +22,14 @@ class Table:
         protocol: `disjoint`, or `transductive` when models were adapted on the scored inputs.
         rows: model -> task -> score.
         counts: task -> number of scored inputs.
-        task_aware: row -> kind of the bundle that it is of, whose user must know something of every input.
+        bundles: row -> kind of the bundle that it is of, whose user must know something of every input.
     """
 
     split: Split
     protocol: str
     counts: Mapping[str, int]
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
-    task_aware: dict[str, str] = field(default_factory=dict)
+    bundles: dict[str, str] = field(default_factory=dict)
 
     def mean(self, row: str) -> float:
         """Mean score over tasks."""

@@ -10,7 +10,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from adarank.data.task import TaskData
 from adarank.errors import OutputError, RecipeError
 from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import write_json, write_text
-from adarank.methods import METHODS, Informed, Method
+from adarank.method import MergeMethod
 from adarank.models import TaskModels
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.reader import load_recipe
+from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
 from adarank.settings import nearest, parse
 from adarank.spectral.svd import stored_spectra
 from adarank.workflow.build_networks import build_models
-from adarank.workflow.calibrate import inform, sampled
-from adarank.workflow.evaluate import score_method
+from adarank.workflow.context import Run
+from adarank.workflow.evaluate import score_result
 from adarank.workflow.load_tasks import load_tasks
 
 SPLIT: Split = "select"
@@ -115,8 +116,7 @@ def search(
     for own in data.values():
         own.targets(own.splits.rows[SPLIT])
     for method in methods:
-        if isinstance(method, Informed):
-            sampled(method, data)
+        method.of_data(data)
     note("Hashing the inputs")
     inputs = job.inputs()
     prints = {task: own.fingerprint() for task, own in data.items()}
@@ -125,14 +125,14 @@ def search(
     note("Loading the networks")
     models = build_models(job)
     found = try_points(job, models, data, list(zip(points, methods, strict=True)), state, progress)
-    found += each_tasks_best(METHODS[recipe.merge_method], found)
+    found += each_tasks_best(recipe.kind, found)
     ranked = sorted(found, key=lambda point: -point.mean)  # stable: of equals the first of the grid
     record = {
         "split": f"{SPLIT}, with labels; the test split was not read",
         "method": recipe.merge_method,
         "axes": {axis.name: list(axis.values) for axis in axes},
         "best": {"settings": dict(ranked[0].settings), "mean": ranked[0].mean, "scores": dict(ranked[0].scores)},
-        "at_the_edge": {axis: at for axis, (at, _) in edges(METHODS[recipe.merge_method], found).items()},
+        "at_the_edge": {axis: at for axis, (at, _) in edges(recipe.kind, found).items()},
         "points": [{"settings": dict(p.settings), "mean": p.mean, "scores": dict(p.scores)} for p in found],
         "rows_per_split": {task: {s: len(rows) for s, rows in own.splits.rows.items()} for task, own in data.items()},
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_unset=True),
@@ -151,7 +151,7 @@ def try_points(
     job: Job,
     models: TaskModels,
     data: Mapping[str, TaskData],
-    points: Sequence[tuple[Mapping[str, Any], Method]],
+    points: Sequence[tuple[Mapping[str, Any], MergeMethod]],
     state: Path,
     progress: Callable[[Point, int, int], None] = lambda point, done, total: None,
 ) -> list[Point]:
@@ -168,21 +168,21 @@ def try_points(
             if kept.exists():
                 scores = json.loads(kept.read_text(encoding="utf-8"))
             else:
-                known, _ = inform(method, job, models, data, state / "statistics")
-                scores = score_method(job, models, data, known, SPLIT)
+                run = Run(replace(job, method=method), data, state=state / "statistics" / "state.pt", ready=models)
+                scores = score_result(run.job, models, data, method.run(run), SPLIT)
                 write_json(kept, scores)
             found.append(Point(settings, scores))
             progress(found[-1], number, len(points))
     return found
 
 
-def each_tasks_best(kind: type[Method], points: Sequence[Point]) -> list[Point]:
+def each_tasks_best(kind: type[MergeMethod], points: Sequence[Point]) -> list[Point]:
     """The point made of each task's own best settings, where a task-aware method has them per model; else nothing.
 
     It needs no scoring: its settings change the weights of their own task alone. Of equals the first is taken.
     """
     axes = list(points[0].settings)
-    if not (kind.task_aware and set(axes) <= set(kind.per_model)):
+    if not set(axes) <= set(kind.of_one_task()):
         return []
     best = {task: max(points, key=lambda point: point.scores[task]) for task in points[0].scores}
     settings = {axis: {task: point.settings[axis] for task, point in best.items()} for axis in axes}
@@ -194,7 +194,7 @@ def level(points: Sequence[Point]) -> bool:
     return len(points) > 1 and all(point.scores == points[0].scores for point in points)
 
 
-def edges(kind: type[Method], points: Sequence[Point]) -> dict[str, tuple[float, float]]:
+def edges(kind: type[MergeMethod], points: Sequence[Point]) -> dict[str, tuple[float, float]]:
     """Numbers whose best lies at the end of what was tried, so that better ones may lie beyond it.
 
     Returns:
@@ -216,7 +216,7 @@ def edges(kind: type[Method], points: Sequence[Point]) -> dict[str, tuple[float,
     return found
 
 
-def _allowed(kind: type[Method], axis: str, value: float) -> bool:
+def _allowed(kind: type[MergeMethod], axis: str, value: float) -> bool:
     try:
         parse(kind, {axis: value}, kind.name)
     except RecipeError:
@@ -237,13 +237,14 @@ def _check_outputs(path: Path, best: Path, record: Path, force: bool) -> None:
 
 
 def _grid(recipe: Recipe, axes: Sequence[Axis]) -> list[dict[str, Any]]:
-    if recipe.merge_method not in METHODS:
+    kind = recipe.kind
+    if kind.not_searched:
+        others = [name for name, other in METHODS.built_in.items() if not other.not_searched]
         raise RecipeError(
-            f"merge_method: '{recipe.merge_method}' learns what it writes; a search tries those of methods that do not adapt, such as {', '.join(list(METHODS)[:4])}."
+            f"merge_method: '{kind.name}' {kind.not_searched}; a search tries those of methods that do not adapt, such as {', '.join(others[:4])}."
         )
     if not axes:
         raise RecipeError("search: nothing to vary. Give --over name=first:last:step or --over name=a,b,c.")
-    kind = METHODS[recipe.merge_method]
     known = [field.alias or name for name, field in kind.model_fields.items()]
     for axis in axes:
         if axis.name not in known:
@@ -254,7 +255,7 @@ def _grid(recipe: Recipe, axes: Sequence[Axis]) -> list[dict[str, Any]]:
     ]
 
 
-def _method(job: Job, settings: Mapping[str, Any]) -> Method:
+def _method(job: Job, settings: Mapping[str, Any]) -> MergeMethod:
     """The recipe's method with a point's settings, checked as a merge would check it."""
     changed = job.recipe.model_copy(update={"parameters": {**job.recipe.parameters, **settings}})
     method = changed.method(job.network.merged())

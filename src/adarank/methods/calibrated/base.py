@@ -6,15 +6,18 @@ A statistic is a tensor about one tensor of one expert, taken on that expert's o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from adarank.methods.base import Method, Network, OriginKind, RecipeError
+from adarank.data.splits import limited
+from adarank.errors import raise_together
+from adarank.method import Context, Outline, Result
+from adarank.methods.base import Method, Network, OriginKind, RecipeError, merge_tensors
 
 
 def _nothing(name: str, task: str) -> Tensor:
@@ -39,6 +42,26 @@ class Statistics:
 M = TypeVar("M", bound="Informed")
 
 
+class Gathers(Protocol):
+    """What takes statistics of the experts (`calibration/gather.py`)."""
+
+    def squared_gradients(self, classes: int, seed: int) -> Statistics:
+        """Of every merged tensor that gets a gradient: the mean square of single inputs' gradients of log-likelihoods."""
+        ...
+
+    def gram_matrices(self) -> Statistics:
+        """Of every linear layer: the mean outer product of what it is given in the expert."""
+        ...
+
+    def gram_matrices_by_block(self, known_by: Callable[[Statistics], M]) -> M:
+        """The method with Gram matrices of what layers are given behind the already merged earlier blocks.
+
+        Arguments:
+            known_by: the method with statistics.
+        """
+        ...
+
+
 class Informed(Method):
     """Base of the methods that take statistics of the experts on their inputs. Tensors without one are averaged.
 
@@ -48,6 +71,7 @@ class Informed(Method):
 
     origin: ClassVar[OriginKind] = "average"
     data: ClassVar[str] = "unlabelled inputs of each task"
+    use: ClassVar[str] = "takes statistics of"
     decides: ClassVar[tuple[str, ...]] = ("examples", "seed")
 
     examples: int = Field(256, ge=1, description="inputs of each task's adapt split that are looked at, at most")
@@ -95,3 +119,63 @@ class Informed(Method):
     def held(self, shape: tuple[int, ...], decomposed: bool) -> int:
         """Numbers of four bytes held for a tensor while one expert's statistics are taken; for the memory plan."""
         raise NotImplementedError
+
+    @property
+    def inputs_at_once(self) -> int:
+        """Inputs of a forward pass, where the statistics are of batches."""
+        return 1
+
+    def gathered(self: M, gathers: Gathers) -> M:
+        """The same method with its statistics."""
+        raise NotImplementedError
+
+    @classmethod
+    def passes_over(cls) -> str:
+        return f"{super().passes_over()} to merge, and before it each expert with its inputs once"
+
+    @classmethod
+    def memory(cls) -> str:
+        return f"{super().memory()}; before, one network and one expert's statistics"
+
+    def sampled(self, tasks: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The rows of each task's adapt split that statistics are taken of: a seeded choice.
+
+        Arguments:
+            tasks: task -> what has its `splits` and `labels`.
+
+        Raises:
+            DataError: a task has none, or they lack the labels that are read; all such tasks are named.
+        """
+        rows = {task: limited(of.splits, self.examples, self.seed).rows["adapt"] for task, of in tasks.items()}
+        problems = [
+            f"task '{task}': no rows to take statistics of. Give its data an adapt split, or a larger adapt fraction."
+            for task, chosen in rows.items()
+            if not chosen
+        ]
+        for task, chosen in rows.items() if self.reads_labels else ():
+            unlabelled = sum(tasks[task].labels[row] is None for row in chosen)
+            if unlabelled:
+                problems.append(
+                    f"task '{task}': {unlabelled} of the {len(chosen)} adapt inputs carry no label, and 'kind: empirical' reads it. "
+                    "Name the label column under task: columns, or leave out kind: by default no label is read."
+                )
+        raise_together(problems)
+        return rows
+
+    def of_data(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = {task: len(rows) for task, rows in self.sampled(tasks).items()}
+        return {"statistics": {"inputs": inputs, "labels_read": self.reads_labels}}
+
+    def held_bytes(self, outline: Outline) -> int:
+        """The more of merging, and of one expert's statistics beside the network and every head."""
+        network = outline.network
+        statistics = sum(
+            self.held(network.tensors[name].shape, network.choices[name].action == "decompose")
+            for name in network.merged()
+        )
+        body = sum(info.numel for info in network.tensors.values())
+        return max(super().held_bytes(outline), 4 * (body + outline.head_numel() + statistics))
+
+    def run(self, context: Context) -> Result:
+        known, report = context.with_statistics(self)
+        return Result(merge_tensors(known, context.network, context.device), block="statistics", report=report)

@@ -24,7 +24,7 @@ from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 
 from adarank.methods.base import Deltas, Network
-from adarank.methods.calibrated.base import Informed
+from adarank.methods.calibrated.base import Gathers, Informed
 
 
 class Fisher(Informed):
@@ -59,6 +59,9 @@ class Fisher(Informed):
     @property
     def reads_labels(self) -> bool:
         return self.kind == "empirical"
+
+    def gathered(self, gathers: Gathers) -> Fisher:
+        return self.knowing(gathers.squared_gradients(self.classes, self.seed))
 
     def prepare(self, network: Network, device: torch.device | str) -> Fisher:
         prepared = self.model_copy()

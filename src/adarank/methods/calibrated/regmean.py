@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.methods.base import Deltas
-from adarank.methods.calibrated.base import Informed
+from adarank.methods.calibrated.base import Gathers, Informed
 
 _NOISE = 4 * torch.finfo(torch.float32).eps  # of an entry: Gram matrices are sums in float32
 
@@ -44,6 +44,13 @@ class RegMean(Informed):
 
     off_diagonal: float = Field(0.95, ge=0, le=1, description="α, factor of the Gram matrices' off-diagonal entries")
     batch_size: int = Field(32, ge=1, description="inputs of a forward pass; changes time and memory only")
+
+    @property
+    def inputs_at_once(self) -> int:
+        return self.batch_size
+
+    def gathered(self, gathers: Gathers) -> RegMean:
+        return self.knowing(gathers.gram_matrices())
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         if name not in self.statistics.names:
@@ -70,7 +77,6 @@ class RegMean(Informed):
         return shape[1] ** 2 if decomposed and len(shape) == 2 else 0
 
     def solving(self, shape: tuple[int, ...]) -> int:
-        """Numbers of four bytes held while a linear layer's weight (out, in) is solved for; for the memory plan."""
         return 2 * (6 * shape[1] ** 2 + 5 * shape[0] * shape[1]) if len(shape) == 2 else 0
 
 

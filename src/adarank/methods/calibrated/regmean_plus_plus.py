@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from adarank.methods.calibrated.base import Gathers
 from adarank.methods.calibrated.regmean import RegMean
 
 
@@ -24,3 +25,6 @@ class RegMeanPlusPlus(RegMean):
     formula: ClassVar[str] = "as regmean; X_t: inputs of the layer behind the already merged earlier blocks"
     source: ClassVar[str] = "Nguyen et al. 2025, arXiv:2508.03121"
     decides: ClassVar[tuple[str, ...]] = (*RegMean.decides, "off_diagonal")
+
+    def gathered(self, gathers: Gathers) -> RegMeanPlusPlus:
+        return gathers.gram_matrices_by_block(self.knowing)

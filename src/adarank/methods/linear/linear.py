@@ -38,6 +38,7 @@ class Linear(Method):
     formula: ClassVar[str] = "W = Σ_t w_t W_t / Σ_t w_t"
     source: ClassVar[str] = "mergekit's linear; Wortsman et al. 2022, arXiv:2203.05482"
     per_model: ClassVar[tuple[str, ...]] = ("weight",)
+    lists_base: ClassVar[bool] = True
 
     normalize: bool = Field(True, description="divide by the sum of the weights")
     weight: PerTensor = Field(

@@ -55,5 +55,13 @@ class CART(Method):
                 f"cart: rank ({self.rank}) and energy ({self.energy}) both say how many components to keep. Give one."
             )
 
+    def notes(self, network: Network) -> list[str]:
+        if len(network.tasks) != 2:
+            return []
+        return [
+            "About the average, two experts have equal and opposite task vectors: 'cart' gives their average, whatever its settings. "
+            "With two experts use a method about the base, such as tsv_m, or adarank."
+        ]
+
     def _count(self, s: Tensor) -> int:
         return top_count(self.rank, s.numel()) if self.energy is None else effective_rank(s, self.energy)

@@ -10,12 +10,14 @@ AdaRank (arXiv:2503.22178), Equation 5.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, MismatchError, Network, OriginKind, itemise, weighted_sum
+from adarank.methods.base import Deltas, Given, Method, MismatchError, Network, OriginKind, itemise, weighted_sum
 from adarank.spectral.blocks import task_vector_blocks
 from adarank.spectral.mask_file import MaskFile
 
@@ -33,6 +35,25 @@ class Masked(Method):
     spectral: ClassVar[bool] = True
 
     masks: MaskFile = Field(description="masks file of an adapted output")
+
+    @classmethod
+    def resolve(cls, given: Given) -> Masked:
+        path = given.parameters.get("masks")
+        if not isinstance(path, str):
+            return super().resolve(given)
+        parameters = {**given.parameters, "masks": MaskFile.load(given.folder / path)}
+        return super().resolve(replace(given, parameters=parameters))
+
+    @classmethod
+    def needs(cls) -> str:
+        return "base, experts and a masks file; no data"
+
+    @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        return {"masks": MaskFile("average", (), {}, {}, {}, {})}
+
+    def in_force(self) -> dict[str, Any]:
+        return {"parameters": self.model_dump(by_alias=True, exclude={"masks"})}
 
     def origin_kind(self, network: Network) -> OriginKind:
         return "average" if self.masks.origin == "average" else "pretrained"

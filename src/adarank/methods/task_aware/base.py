@@ -16,43 +16,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adarank.alignment.selection import Action
 from adarank.alignment.task_vectors import Network
 from adarank.errors import RecipeError
-from adarank.io.bundle import WHOLE, PartFile, Piece, key
-from adarank.io.checkpoint import MemorySource, cast, check_finite
+from adarank.io.bundle import WHOLE, PartFile, Parts, Piece, held_parts, key
+from adarank.io.checkpoint import cast, check_finite
 from adarank.io.writer import Layout
+from adarank.method import Context, Outline, Result, Site, sites_of
 from adarank.methods.base import Deltas, Method
+
+__all__ = ["Part", "Site", "Slots", "Taskwise", "in_memory", "layouts", "rebuilt", "sites_of", "task_parts"]
 
 Part = tuple[str | None, str, Tensor]
 """(task, or None for what is shared; name of the part; the tensor)."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """One tensor of the network, as far as headers tell.
-
-    Attributes:
-        dtype: of the task's tensor that will come out.
-        floats: of parts that are computed: float32 (float64 for float64), or what the recipe asks for.
-        action: what happens to it; a kept one is shared as it is.
-        tasks: how many there are.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    floats: torch.dtype
-    action: Action
-    tasks: int
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    @property
-    def merged(self) -> bool:
-        return self.action in ("decompose", "scale")
 
 
 @dataclass(frozen=True)
@@ -77,7 +52,13 @@ class Taskwise(Method):
         constants: parts that are one number per task, for the whole model.
     """
 
-    task_aware: ClassVar[bool] = True
+    in_use: ClassVar[str] = (
+        "Task-aware: each task has weights of its own, so whoever uses them must know the task of every input."
+    )
+    python: ClassVar[tuple[str, str]] = (
+        "merge_each",
+        "gives each task weights of its own, not one model. Write a bundle of them by a recipe, or use adarank.merge_each.",
+    )
     constants: ClassVar[tuple[str, ...]] = ()
 
     def slots(self, site: Site) -> Slots:
@@ -97,20 +78,27 @@ class Taskwise(Method):
         """The value of one of `constants`, by a prepared method."""
         raise NotImplementedError
 
+    @classmethod
+    def needs(cls) -> str:
+        return f"{super().needs()}; in use, each input's task"
 
-def sites_of(network: Network, tensors: Layout | None = None, asked: torch.dtype | None = None) -> list[Site]:
-    """Every tensor of the network, in its order.
+    @classmethod
+    def of_one_task(cls) -> tuple[str, ...]:
+        return cls.per_model
 
-    Arguments:
-        tensors: name -> (shape, dtype) of what each task's network has; by default as in the base.
-        asked: dtype of computed parts, if the recipe says.
-    """
-    found = []
-    for name, info in network.tensors.items():
-        dtype = tensors[name][1] if tensors else info.dtype
-        floats = asked or torch.promote_types(dtype, torch.float32)
-        found.append(Site(name, info.shape, dtype, floats, network.choices[name].action, len(network.tasks)))
-    return found
+    def output_layouts(self, outline: Outline) -> tuple[Layout, dict[str, Layout]]:
+        return layouts(self, outline.sites(), outline.network.tasks)
+
+    def run(self, context: Context) -> Result:
+        outline = context.outline()
+        shared, own = self.output_layouts(outline)
+        pieces = task_parts(self, context.network, outline.sites(), context.device)
+        settings = self.model_dump(mode="json", by_alias=True)
+        return Result(parts=Parts(self.name, settings, shared, own, pieces))
+
+    @classmethod
+    def task_tensors(cls, tensors: Layout, shared: PartFile, of_task: PartFile) -> Iterator[tuple[str, Tensor]]:
+        return rebuilt(cls, tensors, shared, of_task)
 
 
 def layouts(method: Taskwise, sites: Sequence[Site], tasks: Sequence[str]) -> tuple[Layout, dict[str, Layout]]:
@@ -161,11 +149,7 @@ def in_memory(
     method: Taskwise, network: Network, sites: Sequence[Site], device: torch.device | str = "cpu"
 ) -> tuple[PartFile, dict[str, PartFile]]:
     """The shared parts and each task's own, held in memory: as large as the bundle."""
-    held: dict[str | None, dict[str, Tensor]] = {None: {}, **{task: {} for task in network.tasks}}
-    for owner, name, tensor in task_parts(method, network, sites, device):
-        held[owner][name] = tensor.cpu()
-    own = {task: PartFile(MemorySource(held[task], f"parts of '{task}'")) for task in network.tasks}
-    return PartFile(MemorySource(held[None], "shared parts")), own
+    return held_parts(network.tasks, task_parts(method, network, sites, device))
 
 
 def _tensor(method: type[Taskwise], parts: Mapping[str, Tensor]) -> Tensor:

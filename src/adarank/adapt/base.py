@@ -1,0 +1,76 @@
+"""What all methods have in common that learn on unlabelled inputs: an `adapt` block, read once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import Field, PrivateAttr
+
+from adarank.adapt.settings import AdaptSettings
+from adarank.errors import RecipeError, listed
+from adarank.method import Given, MergeMethod
+from adarank.settings import Settings, nearest, parse
+
+Self = TypeVar("Self", bound="Adapting")
+
+
+class AdaptBlock(AdaptSettings):
+    """The `adapt` block: the loop's settings and perhaps a preset that gives their defaults."""
+
+    preset: str | None = Field(None, description="released settings to start from")
+
+    def split(self) -> tuple[dict[str, Any], str | None]:
+        """What the block says itself, and its preset."""
+        return self.model_dump(exclude_unset=True, exclude={"preset"}), self.preset
+
+
+def split_block(block: Mapping[str, Any] | None, where: str) -> tuple[dict[str, Any], str | None]:
+    """What an adapt block says itself, and its preset; nothing of none.
+
+    Raises:
+        RecipeError: it has settings that do not fit.
+    """
+    return ({}, None) if block is None else parse(AdaptBlock, block, where).split()
+
+
+class Adapting(MergeMethod):
+    """Base of the methods that learn on unlabelled inputs: a method's settings with those of the loop beside them."""
+
+    data: ClassVar[str] = "unlabelled inputs of each task"
+    use: ClassVar[str] = "adapts on"
+    adapt_block: ClassVar[type[Settings] | None] = AdaptSettings
+    not_searched: ClassVar[str] = "learns what it writes"
+
+    _settings: AdaptSettings = PrivateAttr(default_factory=AdaptSettings)
+
+    @property
+    def settings(self) -> AdaptSettings:
+        """The loop's settings."""
+        return self._settings
+
+    def with_settings(self: Self, settings: AdaptSettings) -> Self:
+        """The same method with other settings of the loop."""
+        changed = self.model_copy()
+        changed._settings = settings
+        return changed
+
+    @classmethod
+    def needs(cls) -> str:
+        return f"base, experts and {cls.data}; no labels"
+
+    @classmethod
+    def passes_over(cls) -> str:
+        return "the checkpoints to start and to merge; each expert's inputs once for its answers; a batch of each task every step, forward and backward"
+
+    @classmethod
+    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
+        try:
+            objectives = cls.resolve(given).settings.objectives
+        except RecipeError as error:
+            return listed(error)
+        unknown = [task for task in objectives if task not in tasks]
+        return [f"adapt.objectives: unknown task '{task}'.{nearest(task, tasks)}" for task in unknown]
+
+    def in_force(self) -> dict[str, Any]:
+        return {**super().in_force(), "adapt": self.settings.model_dump(mode="json")}

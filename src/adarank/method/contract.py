@@ -1,0 +1,188 @@
+"""The one contract of everything that can stand under `merge_method`.
+
+A method is a frozen object of settings. It says what it reads, what it holds and what it writes before anything is
+read, and it runs:
+
+    method = kind.resolve(given)            its settings, from a recipe or from Python
+    method.check(network)                   refuses a network, from headers alone
+    method.held_bytes(outline)              for the memory plan
+    method.output_layouts(outline)          the tensors that it will write
+    result = method.run(context)            what is to be written, and what the record says of it
+
+`recipe/registry.py` knows all methods by name, those of other packages too. Nothing else tells kinds of methods apart:
+workflow, plan, catalogue, search, the Python API and the command line ask the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from adarank.alignment.task_vectors import Network
+from adarank.io.bundle import PartFile
+from adarank.io.writer import Layout, layout_bytes
+from adarank.method.context import Context, Result
+from adarank.method.outline import Another, Given, Outline
+from adarank.settings import Settings, parse
+
+Self = TypeVar("Self", bound="MergeMethod")
+
+
+class MergeMethod(Settings):
+    """Base of everything that can stand under `merge_method`: a frozen object of settings.
+
+    Most methods derive from one of its subclasses, which need less: `methods.base.Method` (a function of one tensor),
+    `methods.task_aware.base.Taskwise` (parts of one tensor), `methods.calibrated.base.Informed` (a function of one tensor
+    and of statistics), `adapt.methods.AdaptiveMethod` (a start of the adaptation), `modular.base.Modular` (modules).
+
+    Class attributes:
+        name: what recipes call it.
+        formula, source: one line each for the catalogue.
+        data: what it reads of the tasks' data, in words; empty if it reads none.
+        use: what it does with them, for errors: "adapts on", "takes statistics of".
+        labels: the labels that it cannot do without, in words; empty if it can.
+        in_use: what whoever uses the output must know of every input, a sentence; empty for one model for all.
+        per_model: settings that each model of a recipe may carry.
+        adapt_block: the settings that a recipe's `adapt` block holds; None if it takes no such block.
+        unused: settings of that block that mean nothing here. `defaults`: of those that differ from the block's own.
+        fixed: settings that have but one value here; the catalogue leaves them out.
+        lists_base: a base that is listed among a recipe's models is one of the experts.
+        keeps_embeddings: embeddings stay the base's where the family of models says so.
+        not_searched: why a search cannot try it at points of a grid; empty if it can.
+        python: the function of the Python API that runs it, and what an error says of it where another one was called.
+    """
+
+    name: ClassVar[str]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+    data: ClassVar[str] = ""
+    use: ClassVar[str] = "reads"
+    labels: ClassVar[str] = ""
+    in_use: ClassVar[str] = ""
+    per_model: ClassVar[tuple[str, ...]] = ()
+    adapt_block: ClassVar[type[Settings] | None] = None
+    unused: ClassVar[frozenset[str]] = frozenset()
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    lists_base: ClassVar[bool] = False
+    keeps_embeddings: ClassVar[bool] = True
+    not_searched: ClassVar[str] = ""
+    python: ClassVar[tuple[str, str]] = (
+        "merge",
+        "gives one model for all tasks, without adapting. Use adarank.merge.",
+    )
+
+    # what the catalogue says of it
+
+    @classmethod
+    def needs(cls) -> str:
+        """Models and data, and whether labels are read."""
+        models = "base and experts" if cls.needs_base() else "experts"
+        return f"{models}, and {cls.data}" if cls.data else f"{models}; no data"
+
+    @classmethod
+    def passes_over(cls) -> str:
+        """How often checkpoints and inputs are gone through."""
+        return "the checkpoints"
+
+    @classmethod
+    def memory(cls) -> str:
+        """What is held at a time."""
+        return "one tensor at a time"
+
+    @classmethod
+    def needs_base(cls) -> bool:
+        """Whether it needs the model that the experts were fine-tuned from."""
+        return True
+
+    @classmethod
+    def of_one_task(cls) -> tuple[str, ...]:
+        """Settings of which a model's own changes the weights of its own task alone: a search tunes them task by task."""
+        return ()
+
+    # what is said of it before anything is read
+
+    @classmethod
+    def resolve(cls: type[Self], given: Given) -> Self:
+        """The method with all its settings.
+
+        Raises:
+            RecipeError: settings that do not fit; all are named.
+        """
+        return parse(cls, given.parameters, f"parameters of '{cls.name}'")
+
+    @classmethod
+    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
+        """What is wrong with the settings, as far as a recipe alone tells; problems that need its files come later.
+
+        Arguments:
+            tasks: the recipe's.
+            protocol: of its data block.
+
+        Raises:
+            RecipeError: settings that do not fit.
+        """
+        return []
+
+    @classmethod
+    def put_on(cls, given: Given) -> Another | None:
+        """The method that this one is put on, if there is one: its part of the recipe is checked as a recipe is."""
+        return None
+
+    def check(self, network: Network) -> None:
+        """Raise a `RecipeError` if the method cannot merge this network. Called before any work."""
+
+    def in_force(self) -> dict[str, Any]:
+        """Every setting with its value, defaults included, as a record has them."""
+        return {"parameters": self.model_dump(by_alias=True)}
+
+    def of_data(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
+        """What of the tasks' data it will read, as a plan says it. Called before anything is computed.
+
+        Arguments:
+            tasks: task -> its rows: what has `labels` and `splits`.
+
+        Raises:
+            DataError: they lack what it reads.
+        """
+        return {}
+
+    def notes(self, network: Network) -> list[str]:
+        """What a user may not expect of it here, in sentences."""
+        return []
+
+    @property
+    def decomposes(self) -> bool:
+        """False if it takes matrices as they are."""
+        return False
+
+    def action(self, chosen: str) -> str:
+        """What happens to a tensor, in a plan's word, given what was chosen for it."""
+        return chosen
+
+    def held_bytes(self, outline: Outline) -> int:
+        """What running it holds in memory, without the activations of a network's batches."""
+        return layout_bytes(outline.layout)
+
+    def output_layouts(self, outline: Outline) -> tuple[Layout, dict[str, Layout]]:
+        """Layouts of the model's tensors or of a bundle's shared parts, and of each task's own parts; heads apart."""
+        return outline.layout, {}
+
+    # what it does
+
+    def run(self, context: Context) -> Result:
+        """Merge, adapt or train; nothing of it is written here. What takes long is continued from `context.state`."""
+        raise NotImplementedError
+
+    # how a bundle of it is read, if it writes one
+
+    @classmethod
+    def task_tensors(cls, tensors: Layout, shared: PartFile, of_task: PartFile) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of one task's whole network but its head, in the layout's order, one in memory at a time."""
+        raise NotImplementedError
+
+    dress: ClassVar[Callable[..., nn.Module] | None] = None
+    """(bundle, task, module with these tensors and the task's head) -> what serves the task, where that is more than the
+    module: adapters put into it, layers that merge per input put in place of its own."""
