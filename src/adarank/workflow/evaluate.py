@@ -143,7 +143,10 @@ def _row(path: Path, recipe: Recipe) -> str:
     """A row's name: the output's path, whether it was trained on labels, and whether what it learned from may be scored."""
     file = path / RECORD
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    used = record.get("adaptation") or record.get("statistics") or record.get("training")
+    used = next(
+        (record[block] for block in ("adaptation", "statistics", "training", "learned_heads") if record.get(block)),
+        None,
+    )
     if not used:
         return str(path)
     if used["protocol"] == "transductive":
@@ -156,6 +159,8 @@ def _row(path: Path, recipe: Recipe) -> str:
         else "informed by"
         if "statistics" in record
         else "trained with labels of"
+        if "training" in record
+        else "heads learned on"
     )
     return f"{path} [{use} other splits, which may hold scored inputs]"
 
