@@ -155,6 +155,10 @@ def test_killed_then_run_again_is_uninterrupted(zoo: Path, tmp_path: Path, kind:
     if kind == "adapt":
         assert record["adaptation"]["resumed_from"] == [6]
         assert (out / FILE).read_bytes() == (whole / FILE).read_bytes()
+        assert record["adaptation"]["heads"].keys() == TASKS.keys()
+    for task in TASKS:
+        heads = [folder / "heads" / task / "head.safetensors" for folder in (out, whole)]
+        assert heads[0].read_bytes() == heads[1].read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 

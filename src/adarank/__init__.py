@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from adarank.adapt.history import Adapted
     from adarank.adapt.settings import AdaptSettings
     from adarank.alignment.selection import Select
-    from adarank.api import adapt, evaluate, merge, merge_each
+    from adarank.api import adapt, evaluate, learn_heads, merge, merge_each
     from adarank.errors import AdaRankError
     from adarank.outputs.bundle import Bundle, extract, from_bundle, load_bundle
     from adarank.outputs.merged import load_task
@@ -40,6 +40,7 @@ __all__ = [
     "evaluate_recipe",
     "extract",
     "from_bundle",
+    "learn_heads",
     "load_bundle",
     "load_recipe",
     "load_task",
@@ -61,6 +62,7 @@ _HOMES = {
     "evaluate_recipe": "workflow.evaluate:evaluate",
     "extract": "outputs.bundle:extract",
     "from_bundle": "outputs.bundle:from_bundle",
+    "learn_heads": "api:learn_heads",
     "load_bundle": "outputs.bundle:load_bundle",
     "load_recipe": "recipe.reader:load_recipe",
     "load_task": "outputs.merged:load_task",

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from adarank.adapt.base import split_block
 from adarank.adapt.batches import BatchInputs
+from adarank.adapt.heads import HeadFit
+from adarank.adapt.heads import learn_heads as learn_task_heads
 from adarank.adapt.history import Adapted, Progress
 from adarank.adapt.methods import AdaptiveMethod
-from adarank.adapt.problem import Problem, expert_predictions
+from adarank.adapt.problem import Problem, expert_predictions, learns_head
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.align import align
 from adarank.alignment.selection import Select
@@ -172,12 +174,7 @@ def adapt(
         logits = adapted.modules["a"](batches["a"][0])  # (16, 4)
     """
     kind: Any = _kind(method, "adapt")
-    batches, held_out = _listed("batches", batches, experts), _listed("held_out", held_out or {}, experts)
-    empty = [task for task in experts if not batches.get(task)]
-    if empty:
-        raise DataError(
-            f"batches: none for {', '.join(map(repr, empty))}. Every task needs at least one unlabelled batch."
-        )
+    batches, held_out = _batches(batches, held_out, experts)
     block, preset = _block(settings, objective)
     chosen: AdaptiveMethod = kind.resolve(Given(parameters or {}, adapt=block, preset=preset))
     loop = chosen.settings
@@ -188,16 +185,73 @@ def adapt(
     if not network.merged():
         raise RecipeError("select: every tensor is kept or belongs to a head, so nothing is left to merge.")
     models = share(((task, copy.deepcopy(module).float().eval()) for task, module in experts.items()), network)
-    inputs = {task: BatchInputs(batches[task], held_out.get(task, ()), loop) for task in experts}
     function, call = objective if callable(objective) else None, forward or _call
+    heads = {task: function is None and learns_head(loop, task) for task in experts}
+    inputs = {task: BatchInputs(batches[task], held_out.get(task, ()), loop, heads[task]) for task in experts}
     predictions = expert_predictions(network, models, inputs, loop, call, function)
     device = next(iter(models.shared.values())).device
     live = chosen.start(network, models.shared, loop, device)
     with torch.enable_grad():  # whatever the caller has switched off
-        history = Problem(models, inputs, loop, call, predictions, function).adapt(live, chosen.grid, progress=progress)
+        problem = Problem(models, inputs, loop, call, predictions, function)
+        history = problem.adapt(live, chosen.grid, progress=progress)
     live.zero_grad()
+    fits = learn_task_heads(problem)
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
-    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}), history)
+    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}), history, fits)
+
+
+def learn_heads(
+    base: nn.Module | State | None,
+    experts: Mapping[str, nn.Module],
+    merged: State,
+    batches: Mapping[str, Sequence[Any]],
+    forward: Forward | None = None,
+    select: Select | None = None,
+    held_out: Mapping[str, Sequence[Any]] | None = None,
+) -> tuple[dict[str, nn.Module], dict[str, HeadFit]]:
+    """Learn each task's head on a merged body, towards its expert's predictions on unlabelled batches.
+
+    A task keeps its expert's head unless the learned one agrees with the expert on clearly more inputs.
+
+    Arguments:
+        base, experts, select: what was merged, as for `merge`; experts as modules. They are copied.
+        merged: tensor name -> merged tensor, as `merge` gives them.
+        batches: task -> its unlabelled batches. All are used.
+        forward: as for `adapt`.
+        held_out: task -> batches that decide between heads; by cross-validation on `batches` where a task has none.
+
+    Returns:
+        task -> the merged network with that task's head (they share the body's memory); task -> what learning its head gave.
+
+    Raises:
+        DataError: a task has no batches.
+        RecipeError: a task's head cannot be learned.
+
+    Example:
+        modules, heads = adarank.learn_heads(base, experts, adarank.merge(base, experts, "cart"), batches)
+    """
+    batches, held_out = _batches(batches, held_out, experts)
+    network, call = _network(base, experts, select), forward or _call
+    loop = AdaptSettings(learn_heads=True)
+    models = share(((task, copy.deepcopy(module).float().eval()) for task, module in experts.items()), network)
+    inputs = {task: BatchInputs(batches[task], held_out.get(task, ()), loop, learns_head=True) for task in experts}
+    predictions = expert_predictions(network, models, inputs, loop, call)
+    models.fill(merged.items())
+    heads = learn_task_heads(Problem(models, inputs, loop, call, predictions))
+    return dict(models.modules), heads
+
+
+def _batches(
+    batches: Mapping[str, Sequence[Any]], held_out: Mapping[str, Sequence[Any]] | None, experts: Mapping[str, Any]
+) -> tuple[dict[str, Sequence[Any]], dict[str, Sequence[Any]]]:
+    """Each task's batches and what is held out, as lists; a `DataError` if a task has no batches."""
+    listed = _listed("batches", batches, experts)
+    empty = [task for task in experts if not listed.get(task)]
+    if empty:
+        raise DataError(
+            f"batches: none for {', '.join(map(repr, empty))}. Every task needs at least one unlabelled batch."
+        )
+    return listed, _listed("held_out", held_out or {}, experts)
 
 
 def _listed(what: str, given: Mapping[str, Any], experts: Mapping[str, Any]) -> dict[str, Sequence[Any]]:

@@ -20,6 +20,7 @@ class BatchInputs:
     Arguments:
         batches: what is adapted on: step i takes batch i, from the start again when they are used up.
         held_out: what steps are judged on; with none it is `batches`.
+        learns_head: the task's head is learned, from all batches: experts predict those, too, that no step will see.
 
     Attributes:
         size: how many inputs the first of the judged batches has; known once there are predictions.
@@ -28,6 +29,7 @@ class BatchInputs:
     batches: Sequence[Any]
     held_out: Sequence[Any]
     settings: AdaptSettings
+    learns_head: bool = False
     size: int = field(default=1, init=False)
 
     @property
@@ -40,6 +42,16 @@ class BatchInputs:
         place = step % len(self.batches)
         return (False, place), self.batches[place]
 
+    @property
+    def held_out_from_steps(self) -> bool:
+        """True if there are batches that are held out."""
+        return bool(self.held_out)
+
+    def adapted_on(self) -> list[Chunk]:
+        """The batches that steps will see, or all if the head is learned from them."""
+        most = len(self.batches) if self.learns_head else Schedule(self.settings).longest
+        return [self.step(step) for step in range(min(most, len(self.batches)))]
+
     def judged_on(self, most: int | None = None) -> Iterable[Chunk]:
         """Whole batches, evenly spread, as they may come sorted by their classes: one at least, `check_inputs` inputs at most."""
         judged = spread(self._candidates(), self.settings.check_inputs // self.size)
@@ -50,8 +62,7 @@ class BatchInputs:
         first, batch = self._candidates()[0]
         known = {first: predict(batch)}
         self.size = max(1, len(known[first].logits))
-        seen = min(Schedule(self.settings).longest, len(self.batches)) if adapted_on else 0
-        for where, batch in [*map(self.step, range(seen)), *self.judged_on()]:
+        for where, batch in [*(self.adapted_on() if adapted_on else ()), *self.judged_on()]:
             if where not in known:
                 known[where] = predict(batch)
         features = {where: each.features for where, each in known.items() if each.features is not None}

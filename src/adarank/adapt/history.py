@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -11,6 +12,9 @@ from adarank.adapt.agreement import Signals
 from adarank.adapt.choice import Choice, LinePoint
 from adarank.adapt.start_search import Tried
 from adarank.spectral.mask_file import MaskFile
+
+if TYPE_CHECKING:
+    from adarank.adapt.heads import HeadFit
 
 
 @dataclass
@@ -68,6 +72,7 @@ class Adapted:
         state: tensor name -> merged tensor, in float32, heads not among them.
         masks: masks and λ; `masks.save(path)` writes the file that the method `masked` applies.
         history: losses and components kept, step by step; judgements; which step was kept and why (`history.choice`).
+        heads: task -> what learning its head gave, for those that were to be learned.
 
     Example:
         base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
@@ -81,3 +86,4 @@ class Adapted:
     state: dict[str, Tensor]
     masks: MaskFile
     history: History
+    heads: Mapping[str, HeadFit] = field(default_factory=dict)

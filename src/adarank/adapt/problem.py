@@ -76,6 +76,15 @@ class Inputs(Protocol):
         """What the task adapts on in a step. A pure function of the step."""
         ...
 
+    @property
+    def held_out_from_steps(self) -> bool:
+        """True if steps are judged on inputs that none of them adapts on."""
+        ...
+
+    def adapted_on(self) -> Iterable[Chunk]:
+        """All that steps adapt on, each input once."""
+        ...
+
     def judged_on(self, most: int | None = None) -> Iterable[Chunk]:
         """What steps are judged on: held out if there is such, `check_inputs` at most.
 
@@ -119,6 +128,10 @@ class Problem:
     def one_pass(self) -> int:
         """Steps after which the task with the fewest inputs has seen each of them."""
         return min(inputs.one_pass for inputs in self.inputs.values())
+
+    def learns_head(self, task: str) -> bool:
+        """True if the task's head is to be learned: by default where its objective has a target."""
+        return not self.function and learns_head(self.settings, task)
 
     def losses(self) -> dict[str, Loss]:
         """task -> its loss on its batch of a step, with a graph."""
@@ -213,7 +226,7 @@ def expert_predictions(
         models.fill(member_tensors(network, network.experts[task]))
         head = head_parts(models, task) if not function and NEED_FEATURES & settings.weights(task).keys() else []
         predict = predictor(models.modules[task], head, forward)
-        predictions[task] = task_inputs.predictions(predict, not function and compares(settings, task))
+        predictions[task] = task_inputs.predictions(predict, not function and needs_targets(settings, task))
     models.fill(member_tensors(network, network.reference()))
     return predictions
 
@@ -221,6 +234,16 @@ def expert_predictions(
 def compares(settings: AdaptSettings, task: str) -> bool:
     """True if the task's objective compares with its expert's predictions."""
     return bool((NEED_EXPERT | NEED_FEATURES) & settings.weights(task).keys())
+
+
+def learns_head(settings: AdaptSettings, task: str) -> bool:
+    """True if the settings ask for the task's head to be learned."""
+    return compares(settings, task) if settings.learn_heads == "auto" else settings.learn_heads
+
+
+def needs_targets(settings: AdaptSettings, task: str) -> bool:
+    """True if the expert's predictions are needed on what the task adapts on."""
+    return compares(settings, task) or learns_head(settings, task)
 
 
 def predictor(module: nn.Module, head: list[nn.Module], forward: Forward, pool: Pool | None = None) -> Predict:

@@ -36,6 +36,8 @@ class AdaptSettings(Settings):
         objective: what every task minimises: a name, or a mapping from names to weights.
         objectives: task -> its own objective, instead of `objective`.
         self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
+        learn_heads: learn each task's head, too, once masks and λ are: towards its expert's predictions, kept where it then
+            agrees with the expert more often on inputs held out. `auto`: where the task's objective looks at the expert.
         balance: κ: how much more a task's loss counts, the more it has risen since the start; 0 is the papers' sum.
         momentum: of the running mean prediction that `infomax` and `filtered-entropy` look at.
         schedule: `cosine` or `linear` down to zero, or `constant` (the papers').
@@ -83,6 +85,9 @@ class AdaptSettings(Settings):
     objectives: dict[str, str | Weights] = Field({}, description="task: its own objective")
     self_label: SelfLabel = SelfLabel()
     filter: Filter = Filter()
+    learn_heads: bool | Literal["auto"] = Field(
+        AUTO, description="learn heads on the merged body afterwards; auto: where the objective looks at the expert"
+    )
     balance: float = Field(
         4.0, ge=0, description="κ: how much more tasks count whose loss has risen; 0 is the papers' sum"
     )

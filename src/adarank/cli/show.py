@@ -312,6 +312,22 @@ def adapted(found: Mapping[str, Any]) -> None:
     for task, step in found["collapse_seen"].items():
         if task not in found["collapsed"]:
             out.print(f"{task} had collapsed to one class at step {step}; what was kept has not.", style="dim")
+    if found.get("heads"):
+        with_heads(found)
+
+
+def with_heads(found: Mapping[str, Any]) -> None:
+    """Which tasks' heads were learned, and how near they are to their experts; which stay."""
+    kept = [
+        f"{task} {100 * fit['agreement'][0]:.1f} → {100 * fit['agreement'][1]:.1f}%"
+        for task, fit in found["heads"].items()
+        if fit["kept"]
+    ]
+    stay = [task for task, fit in found["heads"].items() if not fit["kept"]]
+    if kept:
+        out.print(f"heads learned, agreement with the experts: {', '.join(kept)}")
+    if stay:
+        out.print(f"heads of the experts kept, as learned ones did not agree more: {', '.join(stay)}")
 
 
 def trained(found: Mapping[str, Any]) -> None:
@@ -340,5 +356,5 @@ def _measured(found: Mapping[str, Any]) -> str:
     return f"statistics of {number} adapt inputs per task, {labels}"
 
 
-_OF_BLOCK = {"adaptation": adapted, "training": trained, "statistics": informed}
+_OF_BLOCK = {"adaptation": adapted, "training": trained, "statistics": informed, "learned_heads": with_heads}
 """Block of a record -> what shows it."""

@@ -34,10 +34,25 @@ def _problems(recipe: Recipe) -> list[str]:
         problems.append(different_kinds(recipe.kinds))
     if kind.needs_base() and recipe.base_model is None:
         problems.append(f"base_model: '{kind.name}' needs the model that the experts were fine-tuned from.")
-    if kind.data:
-        problems += [f"models: '{t}' has no task with data, and '{kind.name}' {kind.use} its inputs." for t, e in recipe.experts.items()
+    problems += _of_heads(recipe)
+    if kind.data or recipe.heads == "learn":
+        use = f"'{kind.name}' {kind.use}" if kind.data else "heads: learn reads"
+        problems += [f"models: '{t}' has no task with data, and {use} its inputs." for t, e in recipe.experts.items()
                      if e.task is None or e.task.data is None]  # fmt: skip
     return problems + _of_settings(recipe)
+
+
+def _of_heads(recipe: Recipe) -> list[str]:
+    """Whether heads can be learned on what the method writes."""
+    kind = recipe.kind
+    if recipe.heads == "expert":
+        return []
+    if kind.adapt_block is not None and not kind.in_use:
+        return [f"heads: '{kind.name}' adapts, and learns heads as adapt: learn_heads says. Remove heads."]
+    if kind.in_use or "heads" in kind.model_fields:
+        what = "a network for each task" if kind.in_use else "heads of its own"
+        return [f"heads: '{kind.name}' writes {what}; learn is for one body under its experts' heads. Remove heads."]
+    return []
 
 
 def _names(recipe: Recipe) -> list[str]:

@@ -61,6 +61,7 @@ class Recipe(Settings):
     dequantize: bool = False
     tokenizer_source: Literal["base"] | None = None
     adapt: AdaptBlock | None = None
+    heads: Literal["expert", "learn"] = "expert"
     data: DataSettings = DataSettings()
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"

@@ -18,6 +18,7 @@ from adarank.method import changed_tensors
 from adarank.recipe.job import Job
 from adarank.spectral.mask_file import MaskFile
 from adarank.workflow.build_networks import build_models
+from adarank.workflow.heads import learned_heads
 from adarank.workflow.problem import problem_of, table_inputs
 
 if TYPE_CHECKING:
@@ -30,13 +31,15 @@ class Adaptation:
 
     Attributes:
         masks: masks and λ of the kept step.
-        report: what the record says of it: losses, judgements, the step kept and why, collapse.
+        report: what the record says of it: losses, judgements, the step kept and why, collapse, heads.
+        heads: task -> its head, where a learned one is kept.
     """
 
     job: Job
     live: LiveWeights
     masks: MaskFile
     report: dict[str, Any]
+    heads: Mapping[str, Mapping[str, Tensor]]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the merged model that is not a head, in the network's order."""
@@ -62,7 +65,8 @@ def adapt_job(run: Run, method: AdaptiveMethod) -> Adaptation:
         "kept": [round(v, 5) for v in history.kept],
         "mask": live.mask_kind,
     }
-    return Adaptation(job, live, masks, report(history, job, settings, data) | of_masks)
+    heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
+    return Adaptation(job, live, masks, report(history, job, settings, data) | of_masks | of_heads, heads)
 
 
 def report(

@@ -45,6 +45,7 @@ class Run(Context):
         state: file in which the state is kept, with the experts' predictions and statistics beside it. A run continues from it.
         note, progress: told of stages as they begin, and of every step.
         ready: networks that are loaded already, and may be filled.
+        keeps_heads: heads stay the experts', whatever the settings say: another method is put on the result.
     """
 
     job: Job
@@ -54,6 +55,7 @@ class Run(Context):
     note: Note = _silent
     progress: Progress | None = None
     ready: TaskModels | None = None
+    keeps_heads: bool = False
 
     @property
     def network(self) -> Network:
@@ -121,6 +123,7 @@ class Run(Context):
         adaptation = adapt_job(self, method)
         return Result(
             adaptation.tensors(),
+            heads=adaptation.heads,
             files={MASKS_FILE: adaptation.masks.save},
             block="adaptation",
             report=adaptation.report,
@@ -132,7 +135,8 @@ class Run(Context):
             {**self.about, "settings": settings},
             self.state and self.state.parent / "start" / self.state.name,
         )
-        return method.run(replace(self, job=replace(self.job, method=method), about=about, state=state)), settings
+        changed = replace(self, job=replace(self.job, method=method), about=about, state=state, keeps_heads=True)
+        return method.run(changed), settings
 
     def expert_predictions(self, models: TaskModels, settings: AdaptSettings) -> dict[str, Predictions]:
         mark = [self.choices, self.about["inputs"], self.marks]

@@ -175,7 +175,10 @@ def _row(path: Path, recipe: Recipe) -> str:
 
 
 def _row_of(path: Path, record: Mapping[str, Any], recipe: Recipe) -> str:
-    used = record.get("adaptation") or record.get("statistics") or record.get("training")
+    used = next(
+        (record[block] for block in ("adaptation", "statistics", "training", "learned_heads") if record.get(block)),
+        None,
+    )
     if not used:
         return str(path)
     if used["protocol"] == "transductive":
@@ -188,6 +191,8 @@ def _row_of(path: Path, record: Mapping[str, Any], recipe: Recipe) -> str:
         else "informed by"
         if "statistics" in record
         else "trained with labels of"
+        if "training" in record
+        else "heads learned on"
     )
     return f"{path} [{use} other splits, which may hold scored inputs]"
 

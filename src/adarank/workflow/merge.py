@@ -26,6 +26,7 @@ from adarank.recipe.plan import describe, settings_in_force, unheeded
 from adarank.recipe.reader import RecipeLike, load_recipe
 from adarank.recipe.schema import Recipe
 from adarank.workflow.context import Run
+from adarank.workflow.heads import with_learned_heads
 from adarank.workflow.load_tasks import load_tasks
 
 
@@ -79,7 +80,7 @@ def _merge(
     _check_disk(job, out)
     torch.manual_seed(recipe.seed)
     if data is None:
-        data = load_tasks(job) if job.method.data else {}
+        data = load_tasks(job) if job.method.data or recipe.heads == "learn" else {}
     job.method.of_data(data)  # refused here, before anything is computed
     note("Hashing the inputs")
     record: dict[str, Any] = {
@@ -91,8 +92,12 @@ def _merge(
         "inputs": job.inputs(),
     }
     state = out.parent / f".{out.name}.state"
-    with _kept(state) if job.method.data else nullcontext():
-        result = job.method.run(Run(job, data, record, state / "state.pt", note, progress))
+    with _kept(state) if data else nullcontext():
+        run = Run(job, data, record, state / "state.pt", note, progress)
+        result = job.method.run(run)
+        if recipe.heads == "learn":
+            result, of_heads = with_learned_heads(run, result)
+            record |= of_heads
     note("Writing the bundle" if result.parts else "Writing the merged model")
     with atomic_folder(out, force) as folder:
         record |= write_result(folder, job, result)

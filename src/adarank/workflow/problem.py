@@ -16,7 +16,7 @@ from torch import Tensor
 from adarank.adapt import problem
 from adarank.adapt.learner import Memory
 from adarank.adapt.objectives import NEED_FEATURES
-from adarank.adapt.problem import BatchPredictions, Chunk, Predict, Predictions, Problem, compares, predictor
+from adarank.adapt.problem import BatchPredictions, Chunk, Predict, Predictions, Problem, needs_targets, predictor
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
@@ -61,6 +61,15 @@ class TableInputs:
         """The rows of a step."""
         rows = list(self.data.adapt_rows(step, self.settings.batch_size))
         return rows, {name: tensor.to(self.device) for name, tensor in self.data.examples.batch(rows).items()}
+
+    @property
+    def held_out_from_steps(self) -> bool:
+        """True if there is a select split."""
+        return self.judged[1] == "select"
+
+    def adapted_on(self) -> Iterator[Chunk]:
+        """The rows of the adapt split, longest first."""
+        return self._batches(self.data, "adapt")
 
     def judged_on(self, most: int | None = None) -> Iterator[Chunk]:
         """The judged rows, longest first."""
@@ -142,7 +151,7 @@ def expert_predictions(
         folder: where predictions are kept; those that lie there with the same mark are not computed again.
     """
     inputs = table_inputs(job, data, settings)
-    rows = {task: of_task.rows_to_predict(compares(settings, task)) for task, of_task in inputs.items()}
+    rows = {task: of_task.rows_to_predict(needs_targets(settings, task)) for task, of_task in inputs.items()}
     kinds = {task: bool(NEED_FEATURES & settings.weights(task).keys()) for task in data}
     fingerprint = hashlib.sha256(json.dumps([mark, rows, kinds], sort_keys=True).encode()).hexdigest()
     kept = _read(folder / FILE, fingerprint) if folder else None

@@ -1,0 +1,201 @@
+"""Heads learned on a merged body: what is kept, what is rolled back, and what stays as it is."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import adarank
+import clip_zoo
+import image_zoo
+import text_zoo
+from adarank.adapt import ADAPTIVE, PRESETS
+from adarank.adapt.heads import HeadExamples, fit_head
+from adarank.adapt.presets import with_preset
+from adarank.recipe.reader import load_recipe
+
+
+def net(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = [("body", nn.Linear(8, 16)), ("act", nn.ReLU()), ("head", nn.Linear(16, 4))]
+    return nn.Sequential(OrderedDict(layers))
+
+
+def inputs(seed: int, count: int = 200) -> list[Tensor]:
+    return [torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))]
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def same_head(one: nn.Module, other: nn.Module) -> bool:
+    return torch.equal(one.head.weight, other.head.weight) and torch.equal(one.head.bias, other.head.bias)
+
+
+@pytest.mark.parametrize("held_out", [None, {"a": inputs(2)}])
+def test_on_its_experts_body_a_task_keeps_its_head(held_out: Any) -> None:
+    base, expert = net(0), net(1)
+    modules, heads = adarank.learn_heads(base, {"a": expert}, state(expert), {"a": inputs(3)}, held_out=held_out)
+    assert not heads["a"].kept
+    assert heads["a"].agreement == (1, 1)
+    assert same_head(modules["a"], expert)
+
+
+@pytest.mark.parametrize("held_out", [None, {"a": inputs(2)}])
+def test_a_head_follows_a_body_whose_units_are_exchanged(held_out: Any) -> None:
+    """The same head with its columns exchanged says exactly what the expert says: there is nothing left to gain."""
+    base, expert, batches = net(0), net(1), {"a": inputs(3, 400)}
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    merged = {
+        **state(expert),
+        "body.weight": expert.body.weight[order].detach(),
+        "body.bias": expert.body.bias[order].detach(),
+    }
+    modules, heads = adarank.learn_heads(base, {"a": expert}, merged, batches, held_out=held_out)
+    fit = heads["a"]
+    assert fit.kept
+    assert fit.held_out == (held_out is not None)
+    assert fit.agreement[0] < 0.8
+    assert fit.agreement[1] > 0.95
+    new = inputs(5, 300)[0]
+    agreement = (modules["a"](new).argmax(1) == expert(new).argmax(1)).double().mean()
+    assert agreement > 0.95
+    assert torch.equal(modules["a"].body.weight, merged["body.weight"])
+
+
+def test_a_head_that_agrees_less_is_rolled_back() -> None:
+    """The body differs from the expert's on the inputs that are learned from alone."""
+    base, expert = net(0), net(1)
+    merged = state(expert)
+    merged["body.weight"][:, 7] += 5
+    unlike, alike = inputs(3)[0], inputs(2)[0]
+    alike[:, 7] = 0
+    given = (base, {"a": expert}, merged, {"a": [unlike]})
+    modules, heads = adarank.learn_heads(*given, held_out={"a": [alike]})
+    assert not heads["a"].kept
+    assert heads["a"].agreement[0] == 1 > heads["a"].agreement[1]
+    assert same_head(modules["a"], expert)
+    assert adarank.learn_heads(*given)[1]["a"].kept  # by cross-validation on the others it would be
+
+
+def linear(head: Any, given: Tensor) -> Tensor:
+    return given @ head["weight"].T
+
+
+def test_a_fitted_head_is_the_minimum_of_its_formula() -> None:
+    torch.manual_seed(0)
+    start, given, expert = torch.randn(3, 5).double(), torch.randn(60, 5).double(), torch.randn(60, 3).double()
+    found = fit_head(linear, {"weight": start}, HeadExamples(given, expert), 0.1)["weight"]
+    p, q = (given @ found.T).softmax(1), expert.softmax(1)
+    gradient = (p - q).T @ given / 60 + 0.2 * (found - start)  # of the formula, by hand
+    assert gradient.abs().max() < 1e-5
+    assert (found - start).abs().max() > 0.1
+
+
+def test_a_large_pull_gives_the_experts_head() -> None:
+    torch.manual_seed(0)
+    start, examples = torch.randn(3, 5).double(), HeadExamples(torch.randn(60, 5).double(), torch.randn(60, 3).double())
+    distances = [
+        float((fit_head(linear, {"weight": start}, examples, pull)["weight"] - start).norm())
+        for pull in (0.01, 1, 100, 1e8)
+    ]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 1e-6
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_learns_heads(preset: str) -> None:
+    for kind in ADAPTIVE.values():
+        assert with_preset(kind, {}, {}, preset)[1].learn_heads is False
+    assert with_preset(ADAPTIVE["adarank"], {}, {}, None)[1].learn_heads == "auto"
+
+
+@pytest.mark.parametrize(
+    ("settings", "learned"),
+    [({}, True), ({"learn_heads": False}, False), ({"objective": "entropy"}, False),
+     ({"objective": "entropy", "learn_heads": True}, True), ({"objective": "features"}, True), ({"preset": "paper"}, False)],
+)  # fmt: skip
+def test_heads_are_learned_where_the_objective_has_a_target(settings: dict[str, Any], learned: bool) -> None:
+    base, experts = net(0), {"a": net(1), "b": net(2)}
+    batches = {task: inputs(3, 40) for task in experts}
+    given = {"rank": 0.5, "lambda": 1.0}
+    found = adarank.adapt(base, experts, batches, parameters=given, settings={"steps": 2, **settings})
+    assert set(found.heads) == (set(experts) if learned else set())
+    for task, module in found.modules.items():
+        assert same_head(module, experts[task]) != (task in found.heads and found.heads[task].kept)
+    plain = adarank.adapt(
+        base, experts, batches, parameters=given, settings={"steps": 2, **settings, "learn_heads": False}
+    )
+    assert all(torch.equal(own, plain.state[name]) for name, own in found.state.items())
+
+
+def texts(architecture: str) -> Any:
+    return lambda folder, **changes: text_zoo.recipe(text_zoo.make_zoo(folder, architecture), **changes)
+
+
+ZOOS = {name: texts(name) for name in ("bert", "roberta", "distilbert", "gpt2")} | {
+    "vit": lambda folder, **changes: image_zoo.recipe(image_zoo.make_zoo(folder), **changes),
+    "resnet": lambda folder, **changes: image_zoo.recipe(image_zoo.make_zoo(folder, "resnet"), **changes),
+    "clip": lambda folder, **changes: clip_zoo.recipe(clip_zoo.make_zoo(folder), **changes),
+}
+
+
+@pytest.mark.parametrize("zoo", ZOOS)
+def test_heads_are_learned_after_any_merge_of_any_family(tmp_path: Path, zoo: str) -> None:
+    """The body is that of the merge alone, and so are the heads that are not kept; a kept one is as near as its record says."""
+    plain = ZOOS[zoo](tmp_path, merge_method="average", parameters=None)
+    adarank.merge_recipe(plain, tmp_path / "plain")
+    path = ZOOS[zoo](tmp_path, merge_method="average", parameters=None, heads="learn")
+    record = adarank.merge_recipe(path, tmp_path / "out")["learned_heads"]
+    assert record["protocol"] == "disjoint"
+    body = [load_file(tmp_path / out / "model.safetensors") for out in ("plain", "out")]
+    assert body[0].keys() == body[1].keys()
+    assert all(torch.equal(tensor, body[1][name]) for name, tensor in body[0].items())
+    assert len(record["heads"]) == 2
+    for task, fit in record["heads"].items():
+        files = [load_file(tmp_path / out / "heads" / task / "head.safetensors") for out in ("plain", "out")]
+        assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items()) != fit["kept"]
+        assert fit["agreement"][1] > fit["agreement"][0] or not fit["kept"]
+    assert adarank.evaluate_recipe(load_recipe(path), [tmp_path / "out"]).rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"merge_method": "adarank"}, "heads: 'adarank' adapts, and learns heads as adapt: learn_heads says"),
+        ({"merge_method": "emr"}, "heads: 'emr' writes a network for each task"),
+        ({"merge_method": "multitask"}, "heads: 'multitask' writes heads of its own"),
+        ({"merge_method": "average", "models": [{"model": "models/mood"}, {"model": "models/colour"}]},
+         "models: 'mood' has no task with data, and heads: learn reads its inputs"),
+    ],
+)  # fmt: skip
+def test_heads_that_cannot_be_learned_are_refused_at_once(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(adarank.AdaRankError, match=text):
+        load_recipe(text_zoo.recipe(tmp_path, heads="learn", **changes))
+
+
+class Inside(nn.Module):
+    """A network that goes on after its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.after = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.relu(self.head(self.body(x))))
+
+
+def test_a_head_inside_a_network_is_refused_if_it_must_be_learned() -> None:
+    torch.manual_seed(0)
+    base, experts = Inside(), {"a": Inside()}
+    select = adarank.Select(head=("head.*",))
+    with pytest.raises(adarank.AdaRankError, match="task 'a': its head cannot be learned"):
+        adarank.adapt(base, experts, {"a": inputs(1)}, settings={"steps": 1, "learn_heads": True}, select=select)
+    assert not adarank.adapt(base, experts, {"a": inputs(1)}, settings={"steps": 1}, select=select).heads
