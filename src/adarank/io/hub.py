@@ -15,6 +15,8 @@ from pathlib import Path
 from adarank.errors import AdaRankError, CheckpointError
 from adarank.io.hub_files import ANY, used_files
 
+NO_ADAPTERS = "adapters (after '+', or under lora) are not read. Merge it into its model first, with peft's merge_and_unload, and give the folder that save_pretrained writes then"
+
 
 def is_hub_id(reference: str) -> bool:
     """True for `org/name`, `org/name/folder` or either with `@revision`, that is not an existing path."""
@@ -75,6 +77,9 @@ def resolve(reference: str, folder: Path | None = None) -> Path:
     path = local_path(reference, folder)
     if path.exists():
         return path
+    if "+" in reference:
+        model, _, adapter = reference.partition("+")
+        raise CheckpointError(f"{reference}: the model '{model}' with the adapter '{adapter}', and {NO_ADAPTERS}.")
     if not is_hub_id(reference):
         raise CheckpointError(
             f"{path}: no such checkpoint. Give a folder, a weights file, or a hub id 'org/name@revision'."

@@ -17,6 +17,7 @@ from adarank.data.spec import DataSettings, TaskSpec
 from adarank.io.hub import called, same_model
 from adarank.method import Given, MergeMethod
 from adarank.recipe.mergekit import with_effect, without_effect
+from adarank.recipe.references import reference
 from adarank.recipe.registry import METHODS
 from adarank.settings import Settings, keys
 
@@ -33,6 +34,8 @@ class ModelEntry(Settings):
     """One expert: where it is, its own parameters, and its task."""
 
     _nothing = field_validator("parameters", mode="before")(_empty_if_none)
+
+    _as_text = field_validator("model", mode="before")(reference)
 
     model: str
     parameters: dict[str, Any] = Field({}, description="settings")
@@ -67,6 +70,8 @@ class Recipe(Settings):
     """A whole recipe. `folder` is where its relative paths count from."""
 
     _nothing = field_validator("parameters", mode="before")(_empty_if_none)
+
+    _as_text = field_validator("base_model", mode="before")(reference)
 
     merge_method: str
     name: str | None = None  # of a stage in mergekit's recipes of several; without effect
