@@ -49,6 +49,12 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: extends itself, by way of {inside[-1]}. Remove one of the extends lines.")
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
+    except yaml.composer.ComposerError as error:
+        if "single document" not in str(error.context):
+            raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
+        raise RecipeError(
+            f"{path}: several documents, and a recipe is one. Merge each in a file of its own, and name its folder in the next."
+        ) from None
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(values, dict):
