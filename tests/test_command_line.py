@@ -139,7 +139,8 @@ def test_hub_ids_are_told_from_paths(tmp_path: Path) -> None:
     assert is_hub_id("org/name@v1")
     assert not is_hub_id("./org/name")
     assert not is_hub_id("folder/weights.bin")
-    assert not is_hub_id("a/b/c")
+    assert is_hub_id("org/name/folder@v1")
+    assert not is_hub_id("org//folder")
 
 
 def test_a_hub_id_is_downloaded_at_its_revision_without_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

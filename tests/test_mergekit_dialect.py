@@ -15,7 +15,7 @@ from adarank.methods import METHODS, merge_tensors
 from adarank.recipe.job import open_job
 from adarank.recipe.mergekit import SETTINGS, SHARED
 from adarank.recipe.plan import describe
-from adarank.recipe.reader import parse_recipe
+from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.settings import keys
 from make import family, save
 
@@ -183,3 +183,15 @@ def test_a_slash_does_not_make_the_base_an_expert() -> None:
     for base in ("base", "./base", "base/", "org/base"):
         models = [{"model": base.rstrip("/") + "/"}, *MODELS]
         assert list(parse_recipe(recipe("ties", models) | {"base_model": base}, Path()).experts) == ["task0", "task1"]
+
+
+def test_several_documents_are_refused_with_the_way_out(folder: Path) -> None:
+    stages = folder / "stages.yaml"
+    stages.write_text(
+        "name: first\nmerge_method: linear\nmodels: []\n---\nmerge_method: ties\nmodels: [{model: first}]\n"
+    )
+    with pytest.raises(RecipeError, match=r"several documents.*file of its own.*name its folder in the next"):
+        load_recipe(stages)
+    stages.write_text("models: *nowhere")
+    with pytest.raises(RecipeError, match=r"not readable YAML.*undefined alias"):
+        load_recipe(stages)

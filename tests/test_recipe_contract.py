@@ -114,8 +114,6 @@ def test_a_global_weight_is_the_default_of_models_that_give_none() -> None:
     ("slices", [{"sources": [{"model": "a", "layer_range": [i, i + 2]}]} for i in (0, 2)], "list whole models under models"),
     ("slices", [], "list whole models under models"),
     ("modules", {"text_decoder": {"slices": []}}, "list whole models under models"),
-    ("tokenizer", {"source": "union", "tokens": {}}, "all models must share the base's"),
-    ("tokenizer_source", "union", "Only 'base'"), ("tokenizer_source", "model:a", "Only 'base'"),
     ("chat_template", "auto", "Edit tokenizer_config.json"),
 ])  # fmt: skip
 def test_what_mergekit_has_and_this_has_not_is_refused_by_name(key: str, value: Any, remedy: str) -> None:

@@ -6,23 +6,24 @@ The only file that names `huggingface_hub`.
 from __future__ import annotations
 
 import errno
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from adarank.errors import AdaRankError, CheckpointError
+from adarank.io.hub_files import ANY, used_files
 
-# What a merge can use: weights, configuration, tokenizer and processor files. Never code.
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.bin", "*.bin.index.json"]
+NO_ADAPTERS = "adapters (after '+', or under lora) are not read. Merge it into its model first, with peft's merge_and_unload, and give the folder that save_pretrained writes then"
 
 
 def is_hub_id(reference: str) -> bool:
-    """True for `org/name` or `org/name@revision` that is not an existing path."""
+    """True for `org/name`, `org/name/folder` or either with `@revision`, that is not an existing path."""
     name = reference.split("@", 1)[0]
     if Path(reference).exists() or name.startswith((".", "/", "~")):
         return False
-    return name.count("/") == 1 and all(name.split("/")) and not Path(name).suffix
+    return name.count("/") >= 1 and all(name.split("/")) and not Path(name).suffix
 
 
 def local_path(given: str | Path, folder: Path | None = None, kind: type[AdaRankError] = CheckpointError) -> Path:
@@ -67,7 +68,7 @@ def resolve(reference: str, folder: Path | None = None) -> Path:
     """The local path of a checkpoint.
 
     Arguments:
-        reference: a path (relative ones count from `folder`), or `org/name[@revision]` on the hub.
+        reference: a path (relative ones count from `folder`), or `org/name[/folder][@revision]` on the hub.
         folder: where relative paths start; the working directory if not given.
 
     Raises:
@@ -76,6 +77,9 @@ def resolve(reference: str, folder: Path | None = None) -> Path:
     path = local_path(reference, folder)
     if path.exists():
         return path
+    if "+" in reference:
+        model, _, adapter = reference.partition("+")
+        raise CheckpointError(f"{reference}: the model '{model}' with the adapter '{adapter}', and {NO_ADAPTERS}.")
     if not is_hub_id(reference):
         raise CheckpointError(
             f"{path}: no such checkpoint. Give a folder, a weights file, or a hub id 'org/name@revision'."
@@ -99,14 +103,33 @@ def offline() -> Iterator[None]:
 def _download(reference: str) -> Path:
     from huggingface_hub import snapshot_download  # imported on use: it is slow, and local merges never need it
 
-    name, _, revision = reference.partition("@")
+    path, _, revision = reference.partition("@")
+    organisation, repository, *inside = path.split("/")
+    name, folder = f"{organisation}/{repository}", "/".join(inside)
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=PATTERNS))
+        listed = _listed(name, revision or None)
+        files = ANY if listed is None else [glob.escape(file) for file in used_files(listed, folder)]
+        place = Path(snapshot_download(name, revision=revision or None, allow_patterns=files)) / folder
     except Exception as error:  # the hub client's errors share no base class
         raise CheckpointError(
             f"{reference}: not a local path, and the hub did not give it ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
             "Check the name and revision, log in if it is private, or download it and give the folder."
         ) from error
+    if not place.is_dir():
+        raise CheckpointError(f"{reference}: {name} on the hub has no folder '{folder}'. Check its name.")
+    return place
+
+
+def _listed(name: str, revision: str | None) -> list[str] | None:
+    """The names of a repository's files; None where the hub does not tell them, and its cache is all there is."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return HfApi().list_repo_files(name, revision=revision)
+    except Exception:  # the hub client's errors share no base class; the download says what is wrong
+        return None
 
 
 def configuration_errors() -> tuple[type[Exception], ...]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from adarank.errors import CheckpointError, itemise
 
-# Of models, tokenizers and processors of `transformers`. Neither code, nor what trainers and trackers leave there.
-PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    # tokenizers
+# Of tokenizers and what they make of chats.
+_TOKENIZER = (
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -25,9 +23,14 @@ PATTERNS = (
     "normalizer.json",
     "bpe.codes",
     "dict.txt",
-    # chat templates
     "*.jinja",
     "chat_template.json",
+)
+# Of models, tokenizers and processors of `transformers`. Neither code, nor what trainers and trackers leave there.
+PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    *_TOKENIZER,
     # image, audio and video processors
     "preprocessor_config.json",
     "*processor_config.json",
@@ -53,6 +56,11 @@ def side_files(folder: Path) -> list[Path]:
             itemise(f"{folder}: links out of a model's folder are not followed.", foreign, "Copy these files there.")
         )
     return needed
+
+
+def tokenizer_files(files: Iterable[Path]) -> list[Path]:
+    """Those of some files that belong to a tokenizer, chat templates among them."""
+    return [file for file in files if any(fnmatchcase(file.name, pattern) for pattern in _TOKENIZER)]
 
 
 def _root(folder: Path) -> Path:

@@ -32,7 +32,7 @@ def check_compatible(network: Network, base: Checkpoint | None, experts: Mapping
         MismatchError: ids stand for different tokens, or a setting that decides what shared tensors compute differs.
         CheckpointError: a file of a vocabulary or an image processor is damaged.
     """
-    members = _labelled(base, experts)
+    members = labelled(base, experts)
     of_settings, notes = compare_configurations(
         {name: member.config for name, member in members.items()}, _tied(network)
     )
@@ -50,13 +50,19 @@ def check_modules(network: Network, base: object, experts: Mapping[str, object])
         MismatchError: a setting that decides what shared tensors compute differs.
     """
     readers = {
-        n: getattr(getattr(member, "config", None), "to_dict", None) for n, member in _labelled(base, experts).items()
+        n: getattr(getattr(member, "config", None), "to_dict", None) for n, member in labelled(base, experts).items()
     }
     configs = {name: read() for name, read in readers.items() if read is not None}
     _refuse(compare_configurations(configs, _tied(network))[0], [])
 
 
-def _labelled(base: Member | None, experts: Mapping[str, Member]) -> dict[str, Member]:
+def is_table(name: str) -> bool:
+    """Whether a matrix of this name has a row for each token."""
+    return bool(_TABLE.search(name)) and not _NO_TABLE.search(name)
+
+
+def labelled(base: Member | None, experts: Mapping[str, Member]) -> dict[str, Member]:
+    """What sentences call base and experts -> the member."""
     return {
         **({"the base": base} if base is not None else {}),
         **{f"expert '{t}'": member for t, member in experts.items()},
@@ -84,12 +90,8 @@ def _refuse(of_settings: list[str], of_tokens: list[str]) -> None:
 
 def _tables(network: Network) -> tuple[set[str], int]:
     """The members that hold an embedding table, and how many rows the largest has."""
-    named = _labelled(network.base, network.experts)
-    tables = [
-        name
-        for name, info in network.tensors.items()
-        if len(info.shape) == 2 and _TABLE.search(name) and not _NO_TABLE.search(name)
-    ]
+    named = labelled(network.base, network.experts)
+    tables = [name for name, info in network.tensors.items() if len(info.shape) == 2 and is_table(name)]
     holders = {label for label, member in named.items() if any(name in member.names for name in tables)}
     return holders, max((network.tensors[name].shape[0] for name in tables), default=0)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from adarank.alignment.task_vectors import Network
 from adarank.io.bundle import HEAD, About, Names, Parts, finish, task_folder, write_parts
 from adarank.io.sentence import ROOT_FILES
+from adarank.io.side_files import tokenizer_files
 from adarank.io.writer import write_folders, write_json, write_tensors
 from adarank.method import Result
 from adarank.recipe.job import Job
@@ -26,17 +27,30 @@ def check_companions(job: Job) -> None:
     Raises:
         CheckpointError: a file is a link out of its model's folder.
     """
-    for checkpoint in (job.root, *(job.experts.values() if job.method.in_use else ())):
+    for checkpoint in (
+        job.root,
+        *([job.tokenizer] if job.tokenizer else []),
+        *(job.experts.values() if job.method.in_use else ()),
+    ):
         checkpoint.side_files()
 
 
 def write_root_files(folder: Path, job: Job) -> None:
     """Configuration, tokenizer and processor files of the base; the configuration names the output's dtype."""
-    for file in job.root.side_files():
+    for file in _root_files(job):
         shutil.copy(file, folder / file.name)  # with its permissions
     if (job.recipe.output_dtype() is not None or job.recipe.dequantize) and (folder / CONFIG).exists():
         write_json(folder / CONFIG, _in_dtype(job.root.config, job))
     _write_modules(folder, job)
+
+
+def _root_files(job: Job) -> list[Path]:
+    """The base's files, with those of the tokenizer that the recipe names in place of the base's."""
+    files = job.root.side_files()
+    if job.tokenizer is None:
+        return files
+    replaced = tokenizer_files(files)
+    return [*(f for f in files if f not in replaced), *tokenizer_files(job.tokenizer.side_files())]
 
 
 def _write_modules(folder: Path, job: Job) -> None:
@@ -67,7 +81,7 @@ def write_task_files(target: Path, job: Job, task: str) -> None:
     in files of its own where the base has others or none."""
     if job.network.heads[task]:
         write_head(target, job, task)
-    roots = {file.name: file.read_bytes() for file in job.root.side_files()}
+    roots = {file.name: file.read_bytes() for file in _root_files(job)}
     for file in job.experts[task].side_files():
         if file.name != CONFIG and roots.get(file.name) != file.read_bytes():
             shutil.copy(file, target / file.name)

@@ -39,6 +39,8 @@ def _problems(recipe: Recipe) -> list[str]:
         use = f"'{kind.name}' {kind.use}" if kind.data else "heads: learn reads"
         problems += [f"models: '{t}' has no task with data, and {use} its inputs." for t, e in recipe.experts.items()
                      if e.task is None or e.task.data is None]  # fmt: skip
+    if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
+        problems.append("tokenizer: given beside tokenizer_source, its older form. Keep one of them.")
     return problems + _of_settings(recipe)
 
 

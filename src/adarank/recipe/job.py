@@ -21,6 +21,7 @@ from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, 
 from adarank.models.compatibility import check_compatible
 from adarank.recipe.checks import different_kinds
 from adarank.recipe.schema import Recipe
+from adarank.recipe.tokenizers import tokenizer_source
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Job:
         family: the kind of model, if the recipe's models have tasks.
         method: the method with all its settings, checked against the network.
         notes: how the models differ where that stops no merge, in sentences.
+        tokenizer: the model whose tokenizer's files are written, where the recipe names one; else they are the root's.
     """
 
     recipe: Recipe
@@ -41,6 +43,7 @@ class Job:
     family: Family | None
     method: MergeMethod
     notes: tuple[str, ...] = ()
+    tokenizer: Checkpoint | None = None
 
     @property
     def root(self) -> Checkpoint:
@@ -90,6 +93,7 @@ def open_job(recipe: Recipe) -> Job:
     base, opened = _open(recipe)
     if recipe.layer_range is not None:
         _check_layers(recipe.layer_range, [*([base] if base else []), *opened.values()])
+    tokenizer = tokenizer_source(recipe, base, opened)
     family = _family(recipe, opened)
     if family is not None and recipe.dequantize:
         raise RecipeError(
@@ -112,7 +116,7 @@ def open_job(recipe: Recipe) -> Job:
     notes = check_compatible(network, base, opened)
     method = recipe.method(network.merged())
     method.check(network)
-    return Job(recipe, base, opened, network, family, method, tuple(notes))
+    return Job(recipe, base, opened, network, family, method, tuple(notes), tokenizer)
 
 
 def _check_layers(wanted: tuple[int, int], opened: Sequence[Checkpoint]) -> None:

@@ -9,9 +9,7 @@ from typing import Any
 NOT_DONE = {
     "slices": "Layers are not rearranged here (frankenmerging): give one slice of all layers, or list whole models under models.",
     "modules": "Only a module 'default' of whole models is read here; list whole models under models.",
-    "tokenizer": "Vocabularies are never resized here; all models must share the base's.",
     "chat_template": "Edit tokenizer_config.json of the output instead.",
-    "tokenizer_source": "Only 'base': vocabularies are never resized here; all models must share the base's.",
 }
 
 

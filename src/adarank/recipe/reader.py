@@ -56,6 +56,12 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: extends itself, by way of {inside[-1]}. Remove one of the extends lines.")
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
+    except yaml.composer.ComposerError as error:
+        if "single document" not in str(error.context):
+            raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
+        raise RecipeError(
+            f"{path}: several documents, and a recipe is one. Merge each in a file of its own, and name its folder in the next."
+        ) from None
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
     if not isinstance(values, dict):
@@ -74,9 +80,8 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
-    values = whole_models({key: value for key, value in values.items() if not _asks_for_nothing(key, value)})
-    asked = [key for key, value in values.items() if (key, value) != ("tokenizer_source", "base")]
-    refused = [f"'{key}' is not supported. {reason}" for key, reason in NOT_DONE.items() if key in asked]
+    values = whole_models({key: value for key, value in values.items() if value is not None or key not in NOT_DONE})
+    refused = [f"'{key}' is not supported. {reason}" for key, reason in NOT_DONE.items() if key in values]
     if refused:
         raise RecipeError(f"{where}: {refused[0]}" if len(refused) == 1 else itemise(f"{where}:", refused))
     recipe = parse(Recipe, {**values, "folder": folder}, where)
@@ -91,11 +96,6 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
     METHODS.named(recipe.merge_method, f"{where}: unknown merge_method")
     check(recipe, where)
     return recipe
-
-
-def _asks_for_nothing(key: str, value: Any) -> bool:
-    """mergekit's keys without a value; its `tokenizer: {}` is the union of the vocabularies, which are equal here."""
-    return key in NOT_DONE and (value is None or (key, value) == ("tokenizer", {}))
 
 
 def _check_device(name: str, where: str) -> None:

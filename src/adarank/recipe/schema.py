@@ -17,6 +17,7 @@ from adarank.data.spec import DataSettings, TaskSpec
 from adarank.io.hub import called, same_model
 from adarank.method import Given, MergeMethod
 from adarank.recipe.mergekit import with_effect, without_effect
+from adarank.recipe.references import reference
 from adarank.recipe.registry import METHODS
 from adarank.settings import Settings, keys
 
@@ -34,6 +35,8 @@ class ModelEntry(Settings):
 
     _nothing = field_validator("parameters", mode="before")(_empty_if_none)
 
+    _as_text = field_validator("model", mode="before")(reference)
+
     model: str
     parameters: dict[str, Any] = Field({}, description="settings")
     task: TaskSpec | None = None
@@ -45,10 +48,30 @@ class ModelEntry(Settings):
         return bool(given.keys() - {"name"})
 
 
+class TokenizerSettings(Settings):
+    """Whose tokenizer the merge comes with: `union`, `base`, or one of the recipe's models."""
+
+    source: str = Field("union", min_length=1)
+    tokens: dict[str, Any] | None = None
+    pad_to_multiple_of: int | None = None
+
+    @field_validator("tokens", "pad_to_multiple_of")
+    @classmethod
+    def _not_done(cls, value: Any) -> Any:
+        """mergekit's settings of tables that are made anew; without a value they ask for nothing."""
+        if value:
+            raise ValueError(
+                "is not supported: rows of embedding tables are not made here. Remove it, or resize the models first"
+            )
+        return value
+
+
 class Recipe(Settings):
     """A whole recipe. `folder` is where its relative paths count from."""
 
     _nothing = field_validator("parameters", mode="before")(_empty_if_none)
+
+    _as_text = field_validator("base_model", mode="before")(reference)
 
     merge_method: str
     name: str | None = None  # of a stage in mergekit's recipes of several; without effect
@@ -59,7 +82,8 @@ class Recipe(Settings):
     dtype: _Dtype | None = None
     out_dtype: _Dtype | None = None
     dequantize: bool = False
-    tokenizer_source: Literal["base"] | None = None
+    tokenizer: TokenizerSettings | None = None
+    tokenizer_source: str | None = None  # mergekit's older way to write tokenizer: source
     adapt: AdaptBlock | None = None
     heads: Literal["expert", "learn"] = "expert"
     data: DataSettings = DataSettings()
@@ -72,6 +96,11 @@ class Recipe(Settings):
     def kind(self) -> type[MergeMethod]:
         """The class of the method."""
         return METHODS[self.merge_method]
+
+    @property
+    def tokenizer_of(self) -> str | None:
+        """Whose tokenizer is asked for: `union`, `base` or a model; None if the recipe does not say."""
+        return self.tokenizer.source if self.tokenizer is not None else self.tokenizer_source
 
     @property
     def experts(self) -> dict[str, ModelEntry]:
