@@ -275,17 +275,17 @@ def _weight_files(path: Path) -> list[Path]:
     kinds = {kind for file in path.iterdir() if (kind := quantised_file(file))}
     if kinds:
         raise CheckpointError(f"{path}: quantised ({', '.join(sorted(kinds))}). {DEQUANTISE}")
-    found = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", *LEGACY) and f.name != "training_args.bin")
-    if len(found) == 1:
-        return found
-    if not found:
+    files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", *LEGACY) and f.name != "training_args.bin")
+    if len(files) == 1:
+        return files
+    if not files:
         inside = sorted(f.parent.name for f in (*path.glob("*/model.safetensors"), *path.glob("*/pytorch_model.bin")))
         if inside:
             raise CheckpointError(f"{path}: no weights, but in folders inside: {', '.join(inside)}. Give that folder.")
         raise CheckpointError(
             f"{path}: no weights. Needed: model.safetensors, its sharded form with model.safetensors.index.json, or pytorch_model.bin."
         )
-    names = ", ".join(f.name for f in found)
+    names = ", ".join(f.name for f in files)
     raise CheckpointError(
         f"{path}: several weights files and no index ({names}). Give one of the files instead of the folder."
     )
@@ -362,7 +362,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str, remedy: str) -> Tensor:
     Raises:
         OutputError: the dtype cannot hold a value; ends with the remedy.
     """
-    found = tensor.to(dtype)
-    if found.dtype != tensor.dtype and found.is_floating_point() and not torch.isfinite(found).all():
+    converted = tensor.to(dtype)
+    if converted.dtype != tensor.dtype and converted.is_floating_point() and not torch.isfinite(converted).all():
         raise OutputError(f"'{name}' has values that {NAMES[dtype]} cannot hold. {remedy}")
-    return found
+    return converted
