@@ -68,17 +68,17 @@ class ImageExamples:
             # an array with its channels said to be last: left to guess, or given a PIL image, some versions of
             # the processors take the height of a small image for its channels
             made = self._processor(images=[array], return_tensors="pt", input_data_format="channels_last")
-            found: Tensor = made["pixel_values"][0].to(torch.float32)
+            pixels: Tensor = made["pixel_values"][0].to(torch.float32)
         except (ValueError, TypeError, RuntimeError) as error:
             raise DataError(
                 f"{self._where(row)}: the model's image processor refuses the image ({_short(error)}). Check preprocessor_config.json."
             ) from None
-        if row > 0 and found.shape != self._kept.shape[1:]:
+        if row > 0 and pixels.shape != self._kept.shape[1:]:
             raise DataError(
-                f"{self._where(row)}: the model's image processor makes {tuple(found.shape)} of this image and {tuple(self._kept.shape[1:])} of the first. "
+                f"{self._where(row)}: the model's image processor makes {tuple(pixels.shape)} of this image and {tuple(self._kept.shape[1:])} of the first. "
                 "Have all images brought to one size by do_resize, size and crop_size in preprocessor_config.json."
             )
-        return found
+        return pixels
 
 
 class ImageClassifiers(Family):

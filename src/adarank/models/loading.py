@@ -54,7 +54,7 @@ def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
     first = 1000  # no constant that fresh weights are filled with
     numbered = dict(enumerate(shapes, first))
     probe = {name: torch.tensor(float(i)).expand(tuple(shapes[name])) for i, name in numbered.items()}
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     with quiet_transformers(), torch.random.fork_rng():
         loader: Any = type(module)
         tried = loader.from_pretrained(None, config=module.config, state_dict=probe, dtype=torch.float32, **LOCALLY)
@@ -62,8 +62,8 @@ def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
         number = float(tensor.flatten()[0]) if tensor.is_floating_point() and tensor.numel() else 0.0
         name = numbered.get(int(number)) if math.isfinite(number) else None
         if name and tuple(tensor.shape) == tuple(shapes[name]) and bool((tensor == number).all()):
-            found[name] = key
-    return found
+            keys[name] = key
+    return keys
 
 
 @contextmanager
