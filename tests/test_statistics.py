@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import adarank
 from adarank.calibration.gather import Gatherer, Sample, Store, block_of
-from adarank.calibration.hooks import Grams, add_squared_gradients, label_weights, linear_layers, watched
+from adarank.calibration.hooks import Grams, add_squared_gradients, label_weights, linear_layers, recording_grams
 from adarank.methods import Fisher, RegMean, RegMeanPlusPlus
 from adarank.methods.calibrated.base import Statistics
 from adarank.models import TaskModels, share
@@ -283,7 +283,7 @@ def test_more_classes_than_asked_for_are_drawn_as_the_model_predicts() -> None:
 def grams_of(module: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     names = dict(module.named_parameters())
     found = Grams()
-    with torch.no_grad(), watched(linear_layers(module, names, names), found):
+    with torch.no_grad(), recording_grams(linear_layers(module, names, names), found):
         for batch in batches:
             found.begin(batch)
             module(**batch)
@@ -330,7 +330,7 @@ def test_layers_tied_to_one_weight_share_a_gram_matrix() -> None:
     x = randn(0, 6, 4)
     vectors = torch.cat([x, torch.tanh(module[0](x))]).detach()
     found = Grams()
-    with torch.no_grad(), watched(linear_layers(module, {"w": module[0].weight}, ["w"]), found):
+    with torch.no_grad(), recording_grams(linear_layers(module, {"w": module[0].weight}, ["w"]), found):
         module(x)
     torch.testing.assert_close(found.means()["w"], vectors.T @ vectors / len(vectors))
 

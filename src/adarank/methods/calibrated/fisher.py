@@ -1,4 +1,4 @@
-"""Fisher merging: each entry a mean of the experts', weighted by how much the expert's predictions hang on it.
+"""Fisher merging: each entry a mean of the experts', weighted by how much the expert's predictions depend on it.
 
     F_t = mean_x E_y (∂ log p_t(y|x) / ∂W)²              the diagonal of expert t's Fisher information
     F̂_t = max(F_t / rms(F_t), floor)                     rms: the root of the mean square over the whole model
@@ -7,7 +7,7 @@
 `true`: y is drawn by the expert itself, p_t(y|x), so no label is read. The expectation is a sum over all classes where
 they are few; else y is drawn. `empirical`: y is the input's label. The square is of each single input's gradient, not of
 a batch's. Dividing by rms gives all experts the same say over the whole model, as the authors' global norm does, and
-makes the floor a share that means the same for every size of model; where no expert's predictions hang on an entry, all
+makes the floor a share that means the same for every size of model; where no expert's predictions depend on an entry, all
 F̂_t are the floor and the result is the mean.
 
 Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv:2111.09832, Equation 3.

@@ -65,10 +65,10 @@ class RegMean(Informed):
             total = total + gram
             right = right + gram @ delta
             start = start + diagonal[:, None] * delta
-        found, rank = solve(total, right, start)
+        solution, rank = solve(total, right, start)
         if rank < len(total):
             self.undetermined[name] = f"{rank} of {len(total)}"
-        return origin + (found.T if turned else found).to(origin.dtype)
+        return origin + (solution.T if turned else solution).to(origin.dtype)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         return origin

@@ -7,7 +7,7 @@
 
 A quartile is the entry at position ⌊q (n - 1)⌋ of the n in order. All is done in float32 with mergekit's order of
 operations, as the divergence of models that differ by less than about a hundredth of their size is small beside
-float32's rounding of its terms: there which entries are taken hangs on the rounding, and is as good as chance in
+float32's rounding of its terms: there which entries are taken depends on the rounding, and is as good as chance in
 mergekit and here. Above 10⁶ entries in a tensor mergekit takes the quartiles of a random sample; here they are exact,
 so a few entries beside the threshold differ. Where all importances are equal, all entries are taken.
 

@@ -88,11 +88,11 @@ def elected_sign(origin: Tensor, deltas: Deltas) -> Tensor:
 
 def largest(sign: Tensor, deltas: Deltas) -> Tensor:
     """max_t |τ_t| over the tasks whose entry has the elected sign."""
-    found = torch.zeros_like(sign)
+    largest = torch.zeros_like(sign)
     for task in deltas:
         delta = deltas[task]
-        found = torch.maximum(found, delta.abs() * (delta.sign() == sign))
-    return found
+        largest = torch.maximum(largest, delta.abs() * (delta.sign() == sign))
+    return largest
 
 
 def _mean_magnitude(tensor: Tensor) -> float:

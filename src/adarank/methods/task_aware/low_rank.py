@@ -38,8 +38,8 @@ class LowRank(Taskwise):
             return Slots({}, {WHOLE: (site.shape, site.dtype)})
         rows, columns = _matrix(site)
         k = self.kept(min(rows, columns), site.tasks)
-        own = {"u": ((rows, k), site.floats), "s": ((k,), site.floats), "v": ((columns, k), site.floats)}
-        return Slots({"origin": (site.shape, self._origin_dtype(site))}, own)
+        of_task = {"u": ((rows, k), site.floats), "s": ((k,), site.floats), "v": ((columns, k), site.floats)}
+        return Slots({"origin": (site.shape, self._origin_dtype(site))}, of_task)
 
     def split(self, site: Site, origin: Tensor, deltas: Deltas) -> Iterator[Part]:
         if not self._factored(site):
