@@ -85,6 +85,7 @@ class About:
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks."""
         return tuple(self.names)
 
     def one_model(self, task: str) -> int:

@@ -43,10 +43,12 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """Number of entries."""
         return torch.Size(self.shape).numel()
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes, as stored."""
         return self.numel * self.dtype.itemsize
 
 
@@ -54,13 +56,16 @@ class Source(Protocol):
     """Named tensors that can be read one at a time: a checkpoint, or a state dict in memory."""
 
     @property
-    def label(self) -> str: ...
+    def label(self) -> str:
+        """What error sentences call it."""
 
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name -> shape, dtype and file of every tensor."""
 
     @property
-    def aliases(self) -> Mapping[str, str]: ...
+    def aliases(self) -> Mapping[str, str]:
+        """Name -> the name of the tensor that shares its storage."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -95,6 +100,7 @@ class MemorySource:
         self.modules: Sequence[Module] = ()
 
     def read(self, name: str) -> Tensor:
+        """The tensor of this name."""
         return self._state[name].detach()
 
 
@@ -136,6 +142,7 @@ class Checkpoint:
                 self.files.append(file)
 
     def read(self, name: str) -> Tensor:
+        """The tensor of this name, read from its file."""
         info = self.tensors[name]
         self._check_bytes(info.file)
         handle, inside = self._handles[info.file], self._inside.get(name, name)

@@ -143,6 +143,7 @@ class TensorFlags(TensorWeights):
     _wanted = "true or false, a list of these"
 
     def plain(self) -> Any:
+        """The switch as it was given: true or false, or what the recipe has."""
         given = super().plain()
         return bool(given) if isinstance(given, float) else given
 

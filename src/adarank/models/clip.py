@@ -46,6 +46,7 @@ class CosineHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(classes, width))
 
     def forward(self, features: Tensor) -> Tensor:
+        """(inputs, classes) dot products of `features`, (inputs, width)."""
         return functional.linear(functional.normalize(features, dim=-1), self.weight)
 
 
@@ -175,6 +176,7 @@ class ZeroShotExpert(Checkpoint):
         self.config = _configuration(expert.config or base.config, names, heads.width)
 
     def read(self, name: str) -> Tensor:
+        """The tensor of this name; those that no file holds are made."""
         if name == HEAD:
             return self._heads.head(self._task)
         if name == PROJECTION:
@@ -183,10 +185,12 @@ class ZeroShotExpert(Checkpoint):
 
     @property
     def making_bytes(self) -> int:
+        """Bytes held while heads are made."""
         return 4 * sum(info.numel for name, info in self._base.tensors.items() if name.startswith(TEXT))
 
     @property
     def unused(self) -> Mapping[str, str]:
+        """Tensors of the file that are not used -> why."""
         others = [n for n in self._expert.tensors if n not in (*self._stored.values(), PROJECTION)]
         parts = ", ".join(dict.fromkeys(name.split(".", 1)[0] for name in others))
         return {f"{parts}: {len(others)} tensor(s)": "heads are made by the base's text tower"} if others else {}
@@ -221,9 +225,11 @@ class ZeroShotImageClassifiers(ImageClassifiers):
     architectures = ("CLIPVisionModel", "CLIPModel")
 
     def auto_class(self) -> Any:
+        """The class of `transformers` that loads these models."""
         return classifier_class()
 
     def load(self, expert: Checkpoint) -> nn.Module:
+        """The network of a folder, ready to be filled with weights."""
         from transformers import AutoConfig
 
         settings = AutoConfig.for_model(**expert.config)
@@ -241,6 +247,7 @@ class ZeroShotImageClassifiers(ImageClassifiers):
     def complete(
         self, base: Checkpoint | None, experts: Mapping[str, Checkpoint], tasks: Mapping[str, TaskSpec], folder: Path
     ) -> tuple[dict[str, Checkpoint], dict[str, str]]:
+        """Experts and base, with the heads that the text tower gives."""
         names = {task: _lines(spec.classes, folder) for task, spec in tasks.items()}
         templates = {task: _lines(spec.templates, folder) or list(TEMPLATES) for task, spec in tasks.items()}
         problems = [*_unfit(names, templates), *_no_clip(base)]

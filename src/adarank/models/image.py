@@ -49,12 +49,14 @@ class ImageExamples:
         self.lengths: Sequence[int] = [max(_LEAST, first.shape[-1] * first.shape[-2])] * len(images)
 
     def batch(self, rows: Sequence[int]) -> Batch:
+        """The inputs of these rows, as the model takes them."""
         if all(row < len(self._kept) for row in rows):
             return {"pixel_values": self._kept[list(rows)]}
         images = [self._kept[row] if row < len(self._kept) else self._processed(row) for row in rows]
         return {"pixel_values": torch.stack(images)}
 
     def content(self) -> bytes:
+        """Bytes that identify the inputs, for the task's fingerprint."""
         return repr((self._mode, self._processor.to_dict(), [image_key(image) for image in self._images])).encode()
 
     def _where(self, row: int) -> str:
@@ -98,17 +100,21 @@ class ImageClassifiers(Family):
     expanded: tuple[str, ...] = ("cls_token", "distillation_token", "position_embeddings")
 
     def auto_class(self) -> Any:
+        """The class of `transformers` that loads these models."""
         from transformers import AutoModelForImageClassification
 
         return AutoModelForImageClassification
 
     def columns(self, spec: TaskSpec) -> list[str]:
+        """The columns of the data that hold inputs."""
         return [spec.columns.image]
 
     def key(self, value: Any) -> Hashable:
+        """What makes two inputs the same one."""
         return image_key(value)
 
     def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[ImageExamples, list[str]]:
+        """The inputs of a table as the model takes them, and notes about them."""
         images = table[spec.columns.image]
         if len(images) == 0:
             raise DataError(f"task '{spec.name}': no inputs.")
@@ -116,6 +122,7 @@ class ImageClassifiers(Family):
         return ImageExamples(spec.name or "", _processor(folder), mode, images), []
 
     def logits(self, module: nn.Module, batch: Batch) -> Tensor:
+        """(inputs, classes) float32: what the network gives for a batch."""
         try:
             out: Tensor = module(**batch).logits
         except ValueError as error:  # how these models refuse images of another size or number of channels

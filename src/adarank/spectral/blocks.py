@@ -53,6 +53,7 @@ class Blocks:
 
     @property
     def components(self) -> int:
+        """Number of components of all tasks together."""
         return int(self.s.numel())
 
     def compose(self, lam: Tensor, mask: Tensor) -> Tensor:

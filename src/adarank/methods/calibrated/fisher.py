@@ -58,17 +58,21 @@ class Fisher(Informed):
 
     @property
     def reads_labels(self) -> bool:
+        """Whether the statistics need labels."""
         return self.kind == "empirical"
 
     def gathered(self, gathers: Gathers) -> Fisher:
+        """The method with the experts' squared gradients."""
         return self.knowing(gathers.squared_gradients(self.classes, self.seed))
 
     def prepare(self, network: Network, device: torch.device | str) -> Fisher:
+        """A copy of the method that knows what it needs of the whole model."""
         prepared = self.model_copy()
         prepared._scales = {task: self._scale(task) for task in network.tasks}
         return prepared
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         if name not in self.statistics.names:
             return origin
         moved, total = torch.zeros_like(origin), torch.zeros_like(origin)
@@ -80,9 +84,11 @@ class Fisher(Informed):
         return origin + moved / total
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 3
 
     def held(self, shape: tuple[int, ...], decomposed: bool) -> int:
+        """Numbers of four bytes held for a tensor while its statistics are taken."""
         return 3 * math.prod(shape)  # the sum, an input's gradient, and its square
 
     def _scale(self, task: str) -> float:

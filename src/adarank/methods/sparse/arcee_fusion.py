@@ -38,6 +38,7 @@ class ArceeFusion(Method):
     source: ClassVar[str] = "mergekit's arcee_fusion; Arcee AI 2025, arcee.ai/blog"
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         delta = next(iter(deltas.values()))
         if not delta.numel():
             return origin.clone()
@@ -46,9 +47,11 @@ class ArceeFusion(Method):
         return origin + delta * (importance >= median + _SPREAD * (high - low))
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         check_one_other(self.name, network)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 6  # two distributions, what is summed, importances, and what ranks them
 
 
