@@ -27,7 +27,7 @@ def problem() -> tuple[nn.Module, dict[str, nn.Module], dict[str, list[Tensor]]]
     return base, experts, {task: [torch.randn(8, 6) for _ in range(6)] for task in experts}
 
 
-def test_batches_may_come_from_loaders_and_generators_in_any_float_dtype(problem: Any) -> None:
+def test_batches_may_be_loaders_or_generators_of_any_float(problem: Any) -> None:
     base, experts, batches = problem
 
     def stream(own: list[Tensor]) -> Iterator[Tensor]:
@@ -66,7 +66,7 @@ class Wrapped(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", ["tuple", "dict", "pair"])
-def test_logits_are_found_in_what_a_network_gives_or_asked_for(kind: str) -> None:
+def test_logits_are_taken_from_what_a_network_gives(kind: str) -> None:
     torch.manual_seed(0)
     base, own = Wrapped(4, 3), Wrapped(4, 3)
     base.kind = own.kind = kind
@@ -116,7 +116,7 @@ def test_a_recipe_may_be_a_mapping(zoo: Path, tmp_path: Path, monkeypatch: pytes
         adarank.load_recipe({**written, "merge_metod": "cart"})
 
 
-def test_a_loose_tensor_is_no_list_of_batches_and_settings_may_be_a_mapping() -> None:
+def test_a_loose_tensor_is_no_batches_and_settings_a_mapping() -> None:
     base, own = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     x = torch.randn(8, 4)
     with pytest.raises(DataError, match="of 'a' there is one Tensor"):

@@ -132,7 +132,7 @@ def test_a_withheld_label_stops_no_adaptation(tmp_path: Path, withheld: str) -> 
         adarank.evaluate_recipe(path)
 
 
-def test_a_label_beyond_two_classes_that_no_configuration_names_is_refused(tmp_path: Path, capsys: Any) -> None:
+def test_a_label_beyond_two_unnamed_classes_is_refused(tmp_path: Path, capsys: Any) -> None:
     zoo = make_zoo(tmp_path)
     config = zoo / "models" / "mood" / "config.json"
     values = json.loads(config.read_text())

@@ -34,7 +34,7 @@ def fractions(draw: st.DrawFn) -> DataSettings:
 
 
 @given(KEYS, fractions())
-def test_fractions_split_into_disjoint_rows_without_shared_inputs(keys: list[int], settings: DataSettings) -> None:
+def test_fractions_split_into_disjoint_rows_and_inputs(keys: list[int], settings: DataSettings) -> None:
     rows = by_fraction(keys, settings).rows
     placed = [row for own in rows.values() for row in own]
     assert len(placed) == len(set(placed))
@@ -253,7 +253,7 @@ def test_the_classes_are_told_by_number_when_they_have_no_names(tmp_path: Path) 
         load(tmp_path, labelled(tmp_path, [0, 3]), {"id2label": {"0": "x", "1": "y", "2": "z"}})
 
 
-def test_a_label_without_any_known_class_is_refused_in_plain_words(tmp_path: Path) -> None:
+def test_a_label_without_known_classes_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(tmp_path, labelled(tmp_path, ["good"]), {})
     assert "None" not in str(caught.value)
@@ -310,7 +310,7 @@ def test_minus_one_is_a_withheld_label_and_scoring_it_is_refused(tmp_path: Path)
         data.targets([0])
 
 
-def test_names_that_look_like_numbers_are_names_when_given_as_text(tmp_path: Path) -> None:
+def test_names_that_look_like_numbers_are_names_as_text(tmp_path: Path) -> None:
     stars = {"id2label": {"0": "1", "1": "2"}, "label2id": {"1": 0, "2": 1}}
     assert load(tmp_path, labelled(tmp_path, ["1", "2"]), stars).labels == (0, 1)
     assert load(tmp_path, labelled(tmp_path, [0, 1]), stars).labels == (0, 1)

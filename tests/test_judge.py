@@ -83,9 +83,7 @@ def test_a_gain_at_one_tasks_cost_is_rolled_back_and_says_so() -> None:
 @given(
     st.lists(st.tuples(*[st.integers(0, 20)] * 3), min_size=2, max_size=5), st.sampled_from(["agreement", "divergence"])
 )
-def test_a_roll_back_names_the_tolerance_that_would_keep_the_best_step(
-    table: list[tuple[int, ...]], signal: Any
-) -> None:
+def test_a_roll_back_names_the_tolerance_that_would_keep_it(table: list[tuple[int, ...]], signal: Any) -> None:
     seen = judged(*(tuple(a / 20 for a in row) for row in table))
     seen = {
         step: {t: replace(o, divergence=1 - o.agreement, inputs=50) for t, o in own.items()}

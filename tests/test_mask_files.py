@@ -96,7 +96,7 @@ def test_masks_of_another_merge_are_refused(change: Callable[[MaskFile], MaskFil
         Masked(masks=change(file)).check(net)
 
 
-def test_masks_about_the_base_without_a_base_are_refused_before_work() -> None:
+def test_masks_about_the_base_without_a_base_are_refused() -> None:
     base, experts = family(2)
     file = masked(network(base, experts), "pretrained", 1.0, 0.5).masks
     with pytest.raises(AdaRankError, match="base"):

@@ -109,7 +109,7 @@ def test_weights_that_sum_to_zero_are_refused(weights: tuple[float, ...]) -> Non
     Linear(weight=given_weights, normalize=False).check(net)
 
 
-def test_weights_that_sum_to_zero_in_one_layer_only_are_refused_with_its_name() -> None:
+def test_weights_that_sum_to_zero_in_one_layer_name_it() -> None:
     base, experts = family(2)
     net = network(base, experts)
     weights = TensorWeights({"task0": [{"filter": "layer.1", "value": -1.0}, 1.0]}, net.merged())

@@ -207,7 +207,7 @@ def test_surgery_refuses_heads_that_look_at_every_position(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("kind", "tasks"), [("text", TEXT), ("images", IMAGE)])
-def test_twin_merging_at_full_rank_and_a_sure_router_is_the_expert(
+def test_twin_merging_of_full_rank_and_sure_router_is_exact(
     kind: str, tasks: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     zoo: Path = request.getfixturevalue(kind)
@@ -228,7 +228,7 @@ def test_twin_merging_at_full_rank_and_a_sure_router_is_the_expert(
         near(logits(adarank.from_bundle(out, task), batch), logits(expert, batch))
 
 
-def test_twin_merging_is_the_network_with_each_inputs_own_weights(text: Path, tmp_path: Path) -> None:
+def test_twin_merging_is_the_network_with_each_inputs_weights(text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made(text, out, **of("twin_merging", 6, rank=0.3, lr=0.05))
     shared = load_file(out / "shared.safetensors")

@@ -30,7 +30,7 @@ def test_settings_that_mean_nothing_to_surgery_are_refused(tmp_path: Path, setti
         load_recipe(path)
 
 
-def test_modules_are_judged_as_often_as_masks_where_inputs_are_few(tmp_path: Path) -> None:
+def test_modules_are_judged_as_often_as_masks_of_few_inputs(tmp_path: Path) -> None:
     zoo = make_zoo(tmp_path)
     for task in ("mood", "colour"):
         file = zoo / "data" / f"{task}.tsv"

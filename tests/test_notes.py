@@ -26,7 +26,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_cart_of_two_experts_is_told_to_be_their_average(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cart_of_two_experts_is_noted_to_be_their_average(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "'cart' gives their average, whatever its settings" in shown(capsys, "plan", recipe(zoo))
     one = recipe(
         zoo, "one.yaml", models=[{"model": "models/mood", "task": {"name": "mood", "kind": "text-classification"}}]
@@ -39,7 +39,7 @@ def test_cart_of_two_experts_is_told_to_be_their_average(zoo: Path, capsys: pyte
     assert all(torch.allclose(own, (experts["x"][n] + experts["y"][n]) / 2, atol=1e-6) for n, own in found.items())
 
 
-def test_embeddings_that_experts_changed_are_not_dropped_in_silence(tmp_path: Path, capsys: Any) -> None:
+def test_embeddings_that_experts_changed_are_named_when_kept(tmp_path: Path, capsys: Any) -> None:
     zoo = make_zoo(tmp_path)
     path = recipe(zoo, merge_method="tsv_m")
     assert "note:" not in shown(capsys, "merge", path, tmp_path / "same")
@@ -103,7 +103,7 @@ def test_into_a_pipe_tensor_names_go_whole(zoo: Path, capsys: Any, monkeypatch: 
     assert "encoder.layer.0.attention.output.LayerNorm.bias" in shown(capsys, "inspect", zoo / "models" / "mood")
 
 
-def test_a_share_of_nothing_is_no_number(tmp_path: Path, capsys: Any) -> None:
+def test_a_relative_change_is_undefined_for_a_zero_base(tmp_path: Path, capsys: Any) -> None:
     for name, fill in (("base", 0.0), ("own", 1.0)):
         (tmp_path / name).mkdir()
         save_file({"b": torch.full((3,), fill), "w": torch.ones(3, 3)}, tmp_path / name / "model.safetensors")
@@ -111,7 +111,7 @@ def test_a_share_of_nothing_is_no_number(tmp_path: Path, capsys: Any) -> None:
     assert {row["name"]: row["delta"] for row in rows} == {"b": None, "w": 0.0}
 
 
-def test_a_plan_without_need_of_data_says_what_evaluation_will_miss(tmp_path: Path, capsys: Any) -> None:
+def test_a_plan_without_data_says_what_evaluation_will_miss(tmp_path: Path, capsys: Any) -> None:
     zoo = make_zoo(tmp_path)
     (zoo / "data" / "mood.tsv").unlink()
     text = shown(capsys, "plan", recipe(zoo, merge_method="tsv_m"))

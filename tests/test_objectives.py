@@ -137,7 +137,7 @@ def test_filtered_entropy_is_numpys(shape: tuple[int, int, int], margin: float, 
     assert float(found) == pytest.approx(np.mean(wanted) if wanted else 0.0)
 
 
-def test_filtered_entropy_leaves_out_the_unsure_and_the_redundant() -> None:
+def test_filtered_entropy_leaves_out_unsure_and_redundant() -> None:
     logits = torch.tensor([[4.0, 0.0], [0.2, 0.0], [0.0, 4.0]], requires_grad=True)
     found = slope(filtered_entropy(logits, torch.tensor([0.95, 0.05])), logits)
     assert (found.abs().amax(dim=1) > 0).tolist() == [False, False, True]

@@ -131,7 +131,7 @@ def test_keys_of_mergekit_without_a_value_ask_for_nothing(key: str) -> None:
     assert parsed(plain(**{key: None})).tokenizer_source is None
 
 
-def test_mergekits_passthrough_is_refused_with_what_to_do_instead() -> None:
+def test_mergekits_passthrough_is_refused_with_a_remedy() -> None:
     text = message(plain("passthrough"))
     assert "mergekit's merge_method 'passthrough' is not here" in text
     assert "copy the model, or use mergekit" in text
@@ -212,14 +212,14 @@ def test_problems_of_an_adaptive_method_come_with_all_others() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_adapt_block_on_a_method_that_does_not_adapt_is_refused(method: str) -> None:
+def test_an_adapt_block_is_refused_where_nothing_adapts(method: str) -> None:
     text = message(plain(method, adapt={"steps": 3}))
     assert f"'{method}' does not adapt" in text
     assert all(name in text for name in ADAPTIVE)
 
 
 @pytest.mark.parametrize("method", ["average", "svd_k", "cart", "masked"])
-def test_a_model_parameter_that_the_method_does_not_take_is_refused(method: str) -> None:
+def test_a_model_parameter_unknown_to_the_method_is_refused(method: str) -> None:
     models = [{"model": "a", "parameters": {"weight": 1}}]
     assert f"'a' has parameter 'weight', which '{method}' does not take" in message(plain(method, models=models))
 
@@ -307,7 +307,7 @@ def test_linear_with_a_base_that_has_no_weight_is_refused() -> None:
     assert "List the base among the models" in message({**plain("linear", models=models), "base_model": "b"})
 
 
-def test_filters_that_cover_a_tensor_not_at_all_fall_back_to_the_global_weight() -> None:
+def test_uncovered_tensors_fall_back_to_the_global_weight() -> None:
     models = [{"model": "a", "parameters": {"weight": [{"filter": "no such part", "value": 3}]}}]
     values = {**plain("linear", models=models, parameters={"weight": 0.5}), "base_model": None}
     method = parsed(values).method(NAMES)
@@ -328,7 +328,7 @@ def test_a_device_that_is_not_there_is_refused_at_once(device: str, text: str) -
         parse_recipe({"merge_method": "average", "models": [{"model": "a"}], "device": device}, Path("."))
 
 
-def test_two_tasks_of_one_name_are_refused_and_nested_problems_counted_once() -> None:
+def test_two_tasks_of_one_name_are_one_problem() -> None:
     models = [{"model": m, "task": {"name": "mood", "data": "x.tsv"}} for m in "ab"]
     with pytest.raises(RecipeError, match=r"1 problem\(s\)\.\n  models: 2 tasks are called 'mood'"):
         parse_recipe({"merge_method": "average", "models": models}, Path("."))

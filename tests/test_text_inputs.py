@@ -14,7 +14,7 @@ from adarank.models.text import TextClassifiers, tokenizer_of
 from text_zoo import make_zoo
 
 
-def test_a_folder_without_a_tokenizer_is_refused_and_one_of_bytes_taken(tmp_path: Path) -> None:
+def test_a_folder_needs_a_tokenizer_and_bytes_count_as_one(tmp_path: Path) -> None:
     """Some versions of transformers make a tokenizer that knows no word where there is none."""
     folder = make_zoo(tmp_path) / "models" / "mood"
     assert tokenizer_of(folder)("good")["input_ids"] != tokenizer_of(folder)("bad")["input_ids"]

@@ -97,7 +97,7 @@ def test_wemoe_keeps_what_the_recipe_keeps_and_learns(text: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_wemoe_of_half_precision_models_is_exact_and_half_as_large(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_wemoe_of_half_precision_is_exact_and_half_as_large(dtype: torch.dtype, tmp_path: Path) -> None:
     zoo = text_zoo.make_zoo(tmp_path / "zoo", dtype=dtype)
     made(zoo, tmp_path / "out", **of("wemoe", 3, lr=0.05))
     own = load_file(tmp_path / "out" / "tasks" / "mood" / "own.safetensors")
