@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -161,3 +165,29 @@ def assert_accounted(net: Network) -> None:
     reference = net.reference()
     assert all(name in reference.names for name in net.tensors)
     assert set(net.choices) == set(net.tensors)
+
+
+def write_rows(folder: Path, suffix: str, table: dict[str, list[Any]]) -> str:
+    path = folder / f"rows.{suffix}"
+    rows = list(zip(*table.values(), strict=True))
+    if suffix == "tsv":
+        path.write_text("\n".join("\t".join(map(str, row)) for row in [tuple(table), *rows]) + "\n", encoding="utf-8")
+    elif suffix == "csv":
+        with path.open("w", encoding="utf-8", newline="") as handle:
+            csv.writer(handle).writerows([tuple(table), *rows])
+    elif suffix == "jsonl":
+        lines = [json.dumps(dict(zip(table, row, strict=True)), ensure_ascii=False) for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    elif suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table(table), path)
+    else:
+        np.savez(path, **{name: np.array(values) for name, values in table.items()})
+    return path.name
+
+
+def models_on_disk(folder: Path, names: tuple[str, ...] = ("a", "b")) -> Path:
+    base, experts = family(len(names))
+    save(folder / "models" / "base", base)
+    for name, own in zip(names, experts.values(), strict=True):
+        save(folder / "experts" / name, own)
+    return folder

@@ -82,7 +82,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("lam", [0.3, 0.97, 0.02])
-def test_taskwise_adamerging_is_a_plain_loop_over_two_numbers_step_by_step(lam: float) -> None:
+def test_taskwise_adamerging_is_a_plain_loop_over_two_numbers(lam: float) -> None:
     torch.manual_seed(3)
     base, experts = nn.Linear(5, 4), {t: nn.Linear(5, 4) for t in "ab"}
     batches = {t: [torch.randn(9, 5)] for t in experts}
@@ -133,7 +133,7 @@ def test_the_preset_is_the_papers(method: str) -> None:
 
 
 @given(st.integers(1, 4), st.integers(0, 10**6), st.floats(0.005, 1), DTYPES, st.booleans())
-def test_adamerging_plus_plus_adds_each_tasks_entries_that_the_elected_sign_leaves(
+def test_adamerging_plus_plus_adds_entries_of_the_elected_sign(
     tasks: int, seed: int, density: float, dtype: torch.dtype, few: bool
 ) -> None:
     """Entry by entry, exactly: blocks about a trimmed and elected model flattened in numpy."""
@@ -148,9 +148,7 @@ def test_adamerging_plus_plus_adds_each_tasks_entries_that_the_elected_sign_leav
 
 
 @given(st.integers(1, 4), st.integers(0, 10**6), st.floats(0.005, 1), st.sampled_from([0.25, 0.5, 1.0]))
-def test_its_start_is_ties_merging_bit_for_bit_where_sums_are_exact(
-    tasks: int, seed: int, density: float, scale: float
-) -> None:
+def test_its_start_is_ties_merging_where_sums_are_exact(tasks: int, seed: int, density: float, scale: float) -> None:
     base, experts = coarse(tasks, seed)
     given = {"density": density, "lambda": scale}
     found = written(start(base, experts, "adamerging++", given))
@@ -191,7 +189,7 @@ def agreeing_models() -> tuple[nn.Module, dict[str, nn.Module]]:
 
 
 @pytest.mark.parametrize("per", ["tensor", "task"])
-def test_where_all_signs_agree_density_one_is_adamerging_bit_for_bit(per: str) -> None:
+def test_where_all_signs_agree_density_one_is_adamerging(per: str) -> None:
     base, experts = agreeing_models()
     batches = {t: [torch.randn(8, 6)] for t in experts}
     loop = AdaptSettings(steps=10, lr_lambda=0.02, keep="last", schedule="constant", balance=0.0)

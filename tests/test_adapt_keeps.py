@@ -108,7 +108,7 @@ def test_the_best_step_gives_the_weights_of_stopping_there() -> None:
     assert problem.live.mask_file(("a", "b"), "average", {}).kept_share() == short.live.kept_share()
 
 
-def test_a_run_that_collapses_a_task_is_rolled_back_to_the_start_and_says_so() -> None:
+def test_a_run_that_collapses_a_task_is_rolled_back_to_the_start() -> None:
     problem, history = seeded(Collapsing)
     start, _ = seeded(Collapsing, SETTINGS.model_copy(update={"steps": 0}))
     assert history.judged[12]["a"].largest > 0.95 > 0.5 > history.judged[0]["a"].largest
@@ -153,7 +153,7 @@ def test_a_killed_run_keeps_the_same_step_with_the_same_bits(tmp_path: Path, kin
     assert not set(second.asked) & set(range(1, 3 * (at // 3) + 1))  # what was judged is not judged again
 
 
-def test_a_stopped_run_with_patience_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_stopped_run_with_patience_goes_on_unchanged(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"patience": 3})
     whole, wanted = seeded(Collapsing, settings)
     torch.manual_seed(0)
@@ -200,7 +200,7 @@ class Losing(Falling):
     lead = -0.001
 
 
-def test_where_a_task_is_behind_at_the_end_further_steps_repair_it() -> None:
+def test_a_task_behind_at_the_end_is_repaired_by_further_steps() -> None:
     problem, history = seeded(Falling, REPAIRED)
     assert history.choice
     assert problem.asked == [0, 8, 12, 17]  # rounds of five steps; over as soon as no task is behind
@@ -236,9 +236,7 @@ class Overshot(Hopeless):
 
 
 @pytest.mark.parametrize(("near", "share", "points"), [(0.9, 0.8, 1), (0.7, 0.6, 3), (0.25, 0.2, 7)])
-def test_where_repair_does_not_do_the_farthest_point_on_the_way_back_that_does_is_kept(
-    near: float, share: float, points: int
-) -> None:
+def test_if_the_repair_fails_the_line_search_keeps_the_farthest(near: float, share: float, points: int) -> None:
     torch.manual_seed(0)
     problem = Overshot()
     problem.near = near
@@ -255,7 +253,7 @@ def test_where_repair_does_not_do_the_farthest_point_on_the_way_back_that_does_i
     assert torch.equal(problem.net.weight, before)  # the network is that of what is kept
 
 
-def test_without_a_repair_the_way_back_leads_from_the_step_nearest_to_the_experts() -> None:
+def test_without_repair_the_line_search_starts_at_the_best_step() -> None:
     torch.manual_seed(0)
     problem = Overshot()
     problem.near = 0.65
@@ -370,7 +368,7 @@ def test_a_repair_goes_on_from_the_step_nearest_to_the_experts(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("at", [7, 8, 9, 11])
-def test_a_run_killed_in_a_repair_from_an_earlier_step_goes_on_with_the_same_bits(tmp_path: Path, at: int) -> None:
+def test_a_run_killed_in_a_repair_goes_on_with_the_same_bits(tmp_path: Path, at: int) -> None:
     whole, wanted = seeded(Overdone, OVERDONE)
     torch.manual_seed(0)
     first = Overdone()

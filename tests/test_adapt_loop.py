@@ -215,9 +215,7 @@ def test_a_run_taken_up_again_when_finished_changes_nothing(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("task", ["a", "b"])
-def test_a_loss_that_is_no_number_names_task_and_step_and_changes_nothing(
-    tmp_path: Path, task: str, value: float
-) -> None:
+def test_a_loss_that_is_nan_names_its_task_and_changes_nothing(tmp_path: Path, task: str, value: float) -> None:
     torch.manual_seed(0)
     good = Problem()
     good.run(SETTINGS.model_copy(update={"steps": 5}))
@@ -230,7 +228,7 @@ def test_a_loss_that_is_no_number_names_task_and_step_and_changes_nothing(
     assert torch.load(tmp_path / "state.pt")["learned"]["lam"].isfinite().all()
 
 
-def test_a_gradient_that_is_no_number_is_refused_and_changes_nothing() -> None:
+def test_a_gradient_that_is_nan_is_refused_and_changes_nothing() -> None:
     """√0 has a finite value and an infinite slope."""
     torch.manual_seed(0)
     good = Problem()

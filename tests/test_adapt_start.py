@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +18,12 @@ from adarank.adapt.loop import adapt
 from adarank.adapt.methods import AdaRank
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import RANKS, SCALES, Grid, climb, find_start, grid_of
+from adarank.cli.main import main
 from adarank.errors import RecipeError
 from adarank.settings import parse
 from test_adapt_keeps import SETTINGS, Judged
 from test_adapt_loop import Problem, assert_same
+from text_zoo import ADAPT, make_zoo, recipe
 
 USUAL = (0.08, 1.0)
 
@@ -120,3 +125,26 @@ def test_a_start_may_be_a_share_or_auto_and_nothing_else() -> None:
     with pytest.raises(RecipeError, match=r"lambda: .*number or auto"):
         parse(AdaRank, {"lambda": "most"}, "parameters")
     assert parse(AdaRank, {}, "parameters").rank == "auto"
+
+
+def test_a_start_that_is_adapted_and_stopped_keeps_its_state(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    zoo = make_zoo(tmp_path)
+    start = {"merge_method": "adarank", "parameters": ADAPT["parameters"], "adapt": ADAPT["adapt"]}
+    path = recipe(zoo, merge_method="surgery", parameters={"start": start}, adapt={"steps": 4})
+    from adarank.adapt.live_weights import LiveWeights
+
+    real, taken = LiveWeights.pull_back, []
+
+    def stopping(self: LiveWeights) -> None:
+        taken.append(1)
+        if len(taken) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self)
+
+    monkeypatch.setattr(LiveWeights, "pull_back", stopping)
+    assert main(["merge", str(path), str(tmp_path / "out")]) != 0
+    assert (tmp_path / ".out.state" / "start" / "state.pt").exists()
+    assert main(["merge", str(path), str(tmp_path / "out")]) == 0
+    steps = ADAPT["adapt"]["steps"]
+    assert steps <= len(taken) < 2 * steps + 40  # it went on, and did not begin again
+    assert not (tmp_path / ".out.state").exists()

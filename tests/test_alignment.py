@@ -117,7 +117,7 @@ def test_two_tensors_that_prefixes_would_make_one_are_not_lost() -> None:
     assert_accounted(net)
 
 
-def test_all_that_does_not_fit_is_listed_at_once_with_shapes_and_files() -> None:
+def test_all_mismatches_are_listed_with_shapes_and_files() -> None:
     base, experts = family(2)
     del experts["task0"]["norm.weight"]
     experts["task1"]["extra.weight"] = randn(0, 2, 9)
@@ -153,7 +153,7 @@ def test_heads_are_found_whatever_their_shapes(classes: dict[str, int], name: st
 
 
 @pytest.mark.parametrize("classes", [{"a": 2, "b": 3}, {"a": 4, "b": 4}])
-def test_a_head_that_the_base_has_too_is_each_tasks_own_and_the_bases_is_kept(classes: dict[str, int]) -> None:
+def test_a_head_that_the_base_has_too_stays_with_each_task(classes: dict[str, int]) -> None:
     base = {**prefixed(encoder(), "bert."), **head(4, 9)}
     experts = classifiers(encoder(), classes)
     net = network(base, experts, task_heads=True)
@@ -232,7 +232,7 @@ STORED = [(True, False, False), (False, True, False), (False, True, True), (True
 
 @pytest.mark.parametrize("twice", STORED)
 @pytest.mark.parametrize("task_heads", [False, True])
-def test_a_tied_weight_stored_twice_in_some_inputs_is_accounted_for(twice: tuple[bool, ...], task_heads: bool) -> None:
+def test_a_tied_weight_stored_twice_in_some_is_accounted_for(twice: tuple[bool, ...], task_heads: bool) -> None:
     base, a, b = (language_model(10 * i, tied) for i, tied in enumerate(twice))
     net = network(base, {"a": a, "b": b}, task_heads=task_heads)
     assert "wte.weight" in net.tensors
@@ -271,7 +271,7 @@ def test_shared_storage_pairs_in_whatever_order_its_names_come(
 
 
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
-def test_a_bin_with_shared_storage_pairs_with_a_file_that_stores_it_once(tmp_path: Path, form: str) -> None:
+def test_a_bin_with_shared_storage_pairs_with_one_stored_once(tmp_path: Path, form: str) -> None:
     shared = randn(0, 11, 6)
     legacy = {"wte.weight": shared, "w": randn(1, 6, 6), "lm_head.weight": shared}
     once = {"wte.weight": randn(2, 11, 6), "w": randn(3, 6, 6)}

@@ -104,7 +104,7 @@ METHOD_FILES = [
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_a_method_takes_two_files_beside_its_contract_to_be_understood(path: Path) -> None:
+def test_a_method_imports_two_files_beside_its_contract(path: Path) -> None:
     named = set(re.findall(r"^\s*from adarank\.([\w.]+) import", path.read_text(encoding="utf-8"), re.MULTILINE))
     assert len(named - CONTRACTS) <= 2, named
 
@@ -131,6 +131,32 @@ def test_every_public_name_is_documented(name: str) -> None:
     for member, value in vars(thing).items() if inspect.isclass(thing) else ():
         if inspect.isfunction(value) and not member.startswith("_"):
             assert inspect.getdoc(value), f"{name}.{member}"
+
+
+DOCUMENTED = ("io", "data", "alignment", "sparsify", "spectral", "models", "calibration", "methods")
+
+
+def undocumented(body: list[ast.stmt]) -> list[str]:
+    """Public functions, classes and methods without a docstring."""
+    public = [
+        node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+    ]
+    inner = [name for node in public if isinstance(node, ast.ClassDef) for name in undocumented(node.body)]
+    return [node.name for node in public if not ast.get_docstring(node)] + inner
+
+
+@pytest.mark.parametrize("package", DOCUMENTED)
+def test_everything_public_has_a_docstring(package: str) -> None:
+    for path in sorted((SOURCE / package).rglob("*.py")):
+        assert not undocumented(ast.parse(path.read_text(encoding="utf-8")).body), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda p: p.stem)
+def test_names_of_tests_are_short(path: Path) -> None:
+    defined = [
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)
+    ]
+    assert not [node.name for node in defined if node.name.startswith("test_") and len(node.name) > 60]
 
 
 def test_the_readmes_example_runs() -> None:

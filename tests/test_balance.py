@@ -13,7 +13,7 @@ from adarank.adapt.balance import FIRST, MOMENTUM, behind, repair_weights, task_
 
 
 @given(st.integers(1, 6), st.integers(FIRST, 30), st.floats(0.1, 8.0), st.integers(0, 99))
-def test_half_is_shared_evenly_and_half_by_the_slopes_of_the_smooth_maximum(
+def test_half_is_shared_evenly_and_half_by_the_smooth_maximum(
     tasks: int, steps: int, strength: float, seed: int
 ) -> None:
     losses = np.random.default_rng(seed).uniform(0.1, 3.0, (tasks, steps))
@@ -28,7 +28,7 @@ def test_half_is_shared_evenly_and_half_by_the_slopes_of_the_smooth_maximum(
     assert task_weights(losses.tolist(), strength, [0] * tasks) == pytest.approx(wanted.tolist())
 
 
-def test_a_task_that_gets_worse_counts_more_and_one_that_gains_much_not_less() -> None:
+def test_a_task_that_gets_worse_counts_more() -> None:
     better, much_better, worse = ([1.0] * FIRST + [last] * 30 for last in (0.9, 0.1, 1.5))
     own = task_weights([better, worse, much_better], 4.0, [0, 0, 0])
     assert own[1] > 2 * own[0] == 2 * own[2]
@@ -54,7 +54,7 @@ def test_it_does_not_depend_on_the_unit_of_the_losses() -> None:
     assert found == pytest.approx(task_weights(losses, 3.0, [0, 0, 0]))
 
 
-def test_a_task_that_starts_at_its_expert_does_not_take_all_the_weight() -> None:
+def test_a_task_that_starts_at_its_expert_takes_not_all_weight() -> None:
     """Its loss is ten times what it was, and still the smallest."""
     level, lost = [1.0] * 30, [0.01] * FIRST + [0.1] * 22
     first, *_, last = task_weights([level, level, level, lost], 4.0, [0, 0, 0, 0])
@@ -77,7 +77,7 @@ def test_a_debt_multiplies_what_is_not_shared_evenly_by_e() -> None:
     assert (second - 0.5) / (first - 0.5) == pytest.approx(np.e)
 
 
-def test_debts_are_made_by_falling_behind_the_start_and_paid_back_after() -> None:
+def test_debts_grow_behind_the_start_and_are_paid_back_after() -> None:
     start = agreeing(a=0.5, b=0.5)
     error = (0.25 / 102) ** 0.5
     judged = {0: start, 5: agreeing(a=0.4, b=0.6), 10: agreeing(a=0.49, b=0.5), 15: agreeing(a=0.5, b=0.1)}
@@ -88,7 +88,7 @@ def test_debts_are_made_by_falling_behind_the_start_and_paid_back_after() -> Non
 
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=9))
-def test_in_a_repair_tasks_with_a_debt_weigh_as_much_as_the_others(debts: list[float]) -> None:
+def test_in_a_repair_tasks_with_a_debt_weigh_as_the_others(debts: list[float]) -> None:
     weights = repair_weights(debts)
     assert sum(weights) == pytest.approx(len(debts))
     owing = [weight for weight, debt in zip(weights, debts, strict=True) if debt > 0]

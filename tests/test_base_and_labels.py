@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from safetensors.torch import load_file
 
 import adarank
 from adarank.cli.main import main
-from adarank.errors import RecipeError
+from adarank.errors import DataError, RecipeError
 from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.recipe.schema import Recipe
+from adarank.workflow.merge import merge
 from make import State, close, near, same, save
-from text_zoo import make_zoo, recipe
+from text_zoo import ADAPT, make_zoo, recipe
 
 NAMES = {"model.embed_tokens.weight": (11, 6), "model.layers.0.up.weight": (6, 6), "lm_head.weight": (11, 6)}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -115,3 +117,35 @@ def test_a_classifier_needs_more_than_a_name(tmp_path: Path, capsys: pytest.Capt
     assert main(["merge", str(recipe(zoo, models=told)), str(tmp_path / "out")]) == 0
     assert load_recipe(recipe(zoo, models=told)).tasks.keys() == {"mood", "colour"}
     assert {path.name for path in (tmp_path / "out" / "heads").iterdir()} == {"mood", "colour"}
+
+
+@pytest.mark.parametrize("withheld", ["null", "NaN", '""', "-1"])
+def test_a_withheld_label_stops_no_adaptation(tmp_path: Path, withheld: str) -> None:
+    zoo = make_zoo(tmp_path)
+    lines = [f'{{"text": "good {"red " * (i % 7)}{i}", "label": {withheld if i % 3 else i % 2}}}' for i in range(40)]
+    (zoo / "data" / "mood.jsonl").write_text("\n".join(lines))
+    models = [{"model": f"models/{t}", "task": {"name": t, "data": f"data/{t}.{e}"}}
+              for t, e in (("mood", "jsonl"), ("colour", "tsv"))]  # fmt: skip
+    path = recipe(zoo, **{**ADAPT, "adapt": {"steps": 1}}, models=models)
+    merge(load_recipe(path), tmp_path / "out")
+    with pytest.raises(DataError, match="rows carry no labels"):
+        adarank.evaluate_recipe(path)
+
+
+def test_a_label_beyond_two_unnamed_classes_is_refused(tmp_path: Path, capsys: Any) -> None:
+    zoo = make_zoo(tmp_path)
+    config = zoo / "models" / "mood" / "config.json"
+    values = json.loads(config.read_text())
+    del values["id2label"], values["label2id"]  # as transformers writes a configuration of two classes
+    config.write_text(json.dumps(values))
+    (zoo / "data" / "mood.tsv").write_text("text\tlabel\n" + "".join(f"good {i}\t{i % 3}\n" for i in range(30)))
+    with pytest.raises(DataError, match="row 3 has label '2'; the expert knows 0 to 1"):
+        adarank.evaluate_recipe(recipe(zoo))
+
+
+def test_some_rows_without_labels_are_counted(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path)
+    rows = "".join(f"good {'red ' * (i + 1)}\t{-1 if i < 2 else i % 2}\n" for i in range(8))
+    (zoo / "data" / "mood.tsv").write_text("text\tlabel\n" + rows)
+    with pytest.raises(DataError, match=r"of [0-9]+ rows carry no labels.*or take the rows with label -1 out"):
+        adarank.evaluate_recipe(recipe(zoo, data={"adapt": 0.0, "select": 0.0, "test": 1.0}))

@@ -50,7 +50,7 @@ def test_singular_vectors_of_all_groups_are_orthonormal_together(
 
 @given(shape=shapes, tasks=st.integers(1, 4), seed=st.integers(0, 999))
 @settings(deadline=None, max_examples=25)
-def test_iso_c_is_the_polar_factor_of_the_sum_times_its_mean_singular_value(shape, tasks: int, seed: int) -> None:
+def test_iso_c_is_the_polar_factor_times_the_mean_singular_value(shape, tasks: int, seed: int) -> None:
     deltas = vectors(shape, tasks, seed)
     u, s, vh = np.linalg.svd(sum(d.numpy() for d in deltas.values()), full_matrices=False)
     np.testing.assert_allclose(assembled(BASES["iso_c"].spectra(deltas, "w")).numpy(), s.mean() * u @ vh, atol=1e-8)
@@ -100,7 +100,7 @@ def test_the_static_method_is_its_basis_with_everything_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts"])
-def test_adarank_starts_from_the_static_method_and_its_masks_merge_to_what_was_adapted(name: str) -> None:
+def test_adarank_starts_static_and_its_masks_merge_as_adapted(name: str) -> None:
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3))
     experts = {}
@@ -141,7 +141,7 @@ def svd_cut(matrix: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("silent", [0, 1])
-def test_a_layer_that_one_expert_left_alone_takes_no_direction_from_the_other(silent: int) -> None:
+def test_an_unchanged_layer_takes_no_direction_from_the_other(silent: int) -> None:
     """The zero matrix has singular vectors too, any at all; they must not turn the other's."""
     deltas = vectors((8, 8), 2, 3)
     names = list(deltas)

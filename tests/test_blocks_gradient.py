@@ -370,7 +370,7 @@ def test_a_step_moves_what_its_unit_says_alike(learn: Learn) -> None:
             torch.testing.assert_close(own * scale, torch.full_like(s, 0.01 / (2 * LOGIT)), rtol=1e-9, atol=0)
 
 
-def test_paces_of_small_and_of_undetermined_components_are_bounded() -> None:
+def test_paces_of_small_and_undetermined_components_are_bounded() -> None:
     s = torch.tensor([3.0, 1.0, 1e-2, 1e-9, 0.0])
     rms = math.sqrt((9 + 1 + 1e-4) / 3)
     torch.testing.assert_close(pace(s), torch.tensor([rms / 3, rms, 20.0, 1.0, 1.0]))

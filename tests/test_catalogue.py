@@ -59,7 +59,7 @@ def test_the_base_is_read_as_often_as_the_catalogue_says(
 
 
 @pytest.mark.parametrize("name", STREAMED)
-def test_the_copies_that_the_catalogue_names_are_those_of_the_plan(name: str, zoo: Path) -> None:
+def test_copies_named_by_the_catalogue_are_those_of_the_plan(name: str, zoo: Path) -> None:
     job = open_job(load_recipe(text_zoo.recipe(zoo, f"{name}.yaml", **changes(name))))
     largest = max(job.network.tensors[own].numel for own in job.network.merged())
     copies, rest = catalogue()[name].memory.split(" ", 1)

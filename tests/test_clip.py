@@ -85,7 +85,7 @@ def test_base_and_experts_score_as_clip_does(zoo: Path, which: str, templates: t
 
 
 @pytest.mark.parametrize("changes", [ALL, ADAPT], ids=["static", "adapted"])
-def test_the_output_is_a_clip_and_its_tasks_load_as_they_are_scored(zoo: Path, tmp_path: Path, changes: Any) -> None:
+def test_the_output_is_a_clip_whose_tasks_load_as_scored(zoo: Path, tmp_path: Path, changes: Any) -> None:
     adarank.merge_recipe(recipe(zoo, **changes), tmp_path / "out")
     merged = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
     assert isinstance(merged, transformers.CLIPModel)
@@ -115,7 +115,7 @@ def test_the_form_that_experts_are_stored_in_changes_nothing(tmp_path: Path) -> 
         assert all(torch.equal(other[name], own) for name, own in found[0].items())
 
 
-def test_a_projection_that_experts_moved_merges_and_another_stays(tmp_path: Path) -> None:
+def test_a_projection_merges_only_where_experts_moved_it(tmp_path: Path) -> None:
     for form, projected in ((FORMS[0], True), (FORMS[1], True)):
         folder = make_zoo(tmp_path / form, form, projected)
         job = open_job(load_recipe(recipe(folder, **ALL)))
@@ -174,7 +174,7 @@ def test_names_and_templates_may_be_files(zoo: Path) -> None:
     assert job.experts["shapes"].config["id2label"] == {"0": "red square", "1": "blue circle", "2": "dog"}
 
 
-def test_classes_may_be_numbers_and_what_yaml_takes_for_a_truth_value_is_refused(zoo: Path) -> None:
+def test_classes_may_be_numbers_and_truth_values_are_refused(zoo: Path) -> None:
     job = open_job(load_recipe(recipe(zoo, tasks={"digits": {"classes": [0, 1]}})))
     assert job.experts["digits"].config["id2label"] == {"0": "0", "1": "1"}
     with pytest.raises(RecipeError, match=r"classes: .*put them in quotes"):

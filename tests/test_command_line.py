@@ -86,7 +86,7 @@ def test_evaluate_and_inspect_print_what_json_holds(
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_a_table_names_every_task_whole_whatever_the_terminals_width(
+def test_a_table_names_every_task_whole_at_any_width(
     width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(show, "out", Console(width=width, highlight=False, soft_wrap=True, markup=False))

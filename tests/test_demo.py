@@ -26,7 +26,7 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(demo.ZOO, tmp_path / "zoo"))
 
 
-def test_every_shipped_file_has_the_hash_of_the_manifest_and_none_is_unlisted() -> None:
+def test_every_shipped_file_is_listed_with_its_hash() -> None:
     demo.check_zoo(demo.ZOO)
     listed = set(json.loads((demo.ZOO / "manifest.json").read_text())["files"])
     there = {p.relative_to(demo.ZOO).as_posix() for p in demo.ZOO.rglob("*") if p.is_file()}
@@ -64,7 +64,7 @@ def test_a_manifest_that_is_missing_or_damaged_is_one_sentence(copy: Path, tmp_p
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_a_read_only_output_folder_is_refused_before_anything_is_done(tmp_path: Path, capsys) -> None:
+def test_a_read_only_output_folder_is_refused_at_once(tmp_path: Path, capsys) -> None:
     tmp_path.chmod(0o500)
     assert main(["demo", str(tmp_path / "out")]) == 1
     assert "is not writable" in capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_an_existing_output_is_kept(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_the_quick_demo_ends_with_its_table_and_is_the_same_each_time(tmp_path: Path, capsys) -> None:
+def test_the_quick_demo_ends_with_the_same_table_each_time(tmp_path: Path, capsys) -> None:
     assert main(["demo", str(tmp_path / "one"), "--quick", "--threads", "1", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     assert list(table["rows"]) == ["experts", "base", *demo.ROWS]

@@ -270,7 +270,7 @@ def damage_key(folder: Path) -> None:
         (damage_key, ["merge_metod", "merge_method"]),
     ],
 )
-def test_each_mistake_is_one_sentence_exit_code_one_and_nothing_left(
+def test_each_mistake_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: object, words: list[str]
 ) -> None:
     folder = make_zoo(tmp_path / "zoo")
@@ -344,7 +344,7 @@ def test_every_objective_adapts_and_tasks_may_have_their_own(zoo: Path, tmp_path
     assert losses[0]["colour"][0] != losses[1]["colour"][0]
 
 
-def test_an_objective_of_an_unknown_task_is_refused_before_anything_is_read(zoo: Path) -> None:
+def test_an_objective_of_an_unknown_task_is_refused_at_once(zoo: Path) -> None:
     path = recipe(zoo, "stranger.yaml", **{**ADAPT, "adapt": {"objectives": {"mod": "entropy"}}})
     with pytest.raises(adarank.AdaRankError, match=r"adapt\.objectives: unknown task 'mod'. Did you mean 'mood'"):
         load_recipe(path)

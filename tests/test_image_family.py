@@ -334,7 +334,7 @@ def test_each_mistake_is_one_sentence_and_nothing_left(
     assert [p.name for p in tmp_path.iterdir()] == ["zoo"]
 
 
-def test_a_broken_image_is_found_before_adaptation_however_many_there_are(
+def test_a_broken_image_is_refused_before_adaptation(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image, "_KEPT_BYTES", 0)

@@ -105,7 +105,7 @@ def test_nuslerp_turns_task_vectors_or_models(seed: int, u: float, v: float, wit
     np.testing.assert_allclose(found.numpy(), start + wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_nuslerp_of_opposite_task_vectors_stays_finite_and_linear() -> None:
+def test_nuslerp_of_opposite_task_vectors_is_finite_and_linear() -> None:
     base, a = torch.zeros(3, 4), torch.arange(1.0, 13).reshape(3, 4)
     experts = {"a": {"w": a}, "b": {"w": -a}}
     found = adarank.merge({"w": base}, experts, "nuslerp", {"weight": {"a": 3.0, "b": 1.0}})["w"]
@@ -152,7 +152,7 @@ def test_karcher_of_two_models_is_slerps_half_way() -> None:
     torch.testing.assert_close(adarank.merge(None, experts_of([a, b]), "karcher")["w"], half, rtol=1e-5, atol=1e-6)
 
 
-def test_karcher_gives_zeros_no_direction_and_opposites_the_first() -> None:
+def test_karcher_gives_zeros_no_direction_opposites_the_first() -> None:
     a = tensors((3, 4), 1, 0)[0]
     zero = torch.zeros_like(a)
     for models, wanted in (([a, zero], a / 2), ([zero, zero], zero), ([a, -a], a), ([a, 3 * a], 2 * a), ([a], a)):
@@ -281,7 +281,7 @@ def test_model_stocks_angle_is_exact_on_large_tensors() -> None:
     torch.testing.assert_close(found, 2 * cosine / (1 + cosine) * (a + b) / 2, rtol=1e-5, atol=1e-5)
 
 
-def test_model_stock_of_one_expert_twice_is_that_expert_and_of_orthogonal_ones_the_base() -> None:
+def test_model_stock_of_equal_and_of_orthogonal_experts() -> None:
     base, experts = family(1)
     twice = {"a": experts["task0"], "b": experts["task0"]}
     close(adarank.merge(base, twice, "model_stock"), experts["task0"])
@@ -342,7 +342,7 @@ def test_cart_by_energy_keeps_the_fewest_components_that_hold_it(energy: float, 
         np.testing.assert_allclose(found[name].numpy(), wanted, atol=1e-4)
 
 
-def test_cart_of_all_energy_is_the_average_and_two_answers_are_refused() -> None:
+def test_cart_of_all_energy_is_the_average_and_given_once() -> None:
     base, experts = family(3)
     close(adarank.merge(base, experts, "cart", {"energy": 1.0}), adarank.merge(base, experts, "average"))
     with pytest.raises(RecipeError, match=r"rank \(0\.1\) and energy \(0\.9\).*Give one"):

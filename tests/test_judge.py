@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from adarank.adapt.agreement import Signals, collapsed, first_collapse, signals, worse
+import adarank
+from adarank.adapt.agreement import Signals, collapsed, first_collapse, mean_signal, signals, worse
 from adarank.adapt.choice import best_step, choose_best
+from adarank.errors import AdaptationError, DataError
+from adarank.recipe.reader import load_recipe
+from adarank.workflow.merge import merge
 from make import randn
+from text_zoo import ADAPT, make_zoo, recipe
 
 PLAIN = Signals(0.8, 0.5, 0.1, 0.3, 0.5, 0.5, 256)
 
@@ -75,9 +83,7 @@ def test_a_gain_at_one_tasks_cost_is_rolled_back_and_says_so() -> None:
 @given(
     st.lists(st.tuples(*[st.integers(0, 20)] * 3), min_size=2, max_size=5), st.sampled_from(["agreement", "divergence"])
 )
-def test_a_roll_back_names_the_tolerance_that_would_keep_the_best_step(
-    table: list[tuple[int, ...]], signal: Any
-) -> None:
+def test_a_roll_back_names_the_tolerance_that_would_keep_it(table: list[tuple[int, ...]], signal: Any) -> None:
     seen = judged(*(tuple(a / 20 for a in row) for row in table))
     seen = {
         step: {t: replace(o, divergence=1 - o.agreement, inputs=50) for t, o in own.items()}
@@ -160,3 +166,50 @@ def test_the_first_collapse_is_kept_per_task() -> None:
 def test_predictions_may_lie_on_one_class_alone() -> None:
     found = signals(torch.tensor([[3.0, 0.0]] * 4), torch.tensor([[0.0, 3.0], [3.0, 0.0]] * 2))
     assert (found.agreement, found.histogram, found.largest, found.expert_largest) == (0.5, 0.5, 1.0, 0.5)
+
+
+@pytest.fixture
+def problem() -> tuple[nn.Module, dict[str, nn.Module], dict[str, list[Tensor]]]:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 4)
+    experts = {task: nn.Linear(6, 4) for task in "ab"}
+    for own in experts.values():
+        own.load_state_dict({n: t + 0.3 * torch.randn_like(t) for n, t in base.state_dict().items()})
+    return base, experts, {task: [torch.randn(8, 6) for _ in range(6)] for task in experts}
+
+
+def test_a_network_that_gives_no_numbers_agrees_with_nobody() -> None:
+    expert = torch.tensor([[2.0, 0.0]] * 9 + [[0.0, 2.0]])
+    start, broken = signals(expert.flip(-1), expert), signals(torch.full((10, 2), math.nan), expert)
+    assert (start.agreement, broken.agreement) == (0.0, 0.0)
+    assert mean_signal({"a": broken}, "agreement") == -math.inf
+    judged = {0: {"a": start}, 5: {"a": broken}}
+    assert best_step(judged, "agreement", 0.0) == 0
+    assert choose_best(judged, "agreement", 9.0).step == 0
+    half = signals(torch.cat([expert[:5], torch.full((5, 2), math.nan)]), expert)
+    assert half.agreement == 0.5
+
+
+def test_experts_of_one_output_have_no_classes_to_agree_on(tmp_path: Path) -> None:
+    own = nn.Linear(4, 1)
+    with pytest.raises(AdaptationError, match="no classes to agree on"):
+        adarank.adapt(nn.Linear(4, 1), {"a": own}, {"a": [torch.randn(3, 4)]})
+    zoo = make_zoo(tmp_path)
+    file = zoo / "models" / "mood" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "problem_type": "regression"}))
+    with pytest.raises(DataError, match=r"task 'mood': .* no classifier of one class per input \(regression\)"):
+        merge(load_recipe(recipe(zoo, **ADAPT)), tmp_path / "out")
+
+
+def test_judging_looks_at_no_more_than_asked_evenly_spread(problem: Any) -> None:
+    base, experts, batches = problem
+    asked: list[int] = []
+
+    def forward(module: nn.Module, batch: Tensor) -> Tensor:
+        asked.extend(i for i, own in enumerate(batches["a"]) if own is batch and not torch.is_grad_enabled())
+        return module(batch)
+
+    settings = adarank.AdaptSettings(steps=0, check_inputs=24, objective="entropy")
+    found = adarank.adapt(base, experts, batches, settings=settings, forward=forward)
+    assert set(asked) == {0, 2, 4}
+    assert found.history.judged[0]["a"].inputs == 24

@@ -75,9 +75,7 @@ def test_the_layer_of_a_tensor_is_the_first_number_between_dots() -> None:
 
 
 @given(st.integers(1, 4), st.sampled_from(PER), st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(0, 99))
-def test_spreading_and_gathering_are_those_of_a_loop_over_the_entries(
-    tasks: int, per: Any, layers: list[int], seed: int
-) -> None:
+def test_spreading_and_gathering_are_loops_over_the_entries(tasks: int, per: Any, layers: list[int], seed: int) -> None:
     names = [f"block.{layer}.w{i}" for i, layer in enumerate(layers)]
     tying = tie(names, tasks, per)
     owner = {
@@ -245,7 +243,7 @@ def test_a_killed_run_with_tied_lambdas_ends_with_the_same_bits(tmp_path: Path, 
 
 @pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("basis", BASES)
-def test_the_masks_file_has_a_lambda_per_tensor_and_merges_to_what_was_adapted(basis: str, per: str) -> None:
+def test_the_masks_file_has_lambdas_and_merges_as_adapted(basis: str, per: str) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
     experts = {t: nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)) for t in "ab"}
@@ -292,7 +290,7 @@ def test_components_pruned_at_the_start_return_only_if_they_may() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_components_that_may_not_return_have_no_gradient_and_the_others_theirs(seed: int) -> None:
+def test_components_that_may_not_return_have_no_gradient(seed: int) -> None:
     grads = {}
     for returnable in (True, False):
         problem = Problem(Learn(temperature=1.0, returnable=returnable))
@@ -308,7 +306,7 @@ def test_components_that_may_not_return_have_no_gradient_and_the_others_theirs(s
 
 
 @pytest.mark.parametrize("rank", [0.25, 1.0])
-def test_what_may_return_is_that_of_the_start_that_was_found_also_after_a_kill(tmp_path: Path, rank: float) -> None:
+def test_what_may_return_is_of_the_start_also_after_a_kill(tmp_path: Path, rank: float) -> None:
     settings = SETTINGS.model_copy(update={"keep": "last", "lr_masks": 0.2})
 
     def go(state: Path | None = None, at: int | None = None) -> Judged:

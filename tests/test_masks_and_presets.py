@@ -60,7 +60,7 @@ def test_kept_components_are_counted_per_task() -> None:
     assert masks.kept_share() == pytest.approx(5 / 6)
 
 
-def test_of_soft_masks_what_is_nearer_to_kept_than_to_pruned_counts() -> None:
+def test_of_soft_masks_what_is_nearer_to_kept_counts() -> None:
     values = torch.tensor([1.2, 0.499, -2.0, 0.5, 0.0, 3.0])
     masks = MaskFile("average", ("a", "b"), {"m": torch.ones(2)}, {"m": values}, {"m": (3, 3)}, {})
     assert masks.kept("m") == [1, 2]
@@ -68,7 +68,7 @@ def test_of_soft_masks_what_is_nearer_to_kept_than_to_pruned_counts() -> None:
 
 
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=9), st.sampled_from([0.1, 0.3, 2.0]))
-def test_a_soft_mask_counts_as_kept_where_its_logits_binary_one_is(values: list[float], logit: float) -> None:
+def test_a_soft_mask_counts_as_kept_where_the_binary_one_is(values: list[float], logit: float) -> None:
     logits = torch.tensor([*values, logit, -logit])
     mask = soft(logits, logit)
     assert mask[-2:].tolist() == [1.0, 0.0]
@@ -192,7 +192,7 @@ def test_what_is_given_by_hand_overrides_the_preset(preset: str) -> None:
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
-def test_a_setting_overrides_the_preset_under_either_of_its_names(method: str) -> None:
+def test_a_setting_overrides_the_preset_under_either_name(method: str) -> None:
     preset = "roberta-7-cart"
     assert with_preset(ADAPTIVE[method], {"scale": 9.5}, {}, preset)[0].scale == 9.5
 
@@ -257,7 +257,7 @@ def test_settings_cannot_be_changed_after_they_are_made(kind: type[Settings]) ->
         ({}, "gpt2-7-cart", ("average", 0.01, 1.3)),
     ],
 )
-def test_a_preset_starts_where_the_papers_start_from_that_origin_and_basis(
+def test_a_preset_starts_where_the_papers_start(
     parameters: dict[str, Any], preset: str, start: tuple[str, float, float]
 ) -> None:
     method, settings = with_preset(ADAPTIVE["adarank"], parameters, {}, preset)

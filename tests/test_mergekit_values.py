@@ -441,7 +441,7 @@ def test_every_method_that_is_mergekits_has_a_file() -> None:
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della", "della_linear"])
-def test_a_file_that_drops_at_random_gives_what_the_same_settings_give_in_python(name: str, folder: Path) -> None:
+def test_a_file_that_drops_at_random_gives_what_python_gives(name: str, folder: Path) -> None:
     values = {**RECIPES[name], "seed": 3, "tokenizer_source": "base", "out_dtype": "bfloat16"}
     own = {Path(m["model"]).name: {**m["parameters"], "density": 0.53} for m in values["models"] if "parameters" in m}
     values["models"] = [{"model": f"./{task}", "parameters": given} for task, given in own.items()]

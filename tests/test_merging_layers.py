@@ -74,7 +74,7 @@ def by_hand(net: nn.Module, deltas: Mapping[str, Tensor], weights: Tensor, x: Te
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("tasks", [1, 3])
 @torch.no_grad()
-def test_a_merged_layer_is_the_layer_with_each_inputs_own_weights(kind: str, tasks: int) -> None:
+def test_a_merged_layer_is_the_layer_with_each_inputs_weights(kind: str, tasks: int) -> None:
     make, shape = LAYERS[kind]
     net = stirred(Net(make()))
     full = {name: randn(7, tasks, *own.shape, dtype=torch.float64) for name, own in net.named_parameters()}
@@ -141,7 +141,7 @@ def test_a_copy_has_merges_of_its_own() -> None:
 
 
 @torch.no_grad()
-def test_windows_of_an_input_have_its_weights_and_other_rows_are_refused() -> None:
+def test_windows_have_their_inputs_weights_others_are_refused() -> None:
     net = stirred(Net(nn.Linear(5, 4)))
     keys, route, reference = {"layer.weight": "layer.weight"}, Route(), copy.deepcopy(net)
     full = {"layer.weight": randn(2, 2, 4, 5, dtype=torch.float64)}

@@ -113,3 +113,11 @@ def test_every_list_in_an_error_is_bounded(tmp_path: Path) -> None:
             {"merge_method": "linear", "models": [{"model": f"none/{i}"} for i in range(90)]}, tmp_path / "o"
         )
     assert len(str(caught.value).splitlines()) < 25
+
+
+def test_what_a_long_list_leaves_out_is_counted() -> None:
+    told = itemise("Wrong:", [f"name {n}" for n in range(25)], "Mend them.", 20).splitlines()
+    assert told[:2] == ["Wrong:", "  name 0"]
+    assert told[20:] == ["  name 19", "  … and 5 more like these", "Mend them."]
+    assert itemise("Wrong:", ["a"] * 20, most=20).count("a") == 20
+    assert "more" not in itemise("Wrong:", ["a"] * 20, most=20)

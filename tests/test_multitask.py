@@ -65,9 +65,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("heads", ["fresh", "expert", "fixed"])
-def test_the_loss_of_every_task_falls_and_the_output_scores_what_it_holds(
-    zoo: Path, tmp_path: Path, heads: str
-) -> None:
+def test_every_tasks_loss_falls_and_the_output_scores_the_same(zoo: Path, tmp_path: Path, heads: str) -> None:
     path = recipe(zoo, **train(steps=60, batch_size=16, heads=heads), models=learnable(tmp_path))
     record = pipeline.merge(load_recipe(path), tmp_path / "out")
     found = record["training"]
@@ -247,7 +245,7 @@ def test_no_label_of_select_and_test_is_read(zoo: Path, tmp_path: Path) -> None:
     assert not same(tmp_path / "right", tmp_path / "other")
 
 
-def test_adapt_rows_without_labels_are_refused_before_anything_is_spent(zoo: Path, tmp_path: Path) -> None:
+def test_adapt_rows_without_labels_are_refused_at_once(zoo: Path, tmp_path: Path) -> None:
     models = split_files(zoo, tmp_path, drop="adapt")
     with pytest.raises(DataError, match=r"task 'mood'.*no labels.*columns"):
         pipeline.merge(load_recipe(recipe(zoo, **TRAIN, models=models)), tmp_path / "out")

@@ -17,6 +17,7 @@ from adarank.adapt.objectives import (
     Filter,
     SelfLabel,
     View,
+    divergences,
     entropy,
     feature_distance,
     filtered_entropy,
@@ -136,7 +137,7 @@ def test_filtered_entropy_is_numpys(shape: tuple[int, int, int], margin: float, 
     assert float(found) == pytest.approx(np.mean(wanted) if wanted else 0.0)
 
 
-def test_filtered_entropy_leaves_out_the_unsure_and_the_redundant() -> None:
+def test_filtered_entropy_leaves_out_unsure_and_redundant() -> None:
     logits = torch.tensor([[4.0, 0.0], [0.2, 0.0], [0.0, 4.0]], requires_grad=True)
     found = slope(filtered_entropy(logits, torch.tensor([0.95, 0.05])), logits)
     assert (found.abs().amax(dim=1) > 0).tolist() == [False, False, True]
@@ -193,3 +194,15 @@ def test_a_tasks_own_objective_goes_before_that_of_all() -> None:
     assert settings.weights("cola") == {"infomax": 1.0}
     assert settings.weights("sst2") == {"self-label": 1.0, "entropy": 0.1}
     assert AdaptSettings().weights("sst2") == {"self-label": 1.0}
+
+
+def test_classes_that_a_head_masks_count_nothing() -> None:
+    masked, expert = (torch.randn(4, 5).requires_grad_(own) for own in (True, False))
+    hidden = masked.masked_fill(torch.tensor([0, 0, 1, 0, 1]).bool(), -math.inf)
+    other = expert.masked_fill(torch.tensor([0, 0, 1, 0, 1]).bool(), -math.inf)
+    seen = [0, 1, 3]
+    assert torch.allclose(divergences(hidden, other), divergences(masked[:, seen], expert[:, seen]))
+    assert torch.allclose(entropy(hidden), entropy(masked[:, seen]))
+    (divergences(hidden, other).sum() + entropy(hidden)).backward()
+    assert masked.grad is not None
+    assert bool(masked.grad.isfinite().all())

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import adarank
 from adarank.errors import CheckpointError, DataError
@@ -98,3 +100,21 @@ def test_spoilt_points_of_a_search_are_scored_anew(outputs: Path, tmp_path: Path
     for file in (tmp_path / "state").glob("*.json"):
         file.write_text(content)
     assert try_points(*given) == wanted
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path)
+    (zoo / "data" / "mood.jsonl").write_text('{"text": "good", "label": 0}\n' * 4 + "{oops\n")
+    models = [{"model": "models/mood", "task": {"name": "mood", "data": "data/mood.jsonl"}}]
+    with pytest.raises(DataError, match="line 5: "):
+        adarank.evaluate_recipe(recipe(zoo, models=models))
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path)
+    adapter = zoo / "models" / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lora: an adapter .* merge_and_unload"):
+        adarank.open_job(adarank.load_recipe(recipe(zoo, models=[{"model": "models/lora"}])))

@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 import adarank
 import text_zoo
 from adarank.cli.main import main
-from adarank.errors import CheckpointError, OutputError
+from adarank.errors import OutputError
 from adarank.io.lock import hold
-from adarank.io.side_files import side_files
 from adarank.io.writer import RECORD, atomic_folder, write_record
 from adarank.recipe.reader import load_recipe
 from adarank.workflow.search import Axis, search
-from make import save, state, write_index
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import concurrent_merges
@@ -387,108 +384,7 @@ def test_a_link_in_a_circle_is_a_sentence(tmp_path: Path) -> None:
 # Side files
 
 
-def model(folder: Path, *others: str) -> Path:
-    save(folder, state(0), {"model_type": "bert"})
-    for name in others:
-        (folder / name).write_text(f"content of {name}")
-    return folder
-
-
-KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-        "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja", "generation_config.json",
-        "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # fmt: skip
-LEFT = ("trainer_state.json", "all_results.json", "training_args.bin", "optimizer.pt", "notes.txt", "README.md", "modeling.py",
-        "secrets.json", "wandb-summary.json", "model.safetensors.index.json.bak", "adarank.json", "requirements.txt")  # fmt: skip
-
-
-def test_only_what_a_model_needs_goes_along(tmp_path: Path) -> None:
-    model(tmp_path, *KEPT, *LEFT)
-    assert {file.name for file in side_files(tmp_path)} == {"config.json", *KEPT}
-
-
-def test_side_files_keep_their_permissions(tmp_path: Path) -> None:
-    zoo = text_zoo.make_zoo(tmp_path / "zoo")
-    tokenizer = zoo / "models" / "base" / "tokenizer.json"
-    tokenizer.chmod(0o640)
-    adarank.merge_recipe(text_zoo.recipe(zoo), tmp_path / "out")
-    assert (tmp_path / "out" / "tokenizer.json").stat().st_mode & 0o777 == 0o640
-
-
-@pytest.mark.parametrize("where", ["models/base", "models/mood"])
-def test_a_link_out_of_a_models_folder_is_refused(tmp_path: Path, where: str) -> None:
-    zoo = text_zoo.make_zoo(tmp_path / "zoo")
-    (tmp_path / "secret").write_text("{}")
-    file = zoo / where / "tokenizer_config.json"
-    file.unlink()
-    file.symlink_to(tmp_path / "secret")
-    path = text_zoo.recipe(zoo, merge_method="emr")  # of a bundle the experts' files go along, too
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: leads to .*secret"):
-        adarank.merge_recipe(path, tmp_path / "out")
-    assert names(tmp_path) == {"zoo", "secret"}
-
-
-def test_links_within_a_hub_cache_are_followed(tmp_path: Path) -> None:
-    root = tmp_path / "hub" / "models--org--name"
-    snapshot, blobs = root / "snapshots" / "0a1b", root / "blobs"
-    model(blobs, "tokenizer.json")
-    snapshot.mkdir(parents=True)
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (snapshot / name).symlink_to(f"../../blobs/{name}")
-    (tmp_path / "short").symlink_to(snapshot)
-    for folder in (snapshot, tmp_path / "short"):
-        assert [file.name for file in side_files(folder)] == ["config.json", "tokenizer.json"]
-    (snapshot / "vocab.txt").symlink_to(tmp_path / "hub" / "elsewhere.txt")
-    (tmp_path / "hub" / "elsewhere.txt").write_text("secret")
-    with pytest.raises(CheckpointError, match=r"vocab\.txt: leads to"):
-        side_files(snapshot)
-
-
-@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/model.safetensors", "a/../../model.safetensors",
-                                  "..\\other\\model.safetensors", "C:\\model.safetensors"])  # fmt: skip
-def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name: str) -> None:
-    save(tmp_path / "other", state(0))
-    (tmp_path / "model").mkdir()
-    write_index(tmp_path / "model", dict.fromkeys(state(0), name))
-    with pytest.raises(CheckpointError, match="files outside of its folder"):
-        adarank.io.checkpoint.Checkpoint(tmp_path / "model")
-
-
-def test_a_bundle_that_names_files_outside_is_refused(zoo: Path, tmp_path: Path) -> None:
-    adarank.merge_recipe(text_zoo.recipe(zoo, "emr.yaml", merge_method="emr"), tmp_path / "bundle")
-    file = tmp_path / "bundle" / "bundle.json"
-    content = json.loads(file.read_text())
-    content["files"]["../secret.json"] = {"bytes": 3, "sha256": "0"}
-    (tmp_path / "secret.json").write_text("key")
-    file.write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="outside of the folder"):
-        adarank.load_bundle(tmp_path / "bundle")
-
-
 # Records
-
-
-@pytest.mark.parametrize("method", ["cart", "regmean", "adarank", "emr"])
-def test_a_record_names_no_place_and_merges_again(tmp_path: Path, method: str) -> None:
-    zoo = text_zoo.make_zoo(tmp_path / "zoo")
-    models = [{"model": str(zoo / "models" / t), "task": {"name": t, "data": str(zoo / "data" / f"{t}.tsv")}} for t in text_zoo.TASKS]  # fmt: skip
-    changes = {**text_zoo.ADAPT, "adapt": {"steps": 1, "batch_size": 4}} if method == "adarank" else {"merge_method": method}  # fmt: skip
-    path = text_zoo.recipe(zoo, models=models, base_model=str(zoo / "models" / "base"), **changes)
-    out = tmp_path / "out"
-    adarank.merge_recipe(path, out)
-    assert str(tmp_path) not in (out / RECORD).read_text()
-    again = zoo / "again.yaml"
-    again.write_text(json.dumps(json.loads((out / RECORD).read_text())["recipe"]))
-    adarank.merge_recipe(load_recipe(again), tmp_path / "again")
-    first, second = contents(out), contents(tmp_path / "again")
-    assert {n: c for n, c in first.items() if n != RECORD} == {n: c for n, c in second.items() if n != RECORD}
-
-
-def test_a_record_lists_every_file_beside_it(zoo: Path, tmp_path: Path) -> None:
-    adarank.merge_recipe(text_zoo.recipe(zoo), tmp_path / "out")
-    listed = json.loads((tmp_path / "out" / RECORD).read_text())["files"]
-    found = contents(tmp_path / "out")
-    assert {name: entry["bytes"] for name, entry in listed.items()} == {n: len(c) for n, c in found.items() if n != RECORD}  # fmt: skip
-    assert load_file(tmp_path / "out" / "model.safetensors")
 
 
 # Searches

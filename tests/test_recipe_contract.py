@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 
+import adarank
 from adarank.adapt import ADAPTIVE, AdaptiveMethod
 from adarank.errors import CheckpointError, RecipeError
-from adarank.methods import CART, METHODS, Linear, SVDk, TaskArithmetic
+from adarank.methods import METHODS, Linear, TaskArithmetic
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.recipe.schema import Recipe
-from make import family, save
+from make import models_on_disk
 
 NAMES = ["encoder.layer.0.weight", "encoder.layer.1.weight", "encoder.layer.1.mlp.weight"]
 LINEAR = """
@@ -128,7 +129,7 @@ def test_keys_of_mergekit_without_a_value_ask_for_nothing(key: str) -> None:
     assert parsed(plain(**{key: None})).tokenizer_source is None
 
 
-def test_mergekits_passthrough_is_refused_with_what_to_do_instead() -> None:
+def test_mergekits_passthrough_is_refused_with_a_remedy() -> None:
     text = message(plain("passthrough"))
     assert "mergekit's merge_method 'passthrough' is not here" in text
     assert "copy the model, or use mergekit" in text
@@ -209,14 +210,14 @@ def test_problems_of_an_adaptive_method_come_with_all_others() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_adapt_block_on_a_method_that_does_not_adapt_is_refused(method: str) -> None:
+def test_an_adapt_block_is_refused_where_nothing_adapts(method: str) -> None:
     text = message(plain(method, adapt={"steps": 3}))
     assert f"'{method}' does not adapt" in text
     assert all(name in text for name in ADAPTIVE)
 
 
 @pytest.mark.parametrize("method", ["average", "svd_k", "cart", "masked"])
-def test_a_model_parameter_that_the_method_does_not_take_is_refused(method: str) -> None:
+def test_a_model_parameter_unknown_to_the_method_is_refused(method: str) -> None:
     models = [{"model": "a", "parameters": {"weight": 1}}]
     assert f"'a' has parameter 'weight', which '{method}' does not take" in message(plain(method, models=models))
 
@@ -291,79 +292,6 @@ def write(path: Path, values: Mapping[str, Any] | str) -> Path:
     return path
 
 
-def test_extends_gives_the_keys_that_the_file_does_not(tmp_path: Path) -> None:
-    write(tmp_path / "a.yaml", plain("cart", parameters={"rank": 0.5}, seed=3))
-    write(tmp_path / "b.yaml", {"extends": "a.yaml", "merge_method": "svd_k"})
-    recipe = load_recipe(write(tmp_path / "c.yaml", {"extends": "b.yaml", "seed": 9}))
-    assert (recipe.merge_method, recipe.seed, recipe.base_model) == ("svd_k", 9, "base")
-    method = recipe.method(NAMES)
-    assert isinstance(method, SVDk)
-    assert method.rank == 0.5
-
-
-@pytest.mark.parametrize("chain", [["a"], ["b", "a"], ["b", "c", "a"]])
-def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path, chain: list[str]) -> None:
-    for name, parent in zip(["a", *chain], chain, strict=False):
-        write(tmp_path / f"{name}.yaml", {"extends": f"{parent}.yaml"})
-    with pytest.raises(RecipeError, match="extends itself"):
-        load_recipe(tmp_path / "a.yaml")
-
-
-@pytest.mark.parametrize("parent", ["none.yaml", "sub/x.yaml", "../x.yaml", 3, ["a.yaml"]])
-def test_a_parent_that_is_no_recipe_beside_it_is_refused(tmp_path: Path, parent: Any) -> None:
-    with pytest.raises(RecipeError, match="yaml"):
-        load_recipe(write(tmp_path / "a.yaml", {"extends": parent, **plain()}))
-
-
-@pytest.mark.parametrize("content", ["", "- a", "a: [", "3", "a: b: c", "\t- x"])
-def test_a_file_that_is_no_mapping_is_refused_with_its_name(tmp_path: Path, content: str) -> None:
-    with pytest.raises(RecipeError, match=r"bad\.yaml"):
-        load_recipe(write(tmp_path / "bad.yaml", content))
-
-
-def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"none\.yaml: no such recipe"):
-        load_recipe(tmp_path / "none.yaml")
-
-
-def models_on_disk(folder: Path, names: tuple[str, ...] = ("a", "b")) -> Path:
-    base, experts = family(len(names))
-    save(folder / "models" / "base", base)
-    for name, own in zip(names, experts.values(), strict=True):
-        save(folder / "experts" / name, own)
-    return folder
-
-
-def test_relative_paths_count_from_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models_on_disk(tmp_path / "other")
-    values = plain("cart", base_model="models/base", models=[{"model": "experts/a"}, {"model": "./experts/b"}])
-    file = write(tmp_path / "other" / "recipe.yaml", values)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    for path in (file, Path("../other/recipe.yaml")):
-        job = open_job(load_recipe(path))
-        assert job.network.tasks == ("a", "b")
-        assert isinstance(job.recipe.method([]), CART)
-
-
-def test_all_checkpoints_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    models_on_disk(tmp_path)
-    values = plain(base_model="models/base", models=[{"model": "experts/a"}, {"model": "./x"}, {"model": "./y"}])
-    with pytest.raises(CheckpointError, match="2 checkpoints") as caught:
-        open_job(load_recipe(write(tmp_path / "r.yaml", values)))
-    assert all(str(tmp_path / name) in str(caught.value) for name in "xy")
-
-
-def test_an_expert_called_base_is_not_taken_for_the_base(tmp_path: Path) -> None:
-    models_on_disk(tmp_path, ("base", "b"))
-    values = plain(base_model="models/base", models=[{"model": "experts/base"}, {"model": "experts/b"}])
-    job = open_job(load_recipe(write(tmp_path / "r.yaml", values)))
-    assert list(job.experts) == ["base-1", "b"]
-    assert job.experts["base-1"].path == tmp_path / "experts" / "base"
-    assert job.base is not None
-    assert job.base.path == tmp_path / "models" / "base"
-
-
 def test_weights_that_sum_to_zero_are_refused_before_any_work(tmp_path: Path) -> None:
     models_on_disk(tmp_path)
     models = [{"model": f"experts/{n}", "parameters": {"weight": w}} for n, w in (("a", 1), ("b", -1))]
@@ -377,7 +305,7 @@ def test_linear_with_a_base_that_has_no_weight_is_refused() -> None:
     assert "List the base among the models" in message({**plain("linear", models=models), "base_model": "b"})
 
 
-def test_filters_that_cover_a_tensor_not_at_all_fall_back_to_the_global_weight() -> None:
+def test_uncovered_tensors_fall_back_to_the_global_weight() -> None:
     models = [{"model": "a", "parameters": {"weight": [{"filter": "no such part", "value": 3}]}}]
     values = {**plain("linear", models=models, parameters={"weight": 0.5}), "base_model": None}
     method = parsed(values).method(NAMES)
@@ -387,3 +315,30 @@ def test_filters_that_cover_a_tensor_not_at_all_fall_back_to_the_global_weight()
 
 def test_empty_parameters_are_none() -> None:
     assert parsed(plain("cart", parameters=None)).parameters == {}
+
+
+@pytest.mark.parametrize(
+    ("device", "text"),
+    [("gpu", "'gpu' is none"), ("mps", "'mps' is not supported"), ("cuda:99", "PyTorch sees [0-9]+ CUDA")],
+)
+def test_a_device_that_is_not_there_is_refused_at_once(device: str, text: str) -> None:
+    with pytest.raises(RecipeError, match=text):
+        parse_recipe({"merge_method": "average", "models": [{"model": "a"}], "device": device}, Path("."))
+
+
+def test_two_tasks_of_one_name_are_one_problem() -> None:
+    models = [{"model": m, "task": {"name": "mood", "data": "x.tsv"}} for m in "ab"]
+    with pytest.raises(RecipeError, match=r"1 problem\(s\)\.\n  models: 2 tasks are called 'mood'"):
+        parse_recipe({"merge_method": "average", "models": models}, Path("."))
+    models = [{"model": m, "task": {"name": m, "data": "x.tsv"}} for m in "ab"]
+    with pytest.raises(RecipeError, match=r"1 problem\(s\)\.\n  parameters of 'adarank': rank"):
+        parse_recipe({"merge_method": "adarank", "base_model": "base", "models": models, "parameters": {"rank": "high"}}, Path("."))  # fmt: skip
+
+
+def test_wrong_kinds_are_told_in_a_users_words(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"models\.0\.task: a mapping of settings is needed, got 'sentiment'"):
+        parse_recipe({"merge_method": "average", "models": [{"model": "a", "task": "sentiment"}]}, tmp_path)
+    with pytest.raises(RecipeError, match="models: a list is needed, got 'a'"):
+        parse_recipe({"merge_method": "average", "models": "a"}, tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        adarank.load_task(tmp_path / "nowhere", "a")

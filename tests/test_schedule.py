@@ -34,12 +34,12 @@ def test_an_interval_that_was_given_is_taken(one_pass: int | None) -> None:
 
 
 @pytest.mark.parametrize(("every", "round_"), [(40, 10), (100, 25), (20, 5), (10, 5), (4, 4), (1, 1)])
-def test_rounds_of_repair_are_quarters_but_never_a_step_or_two_of_many(every: int, round_: int) -> None:
+def test_rounds_of_repair_are_quarters_but_not_too_short(every: int, round_: int) -> None:
     schedule = Schedule(SETTINGS.model_copy(update={"check_every": every, "repair": 3}))
     assert (schedule.round, schedule.longest) == (round_, 200 + 3 * round_)
 
 
-def test_patience_counts_judgements_since_the_one_nearest_to_the_experts() -> None:
+def test_patience_counts_judgements_since_the_best_one() -> None:
     schedule = Schedule(SETTINGS.model_copy(update={"patience": 2}))
     judged = {0: told(0.5, 0.5), 40: told(0.6, 0.4), 80: told(0.8, 0.4)}  # nearer, though the second task fell
     assert schedule.ended(judged) is None
@@ -62,14 +62,14 @@ def test_a_repair_counts_the_judgements_that_it_comes_from() -> None:
 @pytest.mark.parametrize(
     ("later", "source"), [(told(0.8, 0.4), 80), (told(0.79, 0.38), 80), (told(0.7, 0.4), 40), (told(0.9, 0.3), 80)]
 )
-def test_a_repair_goes_on_from_the_latest_step_that_is_as_near_but_for_noise(later: Judged, source: int) -> None:
+def test_a_repair_goes_on_from_the_latest_step_as_near(later: Judged, source: int) -> None:
     judged = {0: told(0.5, 0.5), 40: told(0.8, 0.4), 80: later}  # noise of the mean: √(0.16 + 0.24) / 2 / 10 = 0.032
     assert Schedule(SETTINGS).source(judged) == source
     assert Schedule(SETTINGS.model_copy(update={"signal": "divergence"})).source(judged) == 80  # all are level there
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_any_run_ends_and_keeps_a_step_that_leaves_no_task_behind(seed: int) -> None:
+def test_any_run_ends_with_a_step_that_leaves_no_task_behind(seed: int) -> None:
     """A walk over random judgements: bounds, and that a repair begins only where something would be gained."""
     draw = random.Random(seed)
     chosen = {"patience": draw.choice([None, 1, 3]), "repair": draw.choice([0, 2, 8]), "check_every": draw.choice([7, 40, "auto"])}  # fmt: skip

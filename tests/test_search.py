@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import adarank
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError
@@ -22,7 +23,7 @@ from adarank.spectral import svd as spectrum
 from adarank.spectral.svd import decompose, stored_spectra
 from adarank.workflow import evaluate as scoring
 from adarank.workflow import merge as pipeline
-from adarank.workflow.search import Axis, Point, edges, parse_axis, search
+from adarank.workflow.search import Axis, Point, edges, level, parse_axis, search
 from text_zoo import make_zoo, recipe
 
 
@@ -199,3 +200,13 @@ def test_a_stored_spectrum_is_the_one_that_was_stored(tmp_path_factory, rows: in
     assert len(list(folder.iterdir())) == 2
     for own in (first, second):
         assert all(torch.equal(getattr(own, part), getattr(plain, part)) for part in "usv")
+
+
+def test_a_search_in_which_nothing_changes_has_no_edge() -> None:
+    kind = adarank.api.METHODS["cart"]
+    same, other = ([Point({"rank": r}, {"a": s}) for r, s in zip((0.1, 0.2, 0.4), scores, strict=True)]
+                   for scores in ((50.0, 50.0, 50.0), (50.0, 51.0, 52.0)))  # fmt: skip
+    assert level(same)
+    assert not level(other)
+    assert edges(kind, same) == {}
+    assert set(edges(kind, other)) == {"rank"}

@@ -156,7 +156,7 @@ def test_what_is_dropped_depends_on_seed_task_and_tensor_alone(name: str) -> Non
     assert not torch.equal(alone, adarank.merge(pair, both, name, {**cut, "seed": 5}, Select(keep=("a",)))["w"])
 
 
-def test_noise_is_uniform_and_its_own_for_every_seed_task_and_tensor() -> None:
+def test_noise_is_uniform_and_differs_by_seed_task_and_tensor() -> None:
     like = torch.zeros(200, 200)
     drawn = [noise(like, *key) for key in ((0, "a", "w"), (1, "a", "w"), (0, "b", "w"), (0, "a", "v"), (0, "aw", ""))]
     for i, own in enumerate(drawn):
@@ -221,7 +221,7 @@ def test_settings_out_of_range_are_refused_with_their_name(name: str, parameters
                       {t: {"layer.0.w": own["w"], "layer.1.w": own["w"]} for t, own in experts.items()}, name, parameters)  # fmt: skip
 
 
-def test_density_and_lambda_may_run_over_the_layers_and_filters_leave_the_rest_at_the_default() -> None:
+def test_density_and_lambda_run_over_layers_and_filters() -> None:
     base, experts = problem((6, 6), 2, 5)
     deep = {f"layer.{i}.w": base["w"].clone() for i in range(3)}  # one tensor under many names would be a tied one
     deep_experts = {t: {n: own["w"].clone() for n in deep} for t, own in experts.items()}

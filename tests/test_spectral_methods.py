@@ -75,7 +75,7 @@ def test_iso_cts_by_numpy(shape: tuple[int, ...], tasks: int, seed: int, common:
 
 
 @pytest.mark.parametrize(("rank", "tasks", "own"), [(768, 8, 19), (768, 14, 11), (768, 20, 8), (16, 4, 1), (5, 3, 0)])
-def test_iso_cts_gives_each_task_the_nearest_whole_number_of_components(rank: int, tasks: int, own: int) -> None:
+def test_iso_cts_gives_each_task_a_whole_number_of_components(rank: int, tasks: int, own: int) -> None:
     assert own_components(rank, tasks, 0.8) == own
 
 

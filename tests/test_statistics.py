@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import adarank
 from adarank.calibration.gather import Gatherer, Sample, Store, block_of
-from adarank.calibration.hooks import Grams, add_squared_gradients, label_weights, linear_layers, watched
+from adarank.calibration.hooks import Grams, add_squared_gradients, label_weights, linear_layers, recording_grams
 from adarank.methods import Fisher, RegMean, RegMeanPlusPlus
 from adarank.methods.calibrated.base import Statistics
 from adarank.models import TaskModels, share
@@ -128,7 +128,7 @@ def test_the_order_of_the_tasks_and_of_the_axes_is_irrelevant() -> None:
 # Fisher merging
 
 
-def test_equal_information_is_the_average_and_all_of_it_is_that_expert() -> None:
+def test_equal_information_is_the_average_and_all_the_expert() -> None:
     weights = {task: randn(i, 3, 2) for i, task in enumerate("abc")}
     same = dict.fromkeys(weights, randn(9, 3, 2).square())
     torch.testing.assert_close(merged(Fisher(), weights, same), torch.stack(list(weights.values())).mean(0))
@@ -151,7 +151,7 @@ def test_fisher_is_the_weighted_mean_of_its_formula(tasks: int, seed: int, norma
     torch.testing.assert_close(found.double(), torch.from_numpy(wanted), rtol=1e-4, atol=1e-5)
 
 
-def test_normalised_fisher_does_not_hang_on_the_scale_of_one_experts_information() -> None:
+def test_normalised_fisher_does_not_depend_on_one_experts_scale() -> None:
     weights = {task: randn(i, 3, 2) for i, task in enumerate("ab")}
     information = {task: randn(5 + i, 3, 2).square() for i, task in enumerate("ab")}
     louder = {**information, "a": 1000 * information["a"]}
@@ -265,7 +265,7 @@ def test_true_fisher_is_the_diagonal_of_the_gauss_newton_form() -> None:
         torch.testing.assert_close(own.flatten(), (j * (middle @ j)).sum(0), rtol=1e-4, atol=1e-7)
 
 
-def test_more_classes_than_asked_for_are_drawn_as_the_model_predicts() -> None:
+def test_more_classes_than_wanted_are_drawn_as_predicted() -> None:
     logits, generator = randn(0, 7), torch.Generator().manual_seed(0)
     assert label_weights(logits, None, 7, generator) == pytest.approx(dict(enumerate(logits.softmax(-1).tolist())))
     drawn = torch.zeros(2000, 7)
@@ -283,7 +283,7 @@ def test_more_classes_than_asked_for_are_drawn_as_the_model_predicts() -> None:
 def grams_of(module: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     names = dict(module.named_parameters())
     found = Grams()
-    with torch.no_grad(), watched(linear_layers(module, names, names), found):
+    with torch.no_grad(), recording_grams(linear_layers(module, names, names), found):
         for batch in batches:
             found.begin(batch)
             module(**batch)
@@ -330,7 +330,7 @@ def test_layers_tied_to_one_weight_share_a_gram_matrix() -> None:
     x = randn(0, 6, 4)
     vectors = torch.cat([x, torch.tanh(module[0](x))]).detach()
     found = Grams()
-    with torch.no_grad(), watched(linear_layers(module, {"w": module[0].weight}, ["w"]), found):
+    with torch.no_grad(), recording_grams(linear_layers(module, {"w": module[0].weight}, ["w"]), found):
         module(x)
     torch.testing.assert_close(found.means()["w"], vectors.T @ vectors / len(vectors))
 
@@ -338,7 +338,7 @@ def test_layers_tied_to_one_weight_share_a_gram_matrix() -> None:
 # From modules
 
 
-def test_regmean_from_modules_is_the_least_squares_fit_and_averages_the_rest() -> None:
+def test_regmean_from_modules_fits_and_averages_the_rest() -> None:
     experts = nets({"a": 3, "b": 2})
     inputs = {"a": randn(1, 30, 4), "b": randn(2, 20, 4)}
     found = adarank.merge(None, experts, "regmean", batches={t: x.split(7) for t, x in inputs.items()})
@@ -385,7 +385,7 @@ def test_regmean_plus_plus_with_one_layer_is_regmean() -> None:
 
 
 @pytest.mark.parametrize("turns", [1, 2])
-def test_the_second_layer_is_fitted_to_what_the_merged_first_one_gives(turns: int) -> None:
+def test_the_second_layer_is_fitted_to_the_merged_first_one(turns: int) -> None:
     experts = nets({"a": 3, "b": 2}, turns)
     inputs = {"a": randn(1, 30, 4), "b": randn(2, 20, 4)}
     batches = {task: x.split(8) for task, x in inputs.items()}

@@ -66,9 +66,7 @@ def test_every_architecture_merges_and_loads(tmp_path: Path, architecture: str, 
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-def test_regmean_from_a_recipe_solves_the_normal_equations_of_unpadded_inputs(
-    tmp_path: Path, architecture: str
-) -> None:
+def test_regmean_from_a_recipe_solves_its_normal_equations(tmp_path: Path, architecture: str) -> None:
     """Inputs one by one through experts loaded by `transformers`, their layers' inputs taken by hooks of the test."""
     folder = text_zoo.make_zoo(tmp_path, architecture)
     given = load_recipe(text_zoo.recipe(folder, merge_method="regmean", parameters={**FEW, "batch_size": 5}))
@@ -114,7 +112,7 @@ def hooked(body: nn.Module) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_seed_and_the_number_of_examples_decide_and_batches_do_not(zoo: Path, tmp_path: Path, name: str) -> None:
+def test_seed_and_number_of_examples_decide_batches_do_not(zoo: Path, tmp_path: Path, name: str) -> None:
     def result(run: str, **changes: Any) -> dict[str, Tensor]:
         path = text_zoo.recipe(zoo, f"{name}-{run}.yaml", merge_method=name, **{"parameters": FEW, **changes})
         return merge(path, tmp_path / run)[1]
@@ -219,7 +217,7 @@ def test_damaged_statistics_are_taken_anew(tmp_path: Path) -> None:
     assert statistics.Store(tmp_path).part("b") is None
 
 
-def test_statistics_that_are_not_finite_are_refused_and_leave_nothing(
+def test_statistics_that_are_not_finite_leave_nothing(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = text_zoo.recipe(zoo, "nan.yaml", merge_method="regmean", parameters=FEW)
@@ -258,7 +256,7 @@ def test_the_command_line_tells_what_was_looked_at(zoo: Path, tmp_path: Path, ca
     assert all(re.fullmatch(r"\d+ of (16|24)", part) for part in record["undetermined"].values())
 
 
-def test_a_search_measures_once_for_all_settings_that_the_statistics_do_not_hang_on(zoo: Path, monkeypatch) -> None:
+def test_a_search_measures_once_where_statistics_serve_again(zoo: Path, monkeypatch) -> None:
     path = text_zoo.recipe(zoo, "grid.yaml", merge_method="regmean", parameters=FEW)
     calls: list[str] = []
     plain = statistics.Gatherer._measured
@@ -271,7 +269,7 @@ def test_a_search_measures_once_for_all_settings_that_the_statistics_do_not_hang
 
 
 @pytest.mark.parametrize("name", ["regmean", "regmean++"])
-def test_a_walk_that_ends_passes_early_measures_what_whole_passes_do(zoo: Path, monkeypatch, name: str) -> None:
+def test_passes_that_end_early_measure_what_whole_ones_do(zoo: Path, monkeypatch, name: str) -> None:
     job = adarank.open_job(load_recipe(text_zoo.recipe(zoo, merge_method=name, parameters=FEW)))
     assert job.method is not None
     data = load_tasks(job)

@@ -114,7 +114,7 @@ def test_a_best_recipe_that_can_be_no_file_is_refused(plain: Path, best: str, ca
 
 
 @pytest.mark.parametrize("given", ["a\0b", "\ud800", LONG, "r.yaml", "/dev/zero", "empty"])
-def test_checkpoints_and_data_that_cannot_be_read_name_themselves(
+def test_unreadable_checkpoints_and_data_are_named(
     tmp_path: Path, given: str, capsys: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zoo = make_zoo(tmp_path)

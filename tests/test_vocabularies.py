@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +23,7 @@ from adarank.errors import CheckpointError, MismatchError
 from adarank.io.vocabulary import read_vocabulary
 from adarank.models.compatibility import compare_vocabularies
 from make import save
-from text_zoo import make_zoo, recipe
+from text_zoo import ADAPT, make_zoo, recipe
 
 WORDS = ["<unk>", *(f"w{i}" for i in range(15))]
 ROWS = len(WORDS)
@@ -277,3 +278,17 @@ def test_comparing_opens_no_connection_and_runs_no_code(tmp_path: Path, monkeypa
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "tokenization_own.Own"}, "rope_theta": 1}))  # fmt: skip
     monkeypatch.setattr(socket, "socket", None)
     assert adarank.open_job(adarank.load_recipe(path)).notes == ()
+
+
+def test_a_network_with_a_table_of_another_shape_is_not_run(tmp_path: Path) -> None:
+    zoo = make_zoo(tmp_path)
+    file = zoo / "models" / "base" / "model.safetensors"
+    state = load_file(file)
+    name = "embeddings.word_embeddings.weight"
+    save_file({**state, name: state[name][:-3].contiguous()}, file, {"format": "pt"})
+    path = recipe(zoo, **{**ADAPT, "select": {"keep": name}})
+    with pytest.raises(
+        adarank.AdaRankError, match=r"word_embeddings.weight: \(\d+, 16\) is kept from the base, and the model"
+    ):
+        adarank.merge_recipe(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -146,7 +146,7 @@ def test_a_consensus_of_more_tasks_than_there_are_is_refused(name: str) -> None:
         adarank.merge(base, experts, name, {"agree": 3})
 
 
-def test_ties_merging_of_everything_with_signs_alike_is_task_arithmetic() -> None:
+def test_ties_merging_of_equal_signs_is_task_arithmetic() -> None:
     base, experts = family(3)
     grown = {
         t: {n: base[n] + (own[n] - base[n]).abs() if n in SHAPES else own[n] for n in own} for t, own in experts.items()

@@ -1,6 +1,6 @@
 """What the base calls a checkpoint's tensors: wrappers' parts taken out, prefixes taken off, put on or exchanged.
 
-    bert.encoder.layer.0.w                       encoder.layer.0.w          a bare base, an expert with a head
+    bert.encoder.layer.0.w                       encoder.layer.0.w          a base without prefix, an expert with a head
     base_model.model.model.layers.0.w            model.layers.0.w           a wrapped model's state dict
     language_model.model.layers.0.w              model.language_model.layers.0.w      of two releases of transformers
     model.layers.0._checkpoint_wrapped_module.w  model.layers.0.w
@@ -64,16 +64,18 @@ def named_as(stored: Shapes, root: Shapes, label: str) -> Naming:
     if stored.keys() <= root.keys() or root.keys() <= stored.keys():
         return Naming({name: name for name in stored})
     inner, outer = _unwrapped(stored), _unwrapped(root)
-    short = {name: stored[own] for name, own in inner.items()}
-    wanted = {name: root[own] for name, own in outer.items()}
+    short = {name: stored[inner_name] for name, inner_name in inner.items()}
+    wanted = {name: root[outer_name] for name, outer_name in outer.items()}
     rule = _best(short, wanted, label)
     paired = _paired(rule, short, wanted)
     taken = set(paired.values())
     paired |= {n: n for n in short if n in wanted and n not in paired and n not in taken}
     _refuse_doubles(paired, short, wanted, label)
     paired |= _remaining(paired, short, wanted)
-    names = {own: outer[paired[name]] for name, own in inner.items() if name in paired}
-    names |= _unpaired(rule, {n: own for n, own in inner.items() if n not in paired}, {*names.values(), *root}, label)
+    names = {inner_name: outer[paired[name]] for name, inner_name in inner.items() if name in paired}
+    names |= _unpaired(
+        rule, {n: inner_name for n, inner_name in inner.items() if n not in paired}, {*names.values(), *root}, label
+    )
     return Naming({name: names[name] for name in stored}, rule[0])
 
 
@@ -81,7 +83,7 @@ def _unwrapped(names: Collection[str]) -> dict[str, str]:
     """Name without wrappers' parts, its last parts spelled as today -> name. As it is where two would become one."""
     short = {name: _today(".".join(part for part in name.split(".") if part not in _WRAPPERS)) for name in names}
     count = Counter(short.values())
-    return {(own if count[own] == 1 and own else name): name for name, own in short.items()}
+    return {(short_name if count[short_name] == 1 and short_name else name): name for name, short_name in short.items()}
 
 
 def _today(name: str) -> str:
@@ -165,7 +167,7 @@ def _paired(rule: Rule, stored: Shapes, root: Shapes) -> dict[str, str]:
     """Stored name -> name in the base, for what a rule pairs."""
     strip, add = rule
     to = {name: add + name[len(strip):] for name in stored if name.startswith(strip)}  # fmt: skip
-    return {name: own for name, own in to.items() if own in root}
+    return {name: base_name for name, base_name in to.items() if base_name in root}
 
 
 def _refuse_doubles(paired: Mapping[str, str], stored: Shapes, root: Shapes, label: str) -> None:
@@ -212,13 +214,13 @@ def _unpaired(rule: Rule, left: Mapping[str, str], taken: set[str], label: str) 
     """
     strip, add = rule
     used, names = set(taken), {}
-    for name, own in left.items():
+    for name, stored in left.items():
         to = add + name[len(strip):] if strip and name.startswith(strip) else name  # fmt: skip
-        free = next((each for each in (to, name, own) if each not in used), None)
+        free = next((each for each in (to, name, stored) if each not in used), None)
         if free is None:
             raise MismatchError(
-                f"{label}: '{own}' and another of its tensors have one name in the base. Keep one of them in the file."
+                f"{label}: '{stored}' and another of its tensors have one name in the base. Keep one of them in the file."
             )
-        names[own] = free
+        names[stored] = free
         used.add(free)
     return names

@@ -39,6 +39,7 @@ class Member:
     spare: Mapping[str, str] = field(default_factory=dict)
 
     def info(self, name: str) -> TensorInfo:
+        """Shape, dtype and file of a tensor."""
         return self.source.tensors[self.names[name]]
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
@@ -68,6 +69,7 @@ class Network:
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of the experts."""
         return tuple(self.experts)
 
     def merged(self) -> list[str]:

@@ -39,7 +39,9 @@ class Batches(Context):
         """The method with statistics of copies of the experts on the batches given."""
         self._refuse(method)
         experts, network = self._experts, self.network
-        copies = ((t, copy.deepcopy(own).float().eval()) for t, own in experts.items() if isinstance(own, nn.Module))
+        copies = (
+            (t, copy.deepcopy(expert).float().eval()) for t, expert in experts.items() if isinstance(expert, nn.Module)
+        )
         models = share(copies, network)
         models.fill((name, network.kept(name)) for name, choice in network.choices.items() if choice.action == "keep")
         sample = _sample(self._batches, self._call, method.reads_labels)
@@ -66,11 +68,11 @@ def _sample(batches: Mapping[str, Sequence[Any]], call: Forward, labelled: bool)
     """The batches given, as what statistics are taken of; `labelled`: they are pairs of (batch, labels)."""
 
     def whole(task: str) -> Iterator[Any]:
-        return (own[0] if labelled else own for own in batches[task])
+        return (item[0] if labelled else item for item in batches[task])
 
     def singles(task: str) -> Iterator[tuple[Any, int | None]]:
-        for own in batches[task]:
-            batch, labels = own if labelled else (own, None)
+        for item in batches[task]:
+            batch, labels = item if labelled else (item, None)
             for number, single in enumerate(_singles(batch)):
                 yield single, None if labels is None else int(labels[number])
 

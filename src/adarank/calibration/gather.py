@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from adarank.alignment.task_vectors import Network, member_tensors
-from adarank.calibration.hooks import Grams, Seen, add_squared_gradients, label_weights, linear_layers, watched
+from adarank.calibration.hooks import Grams, Seen, add_squared_gradients, label_weights, linear_layers, recording_grams
 from adarank.io.checkpoint import check_finite
 from adarank.io.record import Note
 from adarank.io.state import read_kept, write_state
@@ -118,13 +118,13 @@ class Gatherer:
 
     def _fisher(self, classes: int, seed: int, task: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{task}".encode()))
-        total = {name: torch.zeros_like(own, requires_grad=False) for name, own in parameters.items()}
+        total = {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in parameters.items()}
         count = 0
         for batch, label in self.sample.singles(task):
             logits = self.sample.call(self.models.modules[task], batch)[0]
             add_squared_gradients(total, parameters, logits, label_weights(logits, label, classes, generator))
             count += 1
-        return {name: own.div_(count).cpu() for name, own in total.items()}
+        return {name: squares.div_(count).cpu() for name, squares in total.items()}
 
     def gram_matrices(self) -> Statistics:
         """Of every linear layer, the mean outer product of what it is given in the expert."""
@@ -150,9 +150,9 @@ class Gatherer:
             layers = [name for name in calls if block_of(name) == block]
             members = [name for name in self.network.merged() if block_of(name) == block]
             once = all(calls[name] == 1 for name in layers)
-            for task, own in parts.items():
+            for task, gathered in parts.items():
                 measure = partial(self._measured, task, layers, stop=once)
-                own.update(self._part(f"{task}/{block}", task, f"Gram matrices of {block}", members, measure))
+                gathered.update(self._part(f"{task}/{block}", task, f"Gram matrices of {block}", members, measure))
             known = known_by(self._of_layers(parts))
             self._merge(known, members)
         return known
@@ -161,9 +161,9 @@ class Gatherer:
         self, key: str, task: str, what: str, own: list[str] | None, measure: Callable[[], dict[str, Tensor]]
     ) -> Mapping[str, Tensor]:
         """A part of the store, measured if it is not there, with the task's own tensors (`own`; None: all) in the networks."""
-        found = self.store.part(key)
-        if found is not None:
-            return found
+        part = self.store.part(key)
+        if part is not None:
+            return part
         self.note(f"{what} on {task}")
         self.models.fill(member_tensors(self.network, self.network.experts[task], own))
         tensors = measure()
@@ -183,9 +183,9 @@ class Gatherer:
     def _calls(self, names: list[str]) -> Mapping[str, int]:
         """Linear layer -> how often it runs in a forward pass, in the order in which layers first run."""
         task = self.network.tasks[0]
-        found = Grams()
-        self._watch(task, names, found, itertools.islice(self.sample.batches(task), 1))
-        return found.calls
+        grams = Grams()
+        self._watch(task, names, grams, itertools.islice(self.sample.batches(task), 1))
+        return grams.calls
 
     def _measured(self, task: str, names: list[str], stop: bool = False) -> dict[str, Tensor]:
         """Layer -> Gram matrix of what it is given on a task's inputs, with the weights that the models hold now.
@@ -193,14 +193,14 @@ class Gatherer:
         Arguments:
             stop: the layers run once in a forward pass, so that it may end behind the last of them.
         """
-        found = Grams(names if stop else ())
-        self._watch(task, names, found, self.sample.batches(task))
-        return found.means()
+        grams = Grams(names if stop else ())
+        self._watch(task, names, grams, self.sample.batches(task))
+        return grams.means()
 
     @torch.no_grad()
     def _watch(self, task: str, names: list[str], grams: Grams, batches: Iterator[Any]) -> None:
         module = self.models.modules[task]
-        with watched(linear_layers(module, self.models.shared, names), grams):
+        with recording_grams(linear_layers(module, self.models.shared, names), grams):
             for batch in batches:
                 grams.begin(batch)
                 with suppress(Seen):
@@ -208,7 +208,7 @@ class Gatherer:
 
     def _of_layers(self, parts: Mapping[str, Mapping[str, Tensor]]) -> Statistics:
         task = self.network.tasks[0]
-        known = set.intersection(*(set(own) for own in parts.values()))
+        known = set.intersection(*(set(gathered) for gathered in parts.values()))
         layers = linear_layers(self.models.modules[task], self.models.shared, known)
         turned = frozenset(layer.name for layer in layers if layer.inputs_first)
         return Statistics(known, lambda name, task: parts[task][name], turned)
@@ -216,5 +216,5 @@ class Gatherer:
 
 def block_of(name: str) -> str:
     """The block that a tensor is part of: its name up to its last number; its module where it has none."""
-    found = _BLOCK.match(name)
-    return found.group() if found else name.rpartition(".")[0]
+    match = _BLOCK.match(name)
+    return match.group() if match else name.rpartition(".")[0]

@@ -96,7 +96,7 @@ class Grams:
 
 
 @contextmanager
-def watched(layers: Sequence[LinearLayer], grams: Grams) -> Iterator[None]:
+def recording_grams(layers: Sequence[LinearLayer], grams: Grams) -> Iterator[None]:
     """While it is open, whatever `layers` are given is added to `grams`."""
 
     def taker(name: str) -> Any:
@@ -156,7 +156,7 @@ def add_squared_gradients(
     """Add Σ_y w_y (∂ log p_y / ∂θ)² of one input to `total`, in place.
 
     Arguments:
-        total: name -> sum, like `parameters`. What the logits do not hang on is left alone.
+        total: name -> sum, like `parameters`. What the logits do not depend on is left alone.
         logits: (classes,), with their graph.
         weights: y -> w_y.
     """

@@ -69,11 +69,11 @@ class TaskSpec(Settings):
         """Classes that YAML reads as numbers. What it reads as true and false (`no`) needs quotes and is refused."""
         if not isinstance(given, (list, tuple)):
             return given
-        if any(isinstance(own, bool) for own in given):
+        if any(isinstance(label, bool) for label in given):
             raise ValueError(
                 "names were needed, and YAML reads yes, no, on and off as truth values: put them in quotes"
             )
-        return [str(own) if isinstance(own, int) else own for own in given]
+        return [str(label) if isinstance(label, int) else label for label in given]
 
 
 class DataSettings(Settings):

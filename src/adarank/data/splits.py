@@ -49,7 +49,7 @@ def by_fraction(keys: Sequence[Hashable], settings: DataSettings) -> Splits:
         placed += len(members[group])
         if target:
             rows[target].extend(members[group])
-    return _finish({split: tuple(sorted(found)) for split, found in rows.items()}, {}, settings)
+    return _finish({split: tuple(sorted(of_split)) for split, of_split in rows.items()}, {}, settings)
 
 
 def by_file(keys: Sequence[Hashable], counts: Mapping[Split, int], settings: DataSettings) -> Splits:

@@ -93,8 +93,8 @@ class TaskData:
 
         A file may be sorted by its labels, so its first rows would not do.
         """
-        own = self.splits.rows[split]
-        chosen = tuple(own[i * len(own) // count] for i in range(count)) if len(own) > count else own
+        rows = self.splits.rows[split]
+        chosen = tuple(rows[i * len(rows) // count] for i in range(count)) if len(rows) > count else rows
         return replace(self, splits=Splits({**self.splits.rows, split: chosen}, self.splits.dropped))
 
     def fingerprint(self) -> str:
@@ -111,14 +111,14 @@ class TaskData:
         Raises:
             DataError: the data has no labels to score with.
         """
-        found = [self.labels[row] for row in rows]
-        bare = sum(label is None for label in found)
-        if bare:
-            rest = "" if bare == len(found) else ", or take the rows with label -1 out"
+        labels = [self.labels[row] for row in rows]
+        unlabelled = sum(label is None for label in labels)
+        if unlabelled:
+            rest = "" if unlabelled == len(labels) else ", or take the rows with label -1 out"
             raise DataError(
-                f"task '{self.name}': {bare} of {len(found)} rows carry no labels, so they can be neither scored nor trained on. Name the label column under task: columns{rest}."
+                f"task '{self.name}': {unlabelled} of {len(labels)} rows carry no labels, so they can be neither scored nor trained on. Name the label column under task: columns{rest}."
             )
-        return [label for label in found if label is not None]
+        return [label for label in labels if label is not None]
 
 
 @lru_cache(maxsize=64)

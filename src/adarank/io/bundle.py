@@ -85,6 +85,7 @@ class About:
 
     @property
     def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks."""
         return tuple(self.names)
 
     def one_model(self, task: str) -> int:
@@ -105,20 +106,20 @@ class About:
     def parsed(cls, content: Mapping[str, Any]) -> About:
         """What `plain` gave. JSON may hold anything: a `ValueError`, `KeyError`, … if it is not that."""
         _check_types(content)
-        names = {task: Names(own["prefix"], dict(own["renamed"])) for task, own in content["tasks"].items()}
+        names = {task: Names(entry["prefix"], dict(entry["renamed"])) for task, entry in content["tasks"].items()}
         bad = [task for task in names if task in ("", ".", "..") or "/" in task or "\\" in task]
         if bad:
             raise ValueError(f"'{bad[0]}' names no task")
-        tensors = {n: (tuple(own["shape"]), DTYPES[own["dtype"]]) for n, own in content["tensors"].items()}
+        tensors = {n: (tuple(entry["shape"]), DTYPES[entry["dtype"]]) for n, entry in content["tensors"].items()}
         return cls(content["kind"], dict(content["settings"]), content["models"], tensors, names)
 
 
 def _check_types(content: Mapping[str, Any]) -> None:
     """Names are text, shapes and sizes are counts; a `ValueError` if not."""
-    renamed = [own["renamed"] for own in content["tasks"].values()]
-    texts = [content["kind"], content["models"] or "", *(own["prefix"] for own in content["tasks"].values())]
-    texts += [name or "" for own in renamed for name in own.values()]
-    sizes, shapes = content["bytes"], [own["shape"] for own in content["tensors"].values()]
+    renamed = [entry["renamed"] for entry in content["tasks"].values()]
+    texts = [content["kind"], content["models"] or "", *(entry["prefix"] for entry in content["tasks"].values())]
+    texts += [name or "" for names in renamed for name in names.values()]
+    sizes, shapes = content["bytes"], [entry["shape"] for entry in content["tensors"].values()]
     counts = [sizes["bundle"], sizes["shared"], sizes["experts"], sizes["one"], *sizes["tasks"].values()]
     counts += [length for shape in shapes for length in shape]
     if not all(isinstance(text, str) for text in texts):
@@ -255,7 +256,7 @@ class BundleFolder:
         try:
             self.about = About.parsed(content)
             self.sizes: dict[str, Any] = dict(content["bytes"])
-            self._files = {str(f): (int(own["bytes"]), str(own["sha256"])) for f, own in content["files"].items()}
+            self._files = {str(f): (int(entry["bytes"]), str(entry["sha256"])) for f, entry in content["files"].items()}
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.folder / BUNDLE}: damaged ({type(error).__name__}: {error}). Copy the bundle again."
@@ -293,18 +294,18 @@ class BundleFolder:
 
     def side_files(self, task: str) -> list[Path]:
         """Configuration, tokenizer and processor files of a task's network: its own, and the base's where it has none."""
-        found: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for place in (self.folder, self.of_task(task)):
-            own = [path for name in self._files if (path := self.folder / name).parent == place]
-            found |= {path.name: path for path in own if path.suffix != ".safetensors"}
-        self._check(list(found.values()))
-        return list(found.values())
+            paths = [path for name in self._files if (path := self.folder / name).parent == place]
+            files |= {path.name: path for path in paths if path.suffix != ".safetensors"}
+        self._check(list(files.values()))
+        return list(files.values())
 
     def module_files(self) -> list[Path]:
         """What the modules of a sentence encoder need beside weights, in folders of their own."""
-        found = [self.folder / name for name in self._files if "/" in name and not name.startswith("tasks/")]
-        self._check(found)
-        return found
+        files = [self.folder / name for name in self._files if "/" in name and not name.startswith("tasks/")]
+        self._check(files)
+        return files
 
     def module_paths(self) -> list[str]:
         """The folders that names of tensors start with, of a sentence encoder's modules."""
@@ -335,9 +336,9 @@ class BundleFolder:
             return f"{path}: not in {BUNDLE}'s list of files"
         if path in self._whole:
             return None
-        found, wanted = file_sha256(path), self._files[name][1]
-        if found != wanted:
-            return f"{path}: has SHA-256 {found[:12]}…, and {wanted[:12]}… was needed"
+        digest, wanted = file_sha256(path), self._files[name][1]
+        if digest != wanted:
+            return f"{path}: has SHA-256 {digest[:12]}…, and {wanted[:12]}… was needed"
         self._whole.add(path)
         return None
 
@@ -376,11 +377,11 @@ def _content(folder: Path) -> dict[str, Any]:
         )
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
-        found = content["format"]
+        version = content["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}). Copy the bundle again.") from None
-    if found != FORMAT:
+    if version != FORMAT:
         raise CheckpointError(
-            f"{path}: a bundle of format {found!r}, and this adarank reads {FORMAT!r}. Read it with the version that wrote it."
+            f"{path}: a bundle of format {version!r}, and this adarank reads {FORMAT!r}. Read it with the version that wrote it."
         )
     return dict(content)

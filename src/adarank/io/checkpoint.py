@@ -43,10 +43,12 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """Number of entries."""
         return torch.Size(self.shape).numel()
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes, as stored."""
         return self.numel * self.dtype.itemsize
 
 
@@ -54,13 +56,16 @@ class Source(Protocol):
     """Named tensors that can be read one at a time: a checkpoint, or a state dict in memory."""
 
     @property
-    def label(self) -> str: ...
+    def label(self) -> str:
+        """What error sentences call it."""
 
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name -> shape, dtype and file of every tensor."""
 
     @property
-    def aliases(self) -> Mapping[str, str]: ...
+    def aliases(self) -> Mapping[str, str]:
+        """Name -> the name of the tensor that shares its storage."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -95,6 +100,7 @@ class MemorySource:
         self.modules: Sequence[Module] = ()
 
     def read(self, name: str) -> Tensor:
+        """The tensor of this name."""
         return self._state[name].detach()
 
 
@@ -136,6 +142,7 @@ class Checkpoint:
                 self.files.append(file)
 
     def read(self, name: str) -> Tensor:
+        """The tensor of this name, read from its file."""
         info = self.tensors[name]
         self._check_bytes(info.file)
         handle, inside = self._handles[info.file], self._inside.get(name, name)
@@ -275,17 +282,17 @@ def _weight_files(path: Path) -> list[Path]:
     kinds = {kind for file in path.iterdir() if (kind := quantised_file(file))}
     if kinds:
         raise CheckpointError(f"{path}: quantised ({', '.join(sorted(kinds))}). {DEQUANTISE}")
-    found = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", *LEGACY) and f.name != "training_args.bin")
-    if len(found) == 1:
-        return found
-    if not found:
+    files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", *LEGACY) and f.name != "training_args.bin")
+    if len(files) == 1:
+        return files
+    if not files:
         inside = sorted(f.parent.name for f in (*path.glob("*/model.safetensors"), *path.glob("*/pytorch_model.bin")))
         if inside:
             raise CheckpointError(f"{path}: no weights, but in folders inside: {', '.join(inside)}. Give that folder.")
         raise CheckpointError(
             f"{path}: no weights. Needed: model.safetensors, its sharded form with model.safetensors.index.json, or pytorch_model.bin."
         )
-    names = ", ".join(f.name for f in found)
+    names = ", ".join(f.name for f in files)
     raise CheckpointError(
         f"{path}: several weights files and no index ({names}). Give one of the files instead of the folder."
     )
@@ -362,7 +369,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str, remedy: str) -> Tensor:
     Raises:
         OutputError: the dtype cannot hold a value; ends with the remedy.
     """
-    found = tensor.to(dtype)
-    if found.dtype != tensor.dtype and found.is_floating_point() and not torch.isfinite(found).all():
+    converted = tensor.to(dtype)
+    if converted.dtype != tensor.dtype and converted.is_floating_point() and not torch.isfinite(converted).all():
         raise OutputError(f"'{name}' has values that {NAMES[dtype]} cannot hold. {remedy}")
-    return found
+    return converted

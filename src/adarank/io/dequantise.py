@@ -50,7 +50,7 @@ class Dequantised(Checkpoint):
         self.__dict__.update(checkpoint.__dict__)
         self._stored = checkpoint
         self._codes = {info.name: self._of(info) for info in checkpoint.tensors.values() if is_code(info)}
-        used = {name for own in self._codes.values() for name in (own.scale, own.zero) if name}
+        used = {name for code in self._codes.values() for name in (code.scale, code.zero) if name}
         beside = [name for name in checkpoint.tensors if name.rsplit(".", 1)[-1] in (*_ACTIVATIONS, "weight_format")]
         self._scales = [name for name in checkpoint.tensors if name in used or (name in beside and self._codes)]
         self._refuse()
@@ -75,14 +75,14 @@ class Dequantised(Checkpoint):
 
     def read(self, name: str) -> Tensor:
         """The tensor; one that was codes in float32."""
-        own = self._codes.get(name)
-        if own is None:
+        code = self._codes.get(name)
+        if code is None:
             return self._stored.read(name)
         weight = self._stored.read(name).float()
-        if own.zero is not None:
-            weight = weight - self._spread(own.zero, weight.shape)
-        if own.scale is not None:
-            weight = weight * (self._spread(own.scale, weight.shape) * own.share)
+        if code.zero is not None:
+            weight = weight - self._spread(code.zero, weight.shape)
+        if code.scale is not None:
+            weight = weight * (self._spread(code.scale, weight.shape) * code.share)
         return weight
 
     def _of(self, info: TensorInfo) -> _Codes:
@@ -104,16 +104,16 @@ class Dequantised(Checkpoint):
             raise CheckpointError(itemise(label, problems, DEQUANTISE, 6))
 
     def _problem(self, name: str) -> str | None:
-        info, own = self._stored.tensors[name], self._codes[name]
+        info, code = self._stored.tensors[name], self._codes[name]
         if info.dtype not in (torch.int8, *FLOAT8.values()) or not name.endswith("weight"):
             return f"{name}: {str(info.dtype).removeprefix('torch.')} {info.shape}"
-        if own.scale is None and info.dtype == torch.int8:
+        if code.scale is None and info.dtype == torch.int8:
             return f"{name}: int8 without scales"
         form = f"{name}_format"
         if form in self._stored.tensors and int(self._stored.read(form)) != _ROW_MAJOR:
             return f"{name}: codes in an order for one kind of GPU"
         spread = [
-            n for n in (own.scale, own.zero) if n and not self._fits(self._stored.tensors[n].shape, info.shape, n)
+            n for n in (code.scale, code.zero) if n and not self._fits(self._stored.tensors[n].shape, info.shape, n)
         ]
         return f"{name}: {info.shape} with {spread[0]}: {self._stored.tensors[spread[0]].shape}" if spread else None
 

@@ -71,6 +71,7 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
 
 
 def check_members(file: Path, tensors: bool) -> None:
+    """Raise a `CheckpointError` if an archive's members are damaged or repeated; `tensors`: read those of tensors too."""
     try:
         check_archive(file, tensors)
     except (ValueError, OSError) as error:
@@ -78,6 +79,7 @@ def check_members(file: Path, tensors: bool) -> None:
 
 
 def damaged(file: Path, error: Exception) -> CheckpointError:
+    """The error for a weights file that cannot be read, with what was raised."""
     return CheckpointError(
         f"{file}: damaged weights file ({str(error)[:160] or 'it ends too early'}). Copy or download it again."
     )

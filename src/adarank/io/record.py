@@ -21,27 +21,27 @@ _PACKAGES = ("adarank", "torch", "transformers", "safetensors", "tokenizers", "n
 
 def versions() -> dict[str, str]:
     """Python and the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found | {"torch": str(torch.__version__)}  # which build, too: its package's version may leave that out
+    return versions | {"torch": str(torch.__version__)}  # which build, too: its package's version may leave that out
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, cores, threads and accelerator."""
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,
     }
     if device.startswith("cuda"):
-        found["accelerator"] = torch.cuda.get_device_name(device)
-        found["tf32"] = torch.backends.cuda.matmul.allow_tf32
-    return found
+        machine["accelerator"] = torch.cuda.get_device_name(device)
+        machine["tf32"] = torch.backends.cuda.matmul.allow_tf32
+    return machine
 
 
 class Clock:

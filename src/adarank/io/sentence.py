@@ -49,7 +49,7 @@ def modules_of(folder: Path, read: Reader) -> tuple[Module, ...]:
     Raises:
         CheckpointError: the list is damaged, or names what lies outside of the folder.
     """
-    found = []
+    modules = []
     for entry in read(folder / MODULES, list):
         path = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(path, str) or not isinstance(entry.get("type"), str):
@@ -60,15 +60,15 @@ def modules_of(folder: Path, read: Reader) -> tuple[Module, ...]:
         place = PurePosixPath(path)
         if place.is_absolute() or ".." in place.parts or "\\" in path:
             raise CheckpointError(f"{folder / MODULES}: '{path}' is outside of the folder. Correct the file.")
-        found.append(_module(folder, place.as_posix(), kind, read))
-    return tuple(found)
+        modules.append(_module(folder, place.as_posix(), kind, read))
+    return tuple(modules)
 
 
 def _module(folder: Path, path: str, kind: str, read: Reader) -> Module:
-    own = folder / path
-    weights = next(((own / name,) for name in _WEIGHTS if (own / name).exists()), ())
-    files = sorted(f for f in own.rglob("*") if f.is_file() and f.suffix in _SIDE) if own.is_dir() else []
-    return Module(path, kind, read(own / "config.json", dict), weights, tuple(files))
+    place = folder / path
+    weights = next(((place / name,) for name in _WEIGHTS if (place / name).exists()), ())
+    files = sorted(f for f in place.rglob("*") if f.is_file() and f.suffix in _SIDE) if place.is_dir() else []
+    return Module(path, kind, read(place / "config.json", dict), weights, tuple(files))
 
 
 def check_modules(tables: Mapping[str, tuple[Module, ...]]) -> None:
@@ -100,11 +100,11 @@ def _differences(first: str, wanted: tuple[Module, ...], modules: tuple[Module, 
     names, others = ([f"{m.path} ({m.kind})" for m in each] for each in (modules, wanted))
     if names != others:
         return [f"has {', '.join(names)}, and {first} has {', '.join(others)}"]
-    told = []
-    for own, other in zip(modules, wanted, strict=True):
-        for key in sorted(own.config.keys() | other.config.keys()):
-            mine, theirs = own.config.get(key), other.config.get(key)
-            both = key in own.config and key in other.config
+    differences = []
+    for module, other in zip(modules, wanted, strict=True):
+        for key in sorted(module.config.keys() | other.config.keys()):
+            mine, theirs = module.config.get(key), other.config.get(key)
+            both = key in module.config and key in other.config
             if mine != theirs and (both or (key.startswith("pooling_mode_") and (mine or theirs))):
-                told.append(f"{own.path} has {key} {mine!r}, and {first} has {theirs!r}")
-    return told
+                differences.append(f"{module.path} has {key} {mine!r}, and {first} has {theirs!r}")
+    return differences

@@ -88,6 +88,7 @@ class Method(MergeMethod):
 
     @classmethod
     def resolve(cls: type[M], given: Given) -> M:
+        """The method with the settings of a recipe, checked."""
         values = resolve(cls, given.parameters, given.models, given.names)
         if given.seed is not None and "seed" in cls.model_fields:
             values.setdefault("seed", given.seed)
@@ -95,10 +96,12 @@ class Method(MergeMethod):
 
     @classmethod
     def needs_base(cls) -> bool:
+        """Whether the method needs a base model."""
         return getattr(cls, "origin", None) == "pretrained"
 
     @classmethod
     def passes_over(cls) -> str:
+        """In words: how often the checkpoints are read."""
         return "the checkpoints once" if cls.passes == 1 else f"the checkpoints {cls.passes} times"
 
     @classmethod
@@ -108,6 +111,7 @@ class Method(MergeMethod):
 
     @classmethod
     def memory(cls) -> str:
+        """In words: what the method holds in memory."""
         method = cls.model_construct(**cls.example())
         one, two = (4 + method.workspace(tasks, True) for tasks in (1, 2))
         copies = f"{one}" if one == two else f"{2 * one - two} + {two - one}·T"  # it may grow with the tasks
@@ -115,9 +119,11 @@ class Method(MergeMethod):
 
     @property
     def decomposes(self) -> bool:
+        """Whether matrices are decomposed by SVD."""
         return self.spectral
 
     def held_bytes(self, outline: Outline) -> int:
+        """Bytes held at once at most, for the memory plan."""
         return max((self._streamed_bytes(outline, name) for name in outline.network.merged()), default=0)
 
     def _streamed_bytes(self, outline: Outline, name: str) -> int:
@@ -133,6 +139,7 @@ class Method(MergeMethod):
         return 0
 
     def run(self, context: Context) -> Result:
+        """Merge tensor by tensor."""
         return Result(merge_tensors(self, context.network, context.device))
 
 

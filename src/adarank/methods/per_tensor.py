@@ -145,6 +145,7 @@ class TensorFlags(TensorWeights):
     _wanted = "true or false, a list of these"
 
     def plain(self) -> Any:
+        """The switch as it was given: true or false, or what the recipe has."""
         given = super().plain()
         return bool(given) if isinstance(given, float) else given
 
@@ -211,15 +212,15 @@ def resolve(
             continue
         key = field.alias or field_name
         shared = values.pop(key, None)
-        own = {task: given[key] for task, given in models.items() if key in given}
+        of_models = {task: given[key] for task, given in models.items() if key in given}
         if isinstance(shared, TensorWeights):
             values[key] = shared
             continue
         if isinstance(shared, Mapping) and shared and set(shared) <= set(models):
-            own, shared = {**shared, **own}, None
-        if own or shared is not None:
+            of_models, shared = {**shared, **of_models}, None
+        if of_models or shared is not None:
             default = field.default if isinstance(field.default, TensorWeights) else TensorWeights({}, ())
-            values[key] = type(default)(own, names, shared, key, default._rest)
+            values[key] = type(default)(of_models, names, shared, key, default._rest)
     return values
 
 

@@ -23,14 +23,14 @@ _OTHER_HEAD = re.compile(
 def kind_of(config: Mapping[str, Any]) -> str | None:
     """The kind that a model's `config.json` tells: by the classes it names, else by its model type. None if neither does."""
     named = classes_of(config)
-    told = [kind for kind, family in FAMILIES.items() if any(own in named for own in family.architectures)]
-    if not told and isinstance(config.get("model_type"), str) and not no_classifier(config):
+    kinds = [kind for kind, family in FAMILIES.items() if any(suffix in named for suffix in family.architectures)]
+    if not kinds and isinstance(config.get("model_type"), str) and not no_classifier(config):
         from transformers import CONFIG_MAPPING  # imported on use: it is slow, and most configurations name a class
 
         if config["model_type"] in CONFIG_MAPPING:
             made = CONFIG_MAPPING[config["model_type"]]
-            told = [kind for kind, family in FAMILIES.items() if made in family.auto_class()._model_mapping]
-    return told[0] if len(told) == 1 else None
+            kinds = [kind for kind, family in FAMILIES.items() if made in family.auto_class()._model_mapping]
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def classes_of(config: Mapping[str, Any]) -> str:
@@ -55,8 +55,8 @@ def foreign_code(config: Mapping[str, Any]) -> str | None:
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if "/" in str(config.get(key) or ""):
             return f"{key}: {config[key]!r} is code on the hub"
-    for own in config.values():
-        if isinstance(own, Mapping) and (inner := foreign_code(own)):
+    for value in config.values():
+        if isinstance(value, Mapping) and (inner := foreign_code(value)):
             return inner
     if config.get("auto_map"):
         from transformers import CONFIG_MAPPING  # imported on use: it is slow, and most configurations name no code

@@ -46,6 +46,7 @@ class CosineHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(classes, width))
 
     def forward(self, features: Tensor) -> Tensor:
+        """(inputs, classes) dot products of `features`, (inputs, width)."""
         return functional.linear(functional.normalize(features, dim=-1), self.weight)
 
 
@@ -66,11 +67,11 @@ def classifier_class() -> type[PreTrainedModel]:
                 self.classifier = CosineHead(config.projection_dim, config.num_labels)
 
             def forward(self, pixel_values: Tensor, **named: Any) -> Any:
-                found = super().forward(pixel_values=pixel_values, **named)
+                output = super().forward(pixel_values=pixel_values, **named)
                 return ImageClassifierOutput(
-                    logits=self.classifier(found.image_embeds),
-                    hidden_states=found.hidden_states,
-                    attentions=found.attentions,
+                    logits=self.classifier(output.image_embeds),
+                    hidden_states=output.hidden_states,
+                    attentions=output.attentions,
                 )
 
             @classmethod
@@ -112,20 +113,20 @@ class ZeroShotHeads:
             tower, tokens = self._tower(), tokenizer_of(self._base.folder)
             scale = self._base.read("logit_scale").float().exp()
             most = int((self._base.config.get("text_config") or {}).get("max_position_embeddings", 77))  # CLIP's own
-            for own, classes in self._prompts.items():
-                self._made[own] = scale * torch.stack([_direction(tower, tokens, each, most) for each in classes])
+            for each_task, classes in self._prompts.items():
+                self._made[each_task] = scale * torch.stack([_direction(tower, tokens, each, most) for each in classes])
         return self._made[task]
 
     def _tower(self) -> nn.Module:
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-        own = {**(self._base.config.get("text_config") or {}), "projection_dim": self.width}
+        settings = {**(self._base.config.get("text_config") or {}), "projection_dim": self.width}
         with loading(
             self._base.folder, "no text tower of CLIP can be loaded", "Give a whole CLIP model as base_model."
         ):
             loaded: Any = CLIPTextModelWithProjection.from_pretrained(
                 str(self._base.folder),
-                config=CLIPTextConfig(**own),
+                config=CLIPTextConfig(**settings),
                 dtype=torch.float32,
                 output_loading_info=True,
                 **LOCALLY,
@@ -138,14 +139,14 @@ class ZeroShotHeads:
 
 def _direction(tower: nn.Module, tokens: Any, prompts: Sequence[str], most: int) -> Tensor:
     """(width,) of length 1: the mean of the directions of prompts, which are cut to so many tokens."""
-    found = []
+    directions = []
     for first in range(0, len(prompts), _PROMPTS):
         batch = tokens(
             list(prompts[first : first + _PROMPTS]), padding=True, truncation=True, max_length=most, return_tensors="pt"
         )
         out = tower(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        found.append(functional.normalize(out.text_embeds.float(), dim=-1))
-    return functional.normalize(torch.cat(found).mean(dim=0), dim=0)
+        directions.append(functional.normalize(out.text_embeds.float(), dim=-1))
+    return functional.normalize(torch.cat(directions).mean(dim=0), dim=0)
 
 
 class ZeroShotExpert(Checkpoint):
@@ -166,15 +167,16 @@ class ZeroShotExpert(Checkpoint):
         stored = list(expert.tensors) if plain else towers
         self._stored = {(VISION + name if plain else name): name for name in stored if name != PROJECTION}
         self.projected = PROJECTION in expert.tensors
-        infos = {own: expert.tensors[name] for own, name in self._stored.items()}
+        infos = {stored: expert.tensors[name] for stored, name in self._stored.items()}
         infos[PROJECTION] = (expert if self.projected else base).tensors[PROJECTION]
         shape = (heads.classes(task), heads.width)
         infos[HEAD] = TensorInfo(HEAD, shape, torch.float32, f"the head made of task '{task}''s classes")
-        self.tensors = {own: TensorInfo(own, info.shape, info.dtype, info.file) for own, info in infos.items()}
+        self.tensors = {stored: TensorInfo(stored, info.shape, info.dtype, info.file) for stored, info in infos.items()}
         self.aliases = {}
         self.config = _configuration(expert.config or base.config, names, heads.width)
 
     def read(self, name: str) -> Tensor:
+        """The tensor of this name; those that no file holds are made."""
         if name == HEAD:
             return self._heads.head(self._task)
         if name == PROJECTION:
@@ -183,10 +185,12 @@ class ZeroShotExpert(Checkpoint):
 
     @property
     def making_bytes(self) -> int:
+        """Bytes held while heads are made."""
         return 4 * sum(info.numel for name, info in self._base.tensors.items() if name.startswith(TEXT))
 
     @property
     def unused(self) -> Mapping[str, str]:
+        """Tensors of the file that are not used -> why."""
         others = [n for n in self._expert.tensors if n not in (*self._stored.values(), PROJECTION)]
         parts = ", ".join(dict.fromkeys(name.split(".", 1)[0] for name in others))
         return {f"{parts}: {len(others)} tensor(s)": "heads are made by the base's text tower"} if others else {}
@@ -194,16 +198,18 @@ class ZeroShotExpert(Checkpoint):
     @property
     def companions(self) -> Path:
         """The base's folder where the expert's has no image processor."""
-        own = [self._expert.folder / name for name in ("preprocessor_config.json", "processor_config.json")]
-        return self._expert.folder if any(file.exists() for file in own) else self._base.folder
+        files = [self._expert.folder / name for name in ("preprocessor_config.json", "processor_config.json")]
+        return self._expert.folder if any(file.exists() for file in files) else self._base.folder
 
 
 def _configuration(config: Mapping[str, Any], classes: Sequence[str], width: int) -> dict[str, Any]:
     """The `config.json` of a task's classifier, from that of a vision tower or of a whole CLIP."""
-    own = dict(config.get("vision_config") or config)
+    settings = dict(config.get("vision_config") or config)
     labels = {str(number): name for number, name in enumerate(classes)}
     return {
-        **{key: value for key, value in own.items() if key not in ("transformers_version", "torch_dtype", "dtype")},
+        **{
+            key: value for key, value in settings.items() if key not in ("transformers_version", "torch_dtype", "dtype")
+        },
         "architectures": ["CLIPZeroShotClassifier"],
         "model_type": "clip_vision_model",
         "projection_dim": width,
@@ -219,9 +225,11 @@ class ZeroShotImageClassifiers(ImageClassifiers):
     architectures = ("CLIPVisionModel", "CLIPModel")
 
     def auto_class(self) -> Any:
+        """The class of `transformers` that loads these models."""
         return classifier_class()
 
     def load(self, expert: Checkpoint) -> nn.Module:
+        """The network of a folder, ready to be filled with weights."""
         from transformers import AutoConfig
 
         settings = AutoConfig.for_model(**expert.config)
@@ -239,6 +247,7 @@ class ZeroShotImageClassifiers(ImageClassifiers):
     def complete(
         self, base: Checkpoint | None, experts: Mapping[str, Checkpoint], tasks: Mapping[str, TaskSpec], folder: Path
     ) -> tuple[dict[str, Checkpoint], dict[str, str]]:
+        """Experts and base, with the heads that the text tower gives."""
         names = {task: _lines(spec.classes, folder) for task, spec in tasks.items()}
         templates = {task: _lines(spec.templates, folder) or list(TEMPLATES) for task, spec in tasks.items()}
         problems = [*_unfit(names, templates), *_no_clip(base)]
@@ -246,7 +255,7 @@ class ZeroShotImageClassifiers(ImageClassifiers):
             heading = f"recipe: {len(problems)} problem(s)."
             raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))
         prompts = {
-            task: [[own.replace("{}", name) for own in templates[task]] for name in each]
+            task: [[template.replace("{}", name) for template in templates[task]] for name in each]
             for task, each in names.items()
         }
         heads = ZeroShotHeads(base, prompts)
@@ -262,9 +271,9 @@ def _unfit(names: Mapping[str, Sequence[str]], templates: Mapping[str, Sequence[
     for task, classes in names.items():
         if not classes:
             yield f"task '{task}': no classes. Give their names under task: classes, in the order of the labels, or a file with one on each line."
-        for own in templates[task]:
-            if "{}" not in own:
-                yield f"task '{task}': template {own!r} has no {{}} where the class goes. Add it."
+        for template in templates[task]:
+            if "{}" not in template:
+                yield f"task '{task}': template {template!r} has no {{}} where the class goes. Add it."
 
 
 def _no_clip(base: Checkpoint | None) -> Iterator[str]:

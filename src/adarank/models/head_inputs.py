@@ -33,7 +33,7 @@ def head_parts(models: TaskModels, task: str) -> list[nn.Module]:
 def owners(module: nn.Module, tensors: Iterable[Tensor]) -> list[nn.Module]:
     """The parts of a module that hold one of its tensors themselves."""
     wanted = {id(tensor) for tensor in tensors}
-    return [part for part in module.modules() if any(id(own) in wanted for own in part._parameters.values())]
+    return [part for part in module.modules() if any(id(tensor) in wanted for tensor in part._parameters.values())]
 
 
 @contextmanager

@@ -49,12 +49,14 @@ class ImageExamples:
         self.lengths: Sequence[int] = [max(_LEAST, first.shape[-1] * first.shape[-2])] * len(images)
 
     def batch(self, rows: Sequence[int]) -> Batch:
+        """The inputs of these rows, as the model takes them."""
         if all(row < len(self._kept) for row in rows):
             return {"pixel_values": self._kept[list(rows)]}
         images = [self._kept[row] if row < len(self._kept) else self._processed(row) for row in rows]
         return {"pixel_values": torch.stack(images)}
 
     def content(self) -> bytes:
+        """Bytes that identify the inputs, for the task's fingerprint."""
         return repr((self._mode, self._processor.to_dict(), [image_key(image) for image in self._images])).encode()
 
     def _where(self, row: int) -> str:
@@ -68,7 +70,7 @@ class ImageExamples:
             # an array with its channels said to be last: left to guess, or given a PIL image, some versions of
             # the processors take the height of a small image for its channels
             made = self._processor(images=[array], return_tensors="pt", input_data_format="channels_last")
-            found: Tensor = made["pixel_values"][0].to(torch.float32)
+            pixels: Tensor = made["pixel_values"][0].to(torch.float32)
         except (
             ValueError,
             TypeError,
@@ -81,12 +83,12 @@ class ImageExamples:
             raise DataError(
                 f"{self._where(row)}: the model's image processor refuses the image ({_short(error)}). Check preprocessor_config.json."
             ) from None
-        if row > 0 and found.shape != self._kept.shape[1:]:
+        if row > 0 and pixels.shape != self._kept.shape[1:]:
             raise DataError(
-                f"{self._where(row)}: the model's image processor makes {tuple(found.shape)} of this image and {tuple(self._kept.shape[1:])} of the first. "
+                f"{self._where(row)}: the model's image processor makes {tuple(pixels.shape)} of this image and {tuple(self._kept.shape[1:])} of the first. "
                 "Have all images brought to one size by do_resize, size and crop_size in preprocessor_config.json."
             )
-        return found
+        return pixels
 
 
 class ImageClassifiers(Family):
@@ -106,17 +108,21 @@ class ImageClassifiers(Family):
     expanded: tuple[str, ...] = ("cls_token", "distillation_token", "position_embeddings")
 
     def auto_class(self) -> Any:
+        """The class of `transformers` that loads these models."""
         from transformers import AutoModelForImageClassification
 
         return AutoModelForImageClassification
 
     def columns(self, spec: TaskSpec) -> list[str]:
+        """The columns of the data that hold inputs."""
         return [spec.columns.image]
 
     def key(self, value: Any) -> Hashable:
+        """What makes two inputs the same one."""
         return image_key(value)
 
     def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[ImageExamples, list[str]]:
+        """The inputs of a table as the model takes them, and notes about them."""
         images = table[spec.columns.image]
         if len(images) == 0:
             raise DataError(f"task '{spec.name}': no inputs.")
@@ -124,6 +130,7 @@ class ImageClassifiers(Family):
         return ImageExamples(spec.name or "", _processor(folder), mode, images), []
 
     def logits(self, module: nn.Module, batch: Batch) -> Tensor:
+        """(inputs, classes) float32: what the network gives for a batch."""
         try:
             out: Tensor = module(**batch).logits
         except ValueError as error:  # how these models refuse images of another size or number of channels

@@ -54,7 +54,7 @@ def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
     first = 1000  # no constant that fresh weights are filled with
     numbered = dict(enumerate(shapes, first))
     probe = {name: torch.tensor(float(i)).expand(tuple(shapes[name])) for i, name in numbered.items()}
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     folder = Path(getattr(module.config, "name_or_path", "") or type(module).__name__)
     with loading(folder, "no usable configuration", "Check config.json."), torch.random.fork_rng():
         loader: Any = type(module)
@@ -63,8 +63,8 @@ def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
         number = float(tensor.flatten()[0]) if tensor.is_floating_point() and tensor.numel() else 0.0
         name = numbered.get(int(number)) if math.isfinite(number) else None
         if name and tuple(tensor.shape) == tuple(shapes[name]) and bool((tensor == number).all()):
-            found[name] = key
-    return found
+            keys[name] = key
+    return keys
 
 
 @contextmanager

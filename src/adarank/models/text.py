@@ -28,11 +28,13 @@ class TextExamples:
         self.lengths: Sequence[int] = [len(ids) for ids in encoded["input_ids"]]
 
     def batch(self, rows: Sequence[int]) -> Batch:
+        """The inputs of these rows, as the model takes them."""
         features = {key: [values[row] for row in rows] for key, values in self._encoded.items()}
         padded: Batch = self._tokenizer.pad(features, return_tensors="pt")
         return dict(padded)
 
     def content(self) -> bytes:
+        """Bytes that identify the inputs, for the task's fingerprint."""
         return repr(sorted(self._encoded.items())).encode()
 
 
@@ -53,11 +55,13 @@ class TextClassifiers(Family):
     expanded: tuple[str, ...] = ()
 
     def auto_class(self) -> Any:
+        """The class of `transformers` that loads these models."""
         from transformers import AutoModelForSequenceClassification
 
         return AutoModelForSequenceClassification
 
     def load(self, expert: Checkpoint) -> nn.Module:
+        """The network of a folder, ready to be filled with weights."""
         module = super().load(expert)
         config: Any = module.config
         if config.pad_token_id is None:  # models without padding, such as GPT-2, find an input's end by this id
@@ -65,12 +69,15 @@ class TextClassifiers(Family):
         return module
 
     def columns(self, spec: TaskSpec) -> list[str]:
+        """The columns of the data that hold inputs."""
         return [spec.columns.text, *([spec.columns.text_pair] if spec.columns.text_pair else [])]
 
     def key(self, value: Any) -> Hashable:
+        """What makes two inputs the same one."""
         return str(value)
 
     def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[TextExamples, list[str]]:
+        """The inputs of a table as the model takes them, and notes about them."""
         texts = [[str(value) for value in table[column]] for column in self.columns(spec)]
         _check_text(spec.name or "", texts)
         tokenizer = tokenizer_of(folder)
@@ -87,6 +94,7 @@ class TextClassifiers(Family):
         return TextExamples(tokenizer, dict(encoded)), notes
 
     def logits(self, module: nn.Module, batch: Batch) -> Tensor:
+        """(inputs, classes) float32: what the network gives for a batch."""
         out: Tensor = module(**batch).logits
         return out.float()
 

@@ -56,11 +56,11 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
     for task, module in pairs:
         modules[task] = module
         held = held_tensors(module)
-        own = [name for name in network.tensors if name not in network.heads[task]]
-        keys = module_keys(network, task, own, module, held)
+        body = [name for name in network.tensors if name not in network.heads[task]]
+        keys = module_keys(network, task, body, module, held)
         own_keys = module_keys(network, task, network.heads[task], module, held)
         heads[task] = {network.experts[task].names[name]: held[key] for name, key in own_keys.items()}
-        for name in own:
+        for name in body:
             key = keys.get(name)
             kept, shape = network.choices[name].action == "keep", network.tensors[name].shape
             if key is not None and kept and tuple(held[key].shape) != shape:
@@ -114,19 +114,19 @@ def stored_keys(
         shapes: name -> shape, of tensors that the loader may have renamed.
         held: the module's tensors by name.
     """
-    found: dict[str, str] = {}
+    keys: dict[str, str] = {}
     lost: dict[str, str] = {}
-    for name, own in stored.items():
-        renamed = own.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        key = next((key for key in (own, renamed, backbone + name) if key in held), None)
+    for name, stored_name in stored.items():
+        renamed = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        key = next((key for key in (stored_name, renamed, backbone + name) if key in held), None)
         if key is not None:
-            found[name] = key
+            keys[name] = key
         elif name in shapes:
-            lost[name] = own
+            lost[name] = stored_name
     if lost and hasattr(module, "config"):
         loaded = loaded_names(module, {key: shapes[name] for name, key in lost.items()})
-        found.update({name: loaded[key] for name, key in lost.items() if key in loaded})
-    return found
+        keys.update({name: loaded[key] for name, key in lost.items() if key in loaded})
+    return keys
 
 
 def held_tensors(module: nn.Module) -> dict[str, Tensor]:

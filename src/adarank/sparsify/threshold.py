@@ -51,9 +51,9 @@ def global_thresholds(
                 counts[task] += _count(magnitudes, upper.get(task))
         return counts
 
-    found = {task: _descend(counts, rank) for task, counts in counted({}).items()}
-    upper = {task: bucket for task, (bucket, _) in found.items()}
-    lower = {task: _descend(counts, found[task][1])[0] for task, counts in counted(upper).items()}
+    buckets = {task: _descend(counts, rank) for task, counts in counted({}).items()}
+    upper = {task: bucket for task, (bucket, _) in buckets.items()}
+    lower = {task: _descend(counts, buckets[task][1])[0] for task, counts in counted(upper).items()}
     return {task: _number(upper[task], lower[task]) for task in network.tasks}
 
 

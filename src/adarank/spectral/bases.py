@@ -86,14 +86,14 @@ def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
         common: share of the components in the common subspace, up to what makes the rest divide by the tasks.
     """
     shared = decompose(_sum(deltas), name)
-    own = own_components(shared.s.numel(), len(deltas), common)
-    first = _top(shared, shared.s.numel() - own * len(deltas))
+    each = own_components(shared.s.numel(), len(deltas), common)
+    first = _top(shared, shared.s.numel() - each * len(deltas))
     parts = []
     for task in deltas:
         matrix = as_matrix(deltas[task])
         rest = decompose(matrix - first.u @ (first.u.T @ matrix), name)
         # beside the task vector, not beside itself: all of it may lie in the common subspace. The projection rounds too.
-        parts.append(_top(rest, own, 4 * torch.linalg.matrix_norm(matrix)))
+        parts.append(_top(rest, each, 4 * torch.linalg.matrix_norm(matrix)))
     # the common ones come first where vectors are made orthogonal, as the paper lays them
     shared_first = _together([first, *parts])
     return _flat([*shared_first[1:], shared_first[0]])

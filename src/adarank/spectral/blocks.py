@@ -53,6 +53,7 @@ class Blocks:
 
     @property
     def components(self) -> int:
+        """Number of components of all tasks together."""
         return int(self.s.numel())
 
     def compose(self, lam: Tensor, mask: Tensor) -> Tensor:
@@ -126,8 +127,8 @@ class Blocks:
     def _whole(self, task: int) -> Tensor:
         whole = self.wholes[task]
         if whole is None:
-            own = slice(sum(self.sizes[:task]), sum(self.sizes[: task + 1]))
-            whole = (self.u[:, own] * self.s[own]) @ self.v[:, own].T
+            columns = slice(sum(self.sizes[:task]), sum(self.sizes[: task + 1]))
+            whole = (self.u[:, columns] * self.s[columns]) @ self.v[:, columns].T
             self.wholes[task] = whole
         return whole
 
@@ -135,11 +136,11 @@ class Blocks:
         """Per task: whether to start from its whole block, and the components to add (or to take away then)."""
         shares = []
         start = 0
-        for own in mask.split(self.sizes):
+        for part in mask.split(self.sizes):
             # a tensor without any components is scaled; a task without any in a decomposed one adds nothing
-            from_whole = 2 * int(own.sum()) > own.numel() or self.components == 0
-            shares.append((from_whole, torch.nonzero(own != from_whole).squeeze(1) + start))
-            start += own.numel()
+            from_whole = 2 * int(part.sum()) > part.numel() or self.components == 0
+            shares.append((from_whole, torch.nonzero(part != from_whole).squeeze(1) + start))
+            start += part.numel()
         return shares
 
 

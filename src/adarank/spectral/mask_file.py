@@ -80,7 +80,7 @@ class MaskFile:
 
     def kept(self, name: str) -> list[int]:
         """Components kept per task in one matrix, in the order of `tasks`."""
-        return [int(own.sum()) for own in kept(self.masks[name]).split(self.sizes[name])]
+        return [int(part.sum()) for part in kept(self.masks[name]).split(self.sizes[name])]
 
     def save(self, path: Path | str) -> None:
         """Write λ and soft masks as float32, binary masks as bits."""

@@ -33,7 +33,7 @@ def top_mask(sizes: tuple[int, ...], share: float) -> Tensor:
 
 def random_mask(mask: Tensor, sizes: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """(K,) bool with each task's number of kept components in random places: the control of an ablation."""
-    parts = [own[torch.randperm(own.numel(), generator=generator)] for own in mask.split(sizes)]
+    parts = [part[torch.randperm(part.numel(), generator=generator)] for part in mask.split(sizes)]
     return torch.cat(parts)
 
 
@@ -77,9 +77,9 @@ def _check_header(header: Mapping[str, Any]) -> None:
     """Of the right types, as JSON may hold anything; a `ValueError` if not."""
     texts = [header["origin"], *header["tasks"], *header["tensors"], *header["sizes"], header.get("basis", "")]
     numbers = [part for parts in header["sizes"].values() for part in parts]
-    if not all(isinstance(own, str) for own in texts) or not isinstance(header["about"], dict):
+    if not all(isinstance(text, str) for text in texts) or not isinstance(header["about"], dict):
         raise ValueError("a name that is no text")
-    if not all(isinstance(own, int) and own >= 0 for own in numbers):
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError("a size that is no count")
     if len(set(header["tensors"])) < len(header["tensors"]) or header["origin"] not in ("pretrained", "average"):
         raise ValueError("a tensor twice, or an unknown origin")

@@ -79,8 +79,8 @@ def decompose(matrix: Tensor, name: str = "matrix") -> Spectrum:
     key.update(content.view(torch.uint8).numpy().tobytes() if content.numel() else b"")
     path = folder / f"{key.hexdigest()}.safetensors"
     if path.exists():
-        found = load_file(path, device=str(flat.device))
-        return Spectrum(found["u"], found["s"], found["v"])
+        tensors = load_file(path, device=str(flat.device))
+        return Spectrum(tensors["u"], tensors["s"], tensors["v"])
     spectrum = _svd(flat, name)
     partial = path.with_suffix(".partial")
     save_file({"u": spectrum.u, "s": spectrum.s, "v": spectrum.v}, partial)

@@ -109,6 +109,7 @@ class Informed(Method):
         return known
 
     def prepare(self: M, network: Network, device: torch.device | str) -> M:
+        """A copy of the method that knows what it needs of the whole model."""
         _ = self.statistics  # refused before a tensor is read
         return self
 
@@ -131,10 +132,12 @@ class Informed(Method):
 
     @classmethod
     def passes_over(cls) -> str:
+        """In words: how often the checkpoints are read."""
         return f"{super().passes_over()} to merge, and before it each expert with its inputs once"
 
     @classmethod
     def memory(cls) -> str:
+        """In words: what the method holds in memory."""
         return f"{super().memory()}; before, one network and one expert's statistics"
 
     def sampled(self, tasks: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -163,6 +166,7 @@ class Informed(Method):
         return rows
 
     def of_data(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs that statistics are taken of, and whether their labels are read."""
         inputs = {task: len(rows) for task, rows in self.sampled(tasks).items()}
         return {"statistics": {"inputs": inputs, "labels_read": self.reads_labels}}
 
@@ -177,5 +181,6 @@ class Informed(Method):
         return max(super().held_bytes(outline), 4 * (body + outline.head_numel() + statistics))
 
     def run(self, context: Context) -> Result:
+        """Take the statistics, then merge tensor by tensor."""
         known, report = context.with_statistics(self)
         return Result(merge_tensors(known, context.network, context.device), block="statistics", report=report)

@@ -1,4 +1,4 @@
-"""Fisher merging: each entry a mean of the experts', weighted by how much the expert's predictions hang on it.
+"""Fisher merging: each entry a mean of the experts', weighted by how much the expert's predictions depend on it.
 
     F_t = mean_x E_y (∂ log p_t(y|x) / ∂W)²              the diagonal of expert t's Fisher information
     F̂_t = max(F_t / rms(F_t), floor)                     rms: the root of the mean square over the whole model
@@ -7,7 +7,7 @@
 `true`: y is drawn by the expert itself, p_t(y|x), so no label is read. The expectation is a sum over all classes where
 they are few; else y is drawn. `empirical`: y is the input's label. The square is of each single input's gradient, not of
 a batch's. Dividing by rms gives all experts the same say over the whole model, as the authors' global norm does, and
-makes the floor a share that means the same for every size of model; where no expert's predictions hang on an entry, all
+makes the floor a share that means the same for every size of model; where no expert's predictions depend on an entry, all
 F̂_t are the floor and the result is the mean.
 
 Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv:2111.09832, Equation 3.
@@ -58,17 +58,21 @@ class Fisher(Informed):
 
     @property
     def reads_labels(self) -> bool:
+        """Whether the statistics need labels."""
         return self.kind == "empirical"
 
     def gathered(self, gathers: Gathers) -> Fisher:
+        """The method with the experts' squared gradients."""
         return self.knowing(gathers.squared_gradients(self.classes, self.seed))
 
     def prepare(self, network: Network, device: torch.device | str) -> Fisher:
+        """A copy of the method that knows what it needs of the whole model."""
         prepared = self.model_copy()
         prepared._scales = {task: self._scale(task) for task in network.tasks}
         return prepared
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         if name not in self.statistics.names:
             return origin
         moved, total = torch.zeros_like(origin), torch.zeros_like(origin)
@@ -80,9 +84,11 @@ class Fisher(Informed):
         return origin + moved / total
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 3
 
     def held(self, shape: tuple[int, ...], decomposed: bool) -> int:
+        """Numbers of four bytes held for a tensor while its statistics are taken."""
         return 3 * math.prod(shape)  # the sum, an input's gradient, and its square
 
     def _scale(self, task: str) -> float:

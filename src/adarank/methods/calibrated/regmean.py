@@ -47,12 +47,15 @@ class RegMean(Informed):
 
     @property
     def inputs_at_once(self) -> int:
+        """Inputs of one forward pass while statistics are taken."""
         return self.batch_size
 
     def gathered(self, gathers: Gathers) -> RegMean:
+        """The same method with its statistics."""
         return self.knowing(gathers.gram_matrices())
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         if name not in self.statistics.names:
             return origin
         turned = name not in self.statistics.inputs_first
@@ -65,18 +68,21 @@ class RegMean(Informed):
             total = total + gram
             right = right + gram @ delta
             start = start + diagonal[:, None] * delta
-        found, rank = solve(total, right, start)
+        solution, rank = solve(total, right, start)
         if rank < len(total):
             self.undetermined[name] = f"{rank} of {len(total)}"
-        return origin + (found.T if turned else found).to(origin.dtype)
+        return origin + (solution.T if turned else solution).to(origin.dtype)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged tensor that is not decomposed."""
         return origin
 
     def held(self, shape: tuple[int, ...], decomposed: bool) -> int:
+        """Numbers of four bytes held for a tensor while its statistics are taken."""
         return shape[1] ** 2 if decomposed and len(shape) == 2 else 0
 
     def solving(self, shape: tuple[int, ...]) -> int:
+        """Numbers of four bytes held beside while a matrix is solved for."""
         return 2 * (6 * shape[1] ** 2 + 5 * shape[0] * shape[1]) if len(shape) == 2 else 0
 
 

@@ -27,4 +27,5 @@ class RegMeanPlusPlus(RegMean):
     decides: ClassVar[tuple[str, ...]] = (*RegMean.decides, "off_diagonal")
 
     def gathered(self, gathers: Gathers) -> RegMeanPlusPlus:
+        """The same method with its statistics."""
         return gathers.gram_matrices_by_block(self.knowing)

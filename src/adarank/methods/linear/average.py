@@ -23,4 +23,5 @@ class WeightAverage(Method):
     source: ClassVar[str] = "Wortsman et al. 2022, arXiv:2203.05482"
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         return origin

@@ -42,6 +42,7 @@ class Karcher(Method):
     tol: PerTensor = Field(rest(1e-5), ge=0, description="steps shorter than this, in radians, are the last")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         if len(deltas) == 1:
             return origin + next(iter(deltas.values()))
         tolerance = self.tol.of("", name)
@@ -61,6 +62,7 @@ class Karcher(Method):
         return mean.mul_(sum(lengths.values()) / len(deltas))
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 4  # the mean, a step, a direction and its tangent
 
 

@@ -48,10 +48,12 @@ class Linear(Method):
     )
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         total = weighted_sum(origin, deltas, lambda task: self.weight.of(task, name))  # the origin is zero
         return total.div_(self._total(name, deltas)) if self.normalize.of("", name) else total
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         for name in network.merged():
             if self.normalize.of("", name) and abs(self._total(name, network.experts)) < 1e-8:
                 raise RecipeError(

@@ -34,6 +34,7 @@ class ModelStock(Method):
     filter_wise: Flag = Field(flag(False), description="an angle for each row instead of each tensor")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         count = len(deltas)
         pairs = list(combinations(deltas, 2))
         cosine = torch.stack([self._cosine(name, deltas, a, b) for a, b in pairs]).mean(0)
@@ -42,12 +43,14 @@ class ModelStock(Method):
         return origin + share * (scaled_mean(origin, deltas, 1.0) - origin)
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         if len(network.experts) < 2:
             raise RecipeError(
                 "models: 'model_stock' measures angles between experts and needs two or more, got one. Add experts."
             )
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 3
 
     def _cosine(self, name: str, deltas: Deltas, first: str, second: str) -> Tensor:

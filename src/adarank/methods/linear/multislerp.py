@@ -55,9 +55,11 @@ class MultiSlerp(Method):
     eps: PerTensor = Field(rest(1e-8), ge=0, description="added to every length")
 
     def origin_kind(self, network: Network) -> OriginKind:
+        """What task vectors are counted from."""
         return "zero" if network.base is None else "pretrained"
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         if len(deltas) == 1:
             return origin + next(iter(deltas.values()))
         eps = self.eps.of("", name)
@@ -74,6 +76,7 @@ class MultiSlerp(Method):
         return total.mul_(mean_length * math.cos(eps) / whole).add_(origin)
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         for name in network.merged():
             total = sum(self.weight.of(task, name) for task in network.experts)
             if self.normalize_weights.of("", name) and abs(total) < 1e-8:
@@ -82,6 +85,7 @@ class MultiSlerp(Method):
                 )
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 1
 
     def _weights(self, name: str, tasks: Iterable[str]) -> dict[str, float]:

@@ -30,8 +30,10 @@ class NearSwap(Method):
     t: PerTensor = Field(ge=0, description="largest change of an entry: a number, a list over the layers, or filters")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         limit = self.t.of("", name)
         return next(iter(deltas.values())).clamp(-limit, limit).add_(origin)
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         check_one_other(self.name, network)

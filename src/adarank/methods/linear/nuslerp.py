@@ -51,9 +51,11 @@ class NuSlerp(Method):
     )
 
     def origin_kind(self, network: Network) -> OriginKind:
+        """What task vectors are counted from."""
         return "zero" if network.base is None else "pretrained"
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         first, second = deltas
         weights = [self.weight.of(task, name) for task in (first, second)]
         t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
@@ -68,6 +70,7 @@ class NuSlerp(Method):
         return origin + share_a * a + share_b * b
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         if len(network.experts) != 2:
             raise RecipeError(
                 f"models: 'nuslerp' needs two experts beside the base, got {len(network.experts)}"
@@ -75,6 +78,7 @@ class NuSlerp(Method):
             )
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 3
 
     def _cosine(self, name: str, a: Tensor, b: Tensor) -> Tensor:

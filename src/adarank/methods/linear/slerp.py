@@ -32,14 +32,17 @@ class Slerp(Method):
     t: PerTensor = Field(description="0 the base, 1 the other: a number, a list over the layers, or filters")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         other = next(iter(deltas.values())) + origin
         first, second = arc(_cosine(origin, other), self.t.of("", name))
         return first * origin + second * other
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         check_one_other(self.name, network)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 2
 
 

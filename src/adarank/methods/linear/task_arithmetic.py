@@ -38,6 +38,7 @@ class TaskArithmetic(Method):
     weight: PerTensor | None = Field(None, description="per model: a number, a list over the layers, or filters")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         weights = {task: self.weight.of(task, name) if self.weight is not None else 1.0 for task in deltas}
         default = 0.3 if self.weight is None else 1.0
         scale = default if self.scale is None else self.scale.of("", name)

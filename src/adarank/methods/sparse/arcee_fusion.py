@@ -7,7 +7,7 @@
 
 A quartile is the entry at position ⌊q (n - 1)⌋ of the n in order. All is done in float32 with mergekit's order of
 operations, as the divergence of models that differ by less than about a hundredth of their size is small beside
-float32's rounding of its terms: there which entries are taken hangs on the rounding, and is as good as chance in
+float32's rounding of its terms: there which entries are taken depends on the rounding, and is as good as chance in
 mergekit and here. Above 10⁶ entries in a tensor mergekit takes the quartiles of a random sample; here they are exact,
 so a few entries beside the threshold differ. Where all importances are equal, all entries are taken.
 
@@ -38,6 +38,7 @@ class ArceeFusion(Method):
     source: ClassVar[str] = "mergekit's arcee_fusion; Arcee AI 2025, arcee.ai/blog"
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         delta = next(iter(deltas.values()))
         if not delta.numel():
             return origin.clone()
@@ -46,9 +47,11 @@ class ArceeFusion(Method):
         return origin + delta * (importance >= median + _SPREAD * (high - low))
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         check_one_other(self.name, network)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 6  # two distributions, what is summed, importances, and what ranks them
 
 

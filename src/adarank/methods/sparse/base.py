@@ -51,12 +51,14 @@ class SparseSum(Method):
         raise NotImplementedError
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         total, divisor = (self._elected if self.elects else self._summed)(name, origin, deltas)
         if self.normalize.of("", name):
             total /= divisor
         return total.mul_(self.scale.of("", name)).add_(origin)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 8 if self.elects else 5  # an election's five sums; magnitudes or noise, and what ranks them
 
     def _elected(self, name: str, origin: Tensor, deltas: Deltas) -> tuple[Tensor, Tensor | float]:

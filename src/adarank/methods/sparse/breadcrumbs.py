@@ -33,4 +33,5 @@ class Breadcrumbs(SparseSum):
     )
 
     def kept(self, delta: Tensor, density: float, task: str, name: str) -> Tensor:
+        """Mask of the entries kept, of the task vector's shape."""
         return middle(delta, density, self.gamma.of(task, name))

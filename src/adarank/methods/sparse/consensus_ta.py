@@ -40,6 +40,7 @@ class Consensus(Method):
         return claims >= self.agree
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         if self.agree > len(network.experts):  # it would return the base
             raise RecipeError(
                 f"{self.name}: agree must be at most the number of experts, {len(network.experts)}, got {self.agree}. Lower it."
@@ -61,10 +62,12 @@ class ConsensusTA(Consensus):
     scale: float = Field(0.3, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         total = weighted_sum(torch.zeros_like(origin), deltas, lambda task: 1.0)
         return origin + self.scale * total * self.useful(name, total, deltas)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 4
 
 

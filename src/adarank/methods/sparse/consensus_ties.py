@@ -26,5 +26,6 @@ class ConsensusTies(TiesMerging, Consensus):
     source: ClassVar[str] = "Wang et al. 2024, arXiv:2405.07813"
 
     def elected(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """The merged task vector before λ, without the entries that few tasks claim."""
         total = super().elected(name, origin, deltas)
         return total * self.useful(name, total, deltas)

@@ -38,12 +38,14 @@ class Dare(Method):
     seed: int = Field(0, description="of what is dropped; by default the recipe's seed")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         total = origin.clone()
         for task in deltas:
             total.add_(thinned(deltas[task], self.drop, self.seed, task, name), alpha=self.scale)
         return total
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 2
 
 

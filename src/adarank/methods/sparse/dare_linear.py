@@ -33,4 +33,5 @@ class DareLinear(SparseSum):
     seed: int = Field(0, description="of what is dropped; by default the recipe's seed")
 
     def kept(self, delta: Tensor, density: float, task: str, name: str) -> Tensor:
+        """Mask of the entries kept, of the task vector's shape."""
         return at_random(delta, density, self.seed, task, name)

@@ -31,7 +31,9 @@ class DareTiesMerging(TiesMerging):
     seed: int = Field(0, description="of what is dropped; by default the recipe's seed")
 
     def changed(self, task: str, name: str, delta: Tensor) -> Tensor:
+        """The task vector with entries dropped at random and the rest rescaled."""
         return thinned(delta, self.drop, self.seed, task, name)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 8

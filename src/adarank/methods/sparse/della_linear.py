@@ -39,11 +39,13 @@ class DellaLinear(SparseSum):
     seed: int = Field(0, description="of what is dropped; by default the recipe's seed")
 
     def kept(self, delta: Tensor, density: float, task: str, name: str) -> Tensor:
+        """Mask of the entries kept, of the task vector's shape."""
         if density <= 0:
             return delta != delta
         return by_rank(delta, density, self.epsilon.of(task, name), self.seed, task, name)
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         for name in network.merged():
             for task in network.tasks:
                 density, epsilon = self.density.of(task, name), self.epsilon.of(task, name)

@@ -31,6 +31,7 @@ class RAM(Method):
     epsilon: PerTensor = Field(rest(1e-5), ge=0, description="smaller changes of an entry count as none")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         total, count = torch.zeros_like(origin), torch.zeros_like(origin)
         for task in deltas:  # not items(): its variable would hold one task vector while the next is made
             delta = deltas[task]
@@ -44,4 +45,5 @@ class RAM(Method):
         return delta.abs() > self.epsilon.of("", name)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 3

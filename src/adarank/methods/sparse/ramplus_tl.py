@@ -36,6 +36,7 @@ class RAMPlus(RAM):
     alpha: PerTensor = Field(rest(0.2), ge=0, description="largest ratio of shared to lone changes that counts")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         count = torch.zeros_like(origin)
         for task in deltas:
             count += self.changed(name, deltas[task])
@@ -48,6 +49,7 @@ class RAMPlus(RAM):
         return total.div_(count.clamp_(min=1)).add_(origin)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 5
 
     def _scale(self, name: str, changed: int, lone: int) -> float:

@@ -37,6 +37,7 @@ class SCE(Method):
     int8_mask: bool = Field(False, description="taken from mergekit's recipes; changes nothing")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         total = weighted_sum(torch.zeros_like(origin), deltas, lambda task: 1.0)
         share = self.select_topk.of("", name)
         selected = _selected(origin, deltas, share) if share < 1 else torch.ones_like(origin).bool()
@@ -53,6 +54,7 @@ class SCE(Method):
         return origin + merged / weights.clamp(min=1e-6)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 8  # mean, variance and a deviation in float64
 
 

@@ -33,6 +33,7 @@ class Ties(SparseSum):
     normalize: Flag = Field(flag(True), description="divide by the sum of the weights")
 
     def kept(self, delta: Tensor, density: float, task: str, name: str) -> Tensor:
+        """Mask of the entries kept, of the task vector's shape."""
         if density <= 0:
             return torch.zeros_like(delta, dtype=torch.bool)
         return largest(delta, max(1, int(density * delta.numel())))

@@ -49,6 +49,7 @@ class TiesMerging(Method):
     _thresholds: Mapping[str, float] = PrivateAttr(default_factory=dict)
 
     def prepare(self, network: Network, device: torch.device | str) -> TiesMerging:
+        """A copy of the method that knows what it needs of the whole model."""
         prepared = self.model_copy()
         prepared._thresholds = global_thresholds(network, "pretrained", self.density, device, self.changed)
         return prepared
@@ -58,6 +59,7 @@ class TiesMerging(Method):
         return delta
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         default = 0.3 if self.combine == "sum" else 1.0
         return origin + (default if self.scale is None else self.scale) * self.elected(name, origin, deltas)
 
@@ -70,4 +72,5 @@ class TiesMerging(Method):
         return total if self.combine == "sum" else total / voters.clamp(min=1)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 7  # an election's five sums, and what trims

@@ -44,18 +44,22 @@ class CART(Method):
     scale: float = Field(1.0, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         return low_rank_sum(name, origin, deltas, lambda s: (self._count(s), self.scale))
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged tensor that is not decomposed."""
         return origin
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         if self.energy is not None and "rank" in self.model_fields_set:
             raise RecipeError(
                 f"cart: rank ({self.rank}) and energy ({self.energy}) both say how many components to keep. Give one."
             )
 
     def notes(self, network: Network) -> list[str]:
+        """A sentence where the settings change nothing: with two experts."""
         if len(network.tasks) != 2:
             return []
         return [

@@ -34,7 +34,9 @@ class IsoC(Method):
     scale: float = Field(1.0, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         return origin + self.scale * assembled(iso_c(deltas, name)).reshape(origin.shape)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged tensor that is not decomposed."""
         return scaled_mean(origin, deltas, self.scale)

@@ -38,6 +38,7 @@ class Masked(Method):
 
     @classmethod
     def resolve(cls, given: Given) -> Masked:
+        """The method with the settings of a recipe, checked."""
         path = given.parameters.get("masks")
         if not isinstance(path, str):
             return super().resolve(given)
@@ -46,19 +47,24 @@ class Masked(Method):
 
     @classmethod
     def needs(cls) -> str:
+        """In words: what the method reads, and what its output needs in use."""
         return "base, experts and a masks file; no data"
 
     @classmethod
     def example(cls) -> Mapping[str, Any]:
+        """Values of the settings that have no default, for the catalogue's figures."""
         return {"masks": MaskFile("average", (), {}, {}, {}, {})}
 
     def in_force(self) -> dict[str, Any]:
+        """Every setting with its value, but for the file of masks."""
         return {"parameters": self.model_dump(by_alias=True, exclude={"masks"})}
 
     def origin_kind(self, network: Network) -> OriginKind:
+        """What task vectors are counted from."""
         return "average" if self.masks.origin == "average" else "pretrained"
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         if name not in self.masks.masks:  # adapted without spectra: all components kept
             return self.merge_other(name, origin, deltas)
         blocks = task_vector_blocks(origin, deltas, name, self.masks.decomposition())
@@ -69,16 +75,19 @@ class Masked(Method):
         return blocks.compose(self.masks.lam[name], self.masks.masks[name])
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged tensor that is not decomposed."""
         lam = dict(zip(self.masks.tasks, self.masks.lam[name].tolist(), strict=True))
         basis = self.masks.decomposition()
         factor = basis.scaled(len(deltas))
         return weighted_sum(origin, basis.processed(deltas), lambda task: lam[task] * factor)
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         elected = 3 if self.masks.thresholds else 0  # the signs, and what trims
         return elected + (5 + 3 * tasks if decomposed else 0)  # every task's factors at once
 
     def check(self, network: Network) -> None:
+        """Raise a sentence if the settings do not fit these models."""
         problems = []
         if self.origin_kind(network) == "pretrained" and network.base is None:
             problems.append("the masks are about the base, and the recipe gives no base_model")

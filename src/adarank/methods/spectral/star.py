@@ -36,6 +36,8 @@ class STAR(Method):
     scale: float = Field(1.0, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
+
         def cut(s: Tensor) -> tuple[int, float]:
             k = smallest_rank(s, self.share)
             kept = s[:k].sum()
@@ -44,6 +46,7 @@ class STAR(Method):
         return low_rank_sum(name, origin, deltas, cut)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged tensor that is not decomposed."""
         return scaled_mean(origin, deltas, self.scale)
 
 

@@ -35,7 +35,9 @@ class SVDk(Method):
     scale: float = Field(0.3, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged matrix, by the method's formula."""
         return low_rank_sum(name, origin, deltas, lambda s: (top_count(self.rank, s.numel()), self.scale))
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
+        """One merged tensor that is not decomposed."""
         return weighted_sum(origin, deltas, lambda task: self.scale)

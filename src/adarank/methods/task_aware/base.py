@@ -80,16 +80,20 @@ class Taskwise(Method):
 
     @classmethod
     def needs(cls) -> str:
+        """In words: what the method reads, and what its output needs in use."""
         return f"{super().needs()}; in use, each input's task"
 
     @classmethod
     def of_one_task(cls) -> tuple[str, ...]:
+        """Names of the settings that a model may give for itself."""
         return cls.per_model
 
     def output_layouts(self, outline: Outline) -> tuple[Layout, dict[str, Layout]]:
+        """Layouts of the shared parts and of each task's, from headers alone."""
         return layouts(self, outline.sites(), outline.network.tasks)
 
     def run(self, context: Context) -> Result:
+        """The parts of a bundle, made one at a time as they are written."""
         outline = context.outline()
         shared, own = self.output_layouts(outline)
         pieces = task_parts(self, context.network, outline.sites(), context.device)
@@ -98,6 +102,7 @@ class Taskwise(Method):
 
     @classmethod
     def task_tensors(cls, tensors: Layout, shared: PartFile, of_task: PartFile) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of one task's network without its head, from its parts."""
         return rebuilt(cls, tensors, shared, of_task)
 
 

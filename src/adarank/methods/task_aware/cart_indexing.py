@@ -37,7 +37,9 @@ class CARTIndexing(LowRank):
     scale: float = Field(1.0, alias="lambda", description="λ")
 
     def kept(self, rank: int, tasks: int) -> int:
+        """k: how many of a matrix's components are kept."""
         return top_count(self.rank, rank)
 
     def factor(self) -> float:
+        """λ."""
         return self.scale

@@ -41,6 +41,7 @@ class EMR(Taskwise):
     _rescalers: Mapping[str, float] = PrivateAttr(default_factory=dict)
 
     def prepare(self, network: Network, device: torch.device | str) -> EMR:
+        """A copy of the method that knows what it needs of the whole model."""
         whole, kept = dict.fromkeys(network.tasks, 0.0), dict.fromkeys(network.tasks, 0.0)
         for name in network.merged():
             origin = network.origin(name, self.origin, device)
@@ -56,13 +57,16 @@ class EMR(Taskwise):
         return prepared
 
     def constant(self, part: str, task: str) -> float:
+        """The value of one of `constants` for a task."""
         return self._rescalers[task]
 
     def slots(self, site: Site) -> Slots:
+        """What `split` yields for this tensor: shapes and dtypes."""
         shared = {"origin": (site.shape, site.dtype), "unified": (site.shape, site.floats)}
         return Slots(shared, {"mask": ((packed_size(site.numel),), torch.uint8)})
 
     def split(self, site: Site, origin: Tensor, deltas: Deltas) -> Iterator[Part]:
+        """The parts of one tensor: shared ones first, then task by task."""
         sign = elected_sign(origin, deltas)
         yield None, "origin", origin
         yield None, "unified", sign * largest(sign, deltas)
@@ -71,10 +75,12 @@ class EMR(Taskwise):
 
     @classmethod
     def rebuild(cls, parts: Mapping[str, Tensor]) -> Tensor:
+        """A task's tensor from its parts."""
         origin = parts["origin"]
         return origin + parts["rescaler"] * unpack(parts["mask"], tuple(origin.shape)) * parts["unified"]
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 6  # the sum in float64, signs, magnitudes, and what masks
 
 
@@ -88,11 +94,11 @@ def elected_sign(origin: Tensor, deltas: Deltas) -> Tensor:
 
 def largest(sign: Tensor, deltas: Deltas) -> Tensor:
     """max_t |τ_t| over the tasks whose entry has the elected sign."""
-    found = torch.zeros_like(sign)
+    largest = torch.zeros_like(sign)
     for task in deltas:
         delta = deltas[task]
-        found = torch.maximum(found, delta.abs() * (delta.sign() == sign))
-    return found
+        largest = torch.maximum(largest, delta.abs() * (delta.sign() == sign))
+    return largest
 
 
 def _mean_magnitude(tensor: Tensor) -> float:

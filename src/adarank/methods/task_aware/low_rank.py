@@ -34,14 +34,16 @@ class LowRank(Taskwise):
         raise NotImplementedError
 
     def slots(self, site: Site) -> Slots:
+        """What `split` yields for this tensor: shapes and dtypes."""
         if not self._factored(site):
             return Slots({}, {WHOLE: (site.shape, site.dtype)})
         rows, columns = _matrix(site)
         k = self.kept(min(rows, columns), site.tasks)
-        own = {"u": ((rows, k), site.floats), "s": ((k,), site.floats), "v": ((columns, k), site.floats)}
-        return Slots({"origin": (site.shape, self._origin_dtype(site))}, own)
+        of_task = {"u": ((rows, k), site.floats), "s": ((k,), site.floats), "v": ((columns, k), site.floats)}
+        return Slots({"origin": (site.shape, self._origin_dtype(site))}, of_task)
 
     def split(self, site: Site, origin: Tensor, deltas: Deltas) -> Iterator[Part]:
+        """The parts of one tensor: shared ones first, then task by task."""
         if not self._factored(site):
             for task in deltas:
                 yield task, WHOLE, origin + self.factor() * self._cut(site, deltas[task])
@@ -56,6 +58,7 @@ class LowRank(Taskwise):
 
     @classmethod
     def rebuild(cls, parts: Mapping[str, Tensor]) -> Tensor:
+        """A task's tensor from its parts."""
         origin = parts["origin"]
         return origin + ((parts["u"] * parts["s"]) @ parts["v"].T).reshape(origin.shape)
 

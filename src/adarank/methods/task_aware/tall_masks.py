@@ -44,10 +44,12 @@ class TallMasks(Taskwise):
     )
 
     def slots(self, site: Site) -> Slots:
+        """What `split` yields for this tensor: shapes and dtypes."""
         shared = {"origin": (site.shape, site.dtype), "sum": (site.shape, site.floats)}
         return Slots(shared, {"mask": ((packed_size(site.numel),), torch.uint8)})
 
     def split(self, site: Site, origin: Tensor, deltas: Deltas) -> Iterator[Part]:
+        """The parts of one tensor: shared ones first, then task by task."""
         total = weighted_sum(torch.zeros_like(origin), deltas, lambda task: 1.0)
         yield None, "origin", origin
         yield None, "sum", total
@@ -56,8 +58,10 @@ class TallMasks(Taskwise):
 
     @classmethod
     def rebuild(cls, parts: Mapping[str, Tensor]) -> Tensor:
+        """A task's tensor from its parts."""
         origin = parts["origin"]
         return origin + unpack(parts["mask"], tuple(origin.shape)) * parts["sum"]
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return 3

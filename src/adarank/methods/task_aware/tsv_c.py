@@ -34,7 +34,9 @@ class TSVC(LowRank):
     rank: float | None = Field(None, gt=0, le=1, description="share of singular components kept; 1/T if not given")
 
     def kept(self, rank: int, tasks: int) -> int:
+        """k: how many of a matrix's components are kept."""
         return top_count(1 / tasks if self.rank is None else self.rank, rank)
 
     def factor(self) -> float:
+        """λ."""
         return 1.0
