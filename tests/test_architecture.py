@@ -133,6 +133,27 @@ def test_every_public_name_is_documented(name: str) -> None:
             assert inspect.getdoc(value), f"{name}.{member}"
 
 
+def undocumented(body: list[ast.stmt], inside: str = "") -> list[str]:
+    """Public functions, classes and methods without a docstring."""
+    public = [
+        node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+    ]
+    names = [inside + node.name for node in public if not ast.get_docstring(node)]
+    for node in public:
+        if isinstance(node, ast.ClassDef):
+            names += undocumented(node.body, f"{inside}{node.name}.")
+    return names
+
+
+@pytest.mark.parametrize("package", ["method", "modular", "recipe", "outputs", "workflow", "cli", "api.py"])
+def test_public_names_of_upper_packages_are_documented(package: str) -> None:
+    place = SOURCE / package
+    files = [place] if place.is_file() else sorted(place.rglob("*.py"))
+    assert files
+    names = {path.name: undocumented(ast.parse(path.read_text(encoding="utf-8")).body) for path in files}
+    assert not any(names.values()), names
+
+
 def test_the_readmes_example_runs() -> None:
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block

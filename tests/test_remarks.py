@@ -126,7 +126,11 @@ def test_into_a_pipe_tensor_names_go_whole(zoo: Path, capsys: Any, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("device", "text"),
-    [("gpu", "'gpu' is none"), ("mps", "'mps' is not supported"), ("cuda:99", "PyTorch sees [0-9]+ CUDA")],
+    [
+        ("gpu", "'gpu' is not a valid device"),
+        ("mps", "'mps' is not supported"),
+        ("cuda:99", "PyTorch sees [0-9]+ CUDA"),
+    ],
 )
 def test_a_device_that_is_not_there_is_refused_at_once(device: str, text: str) -> None:
     with pytest.raises(RecipeError, match=text):

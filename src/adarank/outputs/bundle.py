@@ -62,12 +62,12 @@ class Bundle(BundleFolder):
         return self.kind.task_tensors(self.about.tensors, self.shared(), self.own(task))
 
     def state(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """(name as in the expert's own files, tensor) of a task's whole network, its head last."""
+        """(name as in the expert's files, tensor) of a task's whole network, its head last."""
         names = self.names(task)
         for name, tensor in self.tensors(task):
-            own = names.of(name)
-            if own is not None:
-                yield own, check_finite(tensor, name, str(self.folder))
+            in_expert = names.of(name)
+            if in_expert is not None:
+                yield in_expert, check_finite(tensor, name, str(self.folder))
         head = self.head(task)
         if head is not None:
             yield from ((name, head.read(name)) for name in head.tensors)
@@ -75,7 +75,9 @@ class Bundle(BundleFolder):
     def layout(self, task: str) -> Layout:
         """(shape, dtype) of all that `state` yields, in its order."""
         names, head = self.names(task), self.head(task)
-        body = {own: spec for name, spec in self.about.tensors.items() if (own := names.of(name)) is not None}
+        body = {
+            in_expert: spec for name, spec in self.about.tensors.items() if (in_expert := names.of(name)) is not None
+        }
         return body | {name: (info.shape, info.dtype) for name, info in (head.tensors if head else {}).items()}
 
     def module(self, task: str) -> nn.Module:
@@ -96,7 +98,7 @@ class Bundle(BundleFolder):
 
 
 def load_bundle(folder: str | Path) -> Bundle:
-    """Open a bundle. Its weights are read when they are asked for.
+    """Open a bundle. Its weights are read on use.
 
     Arguments:
         folder: what `adarank merge` wrote with a task-aware method, such as `emr`.
@@ -127,7 +129,7 @@ def from_bundle(folder: str | Path, task: str) -> nn.Module:
 
 
 def extract(folder: str | Path, task: str, out: Path, force: bool = False) -> dict[str, Any]:
-    """Write one task of a bundle as an ordinary checkpoint, its tensors named as its expert's own; returns the record.
+    """Write one task of a bundle as an ordinary checkpoint, its tensors named as its expert's; returns the record.
 
     Raises:
         CheckpointError: no such bundle or task, a damaged file, or a kind whose networks are more than a checkpoint.

@@ -85,17 +85,17 @@ def _loop(kind: type[MergeMethod]) -> list[Setting]:
 
 
 def _settings(kind: type[Settings], fixed: Collection[str], prefix: str = "") -> list[Setting]:
-    found = []
+    settings = []
     for key, field in kind.model_fields.items():
         if key in fixed or field.exclude:
             continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings) and not field.is_required():
-            found += _settings(field.annotation, (), f"{prefix}{key}.")
+            settings += _settings(field.annotation, (), f"{prefix}{key}.")
             continue
         default = "required" if field.is_required() else _yaml(field.default)
         allowed = ", ".join(_bound(rule) for rule in field.metadata if _bound(rule)) or _choices(field)
-        found.append(Setting(prefix + (field.alias or key), default, allowed, field.description or ""))
-    return found
+        settings.append(Setting(prefix + (field.alias or key), default, allowed, field.description or ""))
+    return settings
 
 
 def _yaml(value: Any) -> str:

@@ -68,8 +68,8 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
     values = whole_models({key: value for key, value in values.items() if not _asks_for_nothing(key, value)})
-    asked = [key for key, value in values.items() if (key, value) != ("tokenizer_source", "base")]
-    refused = [f"'{key}' is not supported. {reason}" for key, reason in NOT_DONE.items() if key in asked]
+    given = [key for key, value in values.items() if (key, value) != ("tokenizer_source", "base")]
+    refused = [f"'{key}' is not supported. {reason}" for key, reason in NOT_DONE.items() if key in given]
     if refused:
         raise RecipeError(f"{where}: {refused[0]}" if len(refused) == 1 else itemise(f"{where}:", refused))
     recipe = parse(Recipe, {**values, "folder": folder}, where)
@@ -95,7 +95,7 @@ def _check_device(name: str, where: str) -> None:
     try:
         kind, number = torch.device(name).type, torch.device(name).index
     except RuntimeError:
-        raise RecipeError(f"{where}: device: '{name}' is none. Give auto, cpu, cuda or cuda:N.") from None
+        raise RecipeError(f"{where}: device: '{name}' is not a valid device. Give auto, cpu, cuda or cuda:N.") from None
     if kind not in ("cpu", "cuda"):
         raise RecipeError(f"{where}: device: '{name}' is not supported. Give auto, cpu, cuda or cuda:N.")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -21,7 +21,7 @@ from adarank.workflow.build_networks import build_models
 from adarank.workflow.problem import problem_of, table_inputs
 
 if TYPE_CHECKING:
-    from adarank.workflow.context import Run
+    from adarank.workflow.context import RecipeContext
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Adaptation:
         return changed_tensors(self.job.network, self.live.parameters, "adaptation")
 
 
-def adapt_job(run: Run, method: AdaptiveMethod) -> Adaptation:
+def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     """Adapt by a method and its settings, from a saved state if there is one."""
     job, data, settings = run.job, run.data, method.settings
     fingerprint = run.fingerprint()
