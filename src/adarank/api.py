@@ -111,11 +111,11 @@ def merge_each(
     parameters: Mapping[str, Any] | None = None,
     select: Select | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Give each task weights of its own by a task-aware method: what a bundle of it would yield.
+    """Give each task its weights by a task-aware method: what a bundle of it would yield.
 
     Arguments:
         base, experts, parameters, select: as for `merge`.
-        method: a task-aware method, such as `emr`, `tall_masks`, `tsv_c` or `cart_indexing`; or a class of your own that
+        method: a task-aware method, such as `emr`, `tall_masks`, `tsv_c` or `cart_indexing`; or your class that
             derives from `adarank.methods.task_aware.base.Taskwise`, or an instance of one.
 
     Returns:
@@ -156,7 +156,7 @@ def adapt(
         base: the model that the experts were fine-tuned from.
         experts: task -> fine-tuned module with its head.
         batches: task -> its unlabelled batches; step i uses batch i, from the start again when they are used up.
-        method: `adarank`, `adamerging`, `adamerging++` or `cart++`; or a class of your own that derives from
+        method: `adarank`, `adamerging`, `adamerging++` or `cart++`; or your class that derives from
             `adarank.adapt.methods.AdaptiveMethod`.
         parameters: the method's settings, such as `{"origin": "average", "rank": 0.16, "lambda": 2.0}`.
         settings: steps and step sizes, as `AdaptSettings` or a mapping of what an adapt block of a recipe has, such as

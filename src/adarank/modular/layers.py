@@ -38,7 +38,7 @@ class Route:
     def over(self, x: Tensor) -> Tensor | None:
         """λ as (rows, 1, …, 1, tasks), to be multiplied with what a layer gives; None for the shared weights.
 
-        A layer may be given an input's windows as rows of their own, one input's after another's.
+        A layer may be given an input's windows as separate rows, one input's after another's.
         """
         if self.weights is None:
             return None
@@ -80,7 +80,7 @@ class Deltas:
 
 
 class _Merge(nn.Module):
-    """A forward hook with tensors: those of `deltas` that are for one layer, by the parameter's own name."""
+    """A forward hook with tensors: those of `deltas` that are for one layer, by the parameter's name in the layer."""
 
     def __init__(self, layer: nn.Module, deltas: Mapping[str, Deltas], route: Route) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class _InputMatrix(torch.autograd.Function):
         grad_x, grad_weights = torch.empty_like(x), torch.empty_like(weights)
         for rows in _chunks(x, matrix):
             torch.bmm(grad[rows], _matrices(weights[rows], matrix), out=grad_x[rows])
-            slope = torch.bmm(grad[rows].mT, x[rows])  # of each input's own matrix
+            slope = torch.bmm(grad[rows].mT, x[rows])  # of each input's matrix
             grad_weights[rows] = slope.flatten(1) @ matrix.flatten(1).T
         return grad_x, grad_weights, None
 
@@ -160,7 +160,7 @@ def _matrices(weights: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _chunks(x: Tensor, matrix: Tensor) -> list[slice]:
-    """Rows whose own matrices fit into a fixed amount of memory together."""
+    """Rows whose matrices fit into a fixed amount of memory together."""
     count = max(1, _HELD_BYTES // (matrix[0].numel() * matrix.element_size()))
     return [slice(i, i + count) for i in range(0, len(x), count)]
 
@@ -191,7 +191,7 @@ class _Norm(_Merge):
 
 
 class _Expanded(_Merge):
-    """Before and after a part that expands parameters of its own over the batch: there each input has its own."""
+    """Before and after a part that expands its parameters over the batch: there each input has merged ones."""
 
     def forward(self, part: nn.Module, given: tuple[Any, ...]) -> None:
         self._shared = dict(part._parameters)
@@ -203,7 +203,7 @@ class _Expanded(_Merge):
                 part._parameters[name] = merged
 
     def restore(self, part: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-        """Give the part its own parameters back."""
+        """Give the part the shared parameters back."""
         part._parameters.update(self._shared)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-import annotated_types  # pydantic's own vocabulary of bounds
+import annotated_types  # pydantic's vocabulary of bounds
 from pydantic.fields import FieldInfo
 
 from adarank.adapt.presets import PRESETS
@@ -76,7 +76,7 @@ def entry_of(kind: type[MergeMethod]) -> Entry:
 
 
 def _loop(kind: type[MergeMethod]) -> list[Setting]:
-    """Settings of the adapt block, with the method's own defaults."""
+    """Settings of the adapt block, with the method's defaults."""
     if kind.adapt_block is None:
         return []
     defaults = {f"adapt.{key}": str(value) for key, value in kind.defaults.items()}

@@ -101,5 +101,5 @@ def _check_device(name: str, where: str) -> None:
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and (number or 0) >= there:
         raise RecipeError(
-            f"{where}: device: '{name}' was asked for, and PyTorch sees {there} CUDA device(s). Give auto or cpu."
+            f"{where}: device: '{name}' was given, and PyTorch sees {there} CUDA device(s). Give auto or cpu."
         )
