@@ -36,7 +36,7 @@ from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.settings import parse
 from adarank.spectral.blocks import task_vector_blocks
 from adarank.workflow import demo
-from adarank.workflow import merge as pipeline
+from adarank.workflow.merge import merge
 
 DEVICES = ("cpu", "cuda")
 DATA_FREE: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ def adaptation(steps: int) -> dict[str, Any]:
                 stamps.append(time.perf_counter())
                 history[:] = [state]
 
-            pipeline.merge(own, Path(folder) / "out", progress=note)
+            merge(own, Path(folder) / "out", progress=note)
             written = Checkpoint(Path(folder) / "out")
             tensors[device] = {name: written.read(name).float() for name in written.tensors}
         losses[device] = history[0].losses

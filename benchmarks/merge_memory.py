@@ -41,7 +41,7 @@ from adarank.recipe.reader import parse_recipe
 from adarank.recipe.schema import DTYPES
 from adarank.spectral.mask_file import MaskFile
 from adarank.spectral.masks import top_mask
-from adarank.workflow import merge as pipeline
+from adarank.workflow.merge import merge
 
 EXPERTS = ("one", "two", "three")
 HIDDEN, VOCABULARY = 1024, 32_000
@@ -152,7 +152,7 @@ def worker(folder: Path, method: str) -> dict[str, Any]:
     gc.collect()
     imported = anonymous("self")
     started = time.perf_counter()
-    record = pipeline.merge(parsed, folder / "out")
+    record = merge(parsed, folder / "out")
     return {
         "imported": imported,
         "merge_seconds": time.perf_counter() - started,

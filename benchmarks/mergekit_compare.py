@@ -45,7 +45,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adarank.errors import AdaRankError
 from adarank.io.checkpoint import Checkpoint
 from adarank.recipe.reader import load_recipe
-from adarank.workflow import merge as pipeline
+from adarank.workflow.merge import merge
 
 REQUIREMENTS = ("torch==2.13.0", "mergekit==0.1.5")
 NOISE = 0.02
@@ -100,7 +100,7 @@ def mergekit(python: Path, files: Mapping[str, Path], out: str) -> dict[str, str
 
 def adarank(file: Path, out: Path) -> str | None:
     try:
-        pipeline.merge(load_recipe(file), out)
+        merge(load_recipe(file), out)
     except AdaRankError as error:
         return " ".join(str(error).split())
     return None

@@ -50,7 +50,7 @@ from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import top_mask
 from adarank.spectral.svd import as_matrix
-from adarank.workflow import build_networks as networks
+from adarank.workflow.build_networks import build_models
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.problem import problem_of
 
@@ -72,7 +72,7 @@ class Setup:
         self.settings: AdaptSettings = settings.model_copy(update={"objective": "entropy"})
         torch.manual_seed(self.job.recipe.seed)
         self.data = load_tasks(self.job)
-        self.models: TaskModels = networks.build_models(self.job)
+        self.models: TaskModels = build_models(self.job)
         self.blocks: dict[str, Blocks] = self._blocks(cache)
 
     def _blocks(self, cache: Path) -> dict[str, Blocks]:

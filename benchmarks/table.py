@@ -48,12 +48,12 @@ from adarank.recipe.schema import Recipe
 from adarank.settings import parse
 from adarank.spectral.mask_file import FILE, MaskFile
 from adarank.spectral.masks import random_mask
-from adarank.workflow import build_networks as networks
 from adarank.workflow import demo
-from adarank.workflow import evaluate as scoring
-from adarank.workflow import merge as pipeline
-from adarank.workflow.context import Run
+from adarank.workflow.build_networks import build_models, network_tensors
+from adarank.workflow.context import RecipeContext
+from adarank.workflow.evaluate import heads_of, score_all, score_bundle, score_experts
 from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.merge import merge
 from adarank.workflow.scores import Table
 from adarank.workflow.search import Point, each_tasks_best, edges, try_points
 
@@ -200,7 +200,7 @@ class Bench:
         self.bed, self.folder, self.records, self.labelled = bed, folder.resolve(), records, labelled
         self.job = open_job(self.recipe({"merge_method": "average"}))
         self.data = load_tasks(self.job)
-        self.models = networks.build_models(self.job)
+        self.models = build_models(self.job)
         self.inputs = self.job.inputs()
 
     @property
@@ -216,7 +216,7 @@ class Bench:
     def record(self, row: str, seed: int, content: dict[str, Any]) -> None:
         """Score what the networks hold on test and write the row's record."""
         table = Table("test", "disjoint", {})
-        table.rows[row] = content.pop("scores", None) or scoring.score_all(self.job, self.models, self.data, "test")
+        table.rows[row] = content.pop("scores", None) or score_all(self.job, self.models, self.data, "test")
         counts = {
             task: {split: len(rows) for split, rows in own.splits.rows.items()} for task, own in self.data.items()
         }
@@ -272,7 +272,7 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as kept:
             job, state = replace(self.job, method=method), Path(kept) / "state.pt"
-            result = method.run(Run(job, data or self.data, state=state, ready=self.models))
+            result = method.run(RecipeContext(job, data or self.data, state=state, ready=self.models))
             self.models.fill(result.tensors)
         spent = clock.spent()
         spent = {"merge_seconds": spent["seconds"], "peak_resident_bytes": spent["peak_resident_bytes"]}
@@ -348,11 +348,11 @@ class Bench:
         """Write a bundle, unless it is there, and the record of its scores."""
         out = self.output(row, seed)
         if not out.exists():
-            pipeline.merge(self.recipe(changes), out, progress=_Printer(row, seed), data=data)
+            merge(self.recipe(changes), out, progress=_Printer(row, seed), data=data)
         bundle = load_bundle(out)
         merged = json.loads((out / "adarank.json").read_text())
         content = {
-            "scores": scoring.score_bundle(self.job, self.models, self.data, bundle, "test"),
+            "scores": score_bundle(self.job, self.models, self.data, bundle, "test"),
             "settings": {"merge_method": changes["merge_method"], **merged["settings"]},
             "chosen": chosen,
             "known_in_use": merged.get("adaptation", {}).get("known_in_use", "the task of every input"),
@@ -379,7 +379,7 @@ class Bench:
             chosen = "start: λ and rank on select, with labels; adaptation: no labels"
         if not out.exists():
             progress = _Printer(row, seed)
-            pipeline.merge(self.recipe(changes), out, progress=progress, data=self._data_of(seed))
+            merge(self.recipe(changes), out, progress=progress, data=self._data_of(seed))
         merged = json.loads((out / "adarank.json").read_text())
         checkpoint = Checkpoint(out)
         self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
@@ -397,7 +397,7 @@ class Bench:
         changes = {"merge_method": "multitask", "parameters": dict(self.bed.training), "seed": seed,
                    "models": self._labelled_models()}  # fmt: skip
         if not out.exists():
-            pipeline.merge(self.recipe(changes), out, progress=_Printer(row, seed))
+            merge(self.recipe(changes), out, progress=_Printer(row, seed))
         merged = json.loads((out / "adarank.json").read_text())
         checkpoint = Checkpoint(out)
         self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
@@ -406,7 +406,7 @@ class Bench:
             "merge_seconds": merged["seconds"],
             "chosen": "by hand; trained on labels of the experts' training rows",
         }
-        with scoring.heads_of(out, self.models):
+        with heads_of(out, self.models):
             self.record(row, seed, content)
 
     def _labelled_models(self) -> list[dict[str, Any]]:
@@ -483,12 +483,12 @@ def run(bench: Bench, rows: list[str], seeds: int = SEEDS) -> None:
         return (not rows or row in rows) and seed < seeds and not bench.recorded(row, seed)
 
     if wanted("base"):
-        bench.models.fill(networks.network_tensors(bench.job, "base"))
+        bench.models.fill(network_tensors(bench.job, "base"))
         bench.record("base", 0, {"settings": {"what": "the base under each expert's head"}})
     if wanted("experts"):
-        scores = scoring.score_experts(bench.job, bench.models, bench.data, "test")
+        scores = score_experts(bench.job, bench.models, bench.data, "test")
         bench.record("experts", 0, {"scores": scores, "settings": {"what": "each task by its own expert"}})
-        bench.models.fill(networks.network_tensors(bench.job, "base"))
+        bench.models.fill(network_tensors(bench.job, "base"))
     if wanted("weight average"):
         bench.static("weight average", WeightAverage(), "nothing to choose")
     best = {}

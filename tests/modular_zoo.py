@@ -17,8 +17,8 @@ import text_zoo
 from adarank.data.task import TaskData
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe
-from adarank.workflow import merge as pipeline
 from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.merge import merge
 from make import randn
 
 
@@ -57,7 +57,7 @@ def write(zoo: Path, name: str = "recipe.yaml", **changes: Any) -> Path:
 
 
 def made(zoo: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    return pipeline.merge(load_recipe(write(zoo, **changes)), out)
+    return merge(load_recipe(write(zoo, **changes)), out)
 
 
 def data_of(zoo: Path) -> dict[str, TaskData]:

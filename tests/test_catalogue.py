@@ -19,7 +19,7 @@ from adarank.recipe.job import open_job
 from adarank.recipe.papers import ROWS, SETTINGS
 from adarank.recipe.plan import peak_bytes
 from adarank.recipe.reader import load_recipe, parse_recipe
-from adarank.workflow import merge as pipeline
+from adarank.workflow.merge import merge
 
 TOLD = {"slerp": {"t": 0.5}, "nuslerp": {}, "nearswap": {"t": 0.5}}
 STREAMED = [
@@ -52,7 +52,7 @@ def test_the_base_is_read_as_often_as_the_catalogue_says(
         return whole(self, tensor)
 
     monkeypatch.setattr(Checkpoint, "read", counted)
-    pipeline.merge(load_recipe(text_zoo.recipe(zoo, f"{name}.yaml", **changes(name))), tmp_path / "out")
+    merge(load_recipe(text_zoo.recipe(zoo, f"{name}.yaml", **changes(name))), tmp_path / "out")
     (seen,) = {count for (folder, tensor), count in reads.items() if folder == "base" and "query.weight" in tensor}
     said = catalogue()[name].reads
     assert said.removeprefix("the checkpoints ") == ("once" if seen == 1 else f"{seen} times")

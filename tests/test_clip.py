@@ -21,7 +21,7 @@ from adarank.models.clip import ZeroShotHeads, classifier_class
 from adarank.recipe.job import open_job
 from adarank.recipe.plan import describe
 from adarank.recipe.reader import load_recipe
-from adarank.workflow import build_networks as networks
+from adarank.workflow.build_networks import build_models, network_tensors
 from adarank.workflow.load_tasks import load_tasks
 from clip_zoo import CLASSES, FORMS, make_zoo, recipe, whole
 
@@ -76,8 +76,8 @@ TEMPLATES = [("a photo of a {}.",), ("a photo of a {}.", "the {} drawing", "{}")
 def test_base_and_experts_score_as_clip_does(zoo: Path, which: str, templates: tuple[str, ...]) -> None:
     told = {task: {"templates": list(templates)} for task in CLASSES}
     job = open_job(load_recipe(recipe(zoo, tasks=told)))
-    models = networks.build_models(job)
-    models.fill(networks.network_tensors(job, which))
+    models = build_models(job)
+    models.fill(network_tensors(job, which))
     for task, classes in CLASSES.items():
         images = pixels(zoo, task)
         wanted = by_clip(whole(zoo, which), zoo, classes, images, templates)
@@ -169,7 +169,7 @@ def test_names_and_templates_may_be_files(zoo: Path) -> None:
     (zoo / "templates.txt").write_text("the {} drawing\n\n")
     job = open_job(load_recipe(recipe(zoo, tasks={"shapes": {"classes": "classes.txt", "templates": "templates.txt"}})))
     told = open_job(load_recipe(recipe(zoo, tasks={"shapes": {"templates": ["the {} drawing"]}})))
-    first, second = (networks.build_models(own).heads["shapes"]["classifier.weight"] for own in (job, told))
+    first, second = (build_models(own).heads["shapes"]["classifier.weight"] for own in (job, told))
     assert torch.equal(first, second)
     assert job.experts["shapes"].config["id2label"] == {"0": "red square", "1": "blue circle", "2": "dog"}
 
@@ -206,4 +206,4 @@ def test_a_text_tower_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         file.unlink()
     job = open_job(load_recipe(recipe(folder)))
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
-        networks.build_models(job)
+        build_models(job)

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import adarank
 from adarank.cli.main import main
-from adarank.errors import AdaRankError
+from adarank.errors import AdaRankError, Interrupted
 from adarank.workflow import demo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,22 @@ def test_the_demo_tells_where_the_model_is_and_what_to_do_next(tmp_path: Path, c
     shown = capsys.readouterr().out
     for needed in ("experts", "CART", "AdaRank", str(tmp_path / "out"), "adarank plan"):
         assert needed in shown
+
+
+def test_quick_shortens_a_recipe_without_an_adapt_block(copy: Path, tmp_path: Path, monkeypatch) -> None:
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    del recipe["adapt"]
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(demo, "ROWS", {row: demo.ROWS[row] for row in ("average", "AdaRank")})
+    planned = []
+
+    def stop(history: object, steps: int) -> None:
+        planned.append(steps)
+        raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, Interrupted)):
+        demo.run(tmp_path / "out", quick=True, zoo=copy, progress=stop)
+    assert planned == [40]
 
 
 @pytest.mark.slow

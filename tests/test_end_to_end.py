@@ -24,9 +24,9 @@ from adarank.models.head_inputs import head_inputs, head_parts
 from adarank.recipe.reader import load_recipe
 from adarank.spectral.mask_file import FILE
 from adarank.workflow import adapt as adaptation
-from adarank.workflow import build_networks as networks
 from adarank.workflow import context, problem
-from adarank.workflow.context import Run
+from adarank.workflow.build_networks import build_models
+from adarank.workflow.context import RecipeContext
 from adarank.workflow.load_tasks import load_tasks
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
@@ -68,7 +68,7 @@ def test_a_loaded_task_gives_the_scored_logits(zoo: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     adarank.merge_recipe(loaded, out)
     job = adarank.open_job(loaded)
-    models = networks.build_models(job)
+    models = build_models(job)
     models.fill(weights(out).items())
     batch = {"input_ids": torch.tensor([[2, 6, 7, 8, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
     for task in TASKS:
@@ -118,11 +118,11 @@ def test_a_merge_done_twice_gives_the_same_bytes(zoo: Path, tmp_path: Path) -> N
 KILLED = """
 import os, sys
 from pathlib import Path
-from adarank.workflow import merge as pipeline
+from adarank.workflow.merge import merge
 from adarank.io import writer
 from adarank.recipe.reader import load_recipe
 from adarank.workflow import context
-from adarank.workflow.context import Run
+from adarank.workflow.context import RecipeContext
 import torch
 torch.set_num_threads(1)  # as in this process: the number of threads may change the last bits
 stop = int(sys.argv[3])
@@ -136,7 +136,7 @@ else:
         if count[0] == stop: os.kill(os.getpid(), 9)
         write(handle, tensor)
     writer._write_tensor = dying
-pipeline.merge(load_recipe(sys.argv[1]), Path(sys.argv[2]), progress=progress)
+merge(load_recipe(sys.argv[1]), Path(sys.argv[2]), progress=progress)
 """
 
 
@@ -380,7 +380,7 @@ def test_no_label_is_read_by_adapting_and_judging(zoo: Path, tmp_path: Path, mon
 
     real = adaptation.adapt_job
 
-    def watched(run: Run, method: Any) -> Any:
+    def watched(run: RecipeContext, method: Any) -> Any:
         return real(
             replace(run, data={task: replace(own, labels=Unreadable()) for task, own in run.data.items()}), method
         )
@@ -401,7 +401,7 @@ def test_a_resumed_run_does_not_run_the_experts_again(
 ) -> None:
     loaded = load_recipe(recipe(zoo, **{**ADAPT, "adapt": {**ADAPT["adapt"], "objective": "features"}}))
     job = adarank.open_job(loaded)
-    data, models = load_tasks(job), networks.build_models(job)
+    data, models = load_tasks(job), build_models(job)
     settings = loaded.method().settings
     first = problem.expert_predictions(job, models, data, settings, "mark", tmp_path)
     again = recipe(zoo, **{**ADAPT, "adapt": {**ADAPT["adapt"], "objective": "features"}})
@@ -426,7 +426,7 @@ def test_a_resumed_run_does_not_run_the_experts_again(
 def test_features_are_what_the_head_turns_into_logits(tmp_path: Path, architecture: str) -> None:
     """Equal for one input alone and beside longer ones, and of the body's width."""
     job = adarank.open_job(load_recipe(recipe(make_zoo(tmp_path, architecture), **ADAPT)))
-    models = networks.build_models(job)
+    models = build_models(job)
     module, parts = models.modules["mood"], head_parts(models, "mood")
     short = {"input_ids": torch.tensor([[2, 6, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     padded = {"input_ids": torch.tensor([[2, 6, 3, 0, 0], [2, 7, 8, 9, 3]]),

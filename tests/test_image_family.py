@@ -24,7 +24,7 @@ from adarank.models import FAMILIES, image, kind_of
 from adarank.models.predict import predict
 from adarank.recipe.reader import load_recipe
 from adarank.spectral.mask_file import FILE
-from adarank.workflow import build_networks as networks
+from adarank.workflow.build_networks import build_models
 from adarank.workflow.load_tasks import load_tasks
 from image_zoo import ADAPT, HEADS, SIZE, TASKS, expert, make_zoo, recipe
 from test_end_to_end import KILLED
@@ -61,7 +61,7 @@ def test_one_expert_merged_alone_is_that_expert(tmp_path: Path, architecture: st
     loaded = load_recipe(recipe(folder, models=[expert("shapes", kind=None)], **ALONE))
     adarank.merge_recipe(loaded, tmp_path / "out")
     job = adarank.open_job(loaded)
-    models = networks.build_models(job)
+    models = build_models(job)
     pixels = torch.randn(4, 3, SIZE, SIZE)
     own = transformers.AutoModelForImageClassification.from_pretrained(folder / "models" / "shapes").eval()
     wanted = logits(own, pixels)
@@ -78,7 +78,7 @@ def test_an_adapted_task_loads_as_it_was_scored(tmp_path: Path, architecture: st
     record = adarank.merge_recipe(loaded, tmp_path / "out")
     assert record["adaptation"]["steps"] == 2
     job = adarank.open_job(loaded)
-    models = networks.build_models(job)
+    models = build_models(job)
     models.fill(weights(tmp_path / "out").items())
     for task, data in load_tasks(job).items():
         rows, scored = predict(FAMILIES["image-classification"], models.modules[task], data, "test")

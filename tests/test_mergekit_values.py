@@ -22,7 +22,7 @@ from adarank.io.checkpoint import Checkpoint
 from adarank.methods import METHODS, merge_tensors
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe, parse_recipe
-from adarank.workflow import merge as pipeline
+from adarank.workflow.merge import merge
 
 HIDDEN, FFN, VOCABULARY, LAYERS = 4, 6, 5, 3
 MODELS = ("base", "a", "b", "c")
@@ -432,7 +432,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_same_numbers_as_mergekit(name: str, folder: Path) -> None:
     file = folder / f"{name}.yaml"
     file.write_text(FILES.get(name) or yaml.safe_dump(RECIPES[name]))
-    pipeline.merge(load_recipe(file), folder / f"{name}-merged")
+    merge(load_recipe(file), folder / f"{name}-merged")
     assert picked(Checkpoint(folder / f"{name}-merged")) == pytest.approx(EXPECTED[name], abs=1e-5)
 
 
@@ -448,7 +448,7 @@ def test_a_file_that_drops_at_random_gives_what_python_gives(name: str, folder: 
     values["parameters"] = {k: v for k, v in values["parameters"].items() if k != "density"}
     file = folder / f"{name}-random.yaml"
     file.write_text(yaml.safe_dump(values))
-    pipeline.merge(load_recipe(file), folder / f"{name}-random")
+    merge(load_recipe(file), folder / f"{name}-random")
     states = {model: load_file(folder / model / "model.safetensors") for model in ("base", *own)}
     per_model = {key: {task: given[key] for task, given in own.items()} for key in ("weight", "density")}
     experts, settings = {task: states[task] for task in own}, {**values["parameters"], **per_model, "seed": 3}

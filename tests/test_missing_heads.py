@@ -19,7 +19,7 @@ import image_zoo
 import text_zoo
 from adarank.cli.main import main
 from adarank.errors import AdaRankError, CheckpointError
-from adarank.workflow import build_networks as networks
+from adarank.workflow.build_networks import build_models
 from make import family, save
 
 
@@ -75,7 +75,7 @@ def test_a_clip_that_is_not_whole_is_refused(tmp_path: Path, part: str) -> None:
     for model in ("base", *clip_zoo.CLASSES):
         assert len(without(folder / "models" / model, lambda name: name.startswith(part))) == 2
     with pytest.raises(CheckpointError, match=r"no file there holds: '(vision_model\.|text_model\.)?(post_layernorm|final_layer_norm)\.bias'"):  # fmt: skip
-        networks.build_models(adarank.open_job(adarank.load_recipe(clip_zoo.recipe(folder))))
+        build_models(adarank.open_job(adarank.load_recipe(clip_zoo.recipe(folder))))
 
 
 def test_a_body_alone_is_no_expert_of_a_task(tmp_path: Path, capsys: Any) -> None:

@@ -25,10 +25,10 @@ from adarank.modular.twin_merging import Router
 from adarank.recipe.job import open_job
 from adarank.recipe.plan import settings_in_force
 from adarank.recipe.reader import load_recipe
-from adarank.workflow import evaluate as scoring
-from adarank.workflow import merge as pipeline
-from adarank.workflow.context import Run
+from adarank.workflow.context import RecipeContext
+from adarank.workflow.evaluate import evaluate
 from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.merge import merge
 from make import randn
 from modular_zoo import IMAGE, METHODS, TEXT, data_of, inputs, logits, made, near, of, one, rewrite, whole, write
 
@@ -51,11 +51,11 @@ def test_a_recipe_gives_a_bundle_that_serves_every_task(
     """What evaluation scores, what `from_bundle` gives and what the record says are the same networks."""
     zoo: Path = request.getfixturevalue(kind)
     path = write(zoo, **METHODS[method])
-    record = pipeline.merge(load_recipe(path), tmp_path / "out")
+    record = merge(load_recipe(path), tmp_path / "out")
     assert record["adaptation"]["steps"] == 4
     assert set(record["bundle"]["tasks"]) == set(data_of(zoo))
     assert record["bundle"]["experts"] > record["bundle"]["one"]
-    table = scoring.evaluate(load_recipe(path), [tmp_path / "out"])
+    table = evaluate(load_recipe(path), [tmp_path / "out"])
     (row,) = table.bundles
     for task, data in data_of(zoo).items():
         module = adarank.from_bundle(tmp_path / "out", task)
@@ -91,8 +91,8 @@ def test_the_bundle_serves_the_networks_that_were_trained(method: str, text: Pat
     job = open_job(recipe)
     about = {"settings": settings_in_force(job), "inputs": {}, "seed": 0}
     data = load_tasks(job)
-    live = job.method.run(Run(job, data, about, tmp_path / "state" / "state.pt"))
-    pipeline.merge(recipe, tmp_path / "out")
+    live = job.method.run(RecipeContext(job, data, about, tmp_path / "state" / "state.pt"))
+    merge(recipe, tmp_path / "out")
     for task, own in data.items():
         batch = inputs(own)
         assert torch.equal(
@@ -109,11 +109,11 @@ def test_stopped_and_continued_gives_the_same_bytes(method: str, text: Path, tmp
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="step 3 of 4"):
-        pipeline.merge(load_recipe(path), tmp_path / "out", progress=stop)
+        merge(load_recipe(path), tmp_path / "out", progress=stop)
     torch.rand(5)
-    record = pipeline.merge(load_recipe(path), tmp_path / "out")
+    record = merge(load_recipe(path), tmp_path / "out")
     assert record["adaptation"]["resumed_from"] == [3]
-    pipeline.merge(load_recipe(path), tmp_path / "whole")
+    merge(load_recipe(path), tmp_path / "whole")
     weights = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.safetensors"))
     assert len(weights) == 5  # shared, and of each task: its own parts and its head
     for file in weights:
@@ -129,7 +129,7 @@ def test_surgery_before_its_first_step_is_its_start(start: str, text: Path, tmp_
     own: dict[str, Any] = {"merge_method": start}
     if start == "adamerging":
         own["adapt"] = {"steps": 3, "batch_size": 4, "keep": "last"}
-    plain = pipeline.merge(load_recipe(write(text, "start.yaml", **own)), tmp_path / "start")
+    plain = merge(load_recipe(write(text, "start.yaml", **own)), tmp_path / "start")
     record = made(text, tmp_path / "out", **of("surgery", start=own))
     assert record["adaptation"]["start"]["settings"] == plain["settings"]
     for task, data in data_of(text).items():

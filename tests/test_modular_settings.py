@@ -16,7 +16,6 @@ from adarank.modular import MODULAR
 from adarank.modular.base import settled
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe
-from adarank.workflow import merge as pipeline
 from adarank.workflow.merge import merge
 from modular_zoo import METHODS, of, write
 from text_zoo import make_zoo, recipe
@@ -55,7 +54,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_plan_knows_the_size(method: str, images: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write(images, **METHODS[method]))
     planned = open_job(recipe).output_bytes()
-    pipeline.merge(recipe, tmp_path / "out")
+    merge(recipe, tmp_path / "out")
     files = [tmp_path / "out" / "shared.safetensors", *tmp_path.glob("out/tasks/*/own.safetensors")]
     assert planned == sum(t.numel() * t.element_size() for f in files for t in load_file(f).values())
 

@@ -21,10 +21,10 @@ from adarank.adapt.history import History
 from adarank.cli.main import main
 from adarank.errors import DataError, Interrupted, MismatchError, RecipeError
 from adarank.recipe.reader import load_recipe
-from adarank.workflow import build_networks as networks
-from adarank.workflow import evaluate as scoring
-from adarank.workflow import merge as pipeline
+from adarank.workflow.build_networks import build_models
+from adarank.workflow.evaluate import evaluate
 from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.merge import merge
 from text_zoo import TASKS, WORDS, make_zoo, recipe
 
 TRAIN: dict[str, Any] = {
@@ -67,14 +67,14 @@ def same(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize("heads", ["fresh", "expert", "fixed"])
 def test_every_tasks_loss_falls_and_the_output_scores_the_same(zoo: Path, tmp_path: Path, heads: str) -> None:
     path = recipe(zoo, **train(steps=60, batch_size=16, heads=heads), models=learnable(tmp_path))
-    record = pipeline.merge(load_recipe(path), tmp_path / "out")
+    record = merge(load_recipe(path), tmp_path / "out")
     found = record["training"]
     assert found["reads"].startswith("labels of the adapt split")
     assert found["steps"] == 60
     assert "adaptation" not in record
     for values in found["losses"].values():
         assert sum(values[-10:]) < 0.95 * sum(values[:10])
-    table = scoring.evaluate(load_recipe(path), [tmp_path / "out"])
+    table = evaluate(load_recipe(path), [tmp_path / "out"])
     (row,) = [name for name in table.rows if name not in ("base", "experts")]
     assert row.endswith("[trained with labels of its adapt split]")
     for task, own in load_tasks(adarank.open_job(load_recipe(path))).items():
@@ -86,17 +86,17 @@ def test_every_tasks_loss_falls_and_the_output_scores_the_same(zoo: Path, tmp_pa
 
 
 def test_scoring_a_trained_output_leaves_the_experts_heads(zoo: Path, tmp_path: Path) -> None:
-    pipeline.merge(load_recipe(recipe(zoo, **TRAIN)), tmp_path / "out")
-    alone = scoring.evaluate(load_recipe(recipe(zoo)))
-    beside = scoring.evaluate(load_recipe(recipe(zoo)), [tmp_path / "out"])
+    merge(load_recipe(recipe(zoo, **TRAIN)), tmp_path / "out")
+    alone = evaluate(load_recipe(recipe(zoo)))
+    beside = evaluate(load_recipe(recipe(zoo)), [tmp_path / "out"])
     assert beside.rows["experts"] == alone.rows["experts"]
 
 
 def test_a_trained_output_without_its_heads_is_not_scored(zoo: Path, tmp_path: Path) -> None:
-    pipeline.merge(load_recipe(recipe(zoo, **TRAIN)), tmp_path / "out")
+    merge(load_recipe(recipe(zoo, **TRAIN)), tmp_path / "out")
     (tmp_path / "out" / "heads" / "mood" / "head.safetensors").unlink()
     with pytest.raises(MismatchError, match=r"mood/head\.safetensors: is missing"):
-        scoring.evaluate(load_recipe(recipe(zoo)), [tmp_path / "out"])
+        evaluate(load_recipe(recipe(zoo)), [tmp_path / "out"])
 
 
 def test_what_is_trained_and_what_is_not(zoo: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_what_is_trained_and_what_is_not(zoo: Path, tmp_path: Path) -> None:
     base = load_file(zoo / "models" / "base" / "model.safetensors")
     for heads in ("fresh", "expert", "fixed"):
         out = tmp_path / heads
-        pipeline.merge(load_recipe(recipe(zoo, **train(heads=heads), select={"keep": [keep]})), out)
+        merge(load_recipe(recipe(zoo, **train(heads=heads), select={"keep": [keep]})), out)
         body = load_file(out / "model.safetensors")
         still = [name for name in body if torch.equal(body[name], base[name])]
         assert still == [keep]
@@ -118,8 +118,8 @@ def test_what_is_trained_and_what_is_not(zoo: Path, tmp_path: Path) -> None:
 
 def test_no_step_leaves_the_base_and_the_heads_asked_for(zoo: Path, tmp_path: Path) -> None:
     base = load_file(zoo / "models" / "base" / "model.safetensors")
-    pipeline.merge(load_recipe(recipe(zoo, **train(steps=0, heads="expert"))), tmp_path / "expert")
-    pipeline.merge(load_recipe(recipe(zoo, **train(steps=0))), tmp_path / "fresh")
+    merge(load_recipe(recipe(zoo, **train(steps=0, heads="expert"))), tmp_path / "expert")
+    merge(load_recipe(recipe(zoo, **train(steps=0))), tmp_path / "fresh")
     for name in ("expert", "fresh"):
         body = load_file(tmp_path / name / "model.safetensors")
         assert all(torch.equal(body[key], base[key]) for key in body)
@@ -135,7 +135,7 @@ def test_no_step_leaves_the_base_and_the_heads_asked_for(zoo: Path, tmp_path: Pa
 def test_the_seed_decides_every_byte(zoo: Path, tmp_path: Path) -> None:
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         torch.rand(hash(name) % 7)  # what was drawn before does not matter
-        pipeline.merge(load_recipe(recipe(zoo, **TRAIN, seed=seed)), tmp_path / name)
+        merge(load_recipe(recipe(zoo, **TRAIN, seed=seed)), tmp_path / name)
     assert same(tmp_path / "one", tmp_path / "two")
     assert not same(tmp_path / "one", tmp_path / "other")
 
@@ -148,12 +148,12 @@ def test_stopped_and_continued_gives_the_same_bytes(zoo: Path, tmp_path: Path) -
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="step 5 of 8"):
-        pipeline.merge(load_recipe(path), tmp_path / "out", progress=stop)
+        merge(load_recipe(path), tmp_path / "out", progress=stop)
     assert not (tmp_path / "out").exists()
     torch.rand(5)
-    record = pipeline.merge(load_recipe(path), tmp_path / "out")
+    record = merge(load_recipe(path), tmp_path / "out")
     assert record["training"]["resumed_from"] == [5]
-    pipeline.merge(load_recipe(path), tmp_path / "whole")
+    merge(load_recipe(path), tmp_path / "whole")
     assert same(tmp_path / "out", tmp_path / "whole")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
@@ -164,9 +164,7 @@ def test_a_state_of_other_settings_or_labels_is_refused(zoo: Path, tmp_path: Pat
 
     def ask(labels: str = "", progress: Any = None, **changes: Any) -> dict[str, Any]:
         models = split_files(zoo, tmp_path, flip=labels)
-        return pipeline.merge(
-            load_recipe(recipe(zoo, **train(**changes), models=models)), tmp_path / "out", progress=progress
-        )
+        return merge(load_recipe(recipe(zoo, **train(**changes), models=models)), tmp_path / "out", progress=progress)
 
     with pytest.raises(Interrupted):
         ask(progress=stop)
@@ -202,7 +200,7 @@ def plain_loop(zoo: Path, task: str, steps: int, size: int, lr: float, warmup: i
 def test_one_task_is_plain_fine_tuning(zoo: Path, tmp_path: Path) -> None:
     only = [{"model": "models/mood", "task": {"name": "mood", "data": "data/mood.tsv"}}]
     changes = train(steps=12, warmup=0.25, heads="expert", weight_decay=0.1)
-    pipeline.merge(load_recipe(recipe(zoo, **changes, models=only)), tmp_path / "out")
+    merge(load_recipe(recipe(zoo, **changes, models=only)), tmp_path / "out")
     expected = plain_loop(zoo, "mood", 12, 4, 0.01, 3)
     body = load_file(tmp_path / "out" / "model.safetensors")
     head = load_file(tmp_path / "out" / "heads" / "mood" / "head.safetensors")
@@ -239,7 +237,7 @@ def test_no_label_of_select_and_test_is_read(zoo: Path, tmp_path: Path) -> None:
     }
     for name, changed in variants.items():
         models = split_files(zoo, tmp_path, **changed)
-        pipeline.merge(load_recipe(recipe(zoo, f"{name}.yaml", **TRAIN, models=models)), tmp_path / name)
+        merge(load_recipe(recipe(zoo, f"{name}.yaml", **TRAIN, models=models)), tmp_path / name)
     assert same(tmp_path / "right", tmp_path / "wrong")
     assert same(tmp_path / "right", tmp_path / "absent")
     assert not same(tmp_path / "right", tmp_path / "other")
@@ -248,7 +246,7 @@ def test_no_label_of_select_and_test_is_read(zoo: Path, tmp_path: Path) -> None:
 def test_adapt_rows_without_labels_are_refused_at_once(zoo: Path, tmp_path: Path) -> None:
     models = split_files(zoo, tmp_path, drop="adapt")
     with pytest.raises(DataError, match=r"task 'mood'.*no labels.*columns"):
-        pipeline.merge(load_recipe(recipe(zoo, **TRAIN, models=models)), tmp_path / "out")
+        merge(load_recipe(recipe(zoo, **TRAIN, models=models)), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -291,7 +289,7 @@ def test_the_command_line_says_that_labels_are_read(
 def test_image_models_train_running_statistics_too(tmp_path: Path, architecture: str) -> None:
     folder = image_zoo.make_zoo(tmp_path, architecture)
     path = image_zoo.recipe(folder, **train(steps=3))
-    pipeline.merge(load_recipe(path), folder / "out")
+    merge(load_recipe(path), folder / "out")
     base = load_file(folder / "models" / "base" / "model.safetensors")
     body = load_file(folder / "out" / "model.safetensors")
     still = [name for name in body if torch.equal(body[name], base[name])]
@@ -299,14 +297,14 @@ def test_image_models_train_running_statistics_too(tmp_path: Path, architecture:
     counters = [name for name in body if name.endswith("num_batches_tracked")]
     assert all(int(body[name]) == int(base[name]) + 3 * len(image_zoo.TASKS) for name in counters)
     assert bool(counters) == (architecture == "resnet")
-    assert set(scoring.evaluate(load_recipe(path), [folder / "out"]).rows) > {"base", "experts"}
+    assert set(evaluate(load_recipe(path), [folder / "out"]).rows) > {"base", "experts"}
 
 
 def test_every_text_architecture_trains(tmp_path: Path) -> None:
     for architecture in ("roberta", "distilbert", "gpt2"):
         folder = text_zoo.make_zoo(tmp_path / architecture, architecture)
-        record = pipeline.merge(load_recipe(recipe(folder, **train(steps=2))), folder / "out")
+        record = merge(load_recipe(recipe(folder, **train(steps=2))), folder / "out")
         assert record["training"]["steps"] == 2
-        models = networks.build_models(adarank.open_job(load_recipe(recipe(folder))))
+        models = build_models(adarank.open_job(load_recipe(recipe(folder))))
         for task in TASKS:
             assert set(models.heads[task]) == set(load_file(folder / "out" / "heads" / task / "head.safetensors"))

@@ -21,8 +21,8 @@ from adarank.methods import METHODS
 from adarank.recipe.reader import load_recipe
 from adarank.spectral import svd as spectrum
 from adarank.spectral.svd import decompose, stored_spectra
-from adarank.workflow import evaluate as scoring
-from adarank.workflow import merge as pipeline
+from adarank.workflow.evaluate import evaluate, score_result
+from adarank.workflow.merge import merge
 from adarank.workflow.search import Axis, Point, edges, level, parse_axis, search
 from text_zoo import make_zoo, recipe
 
@@ -86,8 +86,8 @@ def test_every_point_scores_as_its_own_merge(zoo: Path, tmp_path: Path) -> None:
     for point in ranked[:2]:
         own = recipe(zoo, "one.yaml", parameters=dict(point.settings))
         out = tmp_path / str(ranked.index(point))
-        pipeline.merge(load_recipe(own), out)
-        assert scoring.evaluate(load_recipe(own), [out], "select").rows[str(out)] == dict(point.scores)
+        merge(load_recipe(own), out)
+        assert evaluate(load_recipe(own), [out], "select").rows[str(out)] == dict(point.scores)
     assert [p.mean for p in ranked] == sorted((p.mean for p in ranked), reverse=True)
     best = load_recipe(zoo / "grid.best.yaml")
     assert best.parameters == dict(ranked[0].settings)
@@ -115,7 +115,7 @@ def test_a_search_that_was_cut_off_goes_on(zoo: Path, monkeypatch: pytest.Monkey
         search(path, best, AXES, progress=stop)
     assert not best.exists()
     calls: list[int] = []
-    plain = scoring.score_result
+    plain = score_result
     monkeypatch.setattr("adarank.workflow.search.score_result", lambda *given: (calls.append(1), plain(*given))[1])
     ranked, _ = search(path, best, AXES)
     assert len(calls) == 2

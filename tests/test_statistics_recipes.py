@@ -25,8 +25,8 @@ from adarank.errors import AdaRankError
 from adarank.io.writer import RECORD
 from adarank.methods import METHODS, Informed
 from adarank.recipe.reader import load_recipe
-from adarank.workflow import build_networks as networks
 from adarank.workflow import calibrate
+from adarank.workflow.build_networks import build_models
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.search import parse_axis, search
 
@@ -275,7 +275,7 @@ def test_passes_that_end_early_measure_what_whole_ones_do(zoo: Path, monkeypatch
     data = load_tasks(job)
 
     def found() -> dict[str, Tensor]:
-        known, _ = calibrate.with_statistics(job.method, job, lambda: networks.build_models(job), data)
+        known, _ = calibrate.with_statistics(job.method, job, lambda: build_models(job), data)
         return {n: known.statistics.read(n, "mood") for n in sorted(known.statistics.names)}
 
     early = found()

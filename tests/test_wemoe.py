@@ -19,7 +19,7 @@ from adarank.modular import wemoe
 from adarank.recipe.job import open_job
 from adarank.recipe.plan import settings_in_force
 from adarank.recipe.reader import load_recipe
-from adarank.workflow.context import Run
+from adarank.workflow.context import RecipeContext
 from adarank.workflow.load_tasks import load_tasks
 from make import randn
 from modular_zoo import METHODS, TEXT, data_of, inputs, logits, made, near, of, one, stir, whole, write
@@ -112,7 +112,7 @@ def test_wemoe_of_half_precision_is_exact_and_half_as_large(dtype: torch.dtype, 
     job = open_job(recipe)
     about = {"settings": settings_in_force(job), "inputs": {}, "seed": 0}
     data = load_tasks(job)
-    live = job.method.run(Run(job, data, about, tmp_path / "s" / "state.pt"))
+    live = job.method.run(RecipeContext(job, data, about, tmp_path / "s" / "state.pt"))
     for task, inside in data.items():
         batch = inputs(inside)
         served = logits(adarank.from_bundle(tmp_path / "out", task), batch)

@@ -50,7 +50,7 @@ def merge(
     Arguments:
         base: the model that the experts were fine-tuned from (None for methods that need none).
         experts: task -> fine-tuned model; modules with their heads for methods that take statistics.
-        method: a name that `adarank methods` lists; or a class of your own that derives from
+        method: a name that `adarank methods` lists; or your class that derives from
             `adarank.methods.base.Method`, or an instance of one with its settings.
         parameters: the method's settings, such as `{"rank": 0.08, "lambda": 1.0}`. Those that a recipe gives per
             model are one value for all or {task: value}.
@@ -84,8 +84,10 @@ def merge(
     device = next(iter(_state(base if base is not None else next(iter(experts.values()))).values())).device
     merged = {}
     for name, tensor in result.tensors:
-        found = cast(tensor, network.tensors[name].dtype, name, wider).to(device)
-        merged[name] = found.clone() if network.choices[name].action == "keep" else found  # not the caller's own
+        tensor = cast(tensor, network.tensors[name].dtype, name, wider).to(device)
+        merged[name] = (
+            tensor.clone() if network.choices[name].action == "keep" else tensor
+        )  # never the caller's tensor itself
     return merged
 
 
@@ -100,7 +102,7 @@ def merge_each(
 
     Arguments:
         base, experts, parameters, select: as for `merge`.
-        method: a task-aware method, such as `emr`, `tall_masks`, `tsv_c` or `cart_indexing`; or a class of your own that
+        method: a task-aware method, such as `emr`, `tall_masks`, `tsv_c` or `cart_indexing`; or your class that
             derives from `adarank.methods.task_aware.base.Taskwise`, or an instance of one.
 
     Returns:
@@ -145,7 +147,7 @@ def adapt(
         base: the model that the experts were fine-tuned from.
         experts: task -> fine-tuned module with its head.
         batches: task -> its unlabelled batches; step i uses batch i, from the start again when they are used up.
-        method: `adarank`, `adamerging`, `adamerging++` or `cart++`; or a class of your own that derives from
+        method: `adarank`, `adamerging`, `adamerging++` or `cart++`; or your class that derives from
             `adarank.adapt.methods.AdaptiveMethod`.
         parameters: the method's settings, such as `{"origin": "average", "rank": 0.16, "lambda": 2.0}`.
         settings: steps and step sizes, as `AdaptSettings` or a mapping of what an adapt block of a recipe has, such as
@@ -258,13 +260,13 @@ def _listed(what: str, given: Mapping[str, Any], experts: Mapping[str, Any]) -> 
     """task -> list of batches, from lists, loaders or generators. All problems at once."""
     problems = [f"'{task}' is no expert.{nearest(task, experts)}" for task in given if task not in experts]
     problems += [
-        f"of '{task}' there is one {type(own).__name__}. Give each task a list of batches."
-        for task, own in given.items()
-        if isinstance(own, (Tensor, Mapping, str)) or not isinstance(own, Iterable)
+        f"of '{task}' there is one {type(batches).__name__}. Give each task a list of batches."
+        for task, batches in given.items()
+        if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable)
     ]
     if problems:
         raise DataError(f"{what}: {problems[0]}" if len(problems) == 1 else itemise(f"{what}:", problems))
-    return {task: own if isinstance(own, (list, tuple)) else list(own) for task, own in given.items()}
+    return {task: batches if isinstance(batches, (list, tuple)) else list(batches) for task, batches in given.items()}
 
 
 def _block(
@@ -307,11 +309,9 @@ def evaluate(
     call = forward or _call
     scores = {}
     for task, pairs in labelled.items():
-        found = [
-            (call(modules[task], batch).argmax(dim=-1).tolist(), [int(label) for label in labels])
-            for batch, labels in pairs
-        ]
-        scores[task] = score([y for _, own in found for y in own], [p for own, _ in found for p in own], metric)
+        labels = [int(label) for _, of_batch in pairs for label in of_batch]
+        predictions = [number for batch, _ in pairs for number in call(modules[task], batch).argmax(dim=-1).tolist()]
+        scores[task] = score(labels, predictions, metric)
     return scores
 
 
@@ -362,7 +362,7 @@ def _state(model: nn.Module | State) -> State:
 
 
 def _call(module: nn.Module, batch: Any) -> Tensor:
-    dtype = next((own.dtype for own in module.parameters() if own.is_floating_point()), torch.float32)
+    dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), torch.float32)
 
     def fitting(value: Any) -> Any:  # adaptation is in float32, whatever the dtype that inputs came in
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

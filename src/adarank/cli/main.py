@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 done, 1 an error in what was given or in the system, told in a sentence, 2 wrong usage, 70 a bug
-        of adarank's own, 130 interrupted.
+        The exit code: 0 done, 1 an error in what was given or in the system, in one sentence, 2 wrong usage, 70 a bug
+        in adarank, 130 interrupted.
     """
     _print_anything()
     commands = parser()
@@ -183,8 +183,7 @@ def _print_json(content: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from adarank.cli import console as words
-    from adarank.cli import show
+    from adarank.cli import console, show
     from adarank.cli.progress import Adapting
     from adarank.workflow import demo
 
@@ -197,14 +196,14 @@ def _demo(options: argparse.Namespace) -> None:
         _print_scores(table)
         return
     show.scores(table)
-    words.out.print(f"AdaRank's model is in {options.out}: one body, and a head for each task.")
+    console.out.print(f"AdaRank's model is in {options.out}: one body, and a head for each task.")
     if options.quick:
-        words.out.print("--quick shows that everything works; leave it out to see how well.")
-    words.out.print(f"What it kept of each expert:  adarank inspect {options.out}")
-    words.out.print(
+        console.out.print("--quick shows that everything works; leave it out to see how well.")
+    console.out.print(f"What it kept of each expert:  adarank inspect {options.out}")
+    console.out.print(
         "Your own checkpoints:         put their folders into a copy of this recipe, then adarank plan COPY"
     )
-    words.out.print(f"                              {demo.ZOO / 'recipe.yaml'}", style="dim")
+    console.out.print(f"                              {demo.ZOO / 'recipe.yaml'}", style="dim")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -246,8 +245,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from adarank.cli import console as words
-    from adarank.cli import show
+    from adarank.cli import console, show
     from adarank.cli.progress import Searching
     from adarank.workflow.search import level, parse_axis, search
 
@@ -259,11 +257,11 @@ def _search(options: argparse.Namespace) -> None:
         return
     show.points(ranked)
     if level(ranked):
-        words.out.print(f"All {len(ranked)} points score the same: what was varied changes nothing here.")
+        console.out.print(f"All {len(ranked)} points score the same: what was varied changes nothing here.")
     for axis, at in record["at_the_edge"].items():
-        words.out.print(f"The best {axis}, {at:g}, is at the end of what was tried: better ones may lie beyond.")
+        console.out.print(f"The best {axis}, {at:g}, is at the end of what was tried: better ones may lie beyond.")
     show.say(options.best, f" has the best settings; all points are in {options.best.stem}.search.json")
-    words.out.print(f"next: adarank merge {options.best} OUT", style="dim")
+    console.out.print(f"next: adarank merge {options.best} OUT", style="dim")
 
 
 def _print_scores(table: Table) -> None:

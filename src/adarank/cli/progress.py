@@ -96,7 +96,7 @@ def _last_check(history: History) -> str:
     if not history.judged:
         return ""
     step = max(history.judged)
-    parts = ", ".join(f"{task} {100 * own.agreement:.1f}%" for task, own in history.judged[step].items())
+    parts = ", ".join(f"{task} {100 * signals.agreement:.1f}%" for task, signals in history.judged[step].items())
     return f"; agreement at step {step}: {parts}"
 
 

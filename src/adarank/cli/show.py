@@ -56,7 +56,7 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     for task, splits in described.get("splits", {}).items():
         out.print(f"        inputs of {task}: " + ", ".join(f"{count} to {split}" for split, count in splits.items()))
     if "statistics" in described:
-        out.print(f"        {_measured(described['statistics'])}")
+        out.print(f"        {_statistics_read(described['statistics'])}")
     if verbose:
         grid = Grid(box=None)
         grid.add_column("tensor", overflow="fold")
@@ -114,7 +114,7 @@ def remarks(
         remedy = f" To merge them: select: {{scale: [{patterns}]}}." if patterns else ""
         say("note:", f" kept from the base though experts changed them: {names}{more}.{remedy}", "bold yellow")
     if reshaped:
-        listed = [f"{name} ({', '.join(f'{tuple(own)} in {task}' for task, own in of.items())})" for name, of in reshaped.items()]  # fmt: skip
+        listed = [f"{name} ({', '.join(f'{tuple(shape)} in {task}' for task, shape in of.items())})" for name, of in reshaped.items()]  # fmt: skip
         more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
         say("note:", f" kept from the base where experts have another shape: {', '.join(listed[:3])}{more}.", "bold yellow")  # fmt: skip
 
@@ -248,8 +248,8 @@ def papers(rows: Sequence[PaperRow]) -> None:
     for title in SETTINGS.values():
         grid.add_column(title, justify="right", min_width=8)
     for row in rows:
-        told = "\n".join(part for part in (row.yaml() if row.recipe else "", row.hint) if part)
-        grid.add_row(row.name, told, *(row.shown(key) for key in SETTINGS))
+        description = "\n".join(part for part in (row.yaml() if row.recipe else "", row.hint) if part)
+        grid.add_row(row.name, description, *(row.shown(key) for key in SETTINGS))
     out.print(grid)
 
 
@@ -268,35 +268,35 @@ def method(entry: Entry) -> None:
     out.print(grid)
 
 
-def adapted(found: Mapping[str, Any]) -> None:
+def adapted(report: Mapping[str, Any]) -> None:
     """What adaptation came to: steps, the one kept and why, and which tasks collapsed."""
-    if found["starts"]:
-        best = max(found["starts"], key=lambda own: own["value"])
+    if report["starts"]:
+        best = max(report["starts"], key=lambda start: start["value"])
         out.print(
             f"start: rank {best['rank']:g}, λ {best['lambda']:g}: nearest to the experts on unlabelled inputs, "
-            f"of {len(found['starts'])} looked at"
+            f"of {len(report['starts'])} looked at"
         )
-    taken = f"{found['steps']} steps" + (", stopped early" if found["stopped_early"] else "")
-    kept = f", {100 * found['components_kept']:.2f}% of the components kept" if "components_kept" in found else ""
-    kept += " (their soft masks are ½ or more)" if found.get("mask") == "soft" else ""
+    taken = f"{report['steps']} steps" + (", stopped early" if report["stopped_early"] else "")
+    kept = f", {100 * report['components_kept']:.2f}% of the components kept" if "components_kept" in report else ""
+    kept += " (their soft masks are ½ or more)" if report.get("mask") == "soft" else ""
     out.print(taken + kept)
-    if "steps_kept" in found:
-        steps = ", ".join(f"{task} {step}" for task, step in found["steps_kept"].items())
-        out.print(f"kept by task: step {steps}: {found['why_kept']}.")
-    elif found["rolled_back"]:
-        say("rolled back to the start:", f" {found['why_kept']}.")
+    if "steps_kept" in report:
+        steps = ", ".join(f"{task} {step}" for task, step in report["steps_kept"].items())
+        out.print(f"kept by task: step {steps}: {report['why_kept']}.")
+    elif report["rolled_back"]:
+        say("rolled back to the start:", f" {report['why_kept']}.")
     else:
-        share = f"{found['share_kept']:g} of the way from the start to step" if found["share_kept"] < 1 else "step"
-        out.print(f"kept {share} {found['step_kept']}: {found['why_kept']}.")
-    if found.get("not_routed"):
+        share = f"{report['share_kept']:g} of the way from the start to step" if report["share_kept"] < 1 else "step"
+        out.print(f"kept {share} {report['step_kept']}: {report['why_kept']}.")
+    if report.get("not_routed"):
         out.print(
-            f"{len(found['not_routed'])} tensors are the same for every input (the record names them)", style="dim"
+            f"{len(report['not_routed'])} tensors are the same for every input (the record names them)", style="dim"
         )
-    if "told_by_router" in found:
-        shares = ", ".join(f"{task} {100 * share:.0f}%" for task, share in found["told_by_router"].items())
+    if "told_by_router" in report:
+        shares = ", ".join(f"{task} {100 * share:.0f}%" for task, share in report["told_by_router"].items())
         out.print(f"inputs that the router gives to their own task: {shares}")
-    for task in found["collapsed"]:
-        seen = found["largest_class_share"][task]
+    for task in report["collapsed"]:
+        seen = report["largest_class_share"][task]
         say(
             "collapsed:",
             f" {task} now gives one class to {100 * seen['after']:.0f}% of its inputs "
@@ -304,57 +304,57 @@ def adapted(found: Mapping[str, Any]) -> None:
             "Use objective: self-label, keep: best, fewer steps, or smaller step sizes.",
             "bold red",
         )
-    for task, seen in found["largest_class_share"].items():
-        if task not in found["collapsed"] and seen["after"] == 1 > seen["expert"]:
+    for task, seen in report["largest_class_share"].items():
+        if task not in report["collapsed"] and seen["after"] == 1 > seen["expert"]:
             out.print(
                 f"{task}: one class for all its inputs, as at the start ({100 * seen['expert']:.0f}% by its expert)."
             )
-    for task, step in found["collapse_seen"].items():
-        if task not in found["collapsed"]:
+    for task, step in report["collapse_seen"].items():
+        if task not in report["collapsed"]:
             out.print(f"{task} had collapsed to one class at step {step}; what was kept has not.", style="dim")
-    if found.get("heads"):
-        with_heads(found)
+    if report.get("heads"):
+        with_heads(report)
 
 
-def with_heads(found: Mapping[str, Any]) -> None:
+def with_heads(report: Mapping[str, Any]) -> None:
     """Which tasks' heads were learned, and how near they are to their experts; which stay."""
     kept = [
         f"{task} {100 * fit['agreement'][0]:.1f} → {100 * fit['agreement'][1]:.1f}%"
-        for task, fit in found["heads"].items()
+        for task, fit in report["heads"].items()
         if fit["kept"]
     ]
-    stay = [task for task, fit in found["heads"].items() if not fit["kept"]]
+    stay = [task for task, fit in report["heads"].items() if not fit["kept"]]
     if kept:
         out.print(f"heads learned, agreement with the experts: {', '.join(kept)}")
     if stay:
         out.print(f"heads of the experts kept, as learned ones did not agree more: {', '.join(stay)}")
 
 
-def trained(found: Mapping[str, Any]) -> None:
+def trained(report: Mapping[str, Any]) -> None:
     """What training came to, and what it read."""
-    ends = ", ".join(f"{task} {recent(values):.3f}" for task, values in found["losses"].items() if values)
-    out.print(f"{found['what']}, {found['steps']} steps; reads {found['reads']}")
+    ends = ", ".join(f"{task} {recent(values):.3f}" for task, values in report["losses"].items() if values)
+    out.print(f"{report['what']}, {report['steps']} steps; reads {report['reads']}")
     if ends:
         out.print(f"mean loss of the last steps: {ends}")
 
 
-def informed(found: Mapping[str, Any]) -> None:
+def calibrated(report: Mapping[str, Any]) -> None:
     """What statistics a merge took, and where they left something open."""
-    out.print(f"{_measured(found)}, in {clock(found['seconds'])}")
-    out.print(f"{found['tensors_with_statistics']} tensors merged by them, {found['tensors_averaged']} averaged")
-    if found["undetermined"]:
+    out.print(f"{_statistics_read(report)}, in {clock(report['seconds'])}")
+    out.print(f"{report['tensors_with_statistics']} tensors merged by them, {report['tensors_averaged']} averaged")
+    if report["undetermined"]:
         out.print(
-            f"{len(found['undetermined'])} tensors are not determined in all directions by so few inputs (the record names them)",
+            f"{len(report['undetermined'])} tensors are not determined in all directions by so few inputs (the record names them)",
             style="dim",
         )
 
 
-def _measured(found: Mapping[str, Any]) -> str:
-    counts = found["inputs"].values()
+def _statistics_read(report: Mapping[str, Any]) -> str:
+    counts = report["inputs"].values()
     number = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    labels = "their labels are read" if found["labels_read"] else "no label is read"
+    labels = "their labels are read" if report["labels_read"] else "no label is read"
     return f"statistics of {number} adapt inputs per task, {labels}"
 
 
-_OF_BLOCK = {"adaptation": adapted, "training": trained, "statistics": informed, "learned_heads": with_heads}
+_OF_BLOCK = {"adaptation": adapted, "training": trained, "statistics": calibrated, "learned_heads": with_heads}
 """Block of a record -> what shows it."""

@@ -31,7 +31,7 @@ class Context:
 
     Attributes:
         data: task -> its inputs, split; empty if the method reads none.
-        note, progress: told of stages as they begin, and of every step.
+        note, progress: called with each stage as it begins, and after every step.
         state: the file in which an unfinished run is kept; None if it is not.
     """
 
@@ -95,7 +95,7 @@ class Context:
         raise self._refused("another method's result")
 
     def expert_predictions(self, models: TaskModels, settings: Any) -> Any:
-        """What the experts say of the inputs, as far as the settings need it. The models hold the base's tensors afterwards."""
+        """The experts' predictions on the inputs, as far as the settings need them. The models hold the base's tensors afterwards."""
         raise self._refused("the experts' predictions")
 
     def losses(

@@ -46,7 +46,7 @@ class MergeMethod(Settings):
         in_use: what whoever uses the output must know of every input, a sentence; empty for one model for all.
         per_model: settings that each model of a recipe may carry.
         adapt_block: the settings that a recipe's `adapt` block holds; None if it takes no such block.
-        unused: settings of that block that mean nothing here. `defaults`: of those that differ from the block's own.
+        unused: settings of that block that mean nothing here. `defaults`: values of those whose default is another here.
         fixed: settings that have but one value here; the catalogue leaves them out.
         merges_base: True if the base is merged as the models are, listed among them or not.
         keeps_embeddings: embeddings stay the base's where the family of models says so.
@@ -99,7 +99,7 @@ class MergeMethod(Settings):
 
     @classmethod
     def of_one_task(cls) -> tuple[str, ...]:
-        """Settings of which a model's own changes the weights of its own task alone: a search tunes them task by task."""
+        """Settings that, given for one model, change the weights of its task alone: a search tunes them task by task."""
         return ()
 
     # what is said of it before anything is read
@@ -167,7 +167,7 @@ class MergeMethod(Settings):
         return layout_bytes(outline.layout)
 
     def output_layouts(self, outline: Outline) -> tuple[Layout, dict[str, Layout]]:
-        """Layouts of the model's tensors or of a bundle's shared parts, and of each task's own parts; heads apart."""
+        """Layouts of the model's tensors or of a bundle's shared parts, and of each task's parts; heads apart."""
         return outline.layout, {}
 
     # what it does
@@ -185,4 +185,4 @@ class MergeMethod(Settings):
 
     dress: ClassVar[Callable[..., nn.Module] | None] = None
     """(bundle, task, module with these tensors and the task's head) -> what serves the task, where that is more than the
-    module: adapters put into it, layers that merge per input put in place of its own."""
+    module: adapters put into it, layers that merge per input in place of plain ones."""

@@ -107,7 +107,7 @@ class Given:
         adapt: what the adapt block says; None without one.
         preset: the preset that the adapt block names.
         names: the tensors that will be merged; none while no checkpoint is opened.
-        seed: the recipe's; None from Python, where a method's own default stands.
+        seed: the recipe's; None from Python, where a method's default stands.
         folder: where relative paths count from.
         find: name -> method, for methods that are put on another.
     """
@@ -124,7 +124,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Another:
-    """A method that a method is put on, as a recipe of its own would say it.
+    """A method that a method is put on, as a recipe would say it.
 
     Attributes:
         key: where the settings lie, for errors.

@@ -79,7 +79,7 @@ class Modular(Adapting):
     Class attributes, beside those of the contract (`method.py`):
         knows: what must be known of an input when the network is used.
         spectral: True if it decomposes matrices.
-        compares: settings of the loop that its losses, which are its own, stand for: what experts are run for.
+        compares: settings of the loop that stand for its losses; they decide which of the experts' predictions are computed.
     """
 
     knows: ClassVar[str] = "the task of every input"
@@ -98,7 +98,7 @@ class Modular(Adapting):
     def layouts(
         self, sites: Mapping[str, Site], family: Family, widths: Mapping[str, int]
     ) -> tuple[Layout, dict[str, Layout]]:
-        """Layouts of the shared parts and of each task's own, from headers alone.
+        """Layouts of the shared parts and of each task's parts, from headers alone.
 
         Arguments:
             sites: every tensor of the network but heads, by name.
@@ -116,22 +116,31 @@ class Modular(Adapting):
 
     @classmethod
     def resolve(cls: type[M], given: Given) -> M:
+        """The method with its settings and those of its loop, as `settled` gives them."""
         method, settings = settled(cls, given.parameters, given.adapt or {}, given.preset)
         return method.with_settings(settings)
 
     @classmethod
     def needs(cls) -> str:
+        """Models, data, and what must be known of an input when the network is used."""
         return f"{super().needs()}; in use it must know {cls.knows}"
 
     @classmethod
     def memory(cls) -> str:
+        """What is held at a time: networks are run, so more than one tensor."""
         return "the network twice, what each task has for its own, and one task's batch"
 
     @property
     def decomposes(self) -> bool:
+        """Whether it decomposes matrices, as `spectral` says."""
         return self.spectral
 
     def output_layouts(self, outline: Outline) -> tuple[Layout, dict[str, Layout]]:
+        """Layouts of the bundle's shared parts, and of each task's parts.
+
+        Raises:
+            RecipeError: the models have no task.
+        """
         if outline.family is None:
             raise RecipeError(
                 f"'{self.name}' runs networks, and the models have no task. Give each its task with data."
@@ -165,12 +174,14 @@ class Modular(Adapting):
 
     def _parts(self, work: Work, built: Built) -> Parts:
         """Layouts and a stream of the bundle's parts."""
-        shared, own = self.layouts(work.sites(), work.family, built.widths)
+        shared, of_tasks = self.layouts(work.sites(), work.family, built.widths)
         left = set(built.left)
-        own = {t: {k: spec for k, spec in each.items() if k.partition(":")[2] not in left} for t, each in own.items()}
+        of_tasks = {
+            t: {k: spec for k, spec in each.items() if k.partition(":")[2] not in left} for t, each in of_tasks.items()
+        }
         settings = self.model_dump(mode="json", by_alias=True)
         whole = changed_tensors(work.context.network, work.models.shared, "the start")
-        return Parts(self.name, settings, shared, own, pieces(built, whole, shared, own))
+        return Parts(self.name, settings, shared, of_tasks, pieces(built, whole, shared, of_tasks))
 
     @classmethod
     def task_tensors(cls, tensors: Layout, shared: PartFile, of_task: PartFile) -> Iterator[tuple[str, Tensor]]:
@@ -201,7 +212,7 @@ def arithmetic(context: Context, scale: float, kept: Collection[str] = ()) -> It
 def module_names(bundle: BundleFolder, task: str, module: nn.Module) -> dict[str, str]:
     """Tensor of a bundle's network -> its name in a task's module."""
     names = bundle.about.names[task]
-    stored = {name: own for name in bundle.about.tensors if (own := names.of(name)) is not None}
+    stored = {name: in_expert for name in bundle.about.tensors if (in_expert := names.of(name)) is not None}
     shapes = {name: bundle.about.tensors[name][0] for name in stored if bundle.about.tensors[name][1].is_floating_point}
     return stored_keys(stored, shapes, module, held_tensors(module))
 

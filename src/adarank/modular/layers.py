@@ -22,7 +22,7 @@ from torch.nn.functional import layer_norm, linear
 
 from adarank.errors import MismatchError
 
-_HELD_BYTES = 2**26  # of matrices that are an input's own
+_HELD_BYTES = 2**26  # of the matrices of single inputs
 
 
 class Route:
@@ -38,14 +38,14 @@ class Route:
     def over(self, x: Tensor) -> Tensor | None:
         """λ as (rows, 1, …, 1, tasks), to be multiplied with what a layer gives; None for the shared weights.
 
-        A layer may be given an input's windows as rows of their own, one input's after another's.
+        A layer may be given an input's windows as separate rows, one input's after another's.
         """
         if self.weights is None:
             return None
         batch, rows = len(self.weights), len(x)
         if rows % batch:
             raise MismatchError(
-                f"A layer was given {rows} rows of a batch of {batch}: it cannot be told which input each belongs to. "
+                f"A layer was given {rows} rows of a batch of {batch}: which input each belongs to is unknown. "
                 "This architecture cannot be merged input by input."
             )
         weights = self.weights.repeat_interleave(rows // batch, dim=0).to(x)
@@ -67,9 +67,9 @@ class Deltas:
 
     def part(self, name: str) -> Tensor:
         """What bundles store as `delta`, `u` or `v`, of all tasks."""
-        found = {"delta": self.full, "u": self.u, "v": self.v}[name]
-        assert found is not None  # nobody asks for what is not there
-        return found
+        tensor = {"delta": self.full, "u": self.u, "v": self.v}[name]
+        assert tensor is not None  # bundles store what is there
+        return tensor
 
     def whole(self, shape: Sequence[int]) -> Tensor:
         """(tasks, *shape), factors multiplied."""
@@ -80,7 +80,7 @@ class Deltas:
 
 
 class _Merge(nn.Module):
-    """A forward hook with tensors: those of `deltas` that are for one layer, by the parameter's own name."""
+    """A forward hook with tensors: those of `deltas` that are for one layer, by the parameter's name in the layer."""
 
     def __init__(self, layer: nn.Module, deltas: Mapping[str, Deltas], route: Route) -> None:
         super().__init__()
@@ -91,26 +91,26 @@ class _Merge(nn.Module):
     def keep(self, layer: nn.Module, deltas: Mapping[str, Deltas]) -> None:
         """Every delta whole, as a buffer (tasks, *shape) under its parameter's name."""
         for name in layer._parameters:
-            own = deltas.get(name)
-            found = own.whole(layer.get_parameter(name).shape) if own else None
-            self.register_buffer(f"delta_{name}", found)
+            delta = deltas.get(name)
+            tensor = delta.whole(layer.get_parameter(name).shape) if delta else None
+            self.register_buffer(f"delta_{name}", tensor)
 
     def delta(self, name: str) -> Tensor | None:
         """The buffer of a parameter's deltas; None if it has none."""
-        found: Tensor | None = self._buffers.get(f"delta_{name}")
-        return found
+        tensor: Tensor | None = self._buffers.get(f"delta_{name}")
+        return tensor
 
 
 class _Linear(_Merge):
     """On nn.Linear and on transformers' Conv1D, which stores its matrix the other way round."""
 
     def keep(self, layer: nn.Module, deltas: Mapping[str, Deltas]) -> None:
-        super().keep(layer, {name: own for name, own in deltas.items() if own.full is not None})
-        own, turned = deltas.get("weight"), not isinstance(layer, nn.Linear)
-        if own is not None and own.full is not None and turned:
-            self._buffers["delta_weight"] = own.full.mT
-        if own is not None and own.u is not None and own.v is not None:
-            up, down = (own.v, own.u) if turned else (own.u, own.v)
+        super().keep(layer, {name: delta for name, delta in deltas.items() if delta.full is not None})
+        delta, turned = deltas.get("weight"), not isinstance(layer, nn.Linear)
+        if delta is not None and delta.full is not None and turned:
+            self._buffers["delta_weight"] = delta.full.mT
+        if delta is not None and delta.u is not None and delta.v is not None:
+            up, down = (delta.v, delta.u) if turned else (delta.u, delta.v)
             self.register_buffer("up", up.transpose(0, 1).flatten(1))  # (out, tasks·k)
             self.register_buffer("down", down.mT.flatten(0, 1))  # (tasks·k, in)
 
@@ -125,12 +125,12 @@ class _Linear(_Merge):
             out = out + linear(inner * weights.repeat_interleave(inner.shape[-1] // weights.shape[-1], dim=-1), up)
         if matrix is not None:
             x = given[0].reshape(len(weights), -1, matrix.shape[-1])
-            found: Tensor = _OwnMatrix.apply(x, weights.reshape(len(weights), -1), matrix)  # type: ignore[no-untyped-call]
-            out = out + found.reshape(out.shape)
+            product: Tensor = _InputMatrix.apply(x, weights.reshape(len(weights), -1), matrix)  # type: ignore[no-untyped-call]
+            out = out + product.reshape(out.shape)
         return out if bias is None else out + weights @ bias
 
 
-class _OwnMatrix(torch.autograd.Function):
+class _InputMatrix(torch.autograd.Function):
     """y_i = x_i (Σ_t λ_it τ_t)ᵀ, with gradients for x and λ. The matrices are formed for a few inputs at a time."""
 
     @staticmethod
@@ -139,7 +139,7 @@ class _OwnMatrix(torch.autograd.Function):
         ctx.save_for_backward(x, weights, matrix)
         out = x.new_empty(*x.shape[:2], matrix.shape[1])
         for rows in _chunks(x, matrix):
-            torch.bmm(x[rows], _own(weights[rows], matrix).mT, out=out[rows])
+            torch.bmm(x[rows], _matrices(weights[rows], matrix).mT, out=out[rows])
         return out
 
     @staticmethod
@@ -148,19 +148,19 @@ class _OwnMatrix(torch.autograd.Function):
         grad = given[0]
         grad_x, grad_weights = torch.empty_like(x), torch.empty_like(weights)
         for rows in _chunks(x, matrix):
-            torch.bmm(grad[rows], _own(weights[rows], matrix), out=grad_x[rows])
-            slope = torch.bmm(grad[rows].mT, x[rows])  # of each input's own matrix
+            torch.bmm(grad[rows], _matrices(weights[rows], matrix), out=grad_x[rows])
+            slope = torch.bmm(grad[rows].mT, x[rows])  # of each input's matrix
             grad_weights[rows] = slope.flatten(1) @ matrix.flatten(1).T
         return grad_x, grad_weights, None
 
 
-def _own(weights: Tensor, matrix: Tensor) -> Tensor:
+def _matrices(weights: Tensor, matrix: Tensor) -> Tensor:
     """(rows, out, in) Σ_t λ_t τ_t."""
     return (weights @ matrix.flatten(1)).reshape(-1, *matrix.shape[1:])
 
 
 def _chunks(x: Tensor, matrix: Tensor) -> list[slice]:
-    """Rows whose own matrices fit into a fixed amount of memory together."""
+    """Rows whose matrices fit into a fixed amount of memory together."""
     count = max(1, _HELD_BYTES // (matrix[0].numel() * matrix.element_size()))
     return [slice(i, i + count) for i in range(0, len(x), count)]
 
@@ -191,7 +191,7 @@ class _Norm(_Merge):
 
 
 class _Expanded(_Merge):
-    """Before and after a part that expands parameters of its own over the batch: there each input has its own."""
+    """Before and after a part that expands its parameters over the batch: there each input has merged ones."""
 
     def forward(self, part: nn.Module, given: tuple[Any, ...]) -> None:
         self._shared = dict(part._parameters)
@@ -199,11 +199,11 @@ class _Expanded(_Merge):
         for name, shared in self._shared.items() if weights is not None else ():
             delta = self.delta(name)
             if delta is not None and shared is not None and weights is not None:
-                own = shared + torch.tensordot(weights.to(delta), delta, dims=1)[:, 0]
-                part._parameters[name] = own
+                merged = shared + torch.tensordot(weights.to(delta), delta, dims=1)[:, 0]
+                part._parameters[name] = merged
 
     def restore(self, part: nn.Module, given: tuple[Any, ...], out: Any) -> None:
-        """Give the part its own parameters back."""
+        """Give the part the shared parameters back."""
         part._parameters.update(self._shared)
 
 
@@ -235,7 +235,7 @@ class Mounted:
 
 
 def carry(module: nn.Module, parts: Iterable[nn.Module]) -> None:
-    """Make hooked parts a network's own, so that they follow it to a device."""
+    """Make hooked parts submodules of a network, so that they follow it to a device."""
     module.add_module("per_input", nn.ModuleList(parts))
 
 
@@ -260,14 +260,14 @@ def mounted(
         if kind is _Expanded:
             names = {leaf: n for leaf, n in names.items() if leaf in expanded and len(layer.get_parameter(leaf)) == 1}
         if kind is not None and names:
-            own = {leaf: deltas[name] for leaf, name in names.items()}
-            merges[tuple(names.values())] = kind(layer, own, route)
+            of_layer = {leaf: deltas[name] for leaf, name in names.items()}
+            merges[tuple(names.values())] = kind(layer, of_layer, route)
     placed = {name for names in merges for name in names}
     return Mounted(merges, tuple(name for name in deltas if name not in placed))
 
 
 def _kind(layer: nn.Module) -> type[_Merge] | None:
-    """What merges a layer; None if nothing does. Subclasses may do more than their class, so the class itself is asked."""
+    """What merges a layer; None if nothing does. Subclasses may do more than their class, so the exact class decides."""
     from transformers.pytorch_utils import Conv1D  # imported on use: it is slow
 
     known: dict[type[nn.Module], type[_Merge]] = {

@@ -3,7 +3,7 @@
     z'_t = z_t - U_t relu(D_t z_t)                            z_t: what the head of t is given; D_t: (r, d), U_t: (d, r)
     D, U = argmin Σ_t mean_x ‖z'_t(x) - z*_t(x)‖₁ / d         z*_t: what it is given in the expert; starts with U = 0
 
-Needs unlabelled inputs, on which merged body and experts are asked once. The start may be any merge of one body. No adapter
+Needs unlabelled inputs, on which merged body and experts are run once. The start may be any merge of one body. No adapter
 depends on another, so with `keep: best` each task has that of the judged step at which it is nearest to its expert: before
 the first step, where it is U = 0, if none is nearer.
 
@@ -53,7 +53,7 @@ class Start(Settings):
     """What is adapted: any method of recipes that gives one merged body.
 
     Arguments:
-        merge_method, parameters, adapt: as in a recipe of their own.
+        merge_method, parameters, adapt: as in a recipe.
     """
 
     merge_method: str = Field("task_arithmetic", description="the merge that adapters are put on")
@@ -71,7 +71,7 @@ class Surgery(Modular):
     name: ClassVar[str] = "surgery"
     formula: ClassVar[str] = "z'_t = z_t - U_t relu(D_t z_t); D, U = argmin Σ_t |z'_t - z*_t|₁"
     source: ClassVar[str] = "Yang et al. 2024, arXiv:2402.02705"
-    # its adapters do not depend on each other: each keeps its own best step, and there is nothing to end early or to repair
+    # its adapters do not depend on each other: each keeps its best step, and there is nothing to end early or to repair
     unused: ClassVar[frozenset[str]] = OF_COMPONENTS | OF_LOGITS | {"patience", "tolerance", "repair", "retreat"}
 
     compares: ClassVar[Mapping[str, Any]] = {"objective": "features", "balance": 0.0}
@@ -82,6 +82,11 @@ class Surgery(Modular):
 
     @classmethod
     def resolve(cls, given: Given) -> Surgery:
+        """The method with its settings, and the method that gives the start with its settings.
+
+        Raises:
+            RecipeError: settings that do not fit, or a start that is no single merged model.
+        """
         method = super().resolve(given)
         if given.find is None:
             raise RecipeError("surgery: what it is put on is found by its name, in a recipe alone.")
@@ -98,22 +103,28 @@ class Surgery(Modular):
 
     @classmethod
     def put_on(cls, given: Given) -> Another | None:
+        """The method that gives the start, as `parameters.start` names it."""
         start = parse(cls, given.parameters, f"parameters of '{cls.name}'").start
         return Another("parameters.start", start.merge_method, start.parameters, start.adapt)
 
     def check(self, network: Network) -> None:
+        """Raise a `RecipeError` if the start's method cannot merge this network."""
         self._put_on().check(network)
 
     def notes(self, network: Network) -> list[str]:
+        """The notes of the start's method."""
         return [f"start: {text}" for text in self._put_on().notes(network)]
 
     def of_data(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
+        """What the start's method will read of the tasks' data."""
         return self._put_on().of_data(tasks)
 
     def held_bytes(self, outline: Outline) -> int:
+        """The larger of what making the start holds, and training on it; one follows the other."""
         return max(super().held_bytes(outline), self._put_on().held_bytes(outline))
 
     def start_of(self, context: Context) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+        """The merged body that the start's method gives."""
         context.note(f"Making the start: {self.start.merge_method}")
         result, settings = context.another(self._put_on())
         return iter(result.tensors), {"start": {"settings": settings, **result.recorded()}}
@@ -151,11 +162,13 @@ class Surgery(Modular):
     def layouts(
         self, sites: Mapping[str, Site], family: Family, widths: Mapping[str, int]
     ) -> tuple[Layout, dict[str, Layout]]:
-        def own(width: int) -> Layout:
+        """The start whole, shared; D (r, d) and U (d, r) of each task's adapter, in float32."""
+
+        def adapter_layout(width: int) -> Layout:
             down, up = (self.rank, width), (width, self.rank)
             return {key("down"): (down, torch.float32), key("up"): (up, torch.float32)}
 
-        return whole(sites), {task: own(width) for task, width in widths.items()}
+        return whole(sites), {task: adapter_layout(width) for task, width in widths.items()}
 
 
 def _step(work: Work, task: str, adapter: Adapter, merged: Tensor, expert: Tensor, step: int) -> Tensor:
@@ -175,14 +188,14 @@ class Adapter(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(batch, d) -> (batch, d)."""
-        found: Tensor = z - linear(linear(z, self.down).relu(), self.up)
-        return found
+        adapted: Tensor = z - linear(linear(z, self.down).relu(), self.up)
+        return adapted
 
 
 def distance(adapter: Adapter, z: Tensor, expert: Tensor) -> Tensor:
     """Mean absolute difference to the expert's representations, a scalar. Both are (batch, d)."""
-    found: Tensor = (adapter(z) - expert).abs().mean()
-    return found
+    difference: Tensor = (adapter(z) - expert).abs().mean()
+    return difference
 
 
 def one_vector(given: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -210,10 +223,10 @@ class _Operate(nn.Module):
         if not self._open:
             return None
         self._open = False
-        z = next(own for own in (*given, *named.values()) if isinstance(own, Tensor))
+        z = next(argument for argument in (*given, *named.values()) if isinstance(argument, Tensor))
         adapted = self.adapter(one_vector(z)).to(z.dtype)
-        swapped = {name: adapted if own is z else own for name, own in named.items()}
-        return tuple(adapted if own is z else own for own in given), swapped
+        swapped = {name: adapted if argument is z else argument for name, argument in named.items()}
+        return tuple(adapted if argument is z else argument for argument in given), swapped
 
 
 def mount(module: nn.Module, head: Sequence[nn.Module], adapter: Adapter) -> None:

@@ -34,7 +34,7 @@ class Work:
     Attributes:
         settings: of the loop.
         models: networks that hold the start's tensors, and what the method puts on them.
-        predictions: what the experts say, as far as the settings need it.
+        predictions: the experts' predictions, as far as the settings need them.
         memory: what losses remember from step to step.
     """
 
@@ -149,7 +149,7 @@ def _trained(
 
 
 def pieces(
-    built: Built, whole: Iterator[tuple[str, Tensor]], shared: Layout, own: Mapping[str, Layout]
+    built: Built, whole: Iterator[tuple[str, Tensor]], shared: Layout, of_tasks: Mapping[str, Layout]
 ) -> Iterator[Piece]:
     """A bundle's parts in the order of their layouts.
 
@@ -157,7 +157,7 @@ def pieces(
         whole: (name, tensor) of the network that the modules are put on.
     """
     tensors = dict(whole)
-    for owner, layout in ((None, shared), *own.items()):
+    for owner, layout in ((None, shared), *of_tasks.items()):
         for stored in layout:
             part, _, name = stored.partition(":")
             yield owner, stored, tensors[name] if part == WHOLE else built.part(owner, part, name).detach()
@@ -173,20 +173,20 @@ class _Each:
         """The judge, after which the tasks that are nearer to their experts than ever before are remembered."""
 
         def judged(step: int) -> Judged:
-            found = judge(step)
-            for task, own in found.items():
-                value = mean_signal({task: own}, self._signal)
+            signals = judge(step)
+            for task, of_task in signals.items():
+                value = mean_signal({task: of_task}, self._signal)
                 least = float(
-                    self._memory.setdefault(f"{task}/start", torch.tensor(own.agreement, dtype=torch.float64))
+                    self._memory.setdefault(f"{task}/start", torch.tensor(of_task.agreement, dtype=torch.float64))
                 )
-                if own.agreement < least:  # by divergence it may be nearer, and still disagree more often
+                if of_task.agreement < least:  # by divergence it may be nearer, and still disagree more often
                     continue
                 if f"{task}/value" not in self._memory or value > float(self._memory[f"{task}/value"]):
                     self._memory[f"{task}/value"] = torch.tensor(value, dtype=torch.float64)
                     self._memory[f"{task}/step"] = torch.tensor(step)
                     for number, tensor in enumerate(self._separate[task]):
                         self._memory[f"{task}/{number}"] = tensor.detach().clone()
-            return found
+            return signals
 
         return judged
 

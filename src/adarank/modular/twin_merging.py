@@ -1,12 +1,12 @@
-"""Twin-Merging: what experts share is merged once, what is each one's own is added for every input as a router says.
+"""Twin-Merging: what experts share is merged once; the rest of each expert is added for every input, weighted by a router.
 
     W* = W₀ + λ Σ_t τ_t                                            the shared expert
-    R_t = SVD_k(W_t - W*) of matrices, W_t - W* of other tensors    what is the task's own
+    R_t = SVD_k(W_t - W*) of matrices, W_t - W* of other tensors    what only the task has
     w(x) = softmax(r(z(x)))                                        z: what the head is given in the shared expert
     W(x) = W* + Σ_t w_t(x) R_t
 
 The router r is trained on unlabelled inputs to tell which task they come from. An input passes the network twice: once
-for z, once with its own weights. Of each matrix a share `rank` of the components is kept: 0.1, a mask rate of 0.9 in the
+for z, once with its weights. Of each matrix a share `rank` of the components is kept: 0.1, a mask rate of 0.9 in the
 paper's words. r is three linear layers with leaky ReLUs between, on z brought to mean 0 and deviation 1 over the inputs that it
 is trained on; the authors' has batch norms and dropout instead, and z is the mean over tokens of the last hidden states.
 The router's last step is kept unless the recipe says `keep: best`: how often it is right does not turn on single inputs.
@@ -78,16 +78,20 @@ class TwinMerging(Modular):
     def layouts(
         self, sites: Mapping[str, Site], family: Family, widths: Mapping[str, int]
     ) -> tuple[Layout, dict[str, Layout]]:
+        """The shared expert and the router; of each task its residuals, matrices as factors U and V where these are smaller."""
         shared = whole(sites)
-        own: dict[str, Spec] = {}
+        residuals: dict[str, Spec] = {}
         width = next(iter(widths.values()))
         for name, tensor in Router(width, self.hidden, len(widths)).state_dict().items():
             shared[key(name)] = (tuple(tensor.shape), torch.float32)
         for name in (name for name, site in sites.items() if site.merged):
-            own |= {key(part, name): (shape, sites[name].floats) for part, shape in self.shapes(sites[name]).items()}
-        return shared, {task: dict(own) for task in widths}
+            residuals |= {
+                key(part, name): (shape, sites[name].floats) for part, shape in self.shapes(sites[name]).items()
+            }
+        return shared, {task: dict(residuals) for task in widths}
 
     def start_of(self, context: Context) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+        """The shared expert: task arithmetic."""
         return arithmetic(context, self.scale), {}
 
     def build(self, work: Work) -> Built:
@@ -193,8 +197,8 @@ class Router(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(batch, width) -> (batch, tasks) logits."""
         h = leaky_relu(self.first((z - self.mean) / self.spread))
-        found: Tensor = self.last(leaky_relu(self.second(h)))
-        return found
+        logits: Tensor = self.last(leaky_relu(self.second(h)))
+        return logits
 
     @torch.no_grad()
     def fit_scale(self, z: Tensor) -> None:
@@ -223,34 +227,34 @@ class _Decide(nn.Module):
         self._route.weights = self.router(seen[-1]).softmax(dim=-1)
 
 
-def mount(module: nn.Module, head: Sequence[nn.Module], router: Router, found: Mounted, route: Route) -> None:
+def mount(module: nn.Module, head: Sequence[nn.Module], router: Router, layers: Mounted, route: Route) -> None:
     """Put a router on a network that holds the shared expert and has the residuals' merges attached."""
     decide = _Decide(router, head, route)
     module.register_forward_pre_hook(decide, with_kwargs=True)
-    carry(module, [decide, *found.merges.values()])
+    carry(module, [decide, *layers.merges.values()])
 
 
 def deltas_of(names: Sequence[str], parts: Callable[[str], Sequence[Mapping[str, Tensor]]]) -> dict[str, Deltas]:
     """Residuals of some tensors, from each task's parts of them."""
-    found = {}
+    deltas = {}
     for name in names:
         each = parts(name)
-        stacked = {part: torch.stack([own[part].float() for own in each]) for part in each[0]}
-        found[name] = Deltas(stacked.get("delta"), stacked.get("u"), stacked.get("v"))
-    return found
+        stacked = {part: torch.stack([of_task[part].float() for of_task in each]) for part in each[0]}
+        deltas[name] = Deltas(stacked.get("delta"), stacked.get("u"), stacked.get("v"))
+    return deltas
 
 
 def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
     """Put a bundle's router and residuals on a network that holds its shared expert."""
     about, shared = bundle.about, bundle.shared().of()
-    each: list[PartFile] = [bundle.own(own) for own in about.tasks]
+    each: list[PartFile] = [bundle.own(name) for name in about.tasks]
     width = len(shared["mean"])
     with torch.random.fork_rng(devices=[]):  # drawn, and then filled
         router = Router(width, len(shared["first.bias"]) // width, len(about.tasks))
     router.load_state_dict({name: shared[name] for name in router.state_dict()})
     keys, route = module_names(bundle, task, module), Route()
-    deltas = deltas_of(each[0].names(), lambda name: [own.of(name) for own in each])
-    found = mounted(module, keys, deltas, route, FAMILIES[str(about.models)].expanded)
-    found.attach(module, keys)
-    mount(module, head_of(bundle, task, module), router, found, route)
+    deltas = deltas_of(each[0].names(), lambda name: [of_task.of(name) for of_task in each])
+    layers = mounted(module, keys, deltas, route, FAMILIES[str(about.models)].expanded)
+    layers.attach(module, keys)
+    mount(module, head_of(bundle, task, module), router, layers, route)
     return module.to(next(module.parameters()).device).eval()

@@ -58,7 +58,7 @@ class WEMoE(Modular):
     name: ClassVar[str] = "wemoe"
     formula: ClassVar[str] = "MLPs: W(x) = W₀ + Σ_t λ_t(x) τ_t, λ(x) = mean_i r(h_i); else W = W₀ + λ Σ_t τ_t"
     source: ClassVar[str] = "Tang et al. 2024, arXiv:2402.00433"
-    knows: ClassVar[str] = "the task of every input, for its head; its MLPs are merged as the input asks"
+    knows: ClassVar[str] = "the task of every input, for its head; its MLPs are merged for each input"
 
     in_use: ClassVar[str] = f"In use it must know {knows}."
 
@@ -68,16 +68,21 @@ class WEMoE(Modular):
     def layouts(
         self, sites: Mapping[str, Site], family: Family, widths: Mapping[str, int]
     ) -> tuple[Layout, dict[str, Layout]]:
+        """The start and the routers, shared; of each task the task vectors, or tensors, of the routed MLPs.
+
+        Raises:
+            RecipeError: there is no MLP to route.
+        """
         shared = whole(sites)
-        own: dict[str, Spec] = {}
+        of_task: dict[str, Spec] = {}
         for block in mlps(sites, {name for name, site in sites.items() if site.merged}, family.mlps):
             d, tasks = sites[block.tensors[-1]].numel, len(widths)
             shapes = {"a1": (d, d), "b1": (d,), "a2": (tasks, d), "b2": (tasks,)}
             shared |= {key(part, block.name): (shape, torch.float32) for part, shape in shapes.items()}
             for site in (sites[name] for name in block.tensors if sites[name].merged):
                 half = site.dtype.itemsize < site.floats.itemsize  # then the expert's tensor is smaller, and as exact
-                own |= {key("expert" if half else "delta", site.name): (site.shape, site.dtype)}
-        return shared, {task: dict(own) for task in widths}
+                of_task |= {key("expert" if half else "delta", site.name): (site.shape, site.dtype)}
+        return shared, {task: dict(of_task) for task in widths}
 
     def start_of(self, context: Context) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
         """Task arithmetic; MLPs that will be routed stay the base's."""
@@ -137,20 +142,24 @@ def mlps(names: Iterable[str], merged: Collection[str], pairs: Sequence[tuple[st
         RecipeError: there is none.
     """
     known = dict.fromkeys(names)
-    found: list[Block] = []
+    blocks: list[Block] = []
     for name in known:
         for first, second in pairs:
             front, back = name.removesuffix(f"{first}.weight"), (f"{second}.weight", f"{second}.bias")
             wanted = (name, f"{front}{first}.bias", front + back[0], front + back[1])
-            if front != name and all(own in known for own in wanted) and any(own in merged for own in wanted):
-                found.append(Block(wanted))
-    if not found:
+            if (
+                front != name
+                and all(tensor in known for tensor in wanted)
+                and any(tensor in merged for tensor in wanted)
+            ):
+                blocks.append(Block(wanted))
+    if not blocks:
         called = ", ".join(f"{first} with {second}" for first, second in pairs)
         raise RecipeError(
             f"wemoe: found no MLP to route in these models; known are pairs of layers called {called}, each with weight and bias. "
             "For another architecture add the names of its two layers to `mlps` of its family in src/adarank/models/."
         )
-    return found
+    return blocks
 
 
 class Router(nn.Module):
@@ -166,8 +175,8 @@ class Router(nn.Module):
 
     def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         """(batch, tasks) λ from the MLP's (batch, …, width) inputs; `mask` is (batch, positions)."""
-        found: Tensor = self.outer(self.inner(h).relu())
-        return pooled(found.reshape(len(h), -1, found.shape[-1]), mask)
+        weights: Tensor = self.outer(self.inner(h).relu())
+        return pooled(weights.reshape(len(h), -1, weights.shape[-1]), mask)
 
 
 class _Mask:
@@ -206,15 +215,15 @@ def mount(
     parts: list[nn.Module] = []
     for block, router in routers.items():
         route = Route()
-        own = {name: deltas[name] for name in block.tensors if name in deltas}
-        found = mounted(*networks[0], own, route, ())
-        if found.left:
-            raise RecipeError(f"wemoe: {found.left[0]} is in no linear layer, so it cannot be merged input by input.")
+        of_block = {name: deltas[name] for name in block.tensors if name in deltas}
+        layers = mounted(*networks[0], of_block, route, ())
+        if layers.left:
+            raise RecipeError(f"wemoe: {layers.left[0]} is in no linear layer, so it cannot be merged input by input.")
         decide = _Decide(router, route, mask)
         for module, keys in networks:
             module.get_submodule(keys[block.name].rpartition(".")[0]).register_forward_pre_hook(decide)
-            found.attach(module, keys)
-        parts += [decide, *found.merges.values()]
+            layers.attach(module, keys)
+        parts += [decide, *layers.merges.values()]
     for module, _ in networks:
         module.register_forward_pre_hook(mask, with_kwargs=True)
         carry(module, parts)
@@ -223,14 +232,16 @@ def mount(
 def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
     """Put a bundle's routers and task vectors on a network that holds its tensors."""
     about, shared = bundle.about, bundle.shared()
-    each = [bundle.own(own) for own in about.tasks]
+    each = [bundle.own(name) for name in about.tasks]
     merged = {name for name in about.tensors if each[0].of(name)}
     blocks = mlps(about.tensors, merged, FAMILIES[str(about.models)].mlps)
     deltas: dict[str, Deltas] = {}
     for name in (name for block in blocks for name in block.tensors if name in merged):
-        found = [own.of(name) for own in each]
+        stored = [of_task.of(name) for of_task in each]
         base = shared.of(name)[WHOLE].float()
-        stack = [own["delta"].float() if "delta" in own else own["expert"].float() - base for own in found]
+        stack = [
+            of_task["delta"].float() if "delta" in of_task else of_task["expert"].float() - base for of_task in stored
+        ]
         deltas[name] = Deltas(torch.stack(stack))
     routers: dict[Block, Router] = {}
     for block in blocks:

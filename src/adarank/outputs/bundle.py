@@ -67,12 +67,12 @@ class Bundle(BundleFolder):
         return self.kind.task_tensors(self.about.tensors, self.shared(), self.own(task))
 
     def state(self, task: str) -> Iterator[tuple[str, Tensor]]:
-        """(name as in the expert's own files, tensor) of a task's whole network, its head last."""
+        """(name as in the expert's files, tensor) of a task's whole network, its head last."""
         names = self.names(task)
         for name, tensor in self.tensors(task):
-            own = names.of(name)
-            if own is not None:
-                yield own, check_finite(tensor, name, str(self.folder))
+            in_expert = names.of(name)
+            if in_expert is not None:
+                yield in_expert, check_finite(tensor, name, str(self.folder))
         head = self.head(task)
         if head is not None:
             yield from ((name, head.read(name)) for name in head.tensors)
@@ -80,7 +80,9 @@ class Bundle(BundleFolder):
     def layout(self, task: str) -> Layout:
         """(shape, dtype) of all that `state` yields, in its order."""
         names, head = self.names(task), self.head(task)
-        body = {own: spec for name, spec in self.about.tensors.items() if (own := names.of(name)) is not None}
+        body = {
+            in_expert: spec for name, spec in self.about.tensors.items() if (in_expert := names.of(name)) is not None
+        }
         return body | {name: (info.shape, info.dtype) for name, info in (head.tensors if head else {}).items()}
 
     def module(self, task: str) -> nn.Module:

@@ -112,11 +112,11 @@ def filled(module: nn.Module, state: dict[str, Tensor], what: str) -> nn.Module:
     kind: Any = type(module)
     # its loader knows the names that it gives tensors of some architectures
     with loading(Path(what), "its tensors do not fit its configuration", "Merge again."):
-        made, told = kind.from_pretrained(
+        made, loaded = kind.from_pretrained(
             None, config=module.config, state_dict=state, dtype=torch.float32, output_loading_info=True, **LOCALLY
         )
-    if told["missing_keys"]:
-        missing = sorted(told["missing_keys"])
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
         raise CheckpointError(f"{what} needs {len(missing)} tensor(s) that are not there, such as '{missing[0]}'.")
-    found: nn.Module = made.eval()
-    return found
+    network: nn.Module = made.eval()
+    return network

@@ -21,7 +21,7 @@ from adarank.recipe.job import Job
 CONFIG = "config.json"
 
 
-def check_companions(job: Job) -> None:
+def check_side_files(job: Job) -> None:
     """Look at all that will be copied, before anything is spent.
 
     Raises:
@@ -69,7 +69,7 @@ def _write_modules(folder: Path, job: Job) -> None:
 
 
 def write_head(target: Path, job: Job, task: str, head: Mapping[str, Tensor] | None = None) -> None:
-    """A task's head, its expert's if none is given, under its expert's own names, and its expert's configuration."""
+    """A task's head, its expert's if none is given, under its expert's names, and its expert's configuration."""
     target.mkdir(parents=True, exist_ok=True)
     metadata = {"backbone": job.network.experts[task].backbone}
     write_tensors(target / HEAD, job.network.head(task) if head is None else head, metadata)
@@ -77,8 +77,8 @@ def write_head(target: Path, job: Job, task: str, head: Mapping[str, Tensor] | N
 
 
 def write_task_files(target: Path, job: Job, task: str) -> None:
-    """All that a network of the task needs beside merged weights: its head, its configuration, and what its expert has
-    in files of its own where the base has others or none."""
+    """All that a network of the task needs beside merged weights: its head, its configuration, and its expert's
+    side files where the base has others or none."""
     if job.network.heads[task]:
         write_head(target, job, task)
     roots = {file.name: file.read_bytes() for file in _root_files(job)}
@@ -91,8 +91,8 @@ def write_task_files(target: Path, job: Job, task: str) -> None:
 
 def _in_dtype(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
     """A configuration that names the dtype which the recipe asks for, if it asks."""
-    asked = job.recipe.out_dtype or job.recipe.dtype
-    return {**config, "dtype" if "dtype" in config else "torch_dtype": asked} if asked else dict(config)
+    dtype = job.recipe.out_dtype or job.recipe.dtype
+    return {**config, "dtype" if "dtype" in config else "torch_dtype": dtype} if dtype else dict(config)
 
 
 def write_result(folder: Path, job: Job, result: Result) -> dict[str, Any]:
@@ -132,6 +132,8 @@ def names_in_expert(network: Network, task: str) -> Names:
     """What a task's expert calls the tensors of a network."""
     known = network.experts[task].names
     stored = {name: None if name in network.heads[task] else known.get(name) for name in network.tensors}
-    fronts = Counter(own.removesuffix(name) for name, own in stored.items() if own and own.endswith(name))
+    fronts = Counter(
+        in_expert.removesuffix(name) for name, in_expert in stored.items() if in_expert and in_expert.endswith(name)
+    )
     prefix = fronts.most_common(1)[0][0] if fronts else ""
-    return Names(prefix, {name: own for name, own in stored.items() if own != prefix + name})
+    return Names(prefix, {name: in_expert for name, in_expert in stored.items() if in_expert != prefix + name})

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-import annotated_types  # pydantic's own vocabulary of bounds
+import annotated_types  # pydantic's vocabulary of bounds
 from pydantic.fields import FieldInfo
 
 from adarank.adapt.presets import PRESETS
@@ -76,7 +76,7 @@ def entry_of(kind: type[MergeMethod]) -> Entry:
 
 
 def _loop(kind: type[MergeMethod]) -> list[Setting]:
-    """Settings of the adapt block, with the method's own defaults."""
+    """Settings of the adapt block, with the method's defaults."""
     if kind.adapt_block is None:
         return []
     defaults = {f"adapt.{key}": str(value) for key, value in kind.defaults.items()}
@@ -85,17 +85,17 @@ def _loop(kind: type[MergeMethod]) -> list[Setting]:
 
 
 def _settings(kind: type[Settings], fixed: Collection[str], prefix: str = "") -> list[Setting]:
-    found = []
+    settings = []
     for key, field in kind.model_fields.items():
         if key in fixed or field.exclude:
             continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings) and not field.is_required():
-            found += _settings(field.annotation, (), f"{prefix}{key}.")
+            settings += _settings(field.annotation, (), f"{prefix}{key}.")
             continue
         default = "required" if field.is_required() else _yaml(field.default)
         allowed = ", ".join(_bound(rule) for rule in field.metadata if _bound(rule)) or _choices(field)
-        found.append(Setting(prefix + (field.alias or key), default, allowed, field.description or ""))
-    return found
+        settings.append(Setting(prefix + (field.alias or key), default, allowed, field.description or ""))
+    return settings
 
 
 def _yaml(value: Any) -> str:

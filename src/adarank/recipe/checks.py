@@ -61,7 +61,7 @@ def _names(recipe: Recipe) -> list[str]:
     problems = [f"models: '{task}' cannot name a task here (a folder heads/{task} is made, and 'base' is the base). Give another one under task: name." for task in recipe.experts
                 if task in ("", ".", "..") or (task == "base" and recipe.base_model) or "/" in task or "\\" in task]  # fmt: skip
     given = Counter(m.task.name for m in recipe.models if m.task and m.task.name)
-    problems += [f"models: {times} tasks are called '{name}'. Give each a name of its own."
+    problems += [f"models: {times} tasks are called '{name}'. Give each another name."
                  for name, times in given.items() if times > 1]  # fmt: skip
     return problems
 

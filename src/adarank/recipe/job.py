@@ -51,10 +51,10 @@ class Job:
         return self.base or next(iter(self.experts.values()))
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The output's tensors: name -> (shape, dtype). Floats take the asked dtype, by default the base's own."""
-        asked = self.recipe.output_dtype()
+        """The output's tensors: name -> (shape, dtype). Floats take the recipe's dtype, by default the base's."""
+        floats = self.recipe.output_dtype()
         return {
-            name: (info.shape, asked if asked is not None and info.dtype.is_floating_point else info.dtype)
+            name: (info.shape, floats if floats is not None and info.dtype.is_floating_point else info.dtype)
             for name, info in self.network.tensors.items()
         }
 
@@ -122,12 +122,12 @@ def open_job(recipe: Recipe) -> Job:
 def _check_layers(wanted: tuple[int, int], opened: Sequence[Checkpoint]) -> None:
     """One slice stands for whole models if it has all their layers."""
     problems = []
-    for own in opened:
-        known = (own.config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
-        count = next((found for found in known if found is not None), None)
+    for checkpoint in opened:
+        known = (checkpoint.config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
+        count = next((number for number in known if number is not None), None)
         if count is None or tuple(wanted) != (0, count):
             has = f"{count} layers" if count is not None else "a number of layers that its config.json does not tell"
-            problems.append(f"{own.label}: layer_range {list(wanted)} was given, and it has {has}.")
+            problems.append(f"{checkpoint.label}: layer_range {list(wanted)} was given, and it has {has}.")
     if problems:
         raise RecipeError(
             itemise("slices: only whole models merge here. List them under models, without slices.", problems)

@@ -78,11 +78,11 @@ def _of_one_slice(values: dict[str, Any]) -> dict[str, Any]:
     ):
         return values
     ranges = [source["layer_range"] for source in sources]
-    if not ranges or any(own != ranges[0] for own in ranges) or slices[0].keys() - {"sources", "parameters"}:
+    if not ranges or any(layers != ranges[0] for layers in ranges) or slices[0].keys() - {"sources", "parameters"}:
         return values
-    own = {
+    whole = {
         "models": [{key: value for key, value in source.items() if key != "layer_range"} for source in sources],
         "parameters": {**(values.get("parameters") or {}), **(slices[0].get("parameters") or {})},
         "layer_range": ranges[0],
     }
-    return {key: value for key, value in values.items() if key != "slices"} | own
+    return {key: value for key, value in values.items() if key != "slices"} | whole

@@ -17,8 +17,8 @@ _KEYS = frozenset(
 
 
 def portable(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain data for a record: absolute paths as seen from the recipe's folder, so that no place is told
-    of where nobody else is, and the recipe still merges from there."""
+    """A recipe as plain data for a record: absolute paths as seen from the recipe's folder, so that it names no place
+    of this machine, and the recipe still merges from there."""
 
     def relative(text: str) -> str:
         if not os.path.isabs(text) or not os.path.exists(text):

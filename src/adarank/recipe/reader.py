@@ -102,11 +102,11 @@ def _check_device(name: str, where: str) -> None:
     try:
         kind, number = torch.device(name).type, torch.device(name).index
     except RuntimeError:
-        raise RecipeError(f"{where}: device: '{name}' is none. Give auto, cpu, cuda or cuda:N.") from None
+        raise RecipeError(f"{where}: device: '{name}' is not a valid device. Give auto, cpu, cuda or cuda:N.") from None
     if kind not in ("cpu", "cuda"):
         raise RecipeError(f"{where}: device: '{name}' is not supported. Give auto, cpu, cuda or cuda:N.")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cuda" and (number or 0) >= there:
         raise RecipeError(
-            f"{where}: device: '{name}' was asked for, and PyTorch sees {there} CUDA device(s). Give auto or cpu."
+            f"{where}: device: '{name}' was given, and PyTorch sees {there} CUDA device(s). Give auto or cpu."
         )

@@ -31,7 +31,7 @@ def _empty_if_none(value: Any) -> Any:
 
 
 class ModelEntry(Settings):
-    """One expert: where it is, its own parameters, and its task."""
+    """One expert: where it is, its parameters, and its task."""
 
     _nothing = field_validator("parameters", mode="before")(_empty_if_none)
 
@@ -134,7 +134,7 @@ class Recipe(Settings):
         return {entry.task.kind for entry in self.experts.values() if entry.task and entry.task.kind}
 
     def output_dtype(self) -> torch.dtype | None:
-        """The dtype of the output, or None for each tensor's own in the base."""
+        """The dtype of the output, or None for each tensor's in the base."""
         name = self.out_dtype or self.dtype
         return DTYPES[name] if name else None
 
@@ -160,19 +160,19 @@ class Recipe(Settings):
 
     def notes(self) -> list[str]:
         """What the recipe says without effect, and a base that is merged like the models, in sentences."""
-        name, found = self.merge_method, []
+        name, sentences = self.merge_method, []
         if self.name is not None:
-            found.append(f"name: '{self.name}', without effect.")
+            sentences.append(f"name: '{self.name}', without effect.")
         if self.adds_base:
-            found.append(f"base_model: merged like the models, as {name} has no base.")
+            sentences.append(f"base_model: merged like the models, as {name} has no base.")
         for_all, per_model = keys(self.kind), self.kind.per_model
         places = [("parameters", without_effect(name, self.parameters, for_all))]
         places += [(f"models: '{t}'", without_effect(name, e.parameters, per_model)) for t, e in self.experts.items()]
-        places += [("models: the base", list(own.parameters)) for own in self.models if self.is_base(own)]
-        found += [f"{where}: {', '.join(idle)} without effect in {name}." for where, idle in places if idle]
+        places += [("models: the base", list(entry.parameters)) for entry in self.models if self.is_base(entry)]
+        sentences += [f"{where}: {', '.join(idle)} without effect in {name}." for where, idle in places if idle]
         misplaced = {key for _, idle in places[1:] for key in idle if key in for_all and key not in per_model}
-        found += [f"{key}: {name} takes it for all models, under parameters." for key in sorted(misplaced)]
-        return found
+        sentences += [f"{key}: {name} takes it for all models, under parameters." for key in sorted(misplaced)]
+        return sentences
 
 
 def _task_names(entries: list[ModelEntry], reserved: set[str], folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ from adarank.workflow.heads import learned_heads
 from adarank.workflow.problem import problem_of, table_inputs
 
 if TYPE_CHECKING:
-    from adarank.workflow.context import Run
+    from adarank.workflow.context import RecipeContext
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Adaptation:
         return changed_tensors(self.job.network, self.live.parameters, "adaptation")
 
 
-def adapt_job(run: Run, method: AdaptiveMethod) -> Adaptation:
+def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     """Adapt by a method and its settings, from a saved state if there is one."""
     job, data, settings = run.job, run.data, method.settings
     fingerprint = run.fingerprint()

@@ -33,17 +33,17 @@ from adarank.workflow.problem import expert_predictions, head_features, problem_
 
 
 def _silent(text: str) -> None:
-    """Tells nobody."""
+    """Take a message and do nothing."""
 
 
 @dataclass(frozen=True)
-class Run(Context):
+class RecipeContext(Context):
     """A job's context.
 
     Attributes:
         about: the settings, the inputs' hashes and the seed: what, beside the data, decides every number.
         state: file in which the state is kept, with the experts' predictions and statistics beside it. A run continues from it.
-        note, progress: told of stages as they begin, and of every step.
+        note, progress: called with each stage as it begins, and after every step.
         ready: networks that are loaded already, and may be filled.
         keeps_heads: heads stay the experts', whatever the settings say: another method is put on the result.
     """
@@ -59,24 +59,30 @@ class Run(Context):
 
     @property
     def network(self) -> Network:
+        """The job's checkpoints, aligned."""
         return self.job.network
 
     @property
     def device(self) -> torch.device | str:
+        """The recipe's device."""
         return self.job.recipe.device
 
     @property
     def seed(self) -> int:
+        """The recipe's seed."""
         return self.job.recipe.seed
 
     @property
     def family(self) -> Family:
+        """The kind of the tasks' models; a `RecipeError` if there are no tasks."""
         return family_of(self.job)
 
     def outline(self) -> Outline:
+        """What headers tell, in the dtypes that the recipe asks for."""
         return self.job.outline()
 
     def models(self) -> TaskModels:
+        """The networks in `ready`, else one per task, filled with the base's tensors."""
         return build_models(self.job) if self.ready is None else self.ready
 
     @cached_property
@@ -112,6 +118,7 @@ class Run(Context):
         return fingerprint
 
     def with_statistics(self, method: Any) -> tuple[Any, dict[str, Any]]:
+        """The method with statistics of the experts on the tasks' data, kept beside the state; and the record's report of them."""
         return with_statistics(method, self.job, self.models, self.data, self._statistics_folder(), self.note)
 
     def _statistics_folder(self) -> Path | None:
@@ -120,6 +127,7 @@ class Run(Context):
         return self.folder / of if self.folder else None
 
     def adapted(self, method: Any) -> Result:
+        """The merged tensors of the kept step, its masks as a file, and the record's report of the loop."""
         adaptation = adapt_job(self, method)
         return Result(
             adaptation.tensors(),
@@ -130,6 +138,7 @@ class Run(Context):
         )
 
     def another(self, method: MergeMethod) -> tuple[Result, dict[str, Any]]:
+        """What another method gives on the same job, with a state in a folder `start`; and its settings in force."""
         settings = in_force(method, self.job.recipe)
         about, state = (
             {**self.about, "settings": settings},
@@ -139,25 +148,31 @@ class Run(Context):
         return method.run(changed), settings
 
     def expert_predictions(self, models: TaskModels, settings: AdaptSettings) -> dict[str, Predictions]:
+        """Task -> its expert's predictions, kept beside the state. The models hold the base's tensors afterwards."""
         mark = [self.choices, self.about["inputs"], self.marks]
         return expert_predictions(self.job, models, self.data, settings, mark, self.folder, self.note)
 
     def losses(
         self, models: TaskModels, settings: AdaptSettings, predictions: Mapping[str, Predictions], memory: Memory
     ) -> dict[str, Loss]:
+        """Task -> its objective on the rows of a step."""
         return problem_of(self.job, models, self.data, settings, predictions, memory).losses()
 
     def judge(
         self, models: TaskModels, settings: AdaptSettings, predictions: Mapping[str, Predictions]
     ) -> Callable[[int], Any]:
+        """Step -> each task's signals: what the models hold now beside the experts' predictions."""
         return problem_of(self.job, models, self.data, settings, predictions).judge()
 
     def judged_rows(self, task: str, settings: AdaptSettings) -> list[int]:
+        """Rows of select, or of adapt where select is empty; `check_inputs` at most."""
         judged, split = table_inputs(self.job, self.data, settings)[task].judged
         return list(judged.splits.rows[split])
 
     def features(self, models: TaskModels, task: str, settings: AdaptSettings, pool: Any = None) -> Tensor:
+        """(rows, width) what a task's head is given by what the models hold, for the rows adapted on and judged on."""
         return head_features(self.job, models, self.data, settings, task, pool)
 
     def report(self, history: History, settings: AdaptSettings, kept: Any = None) -> dict[str, Any]:
+        """What the record says of the loop."""
         return report(history, self.job, settings, self.data, kept)

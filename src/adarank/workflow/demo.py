@@ -18,9 +18,10 @@ from adarank.io.record import Note
 from adarank.io.writer import claimed
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe, parse_recipe
+from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
 from adarank.workflow.build_networks import build_models, network_tensors
-from adarank.workflow.context import Run
+from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import score_all, score_experts
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.merge import merge
@@ -69,8 +70,8 @@ def check_zoo(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             problems.append(f"{file}: is missing")
-        elif (found := hashlib.sha256(file.read_bytes()).hexdigest()) != entry["sha256"]:
-            problems.append(f"{file}: has SHA-256 {found[:12]}…, and {entry['sha256'][:12]}… was needed")
+        elif (digest := hashlib.sha256(file.read_bytes()).hexdigest()) != entry["sha256"]:
+            problems.append(f"{file}: has SHA-256 {digest[:12]}…, and {entry['sha256'][:12]}… was needed")
     if len(problems) == 1:
         raise CheckpointError(f"{problems[0]}. {remedy}")
     if problems:
@@ -91,7 +92,7 @@ def run(
     Arguments:
         quick: fewer inputs and steps: to see that everything works, not how well.
         seed: of the adaptation batches.
-        note: told each stage as it begins.
+        note: called with each stage as it begins.
         progress: called after each adaptation step.
         zoo: a folder that `zoo/build.py` made, with a recipe.yaml.
 
@@ -110,7 +111,7 @@ def _run(out: Path, quick: bool, seed: int, force: bool, note: Note, progress: P
     job = jobs["average"]
     data = load_tasks(job)
     models = build_models(job)
-    table = Table("test", "disjoint", {task: len(own.splits.rows["test"]) for task, own in data.items()})
+    table = Table("test", "disjoint", {task: len(of.splits.rows["test"]) for task, of in data.items()})
 
     def score(row: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         models.fill(tensors)
@@ -119,16 +120,16 @@ def _run(out: Path, quick: bool, seed: int, force: bool, note: Note, progress: P
 
     note(f"{sum(table.counts.values())} test images of {len(data)} tasks")
     table.rows["experts"] = score_experts(job, models, data, "test")
-    note(f"experts: mean accuracy {table.mean('experts'):.1f}, each task by a model of its own")
+    note(f"experts: mean accuracy {table.mean('experts'):.1f}, each task by its fine-tuned model")
     score("base", network_tensors(job, "base"))
     with tempfile.TemporaryDirectory(prefix="adarank-demo-") as scratch:
-        for row, own in jobs.items():
-            if not own.method.data:
-                score(row, own.method.run(Run(own)).tensors)
+        for row, of_row in jobs.items():
+            if not of_row.method.data:
+                score(row, of_row.method.run(RecipeContext(of_row)).tensors)
                 continue
-            note(f"{row}: {own.recipe.merge_method}")
+            note(f"{row}: {of_row.recipe.merge_method}")
             folder = out if row == "AdaRank" else Path(scratch) / row
-            merge(own.recipe, folder, force, note, progress, data)
+            merge(of_row.recipe, folder, force, note, progress, data)
             written = Checkpoint(folder)
             score(row, ((name, written.read(name)) for name in job.network.tensors))
     return table
@@ -142,6 +143,6 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any], quick: bool, seed: int)
     if quick:
         for entry in values["models"]:
             entry["task"]["limit"] = _LIMIT
-        if "adapt" in values:
-            values["adapt"] = {**values["adapt"], **_QUICK}
+        if METHODS[values["merge_method"]].adapt_block:
+            values["adapt"] = {**(values.get("adapt") or {}), **_QUICK}
     return parse_recipe({**values, "seed": seed}, recipe.folder)

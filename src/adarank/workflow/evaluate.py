@@ -65,7 +65,7 @@ def evaluate(
     opened = {_row(path, recipe): _opened(path, job.network) for path in map(Path, outputs)}
     models = build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
-    table = Table(split, protocol, {task: len(own.splits.rows[split]) for task, own in data.items()})
+    table = Table(split, protocol, {task: len(of.splits.rows[split]) for task, of in data.items()})
     if job.base is not None:
         note("Scoring the base")
         table.rows["base"] = score_all(job, models, data, split)
@@ -87,7 +87,7 @@ def heads_of(out: Path, models: TaskModels) -> Iterator[None]:
         MismatchError: it was trained, and the head of a task is not there or is of another shape.
     """
     trained = "training" in read_json(out / RECORD)
-    before = {task: {n: own.detach().clone() for n, own in head.items()} for task, head in models.heads.items()}
+    before = {task: {n: tensor.detach().clone() for n, tensor in head.items()} for task, head in models.heads.items()}
     for task, head in models.heads.items():
         file = out / "heads" / task / "head.safetensors"
         if file.exists():
@@ -95,7 +95,7 @@ def heads_of(out: Path, models: TaskModels) -> Iterator[None]:
             _fill_head(head, {name: stored.read(name) for name in stored.tensors}, str(file))
         elif head and trained:
             raise MismatchError(
-                f"{file}: is missing, and this output was trained with heads of its own. Copy the output again."
+                f"{file}: is missing, and the heads of this output were trained. Copy the output again."
             )
     try:
         yield
@@ -106,13 +106,13 @@ def heads_of(out: Path, models: TaskModels) -> Iterator[None]:
 
 @torch.no_grad()
 def _fill_head(head: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: str) -> None:
-    other = [name for name, own in head.items() if name not in tensors or tensors[name].shape != own.shape]
+    other = [name for name, tensor in head.items() if name not in tensors or tensors[name].shape != tensor.shape]
     if other:
         raise MismatchError(
             f"{file}: lacks tensor '{other[0]}' {tuple(head[other[0]].shape)} of the expert's head, or has another shape. Give an output of this recipe's models."
         )
-    for name, own in head.items():
-        own.copy_(tensors[name])
+    for name, tensor in head.items():
+        tensor.copy_(tensors[name])
 
 
 def score_all(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
@@ -121,7 +121,7 @@ def score_all(job: Job, models: TaskModels, data: Mapping[str, TaskData], split:
 
 
 def score_experts(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
-    """Each task's score by its own expert. The models hold the last expert's tensors afterwards."""
+    """Each task's score by its expert. The models hold the last expert's tensors afterwards."""
     return _score_each(job, models, data, split, lambda task: network_tensors(job, task))
 
 
@@ -152,7 +152,7 @@ def _score_each(
     tensors: Callable[[str], Iterator[tuple[str, Tensor]]],
     bundle: Bundle | None = None,
 ) -> dict[str, float]:
-    """Each task's score with tensors of its own; a bundle puts more than tensors into a copy of the module."""
+    """Each task's score with the tensors given for it; a bundle puts more than tensors into a copy of the module."""
     scores = {}
     for task in job.network.tasks:
         models.fill(tensors(task))

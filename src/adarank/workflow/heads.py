@@ -17,13 +17,13 @@ from adarank.recipe.job import Job
 from adarank.workflow.problem import problem_of
 
 if TYPE_CHECKING:
-    from adarank.workflow.context import Run
+    from adarank.workflow.context import RecipeContext
 
 Heads = dict[str, dict[str, Tensor]]
 """task -> its head, under the names that its expert's files use."""
 
 
-def with_learned_heads(run: Run, result: Result) -> tuple[Result, dict[str, Any]]:
+def with_learned_heads(run: RecipeContext, result: Result) -> tuple[Result, dict[str, Any]]:
     """A merged model with heads that were learned on it, and what the record says of them."""
     settings = AdaptSettings(learn_heads=True)
     models = run.models()

@@ -72,9 +72,9 @@ def inspect_output(path: Path) -> tuple[tuple[str, ...], list[LayerRow]]:
     masks = MaskFile.load(path / FILE)
     rows = []
     for name, lam in masks.lam.items():
-        own = masks.masks.get(name)
-        kept = () if own is None else tuple(masks.kept(name))
-        soft = own is not None and own.is_floating_point()
+        mask = masks.masks.get(name)
+        kept = () if mask is None else tuple(masks.kept(name))
+        soft = mask is not None and mask.is_floating_point()
         rows.append(LayerRow(name, tuple(lam.tolist()), kept, masks.sizes.get(name, ()), soft))
     return masks.tasks, rows
 
@@ -90,19 +90,19 @@ def _plain(checkpoint: Checkpoint, name: str) -> TensorRow:
     return TensorRow(name, info.shape, _dtype(info.dtype), _norm(tensor))
 
 
-def _against(name: str, origin: torch.Tensor, own: torch.Tensor, dtype: torch.dtype) -> TensorRow:
-    delta = own - origin
-    norm, start = _norm(own), _norm(origin)
-    share = _norm(delta) / start if start > 0 else None  # a share of nothing is no number
+def _against(name: str, origin: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype) -> TensorRow:
+    delta = tensor - origin
+    norm, start = _norm(tensor), _norm(origin)
+    share = _norm(delta) / start if start > 0 else None  # undefined for a zero base
     matrix = as_matrix(delta)
     if min(matrix.shape) < 2 or delta.dim() < 2:
-        return TensorRow(name, tuple(own.shape), _dtype(dtype), norm, share)
+        return TensorRow(name, tuple(tensor.shape), _dtype(dtype), norm, share)
     if (
         max(matrix.shape) > 16 * min(matrix.shape) and min(matrix.shape) > 512
     ):  # a vocabulary: its SVD would take minutes
-        return TensorRow(name, tuple(own.shape), _dtype(dtype), norm, share, min(matrix.shape))
+        return TensorRow(name, tuple(tensor.shape), _dtype(dtype), norm, share, min(matrix.shape))
     s = decompose(matrix, name).s
-    return TensorRow(name, tuple(own.shape), _dtype(dtype), norm, share, s.numel(), effective_rank(s))
+    return TensorRow(name, tuple(tensor.shape), _dtype(dtype), norm, share, s.numel(), effective_rank(s))
 
 
 def _norm(tensor: torch.Tensor) -> float:

@@ -100,18 +100,18 @@ def check_tasks(job: Job) -> dict[str, Rows]:
 
 
 def _each(job: Job, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) -> dict[str, R]:
-    found: dict[str, R] = {}
+    loaded: dict[str, R] = {}
     problems: list[str] = []
     for task, entry in job.recipe.experts.items():
         try:
             if entry.task is None or job.family is None:
                 raise DataError(f"task '{task}': the model has no task. Give its kind and data in the recipe.")
             reader = TaskReader(job.family, job.recipe.data, job.recipe.folder, job.recipe.seed)
-            found[task] = do(reader, task, entry.task, job.experts[task])
+            loaded[task] = do(reader, task, entry.task, job.experts[task])
         except AdaRankError as error:
             problems.append(str(error))
     raise_together(problems)
-    return found
+    return loaded
 
 
 def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[int | None]:
@@ -125,13 +125,13 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
     if spec.columns.label not in table:
         return [None] * count
     by_name, classes = _classes(config, name)
-    found: list[int | None] = []
+    numbers: list[int | None] = []
     for row, stored in enumerate(table[spec.columns.label], start=1):
         value = stored.tolist() if hasattr(stored, "tolist") else stored  # of NumPy's numbers and arrays plain ones
         if (
             value is None or value != value or str(value).strip() in ("-1", "")
         ):  # how files say that a label is withheld
-            found.append(None)
+            numbers.append(None)
             continue
         named = by_name.get(value) if isinstance(value, str) else None
         number = int(value) if named is None and _is_integer(value) else named
@@ -140,8 +140,8 @@ def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) 
             raise DataError(
                 f"task '{name}': row {row} has label {value!r}; the expert knows {known}. Use its class numbers or names."
             )
-        found.append(number)
-    return found
+        numbers.append(number)
+    return numbers
 
 
 def _classes(config: Mapping[str, Any], task: str) -> tuple[dict[str, int], int]:

@@ -19,13 +19,13 @@ from adarank.errors import OutputError
 from adarank.io.output_folder import check_outside, remove_ours
 from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import atomic_folder, claimed, state_folder, write_record
-from adarank.outputs.write import check_companions, write_result
+from adarank.outputs.write import check_side_files, write_result
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.paths import portable, read_paths
 from adarank.recipe.plan import describe, settings_in_force, unheeded
 from adarank.recipe.reader import RecipeLike, load_recipe
 from adarank.recipe.schema import Recipe
-from adarank.workflow.context import Run
+from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
 from adarank.workflow.load_tasks import load_tasks
 
@@ -76,7 +76,7 @@ def _merge(
     clock = Clock()
     job = open_job(recipe)
     check_outside(out, read_paths(job))
-    check_companions(job)
+    check_side_files(job)
     _check_disk(job, out)
     torch.manual_seed(recipe.seed)
     if data is None:
@@ -93,10 +93,10 @@ def _merge(
     }
     state = out.parent / f".{out.name}.state"
     with _kept(state) if data else nullcontext():
-        run = Run(job, data, record, state / "state.pt", note, progress)
-        result = job.method.run(run)
+        context = RecipeContext(job, data, record, state / "state.pt", note, progress)
+        result = job.method.run(context)
         if recipe.heads == "learn":
-            result, of_heads = with_learned_heads(run, result)
+            result, of_heads = with_learned_heads(context, result)
             record |= of_heads
     note("Writing the bundle" if result.parts else "Writing the merged model")
     with atomic_folder(out, force) as folder:

@@ -44,7 +44,7 @@ class Table:
         if reference not in self.rows:
             return None
         pairs = [(self.rows[row][task], expert) for task, expert in self.rows[reference].items() if expert > 0]
-        return 100 * sum(own / expert for own, expert in pairs) / len(pairs) if pairs else None
+        return 100 * sum(merged / expert for merged, expert in pairs) / len(pairs) if pairs else None
 
 
 def score(labels: Sequence[int], predictions: Sequence[int], metric: str) -> float:

@@ -36,7 +36,7 @@ from adarank.recipe.schema import Recipe
 from adarank.settings import nearest, parse
 from adarank.spectral.svd import stored_spectra
 from adarank.workflow.build_networks import build_models
-from adarank.workflow.context import Run
+from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import score_result
 from adarank.workflow.load_tasks import load_tasks
 
@@ -62,6 +62,7 @@ class Point:
 
     @property
     def mean(self) -> float:
+        """Mean score over tasks."""
         return sum(self.scores.values()) / len(self.scores)
 
 
@@ -114,7 +115,9 @@ def search(
     """
     local_path(path, kind=RecipeError)
     if not best.name or local_path(best, kind=OutputError).is_dir():
-        raise OutputError(f"{best}: is no name of a file, and the best recipe is one. Give a name such as best.yaml.")
+        raise OutputError(
+            f"{best}: is not the name of a file, which the best recipe needs. Give a name such as best.yaml."
+        )
     best = resolved(best)
     files = Written(best, best.with_suffix(".search.json"), best.parent / f".{best.stem}.search")
     _check_place(path, best)
@@ -134,29 +137,29 @@ def _search(
     job = open_job(recipe)
     methods = [_method(job, settings) for settings in points]
     data = load_tasks(job)
-    for own in data.values():
-        own.targets(own.splits.rows[SPLIT])
+    for of in data.values():
+        of.targets(of.splits.rows[SPLIT])
     for method in methods:
         method.of_data(data)
     note("Hashing the inputs")
     inputs = job.inputs()
-    prints = {task: own.fingerprint() for task, own in data.items()}
+    prints = {task: of.fingerprint() for task, of in data.items()}
     identity = json.dumps([recipe.merge_method, recipe.parameters, inputs, prints], sort_keys=True, default=str)
     note("Loading the networks")
     models = build_models(job)
     with state_folder(files.state):
         state = files.state / hashlib.sha256(identity.encode()).hexdigest()[:16]
-        found = try_points(job, models, data, list(zip(points, methods, strict=True)), state, progress)
-        found += each_tasks_best(recipe.kind, found)
-        ranked = sorted(found, key=lambda point: -point.mean)  # stable: of equals the first of the grid
+        tried = try_points(job, models, data, list(zip(points, methods, strict=True)), state, progress)
+        tried += each_tasks_best(recipe.kind, tried)
+        ranked = sorted(tried, key=lambda point: -point.mean)  # stable: of equals the first of the grid
         record = {
             "split": f"{SPLIT}, with labels; the test split was not read",
             "method": recipe.merge_method,
             "axes": {axis.name: list(axis.values) for axis in axes},
             "best": {"settings": dict(ranked[0].settings), "mean": ranked[0].mean, "scores": dict(ranked[0].scores)},
-            "at_the_edge": {axis: at for axis, (at, _) in edges(recipe.kind, found).items()},
-            "points": [{"settings": dict(p.settings), "mean": p.mean, "scores": dict(p.scores)} for p in found],
-            "rows_per_split": {t: {s: len(rows) for s, rows in own.splits.rows.items()} for t, own in data.items()},
+            "at_the_edge": {axis: at for axis, (at, _) in edges(recipe.kind, tried).items()},
+            "points": [{"settings": dict(p.settings), "mean": p.mean, "scores": dict(p.scores)} for p in tried],
+            "rows_per_split": {t: {s: len(rows) for s, rows in of.splits.rows.items()} for t, of in data.items()},
             "recipe": portable(recipe),
             "inputs": inputs,
             "versions": versions(),
@@ -238,18 +241,20 @@ def try_points(
         points: (settings, the method with them).
         state: folder of the spectra, of statistics, and of the points done: those are not tried again.
     """
-    found: list[Point] = []
+    tried: list[Point] = []
     with stored_spectra(state / "spectra"):
         for number, (settings, method) in enumerate(points, start=1):
             kept = state / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}.json"
             scores = _kept_scores(kept, job.network.tasks)
             if scores is None:
-                run = Run(replace(job, method=method), data, state=state / "statistics" / "state.pt", ready=models)
+                run = RecipeContext(
+                    replace(job, method=method), data, state=state / "statistics" / "state.pt", ready=models
+                )
                 scores = score_result(run.job, models, data, method.run(run), SPLIT)
                 write_json(kept, scores)
-            found.append(Point(settings, scores))
-            progress(found[-1], number, len(points))
-    return found
+            tried.append(Point(settings, scores))
+            progress(tried[-1], number, len(points))
+    return tried
 
 
 def _kept_scores(file: Path, tasks: Sequence[str]) -> dict[str, float] | None:
@@ -261,13 +266,15 @@ def _kept_scores(file: Path, tasks: Sequence[str]) -> dict[str, float] | None:
     except ValueError:
         return None
     fits = isinstance(scores, dict) and list(scores) == list(tasks)
-    return scores if fits and all(isinstance(own, float) and math.isfinite(own) for own in scores.values()) else None
+    return (
+        scores if fits and all(isinstance(score, float) and math.isfinite(score) for score in scores.values()) else None
+    )
 
 
 def each_tasks_best(kind: type[MergeMethod], points: Sequence[Point]) -> list[Point]:
-    """The point made of each task's own best settings, where a task-aware method has them per model; else nothing.
+    """The point made of each task's best settings, where a task-aware method has them per model; else nothing.
 
-    It needs no scoring: its settings change the weights of their own task alone. Of equals the first is taken.
+    It needs no scoring: each task's settings change its weights alone. Of equals the first is taken.
     """
     axes = list(points[0].settings)
     if not set(axes) <= set(kind.of_one_task()):
@@ -289,9 +296,9 @@ def edges(kind: type[MergeMethod], points: Sequence[Point]) -> dict[str, tuple[f
         Axis -> (the best, the next one beyond it by the ratio of the last two), where the method allows that.
     """
     best = max(points, key=lambda point: point.mean).settings
-    found: dict[str, tuple[float, float]] = {}
+    at_the_edge: dict[str, tuple[float, float]] = {}
     if level(points):
-        return found
+        return at_the_edge
     for axis, at in best.items():
         values = sorted({p.settings[axis] for p in points if isinstance(p.settings[axis], (int, float))})
         if len(values) < 2 or at not in (values[0], values[-1]) or values[0] <= 0:
@@ -299,9 +306,9 @@ def edges(kind: type[MergeMethod], points: Sequence[Point]) -> dict[str, tuple[f
         beyond = float(f"{at * at / values[1 if at == values[0] else -2]:.2g}")
         for further in (beyond, 1.0):  # shares end at 1
             if (further - at) * (beyond - at) > 0 and _allowed(kind, axis, further):
-                found[axis] = (float(at), further)
+                at_the_edge[axis] = (float(at), further)
                 break
-    return found
+    return at_the_edge
 
 
 def _allowed(kind: type[MergeMethod], axis: str, value: float) -> bool:
