@@ -352,7 +352,7 @@ def test_a_configuration_with_lone_surrogates_is_copied_as_it_is(plain: Path) ->
     assert json.loads((plain / "out" / "config.json").read_text())["note"] == "\ud800"
 
 
-@pytest.mark.parametrize("where", ["adarank.workflow.merge.write_folders", "adarank.workflow.merge.describe"])
+@pytest.mark.parametrize("where", ["adarank.outputs.write.write_folders", "adarank.workflow.merge.describe"])
 def test_a_bug_says_so_keeps_its_traceback_and_no_file(
     plain: Path, where: str, capsys: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,7 +383,7 @@ def test_memory_that_runs_out_is_told_in_a_sentence(plain: Path, capsys: Told, m
     def greedy(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("adarank.workflow.merge.write_folders", greedy)
+    monkeypatch.setattr("adarank.outputs.write.write_folders", greedy)
     assert "not enough memory" in refused(capsys, "merge", "r.yaml", "out")
 
 

@@ -230,7 +230,11 @@ def learn_heads(
         RecipeError: a task's head cannot be learned.
 
     Example:
-        modules, heads = adarank.learn_heads(base, experts, adarank.merge(base, experts, "cart"), batches)
+        base, a, b = (torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU()) for _ in range(3))
+        for model in (base, a, b):
+            model.add_module("classifier", torch.nn.Linear(16, 4))
+        experts, batches = {"a": a, "b": b}, {task: [torch.randn(16, 8) for _ in range(4)] for task in "ab"}
+        modules, heads = adarank.learn_heads(base, experts, adarank.merge(base, experts, "average"), batches)
     """
     batches, held_out = _batches(batches, held_out, experts)
     network, call = _network(base, experts, select), forward or _call

@@ -43,7 +43,7 @@ def read_kept(path: Path, mapped: bool = False) -> Any:
         mapped: leave tensors in the file until they are read.
     """
     try:
-        return torch.load(path, weights_only=True, mmap=mapped)
+        return load_signed(path, mapped)
     except (pickle.UnpicklingError, *DAMAGED):
         return None
 
