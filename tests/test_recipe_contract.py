@@ -319,7 +319,11 @@ def test_empty_parameters_are_none() -> None:
 
 @pytest.mark.parametrize(
     ("device", "text"),
-    [("gpu", "'gpu' is not a valid device"), ("mps", "'mps' is not supported"), ("cuda:99", "PyTorch sees [0-9]+ CUDA")],
+    [
+        ("gpu", "'gpu' is not a valid device"),
+        ("mps", "'mps' is not supported"),
+        ("cuda:99", "PyTorch sees [0-9]+ CUDA"),
+    ],
 )
 def test_a_device_that_is_not_there_is_refused_at_once(device: str, text: str) -> None:
     with pytest.raises(RecipeError, match=text):
