@@ -192,7 +192,7 @@ class Inside(nn.Module):
         return self.after(torch.relu(self.head(self.body(x))))
 
 
-def test_a_head_inside_a_network_is_refused_if_it_must_be_learned() -> None:
+def test_a_head_inside_a_network_is_refused_if_to_be_learned() -> None:
     torch.manual_seed(0)
     base, experts = Inside(), {"a": Inside()}
     select = adarank.Select(head=("head.*",))

@@ -25,6 +25,7 @@ from adarank.models.predict import predict
 from adarank.recipe.reader import load_recipe
 from adarank.spectral.mask_file import FILE
 from adarank.workflow.build_networks import build_models
+from adarank.workflow.evaluate import heads_of
 from adarank.workflow.load_tasks import load_tasks
 from image_zoo import ADAPT, HEADS, SIZE, TASKS, expert, make_zoo, recipe
 from test_end_to_end import KILLED
@@ -81,7 +82,8 @@ def test_an_adapted_task_loads_as_it_was_scored(tmp_path: Path, architecture: st
     models = build_models(job)
     models.fill(weights(tmp_path / "out").items())
     for task, data in load_tasks(job).items():
-        rows, scored = predict(FAMILIES["image-classification"], models.modules[task], data, "test")
+        with heads_of(tmp_path / "out", models):
+            rows, scored = predict(FAMILIES["image-classification"], models.modules[task], data, "test")
         again = logits(adarank.load_task(tmp_path / "out", task), data.examples.batch(rows)["pixel_values"])
         assert scored.shape == (24, TASKS[task])
         torch.testing.assert_close(again, scored)
