@@ -1,11 +1,14 @@
-"""One thread, no network and reproducible examples for every test."""
+"""One thread, no network and reproducible examples for every test; what several files of tests start from."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor, nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the network
 torch.set_num_threads(1)
@@ -18,3 +21,27 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("adarank")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import text_zoo  # not before the environment says that nothing is asked of the network
+
+    return text_zoo.make_zoo(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import image_zoo
+
+    return image_zoo.make_zoo(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def problem() -> tuple[nn.Module, dict[str, nn.Module], dict[str, list[Tensor]]]:
+    torch.manual_seed(0)
+    base = nn.Linear(6, 4)
+    experts = {task: nn.Linear(6, 4) for task in "ab"}
+    for own in experts.values():
+        own.load_state_dict({n: t + 0.3 * torch.randn_like(t) for n, t in base.state_dict().items()})
+    return base, experts, {task: [torch.randn(8, 6) for _ in range(6)] for task in experts}

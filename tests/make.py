@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from adarank.alignment.align import align
 from adarank.alignment.selection import Select
 from adarank.alignment.task_vectors import Network
 from adarank.io.checkpoint import Checkpoint, MemorySource
+from adarank.methods import Masked, Method, merge_tensors
+from adarank.spectral.mask_file import MaskFile
 
 State = dict[str, Tensor]
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -191,3 +194,27 @@ def models_on_disk(folder: Path, names: tuple[str, ...] = ("a", "b")) -> Path:
     for name, own in zip(names, experts.values(), strict=True):
         save(folder / "experts" / name, own)
     return folder
+
+
+def merged(method: Method, net: Network) -> State:
+    return dict(merge_tensors(method, net))
+
+
+def masked(net: Network, origin: str, lam: float, share: float) -> Masked:
+    """Masks that keep each task's first ⌊share·r⌋ components, at least one."""
+    ranks = {
+        n: min(i.shape[0], i.numel // i.shape[0])
+        for n, i in net.tensors.items()
+        if net.choices[n].action == "decompose"
+    }
+    count = len(net.tasks)
+    masks = {n: (torch.arange(r) < max(1, math.floor(share * r + 1e-9))).repeat(count) for n, r in ranks.items()}
+    lams = {name: torch.full((count,), lam) for name in net.merged()}
+    return Masked(masks=MaskFile(origin, net.tasks, lams, masks, {n: (r,) * count for n, r in ranks.items()}, {}))
+
+
+def on_disk(folder: Path, tasks: int, dtype: torch.dtype) -> tuple[State, dict[str, State], Network]:
+    base, experts = family(tasks, dtype=dtype)
+    root = Checkpoint(save_shards(folder / "base", base, 3), "base")
+    opened = {task: Checkpoint(save(folder / task, own), task) for task, own in experts.items()}
+    return base, experts, align(root, opened)

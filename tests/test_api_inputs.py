@@ -17,16 +17,6 @@ from adarank.errors import DataError, RecipeError
 from text_zoo import make_zoo, recipe
 
 
-@pytest.fixture
-def problem() -> tuple[nn.Module, dict[str, nn.Module], dict[str, list[Tensor]]]:
-    torch.manual_seed(0)
-    base = nn.Linear(6, 4)
-    experts = {task: nn.Linear(6, 4) for task in "ab"}
-    for own in experts.values():
-        own.load_state_dict({n: t + 0.3 * torch.randn_like(t) for n, t in base.state_dict().items()})
-    return base, experts, {task: [torch.randn(8, 6) for _ in range(6)] for task in experts}
-
-
 def test_batches_may_be_loaders_or_generators_of_any_float(problem: Any) -> None:
     base, experts, batches = problem
 

@@ -168,16 +168,6 @@ def test_predictions_may_lie_on_one_class_alone() -> None:
     assert (found.agreement, found.histogram, found.largest, found.expert_largest) == (0.5, 0.5, 1.0, 0.5)
 
 
-@pytest.fixture
-def problem() -> tuple[nn.Module, dict[str, nn.Module], dict[str, list[Tensor]]]:
-    torch.manual_seed(0)
-    base = nn.Linear(6, 4)
-    experts = {task: nn.Linear(6, 4) for task in "ab"}
-    for own in experts.values():
-        own.load_state_dict({n: t + 0.3 * torch.randn_like(t) for n, t in base.state_dict().items()})
-    return base, experts, {task: [torch.randn(8, 6) for _ in range(6)] for task in experts}
-
-
 def test_a_network_that_gives_no_numbers_agrees_with_nobody() -> None:
     expert = torch.tensor([[2.0, 0.0]] * 9 + [[0.0, 2.0]])
     start, broken = signals(expert.flip(-1), expert), signals(torch.full((10, 2), math.nan), expert)

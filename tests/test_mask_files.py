@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
-from adarank.alignment.align import align
-from adarank.alignment.task_vectors import Network
 from adarank.errors import AdaRankError, MismatchError
-from adarank.io.checkpoint import Checkpoint
-from adarank.methods import Masked, Method, merge_tensors
+from adarank.methods import Masked
 from adarank.spectral.mask_file import MaskFile
-from make import MATRICES, State, family, network, same, save, save_shards
+from make import MATRICES, State, family, masked, merged, network, same
 
 LAM = 0.37
 
 
 Experts = Mapping[str, State]
-
-
-def merged(method: Method, net: Network) -> State:
-    return dict(merge_tensors(method, net))
-
-
-def masked(net: Network, origin: str, lam: float, share: float) -> Masked:
-    """Masks that keep each task's first ⌊share·r⌋ components, at least one."""
-    ranks = {
-        n: min(i.shape[0], i.numel // i.shape[0])
-        for n, i in net.tensors.items()
-        if net.choices[n].action == "decompose"
-    }
-    count = len(net.tasks)
-    masks = {n: (torch.arange(r) < max(1, math.floor(share * r + 1e-9))).repeat(count) for n, r in ranks.items()}
-    lams = {name: torch.full((count,), lam) for name in net.merged()}
-    return Masked(masks=MaskFile(origin, net.tasks, lams, masks, {n: (r,) * count for n, r in ranks.items()}, {}))
-
-
-def on_disk(folder: Path, tasks: int, dtype: torch.dtype) -> tuple[State, dict[str, State], Network]:
-    base, experts = family(tasks, dtype=dtype)
-    root = Checkpoint(save_shards(folder / "base", base, 3), "base")
-    opened = {task: Checkpoint(save(folder / task, own), task) for task, own in experts.items()}
-    return base, experts, align(root, opened)
 
 
 def test_a_masks_file_reloaded_merges_to_the_same_bytes(tmp_path: Path) -> None:

@@ -14,17 +14,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adarank.alignment.align import align
 from adarank.alignment.selection import Select
-from adarank.alignment.task_vectors import Network
 from adarank.errors import CheckpointError, RecipeError
-from adarank.io.checkpoint import Checkpoint, file_sha256
+from adarank.io.checkpoint import file_sha256
 from adarank.io.writer import write_checkpoint
-from adarank.methods import CART, Linear, Masked, Method, SVDk, TaskArithmetic, WeightAverage, merge_tensors
+from adarank.methods import CART, Linear, Method, SVDk, TaskArithmetic, WeightAverage, merge_tensors
 from adarank.methods.per_tensor import TensorWeights
 from adarank.settings import parse
-from adarank.spectral.mask_file import MaskFile
-from make import BUFFER, MATRICES, SHAPES, State, close, family, floats, identical, network, same, save, save_shards
+from make import (
+    BUFFER,
+    MATRICES,
+    SHAPES,
+    State,
+    close,
+    family,
+    floats,
+    identical,
+    masked,
+    merged,
+    network,
+    on_disk,
+    same,
+)
 
 LAM = 0.37
 METHODS: dict[str, Method] = {
@@ -35,23 +46,6 @@ METHODS: dict[str, Method] = {
     "cart": CART(rank=0.5, scale=1.7),
 }
 Experts = Mapping[str, State]
-
-
-def merged(method: Method, net: Network) -> State:
-    return dict(merge_tensors(method, net))
-
-
-def masked(net: Network, origin: str, lam: float, share: float) -> Masked:
-    """Masks that keep each task's first ⌊share·r⌋ components, at least one."""
-    ranks = {
-        n: min(i.shape[0], i.numel // i.shape[0])
-        for n, i in net.tensors.items()
-        if net.choices[n].action == "decompose"
-    }
-    count = len(net.tasks)
-    masks = {n: (torch.arange(r) < max(1, math.floor(share * r + 1e-9))).repeat(count) for n, r in ranks.items()}
-    lams = {name: torch.full((count,), lam) for name in net.merged()}
-    return Masked(masks=MaskFile(origin, net.tasks, lams, masks, {n: (r,) * count for n, r in ranks.items()}, {}))
 
 
 def each(base: State, formula: Callable[[str], Tensor]) -> State:
@@ -306,13 +300,6 @@ def test_float64_experts_are_averaged_in_float64() -> None:
     for method in (WeightAverage(), Linear()):
         found = merged(method, net)
         assert all((found[n] - mean(experts, n)).abs().max() < 1e-14 for n in floats(found)), method.name
-
-
-def on_disk(folder: Path, tasks: int, dtype: torch.dtype) -> tuple[State, dict[str, State], Network]:
-    base, experts = family(tasks, dtype=dtype)
-    root = Checkpoint(save_shards(folder / "base", base, 3), "base")
-    opened = {task: Checkpoint(save(folder / task, own), task) for task, own in experts.items()}
-    return base, experts, align(root, opened)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,16 +33,6 @@ from make import randn
 from modular_zoo import IMAGE, METHODS, TEXT, data_of, inputs, logits, made, near, of, one, rewrite, whole, write
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_zoo.make_zoo(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_zoo.make_zoo(tmp_path_factory.mktemp("images"))
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["text", "images"])
 def test_a_recipe_gives_a_bundle_that_serves_every_task(

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import image_zoo
-import text_zoo
 from adarank.cli.main import main
 from adarank.errors import RecipeError
 from adarank.modular import MODULAR
@@ -38,16 +36,6 @@ def test_modules_are_judged_as_often_as_masks_of_few_inputs(tmp_path: Path) -> N
     path = recipe(zoo, merge_method="wemoe", adapt=adapt, data={"adapt": 0.2, "select": 0.2, "test": 0.6})
     record = merge(load_recipe(path), tmp_path / "out")
     assert list(record["adaptation"]["judged"])[:3] == ["0", "5", "10"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_zoo.make_zoo(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_zoo.make_zoo(tmp_path_factory.mktemp("images"))
 
 
 @pytest.mark.parametrize("method", METHODS)

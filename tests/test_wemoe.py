@@ -25,16 +25,6 @@ from make import randn
 from modular_zoo import METHODS, TEXT, data_of, inputs, logits, made, near, of, one, stir, whole, write
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_zoo.make_zoo(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_zoo.make_zoo(tmp_path_factory.mktemp("images"))
-
-
 @pytest.mark.parametrize("kind", ["text", "images"])
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_wemoe_starts_as_task_arithmetic(

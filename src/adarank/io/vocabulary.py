@@ -51,6 +51,13 @@ def kinds_of(folder: Path) -> list[str]:
     return list(dict.fromkeys("tokens" if name in TOKENS else "pieces" for name in files_of(folder)))
 
 
+def comparable(folders: Mapping[str, Path]) -> tuple[list[str], str | None]:
+    """Which of some folders hold a vocabulary, and the kind that all of these hold; None if there is none."""
+    kinds = {name: listed for name, folder in folders.items() if (listed := kinds_of(folder))}
+    shared = next((kind for kind in ("tokens", "pieces") if all(kind in listed for listed in kinds.values())), None)
+    return list(kinds), shared
+
+
 def fingerprint(folder: Path) -> dict[str, str]:
     """File name -> SHA-256 of all that a vocabulary is read from: equal ones need not be read to be compared."""
     return {name: file_sha256(folder / name) for name in FILES if (folder / name).is_file()}

@@ -15,7 +15,7 @@ from typing import TypeVar
 from adarank.alignment.task_vectors import Network
 from adarank.errors import MismatchError, itemise
 from adarank.io.checkpoint import Checkpoint
-from adarank.io.vocabulary import Vocabulary, files_of, fingerprint, kinds_of, read_vocabulary
+from adarank.io.vocabulary import Vocabulary, comparable, files_of, fingerprint, read_vocabulary
 from adarank.models.configurations import compare_configurations, compare_processors, few
 
 Member = TypeVar("Member")
@@ -136,15 +136,13 @@ def compare_vocabularies(folders: Mapping[str, Path], rows: int) -> tuple[list[s
         folders: what to call a model -> where its tokenizer's files are.
         rows: how many ids the embedding table has; tokens beyond them are no matter.
     """
-    kinds = {name: kinds_of(folder) for name, folder in folders.items()}
-    kinds = {name: listed for name, listed in kinds.items() if listed}
-    shared = next((kind for kind in ("tokens", "pieces") if all(kind in listed for listed in kinds.values())), None)
-    if rows == 0 or len(kinds) < 2:
+    holders, shared = comparable(folders)
+    if rows == 0 or len(holders) < 2:
         return [], []
     if shared is None:
-        listed = ", ".join(f"{name} has {' and '.join(files_of(folders[name]))}" for name in kinds)
+        listed = ", ".join(f"{name} has {' and '.join(files_of(folders[name]))}" for name in holders)
         return [], [f"Vocabularies were not compared: their files are of different kinds ({listed})."]
-    marks = {name: fingerprint(folders[name]) for name in kinds}
+    marks = {name: fingerprint(folders[name]) for name in holders}
     distinct = [name for number, name in enumerate(marks) if marks[name] not in list(marks.values())[:number]]
     if len(distinct) < 2:
         return [], []

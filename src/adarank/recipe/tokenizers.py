@@ -8,7 +8,7 @@ from adarank.errors import MismatchError, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.hub import same_model
 from adarank.io.side_files import tokenizer_files
-from adarank.io.vocabulary import Vocabulary, fingerprint, kinds_of, read_vocabulary
+from adarank.io.vocabulary import Vocabulary, comparable, fingerprint, read_vocabulary
 from adarank.models.compatibility import is_table, labelled
 from adarank.models.configurations import few
 from adarank.recipe.schema import Recipe
@@ -59,11 +59,10 @@ def _named(source: str, recipe: Recipe, base: Checkpoint | None, experts: Mappin
 def _vocabularies(members: Mapping[str, Checkpoint]) -> dict[str, Vocabulary]:
     """The vocabularies that compare, by model: those of whole folders, in files of one kind. Equal files are read once."""
     folders = {label: member.folder for label, member in members.items() if member.path.is_dir()}
-    kinds = {label: listed for label, folder in folders.items() if (listed := kinds_of(folder))}
-    shared = next((kind for kind in ("tokens", "pieces") if all(kind in listed for listed in kinds.values())), None)
+    holders, shared = comparable(folders)
     read: dict[str, Vocabulary] = {}
     known: dict[tuple[tuple[str, str], ...], Vocabulary] = {}
-    for label in kinds if shared else ():
+    for label in holders if shared else ():
         mark = tuple(sorted(fingerprint(folders[label]).items()))
         vocabulary = known.get(mark) or read_vocabulary(folders[label], shared)
         if vocabulary is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,8 @@ from adarank.adapt.problem import BatchPredictions, Chunk, Predict, Predictions,
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.io.archive import load_signed
-from adarank.io.pickled import DAMAGED
 from adarank.io.record import Note
-from adarank.io.state import write_state
+from adarank.io.state import read_kept, write_state
 from adarank.models import Family, TaskModels
 from adarank.models.head_inputs import Pool, head_parts
 from adarank.models.predict import split_batches
@@ -182,10 +179,10 @@ def head_features(
 
 def _read(path: Path, fingerprint: str) -> dict[str, Predictions] | None:
     """What is kept, or None if there is nothing, it is damaged, or it is of others: then it is computed anew."""
+    content = read_kept(path)
     try:
-        content = load_signed(path)
         if content["fingerprint"] != fingerprint:
             return None
         return {task: Predictions(each["logits"], each["features"]) for task, each in content["outputs"].items()}
-    except (pickle.UnpicklingError, *DAMAGED):
+    except (LookupError, TypeError, AttributeError):  # nothing was kept, or something else
         return None

@@ -146,10 +146,7 @@ def rebuilt(method: type[Taskwise], tensors: Layout, shared: PartFile, own: Part
     """(name, tensor) of one task's whole network but its head, from its parts, one in memory at a time."""
     constants = own.of()
     for name, (_, dtype) in tensors.items():
-        try:
-            merged = _tensor(method, {**constants, **shared.of(name), **own.of(name)})
-        except KeyError as error:
-            raise CheckpointError(f"bundle: tensor {name!r} lacks its part {error}. Copy the bundle again.") from None
+        merged = _tensor(method, name, {**constants, **shared.of(name), **own.of(name)})
         yield name, cast(merged, dtype, name, "Give base and experts in a wider dtype, such as bfloat16.")
 
 
@@ -160,13 +157,24 @@ def in_memory(
     return held_parts(network.tasks, task_parts(method, network, sites, device))
 
 
-def _tensor(method: type[Taskwise], parts: Mapping[str, Tensor]) -> Tensor:
+class _Parts(dict[str, Tensor]):
+    """The parts of one tensor by name. One that a bundle lacks is told as such, and no other error of a method is."""
+
+    def __init__(self, name: str, parts: Mapping[str, Tensor]) -> None:
+        super().__init__(parts)
+        self._name = name
+
+    def __missing__(self, part: str) -> Tensor:
+        raise CheckpointError(f"bundle: tensor {self._name!r} lacks its part {part!r}. Copy the bundle again.")
+
+
+def _tensor(method: type[Taskwise], name: str, parts: Mapping[str, Tensor]) -> Tensor:
     if WHOLE in parts:
         return parts[WHOLE]
     wide = {
         n: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t for n, t in parts.items()
     }
-    return method.rebuild(wide)
+    return method.rebuild(_Parts(name, wide))
 
 
 def _not_negative(method: Taskwise, name: str, parts: list[Part]) -> Iterator[Part]:
@@ -175,7 +183,7 @@ def _not_negative(method: Taskwise, name: str, parts: list[Part]) -> Iterator[Pa
     for task in dict.fromkeys(task for task, _, _ in parts if task is not None):
         constants = {part: torch.tensor(method.constant(part, task)) for part in method.constants}
         own = {part: tensor for owner, part, tensor in parts if owner == task}
-        if bool((_tensor(type(method), {**constants, **shared, **own}) < 0).any()):
+        if bool((_tensor(type(method), name, {**constants, **shared, **own}) < 0).any()):
             raise RecipeError(
                 f"{name}: '{method.name}' gives task '{task}' negative variances. Keep the base's by select: keep: ['*.running_*']."
             )
