@@ -98,6 +98,11 @@ class MergeMethod(Settings):
         return True
 
     @classmethod
+    def takes_slices(cls) -> bool:
+        """Whether some layers can be merged apart from the others."""
+        return False
+
+    @classmethod
     def of_one_task(cls) -> tuple[str, ...]:
         """Settings that, given for one model, change the weights of its task alone: a search tunes them task by task."""
         return ()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adarank.alignment.layers import Span
 from adarank.alignment.selection import Action
 from adarank.alignment.task_vectors import Network
 from adarank.io.writer import Layout
@@ -110,6 +111,7 @@ class Given:
         seed: the recipe's; None from Python, where a method's default stands.
         folder: where relative paths count from.
         find: name -> method, for methods that are put on another.
+        span: the layers that lists over the layers run over, where these are a slice.
     """
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -120,6 +122,7 @@ class Given:
     seed: int | None = None
     folder: Path = Path(".")
     find: Callable[[str, str], type[MergeMethod]] | None = None
+    span: Span | None = None
 
 
 @dataclass(frozen=True)

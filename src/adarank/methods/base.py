@@ -89,10 +89,15 @@ class Method(MergeMethod):
     @classmethod
     def resolve(cls: type[M], given: Given) -> M:
         """The method with the settings of a recipe, checked."""
-        values = resolve(cls, given.parameters, given.models, given.names)
+        values = resolve(cls, given.parameters, given.models, given.names, given.span)
         if given.seed is not None and "seed" in cls.model_fields:
             values.setdefault("seed", given.seed)
         return parse(cls, values, f"parameters of '{cls.name}'")
+
+    @classmethod
+    def takes_slices(cls) -> bool:
+        """Whether it merges each tensor from that tensor alone."""
+        return cls.passes == 1 and not cls.data and not cls.in_use
 
     @classmethod
     def needs_base(cls) -> bool:

@@ -39,8 +39,9 @@ def write_root_files(folder: Path, job: Job) -> None:
     """Configuration, tokenizer and processor files of the base; the configuration names the output's dtype."""
     for file in _root_files(job):
         shutil.copy(file, folder / file.name)  # with its permissions
-    if (job.recipe.output_dtype() is not None or job.recipe.dequantize) and (folder / CONFIG).exists():
-        write_json(folder / CONFIG, _in_dtype(job.root.config, job))
+    changed = job.recipe.output_dtype() is not None or job.recipe.dequantize or job.slices is not None
+    if changed and (folder / CONFIG).exists():
+        write_json(folder / CONFIG, _in_dtype(job.config, job))
     _write_modules(folder, job)
 
 

@@ -3,22 +3,75 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from adarank.adapt.base import AdaptBlock
 from adarank.errors import RecipeError, itemise, listed
+from adarank.io.hub import same_model
 from adarank.method import Another
 from adarank.recipe.mergekit import with_effect
 from adarank.recipe.registry import METHODS
-from adarank.recipe.schema import Recipe
+from adarank.recipe.schema import ModelEntry, Recipe, Slice
 from adarank.settings import nearest, parse
+
+_TWO_TOKENIZERS = "tokenizer: given beside tokenizer_source, its older form. Keep one of them."
 
 
 def check(recipe: Recipe, where: str) -> None:
     """What single fields cannot know of each other. All problems at once."""
-    problems = _problems(recipe)
+    problems = _of_slices(recipe) if recipe.slices else [*_ranges_of_models(recipe), *_problems(recipe)]
     if problems:
         raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems))
+
+
+def _ranges_of_models(recipe: Recipe) -> list[str]:
+    given = [entry.layer_range is not None for entry in recipe.models]
+    problems = [] if all(given) or not any(given) else ["models: layer_range is given for some. Give it for all, or for none for whole models."]  # fmt: skip
+    return [*problems, *_ranges(recipe.models, "models")]
+
+
+def _ranges(sources: Sequence[ModelEntry], where: str) -> list[str]:
+    """What is wrong with the layers that some models give to one slice."""
+    ranges = [source.layer_range for source in sources if source.layer_range is not None]
+    problems = [
+        f"{where}: layer_range {list(layers)} is none: give its first layer, counted from 0, and the one after its last."
+        for layers in ranges
+        if not 0 <= layers[0] <= layers[1]
+    ]
+    lengths = {stop - start for start, stop in ranges}
+    if len(lengths) > 1 and not problems:
+        counted = ", ".join(f"{stop - start} of {source.model}" for source, (start, stop) in zip(sources, ranges, strict=False))  # fmt: skip
+        problems.append(f"{where}: the models of a slice give equally many layers, got {counted}.")
+    return problems
+
+
+def _of_slices(recipe: Recipe) -> list[str]:
+    """What is wrong with a recipe of slices: each is a merge of its own."""
+    kind = recipe.kind
+    problems = ["slices: given beside models. Keep one of them."] if recipe.models else []
+    if not kind.takes_slices():
+        others = ", ".join(name for name, other in METHODS.built_in.items() if other.takes_slices())
+        return [*problems, f"slices: '{kind.name}' merges whole models alone. List them under models, or use one of {others}."]  # fmt: skip
+    if recipe.heads == "learn":
+        problems.append("heads: learn is for tasks, and models of slices have none. Remove heads.")
+    if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
+        problems.append(_TWO_TOKENIZERS)
+    of_parts: dict[str, list[str]] = {}
+    for number, (each, part) in enumerate(zip(recipe.slices, recipe.parts(), strict=True)):
+        base = None if kind.merges_base else each.base_model or recipe.base_model
+        for text in [*_of_slice(each, base, recipe.folder), *(_problems(part) if part.base_model == base or base is None else [])]:  # fmt: skip
+            of_parts.setdefault(text, []).append(f"slices.{number}")
+    return [*problems, *(f"{', '.join(where)}: {text}" for text, where in of_parts.items())]
+
+
+def _of_slice(given: Slice, base: str | None, folder: Path) -> list[str]:
+    problems = [f"layer_range of {source.model} is needed." for source in given.sources if source.layer_range is None]
+    problems += [f"{source.model} has a task, and models of slices have none. Remove it." for source in given.sources if source.task]  # fmt: skip
+    listed = sum(same_model(source.model, base, folder) for source in given.sources)
+    if base is not None and listed != 1:
+        problems.append(f"base_model '{base}' is {'not ' if not listed else f'{listed} times '}among the sources. List it once, with the layers that the others were fine-tuned from.")  # fmt: skip
+    return problems if problems else _ranges(given.sources, "sources")
 
 
 def _problems(recipe: Recipe) -> list[str]:
@@ -40,7 +93,7 @@ def _problems(recipe: Recipe) -> list[str]:
         problems += [f"models: '{t}' has no task with data, and {use} its inputs." for t, e in recipe.experts.items()
                      if e.task is None or e.task.data is None]  # fmt: skip
     if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
-        problems.append("tokenizer: given beside tokenizer_source, its older form. Keep one of them.")
+        problems.append(_TWO_TOKENIZERS)
     return problems + _of_settings(recipe)
 
 

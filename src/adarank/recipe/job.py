@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, 
 from adarank.models.compatibility import check_compatible
 from adarank.recipe.checks import different_kinds
 from adarank.recipe.schema import Recipe
+from adarank.recipe.slices import Slices, open_slices, sliced
 from adarank.recipe.tokenizers import tokenizer_source
 
 
@@ -34,6 +36,7 @@ class Job:
         method: the method with all its settings, checked against the network.
         notes: how the models differ where that stops no merge, in sentences.
         tokenizer: the model whose tokenizer's files are written, where the recipe names one; else they are the root's.
+        slices: where the layers come from, if not from whole models.
     """
 
     recipe: Recipe
@@ -44,6 +47,17 @@ class Job:
     method: MergeMethod
     notes: tuple[str, ...] = ()
     tokenizer: Checkpoint | None = None
+    slices: Slices | None = None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The output's configuration, but for its dtype."""
+        return self.slices.config if self.slices else self.root.config
+
+    @property
+    def networks(self) -> list[Network]:
+        """The network, slice by slice if it has slices."""
+        return [part.network for part in self.slices.method.parts] if self.slices else [self.network]
 
     @property
     def root(self) -> Checkpoint:
@@ -91,8 +105,11 @@ def open_job(recipe: Recipe) -> Job:
             print(name, choice.action, choice.reason)
     """
     base, opened = _open(recipe)
-    if recipe.layer_range is not None:
-        _check_layers(recipe.layer_range, [*([base] if base else []), *opened.values()])
+    by_name = {entry.model: opened[task] for task, entry in recipe.experts.items()}
+    by_name |= {recipe.base_model: base} if recipe.base_model and base else {}
+    recipe = sliced(recipe, by_name)
+    if recipe.slices:
+        return _open_sliced(recipe, base, opened, by_name)
     tokenizer = tokenizer_source(recipe, base, opened)
     family = _family(recipe, opened)
     if family is not None and recipe.dequantize:
@@ -119,19 +136,14 @@ def open_job(recipe: Recipe) -> Job:
     return Job(recipe, base, opened, network, family, method, tuple(notes), tokenizer)
 
 
-def _check_layers(wanted: tuple[int, int], opened: Sequence[Checkpoint]) -> None:
-    """One slice stands for whole models if it has all their layers."""
-    problems = []
-    for checkpoint in opened:
-        known = (checkpoint.config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
-        count = next((number for number in known if number is not None), None)
-        if count is None or tuple(wanted) != (0, count):
-            has = f"{count} layers" if count is not None else "a number of layers that its config.json does not tell"
-            problems.append(f"{checkpoint.label}: layer_range {list(wanted)} was given, and it has {has}.")
-    if problems:
-        raise RecipeError(
-            itemise("slices: only whole models merge here. List them under models, without slices.", problems)
-        )
+def _open_sliced(
+    recipe: Recipe, base: Checkpoint | None, experts: dict[str, Checkpoint], by_name: Mapping[str, Checkpoint]
+) -> Job:
+    tokenizer = tokenizer_source(recipe, base, experts)
+    check_modules({checkpoint.label: checkpoint.modules for checkpoint in by_name.values()})
+    slices = open_slices(recipe, base or next(iter(experts.values())), by_name)
+    notes = check_compatible(slices.network, base, experts)
+    return Job(recipe, base, experts, slices.network, None, slices.method, tuple(notes), tokenizer, slices)
 
 
 def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:

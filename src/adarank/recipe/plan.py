@@ -41,16 +41,17 @@ def unheeded(job: Job) -> dict[str, dict[str, Any]]:
     """
     changed: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
-    for name in _kept_of_learned(job.network):
-        start = job.network.reference().read(name)
-        whole, change = float(start.norm()), 0.0
-        for task, member in _owners(job.network, name).items():
-            if member.info(name).shape != tuple(start.shape):
-                shapes.setdefault(name, {})[task] = list(member.info(name).shape)
-            else:
-                change = max(change, float((member.read(name) - start).norm()))
-        if change > 0:
-            changed[name] = round(change / whole, 5) if whole else float("inf")
+    for network in job.networks:
+        for name in _kept_of_learned(network):
+            start = network.reference().read(name)
+            whole, change = float(start.norm()), 0.0
+            for task, member in _owners(network, name).items():
+                if member.info(name).shape != tuple(start.shape):
+                    shapes.setdefault(name, {})[task] = list(member.info(name).shape)
+                else:
+                    change = max(change, float((member.read(name) - start).norm()))
+            if change > 0:
+                changed[name] = round(change / whole, 5) if whole else float("inf")
     return {"kept_though_changed": changed, "kept_though_of_other_shape": shapes}
 
 
@@ -91,6 +92,7 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
             for name, choice in network.choices.items()
         },
         "heads": {task: list(names) for task, names in network.heads.items()},
+        "slices": list(job.slices.rows) if job.slices else [],
         "dropped": {name: dict(member.dropped) for name, member in members.items() if member.dropped},
         "task_aware": bool(job.method.in_use),
         "output_bytes": job.output_bytes(),

@@ -13,7 +13,7 @@ from adarank.errors import RecipeError, itemise
 from adarank.io.hub import local_path
 from adarank.io.parsing import parse_yaml
 from adarank.recipe.checks import check
-from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, whole_models
+from adarank.recipe.mergekit import NOT_DONE, whole_models
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
 from adarank.settings import parse
@@ -89,10 +89,6 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     else:
         _check_device(recipe.device, where)
-    if recipe.merge_method in NOT_HERE:
-        raise RecipeError(
-            f"{where}: mergekit's merge_method '{recipe.merge_method}' is not here. {NOT_HERE[recipe.merge_method]}"
-        )
     METHODS.named(recipe.merge_method, f"{where}: unknown merge_method")
     check(recipe, where)
     return recipe
