@@ -33,7 +33,12 @@ def say(first: object, rest: str, style: str = "bold") -> None:
 
 
 def plan(described: Mapping[str, Any], verbose: bool) -> None:
-    """What a merge will do."""
+    """What a merge will do, stage by stage."""
+    for name, stage in described.get("stages", {}).items():
+        out.print(f"stage {name}:", style="dim")
+        plan(stage, verbose)
+    if described.get("stages"):
+        out.print("the output:", style="dim")
     actions = described["actions"]
     words = {"decompose": "decomposed", "scale": "merged by λ·delta", "train": "trained", "keep": "kept from the base"}
     if not described["decomposes"]:
@@ -45,6 +50,8 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     for action, word in words.items():
         if actions.get(action):
             out.print(f"  {actions[action]:5d} tensors {word}")
+    for row in described["slices"]:
+        out.print(f"        {_layers(row)}")
     for names, tasks in _same_heads(described["heads"]).items():
         out.print(f"        head of {tasks}: {', '.join(names)}")
     for member, dropped in described["dropped"].items():
@@ -74,6 +81,16 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     out.print(f"  output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}")
 
 
+def _layers(row: Mapping[str, Any]) -> str:
+    """Where some layers of the output come from."""
+
+    def numbers(first: int, after: int) -> str:
+        return f"layers {first} to {after - 1}" if after - first > 1 else f"layer {first}" if after > first else "no layer"
+
+    of = ", ".join(f"{source['model']} ({numbers(*source['layers'])})" for source in row["of"])
+    return f"{numbers(*row['layers'])}: {of}"
+
+
 def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
     """What a merge came to, and what comes next."""
     for block, shown in _OF_BLOCK.items():
@@ -89,7 +106,7 @@ def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
         out.print(METHODS[record["plan"]["merge_method"]].in_use)
     else:
         say(folder, f"{written}, {size(record['plan']['output_bytes'])}")
-    if record["plan"]["kind"]:  # of tasks: there is something to score
+    if record["plan"]["kind"] and "stages" not in record:  # of tasks: there is something to score
         out.print(f"next: adarank evaluate {recipe} {folder}", style="dim")
 
 

@@ -87,11 +87,12 @@ class Job:
         return {name: checkpoint.sha256() for name, checkpoint in checkpoints.items()}
 
 
-def open_job(recipe: Recipe) -> Job:
+def open_job(recipe: Recipe, stages: Mapping[str, Checkpoint] | None = None) -> Job:
     """Open and align everything that a recipe names. Reads headers, integers, and tables that may be tied.
 
     Arguments:
         recipe: what `load_recipe` returns.
+        stages: name -> what an earlier stage of the recipe gave. A recipe of one stage needs none.
 
     Returns:
         The recipe with its opened checkpoints, its method, and what happens to each tensor (`job.network.choices`).
@@ -104,7 +105,11 @@ def open_job(recipe: Recipe) -> Job:
         for name, choice in job.network.choices.items():
             print(name, choice.action, choice.reason)
     """
-    base, opened = _open(recipe)
+    if recipe.stages and stages is None:
+        raise RecipeError(
+            f"recipe: it has {len(recipe.stages) + 1} stages, and only plan and merge take several. Give each a file of its own, and name its folder in the next."
+        )
+    base, opened = _open(recipe, stages or {})
     by_name = {entry.model: opened[task] for task, entry in recipe.experts.items()}
     by_name |= {recipe.base_model: base} if recipe.base_model and base else {}
     recipe = sliced(recipe, by_name)
@@ -167,11 +172,13 @@ def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
     return FAMILIES[known.pop()] if known else None
 
 
-def _open(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+def _open(recipe: Recipe, stages: Mapping[str, Checkpoint]) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
     """The recipe's base and experts, which are not quantised, or turned into floats. All problems at once."""
     problems: list[str] = []
 
     def opened(reference: str) -> list[Checkpoint]:
+        if reference in stages:
+            return [stages[reference]]
         try:
             checkpoint = Checkpoint(resolve(reference, recipe.folder), reference)
             check_any(checkpoint)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 
 from adarank.adapt.base import AdaptBlock
 from adarank.alignment.layers import Span
@@ -89,7 +89,7 @@ class Recipe(Settings):
     _as_text = field_validator("base_model", mode="before")(reference)
 
     merge_method: str
-    name: str | None = None  # of a stage in a recipe of several
+    name: str | None = None  # without effect, but in a file of several stages
     models: tuple[ModelEntry, ...] = ()
     slices: tuple[Slice, ...] = ()
     base_model: str | None = None
@@ -106,6 +106,30 @@ class Recipe(Settings):
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     folder: Path = Field(Path("."), exclude=True)
+
+    _stages: dict[str, Recipe] = PrivateAttr(default_factory=dict)
+    _unread: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def stages(self) -> Mapping[str, Recipe]:
+        """Name -> recipe of what is merged before, and may be named as a model; each after those that it names."""
+        return self._stages
+
+    def after(self, stages: Mapping[str, Recipe], unread: tuple[str, ...] = ()) -> Recipe:
+        """The recipe with stages that are merged before it.
+
+        Arguments:
+            unread: names of further stages of the file, which it does not need.
+        """
+        recipe = self.model_copy()
+        recipe._stages, recipe._unread = dict(stages), unread
+        return recipe
+
+    @property
+    def references(self) -> set[str]:
+        """Every model that it names."""
+        named = {entry.model for entry in self._entries()} | {each.base_model for each in self.slices}
+        return {name for name in (*named, self.base_model) if name is not None}
 
     @property
     def kind(self) -> type[MergeMethod]:
@@ -170,8 +194,10 @@ class Recipe(Settings):
         parameters = chained(of.parameters, self.parameters)
         changes: dict[str, Any] = {"models": of.sources, "slices": (), "name": None, "parameters": parameters}
         if all(listed) and len(listed) == 1:  # nothing to merge: the base's layers as they are
-            return self.model_copy(update={**changes, **_COPIED})
-        return self.model_copy(update={**changes, "base_model": base if any(listed) else None})
+            changes |= _COPIED
+        else:
+            changes["base_model"] = base if any(listed) else None
+        return self.model_copy(update=changes).after({})
 
     def given(self, names: Sequence[str] = (), span: Span | None = None) -> Given:
         """What the recipe says of its method.
@@ -196,9 +222,11 @@ class Recipe(Settings):
 
     def notes(self) -> list[str]:
         """What the recipe says without effect, and a base that is merged like the models, in sentences."""
+        named = [f"name: '{self.name}', without effect."] if self.name is not None else []
+        named += [f"stage '{stage}' is named by no other, and is not merged." for stage in self._unread]
         if self.slices:
-            return list(dict.fromkeys(note for part in self.parts() for note in part.notes()))
-        name, sentences = self.merge_method, []
+            return [*named, *dict.fromkeys(note for part in self.parts() for note in part.notes())]
+        name, sentences = self.merge_method, named
         if self.adds_base:
             sentences.append(f"base_model: merged like the models, as {name} has no base.")
         for_all, per_model = keys(self.kind), self.kind.per_model
