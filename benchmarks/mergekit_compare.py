@@ -214,6 +214,7 @@ def _summary(recipes: list[dict[str, Any]]) -> dict[str, Any]:
 
 def print_values(test: Path, python: Path) -> None:
     """mergekit's numbers for the models and recipes of a test, in the form that the test holds them."""
+    sys.path.insert(0, str(test.parent))  # what tests share
     module = runpy.run_path(str(test))
     with tempfile.TemporaryDirectory() as temporary:
         module["write_models"](Path(temporary))

@@ -85,7 +85,9 @@ def _layers(row: Mapping[str, Any]) -> str:
     """Where some layers of the output come from."""
 
     def numbers(first: int, after: int) -> str:
-        return f"layers {first} to {after - 1}" if after - first > 1 else f"layer {first}" if after > first else "no layer"
+        return (
+            f"layers {first} to {after - 1}" if after - first > 1 else f"layer {first}" if after > first else "no layer"
+        )
 
     of = ", ".join(f"{source['model']} ({numbers(*source['layers'])})" for source in row["of"])
     return f"{numbers(*row['layers'])}: {of}"

@@ -1,8 +1,8 @@
 """The configuration of a model whose layers come from several: their number, and what it says of single layers.
 
-    num_hidden_layers: 7                            (n_layer, num_layers, n_layers)
-    layer_types: [full, sliding, full, …]           a list with an entry for each layer follows the layers
-    mlp_only_layers: [0, 3]                         and so does a list of layers' numbers
+num_hidden_layers: 7                            (n_layer, num_layers, n_layers)
+layer_types: [full, sliding, full, …]           a list with an entry for each layer follows the layers
+mlp_only_layers: [0, 3]                         and so does a list of layers' numbers
 """
 
 from __future__ import annotations

@@ -41,8 +41,17 @@ def with_effect(method: str, given: Mapping[str, Any], taken: Collection[str]) -
 
 
 def whole_models(values: dict[str, Any]) -> dict[str, Any]:
-    """mergekit's other ways to list whole models: a module `default` alone, and one slice. Anything else as it is."""
-    return _of_one_slice(_of_one_module(values))
+    """mergekit's other ways to list whole models: a module `default` alone, and one slice. Anything else as it is.
+
+    A `random_seed`, which its model cards have and its command line takes, is the seed.
+    """
+    return _of_one_slice(_of_one_module(_seeded(values)))
+
+
+def _seeded(values: dict[str, Any]) -> dict[str, Any]:
+    if "random_seed" not in values or "seed" in values:
+        return values
+    return {("seed" if key == "random_seed" else key): value for key, value in values.items()}
 
 
 def _of_one_module(values: dict[str, Any]) -> dict[str, Any]:

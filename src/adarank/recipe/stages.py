@@ -1,10 +1,10 @@
 """Recipes of several stages in one file, as mergekit-multi reads them: what one merges is a model of those that name it.
 
-    name: first                     merged before what names it, whatever the order in the file
-    …
-    ---
-    merge_method: ties              the output: the stage without a name, or, if all have one, the last
-    models: [{model: first}, …]
+name: first                     merged before what names it, whatever the order in the file
+…
+---
+merge_method: ties              the output: the stage without a name, or, if all have one, the last
+models: [{model: first}, …]
 """
 
 from __future__ import annotations
