@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
-from test_mergekit_values import FILES, picked, write_models
 
 from adarank.io.checkpoint import Checkpoint
 from adarank.recipe.reader import load_recipe
 from adarank.workflow.merge import merge
+from test_mergekit_values import FILES, picked, write_models
 
 GRADIENTS = """
   t:

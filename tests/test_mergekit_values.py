@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adarank
-from adarank.errors import RecipeError
 from adarank.io.checkpoint import Checkpoint
 from adarank.methods import METHODS, merge_tensors
 from adarank.recipe.job import open_job
