@@ -76,8 +76,8 @@ def selecting() -> dict[str, dict[str, Any]]:
         "ram, defaults": recipe("ram", [None] * 3),
         "ramplus_tl": recipe("ramplus_tl", [None] * 3, {"epsilon": [0.01, 0.03]}),
         "ramplus_tl, r and alpha": recipe("ramplus_tl", [None] * 3, {"epsilon": 0.02, "r": [0.1, 0.9], "alpha": 3.0}),
-        "ties, slices": recipe("ties", [], {"density": [0.3, 0.8]})
-        | {"models": None, "slices": agreeing()["task_arithmetic, slices"]["slices"]},
+        "ties, slices": _slices()["task_arithmetic, slices"]
+        | {"merge_method": "ties", "parameters": {"density": [0.3, 0.8]}},
         "sce, a third selected": recipe("sce", [None] * 3, {"select_topk": 0.3, "int8_mask": True}),
     }
 
