@@ -35,7 +35,7 @@ def _ranges(sources: Sequence[ModelEntry], where: str) -> list[str]:
     """What is wrong with the layers that some models give to one slice."""
     ranges = [source.layer_range for source in sources if source.layer_range is not None]
     problems = [
-        f"{where}: layer_range {list(layers)} is none: give its first layer, counted from 0, and the one after its last."
+        f"{where}: layer_range {list(layers)} is not a valid range. Give its first layer, counted from 0, and the one after its last."
         for layers in ranges
         if not 0 <= layers[0] <= layers[1]
     ]
@@ -66,7 +66,8 @@ def _of_slices(recipe: Recipe) -> list[str]:
 
 
 def _of_slice(given: Slice, base: str | None, folder: Path) -> list[str]:
-    problems = [f"layer_range of {source.model} is needed." for source in given.sources if source.layer_range is None]
+    problems = [] if given.sources else ["no source is given. Name a model and its layers."]
+    problems += [f"layer_range of {source.model} is needed." for source in given.sources if source.layer_range is None]
     problems += [f"{source.model} has a task, and models of slices have none. Remove it." for source in given.sources if source.task]  # fmt: skip
     listed = sum(same_model(source.model, base, folder) for source in given.sources)
     if base is not None and listed != 1:

@@ -130,10 +130,7 @@ def open_job(recipe: Recipe, stages: Mapping[str, Checkpoint] | None = None) -> 
             {checkpoint.label: checkpoint.modules for checkpoint in [*([base] if base else []), *opened.values()]}
         )
     network = align(base, opened, recipe.select, keep_embeddings, family is not None, kept)
-    for task, member in network.experts.items():
-        member.dropped.update(opened[task].unused)
-    if base is not None and network.base is not None:
-        network.base.dropped.update(base.unused)
+    _note_unused(network, base, opened)
     _check_bodies(recipe, opened, network)
     notes = check_compatible(network, base, opened)
     method = recipe.method(network.merged())
@@ -147,8 +144,17 @@ def _open_sliced(
     tokenizer = tokenizer_source(recipe, base, experts)
     check_modules({checkpoint.label: checkpoint.modules for checkpoint in by_name.values()})
     slices = open_slices(recipe, base or next(iter(experts.values())), by_name)
+    _note_unused(slices.network, base, experts)
     notes = check_compatible(slices.network, base, experts)
     return Job(recipe, base, experts, slices.network, None, slices.method, tuple(notes), tokenizer, slices)
+
+
+def _note_unused(network: Network, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> None:
+    """What is in the files and not among their tensors, with what alignment does not use."""
+    for task, member in network.experts.items():
+        member.dropped.update(experts[task].unused)
+    if base is not None and network.base is not None:
+        network.base.dropped.update(base.unused)
 
 
 def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:

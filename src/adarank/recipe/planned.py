@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,14 @@ def open_stages(recipe: Recipe) -> Stages:
         AdaRankError: as `open_job`, of all stages that can be looked at.
     """
     planned: dict[str, Checkpoint] = {}
+    names = [*recipe.stages, *recipe.unread]
     before: dict[str, Job] = {}
     errors: list[AdaRankError] = []
     for name, stage in recipe.stages.items():
         if stage.references & (recipe.stages.keys() - planned.keys()):
             continue  # of a stage that cannot be merged nothing is known
         try:
-            _check_references(stage, recipe.stages)
+            _check_references(stage, names)
             before[name] = open_job(stage, planned)
             planned[name] = _planned(name, before[name])
         except AdaRankError as error:
@@ -95,7 +96,7 @@ def open_stages(recipe: Recipe) -> Stages:
     if recipe.references & (recipe.stages.keys() - planned.keys()):
         raise _together(errors)
     try:
-        _check_references(recipe, recipe.stages)
+        _check_references(recipe, names)
         output = open_job(recipe, planned)
     except AdaRankError as error:
         errors.append(_of_stage("", error) if recipe.stages else error)
@@ -112,15 +113,15 @@ def _planned(name: str, job: Job) -> Checkpoint:
     return PlannedCheckpoint(name, job)
 
 
-def _check_references(recipe: Recipe, stages: Mapping[str, Recipe]) -> None:
+def _check_references(recipe: Recipe, stages: Sequence[str]) -> None:
     """A name that is neither a stage, a path nor a hub id is most likely a stage's, mistyped."""
     unknown = [
         name
-        for name in sorted(recipe.references - stages.keys() if stages else ())
+        for name in sorted(recipe.references - set(stages) if stages else ())
         if not is_hub_id(name) and not local_path(name, recipe.folder).exists() and "/" not in name
     ]  # fmt: skip
     if unknown:
-        lines = [f"'{name}' is no stage that is merged before, and no model's folder.{nearest(name, stages)}" for name in unknown]  # fmt: skip
+        lines = [f"'{name}' is neither a stage of this file nor a model's folder.{nearest(name, stages)}" for name in unknown]  # fmt: skip
         raise RecipeError(lines[0] if len(lines) == 1 else itemise("models:", lines))
 
 

@@ -58,7 +58,7 @@ class Slice(Settings):
 
     _as_text = field_validator("base_model", mode="before")(reference)
 
-    sources: tuple[ModelEntry, ...] = Field(min_length=1)
+    sources: tuple[ModelEntry, ...]
     base_model: str | None = None
     parameters: dict[str, Any] = Field({}, description="settings")
 
@@ -108,12 +108,17 @@ class Recipe(Settings):
     folder: Path = Field(Path("."), exclude=True)
 
     _stages: dict[str, Recipe] = PrivateAttr(default_factory=dict)
-    _unread: tuple[str, ...] = PrivateAttr(())
+    _unread: tuple[str, ...] = PrivateAttr(())  # further stages of the file
 
     @property
     def stages(self) -> Mapping[str, Recipe]:
         """Name -> recipe of what is merged before, and may be named as a model; each after those that it names."""
         return self._stages
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Names of stages in the same file that it does not need."""
+        return self._unread
 
     def after(self, stages: Mapping[str, Recipe], unread: tuple[str, ...] = ()) -> Recipe:
         """The recipe with stages that are merged before it.
@@ -223,7 +228,7 @@ class Recipe(Settings):
     def notes(self) -> list[str]:
         """What the recipe says without effect, and a base that is merged like the models, in sentences."""
         named = [f"name: '{self.name}', without effect."] if self.name is not None else []
-        named += [f"stage '{stage}' is named by no other, and is not merged." for stage in self._unread]
+        named += [f"stage '{stage}' is named by no other, and is not merged." for stage in self.unread]
         if self.slices:
             return [*named, *dict.fromkeys(note for part in self.parts() for note in part.notes())]
         name, sentences = self.merge_method, named

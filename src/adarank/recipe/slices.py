@@ -10,6 +10,7 @@ from typing import Any
 
 from adarank.alignment.align import Called, align
 from adarank.alignment.layers import Span
+from adarank.alignment.mismatch import other_kinds
 from adarank.alignment.selection import Select, unmatched
 from adarank.alignment.slices import Layout, Piece, joined, stack_of
 from adarank.alignment.task_vectors import Network
@@ -70,7 +71,7 @@ def open_slices(recipe: Recipe, root: Checkpoint, opened: Mapping[str, Checkpoin
     pieces = _pieces(recipe)
     _check_layers(recipe, opened)
     layout = Layout(root)
-    _check_fit(recipe, layout, opened, pieces)
+    _check_fit(recipe, layout, root, opened, pieces)
     called = [[layout.called(opened[source.model], piece) for source, piece in zip(of.sources, at, strict=True)]
               for of, at in zip(recipe.slices, pieces, strict=True)]  # fmt: skip
     selects = _selects(recipe.select, [{n for of in each for n in of.values()} for each in called])
@@ -117,7 +118,11 @@ def _check_layers(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> None:
 
 
 def _check_fit(
-    recipe: Recipe, layout: Layout, opened: Mapping[str, Checkpoint], pieces: Sequence[Sequence[Piece]]
+    recipe: Recipe,
+    layout: Layout,
+    root: Checkpoint,
+    opened: Mapping[str, Checkpoint],
+    pieces: Sequence[Sequence[Piece]],
 ) -> None:
     """Whether all layers are of one architecture and size, and those that are merged with one another of one kind."""
     taken: dict[str, list[Piece]] = {}
@@ -129,8 +134,10 @@ def _check_fit(
         kinds += [f"slices.{number}: {text}" for text in of_layers]
     problems = [text for model, of in taken.items() for text in layout.problems(opened[model], of)]
     if problems or kinds:
-        heading = f"slices: {len(problems) or len(kinds)} {'tensor(s)' if problems else 'setting(s)'} of the models' layers do not fit together."
-        raise MismatchError(itemise(heading, [*kinds, *problems], "Layers are put together of models of one architecture and size, and merged with layers of their kind."))  # fmt: skip
+        others = other_kinds(root, [opened[model] for model in taken], root.label) if problems else []
+        what = f"{len(problems)} tensor(s)" if problems else f"{len(kinds)} setting(s)"
+        heading = "\n".join([*others, f"slices: {what} of the models' layers do not fit together."])
+        raise MismatchError(itemise(heading, [*kinds, *problems], "Layers are put together of models of one architecture and size, and merged with layers of their kind.", 6))  # fmt: skip
 
 
 def _selects(select: Select, names: Sequence[set[str]]) -> list[Select]:
