@@ -8,6 +8,7 @@ A stage that lies there is taken as it is if its record says that it is of the s
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from adarank.data.task import TaskData
-from adarank.errors import CheckpointError, Interrupted
+from adarank.errors import CheckpointError, Interrupted, OutputError
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import read_json
-from adarank.io.output_folder import RECORD, remove_ours
+from adarank.io.output_folder import RECORD, check_replaceable, remove_ours
 from adarank.io.record import Clock, Note
 from adarank.io.writer import state_folder
 from adarank.recipe.job import Job, open_job
@@ -81,6 +82,10 @@ def merged_stages(
         place = state / "stages" / str(number)
         record = _finished(place, job)
         note(f"Stage {number} of {len(recipe.stages) + 1}, {name}" + (": merged already" if record else ""))
+        if record is None:
+            shutil.rmtree(
+                place, ignore_errors=True
+            )  # of another recipe, or damaged: all that lies there is the run's own
         made.records[name] = record or run(job, place, data[name], clock)
         made.folders[name] = Checkpoint(place, f"stage '{name}'")
     if made.records:
@@ -89,12 +94,11 @@ def merged_stages(
 
 
 def _finished(place: Path, job: Job) -> dict[str, Any] | None:
-    """The record of a stage that is merged already, as it would be now."""
-    if not (place / RECORD).is_file():
-        return None
+    """The record of a stage that is merged already, as it would be now; None if there is none, or its files were changed."""
     try:
+        check_replaceable(place)
         record = read_json(place / RECORD)
-    except CheckpointError:
+    except (CheckpointError, OutputError):
         return None
     now = beginning(job)
     return record if _plain({key: record.get(key) for key in now}) == _plain(now) else None
