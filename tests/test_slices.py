@@ -206,6 +206,16 @@ def test_a_selection_is_of_the_outputs_names(folder: Path, tmp_path: Path) -> No
     )
 
 
+def test_what_the_base_lacks_may_be_left_out(folder: Path, tmp_path: Path) -> None:
+    save(tmp_path / "body", {n: t for n, t in STATES["start"].items() if n != "lm_head.weight"}, config(4))
+    slices = [part((str(tmp_path / "body"), at, at + 2), (str(folder / "a"), at, at + 2)) for at in (0, 2)]
+    values = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "body"), "slices": slices}
+    with pytest.raises(AdaRankError, match=r"lm_head.weight: \(7, 4\) in"):
+        open_job(parse_recipe(values, folder))
+    found = merged({**values, "select": {"keep": ["lm_head.*"]}}, folder, tmp_path)
+    assert found.keys() == STATES["a"].keys() - {"lm_head.weight"}
+
+
 def test_names_may_differ_by_a_prefix(folder: Path, tmp_path: Path) -> None:
     save(tmp_path / "wrapped", {f"module.{name}": tensor for name, tensor in STATES["c"].items()}, config(6))
     values = passthrough(part((str(folder / "a"), 0, 1)), part((str(tmp_path / "wrapped"), 5, 6)))
@@ -257,6 +267,7 @@ TA = {"merge_method": "task_arithmetic", "base_model": "start"}
     ({**TA, "slices": [TWO, part(("a", 0, 2), ("c", 0, 2))]}, ["slices.1: base_model 'start' is not among the sources"]),
     ({**TA, "slices": [TWO, part(("start", 0, 2), ("start", 2, 4), ("c", 0, 2))]}, ["is 2 times among the sources"]),
     ({**TA, "slices": [TWO, TWO], "select": {"keep": ["*.9.*"]}}, ["keep '*.9.*' matches no tensor"]),
+    ({**TA, "slices": [TWO, TWO], "select": {"head": ["lm_head*"]}}, ["select: head is for tasks"]),
     ({**TA, "merge_method": "adarank", "slices": [TWO, TWO]}, ["'adarank' merges whole models alone", "ties"]),
     ({**TA, "merge_method": "ties_merging", "slices": [TWO, TWO]}, ["'ties_merging' merges whole models alone"]),
     ({**TA, "merge_method": "tall_masks", "slices": [TWO, TWO]}, ["'tall_masks' merges whole models alone"]),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from adarank.alignment.layers import depth
 from adarank.alignment.naming import named_as
@@ -105,8 +106,12 @@ class Layout:
                 taken[stored] = f"{prefix}{layer - piece.start + piece.at}.{name.removeprefix(prefix + '0.')}"
         return taken
 
-    def problems(self, source: Source, pieces: Iterable[Piece]) -> list[str]:
-        """How a model's layers, and what else is taken of it, differ from the root's, in sentences."""
+    def problems(self, source: Source, pieces: Iterable[Piece], kept: Sequence[str] = ()) -> list[str]:
+        """How a model's layers, and what else is taken of it, differ from the root's, in sentences.
+
+        Arguments:
+            kept: patterns of what stays as it is in the base, whatever the models have there.
+        """
         if source is self._root:
             return []
         stack, names, taken = stack_of(source), self._names(source), tuple(pieces)
@@ -127,7 +132,7 @@ class Layout:
                 self._taken(info, name, self._root, p) for p in taken
             ):
                 texts[name] = f"{info.name}: {info.shape} in {info.file}, missing from {source.label}"
-        return list(texts.values())
+        return [text for name, text in texts.items() if not any(fnmatchcase(name, pattern) for pattern in kept)]
 
     def _names(self, source: Source) -> dict[str, str]:
         """Stored name -> name in the root, each layer's as the first's."""
@@ -167,19 +172,15 @@ def joined(parts: Sequence[Network], base: Source | None, experts: Mapping[str, 
 
 def _whole(source: Source, parts: Sequence[Network]) -> Member:
     """One model's tensors of all slices; what is in none of them is not used."""
-    of_parts = [
-        member
-        for part in parts
-        for member in (*([part.base] if part.base else []), *part.experts.values())
-        if member.source is source
-    ]
     names: dict[str, str] = {}
     dropped: dict[str, str] = {}
     used: set[str] = set()
-    for member in of_parts:
-        names = {**member.names, **names}
-        used |= set(member.names.values())
-        dropped |= member.dropped
+    for part in parts:
+        for member in (*([part.base] if part.base else []), *part.experts.values()):
+            if member.source is source:
+                names = {**member.names, **names}
+                used |= {stored for name, stored in member.names.items() if name in part.tensors}
+                dropped |= member.dropped
     rest = dict.fromkeys(source.tensors, "in none of the slices")
     left = {name: why for name, why in {**rest, **dropped}.items() if name not in used}
     return Member(source, names, left)

@@ -50,7 +50,8 @@ class Sliced(MergeMethod):
 
     def held_bytes(self, outline: Outline) -> int:
         """Bytes held at once at most: slices are merged in turn."""
-        return max(part.method.held_bytes(replace(outline, network=part.network)) for part in self.parts)
+        held: list[int] = [part.method.held_bytes(replace(outline, network=part.network)) for part in self.parts]
+        return max(held)
 
     def run(self, context: Context) -> Result:
         """Merge slice by slice, tensor by tensor."""

@@ -55,6 +55,8 @@ def _of_slices(recipe: Recipe) -> list[str]:
         return [*problems, f"slices: '{kind.name}' merges whole models alone. List them under models, or use one of {others}."]  # fmt: skip
     if recipe.heads == "learn":
         problems.append("heads: learn is for tasks, and models of slices have none. Remove heads.")
+    if recipe.select.head:
+        problems.append("select: head is for tasks, and models of slices have none. Remove it, or use keep.")
     if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
         problems.append(_TWO_TOKENIZERS)
     of_parts: dict[str, list[str]] = {}

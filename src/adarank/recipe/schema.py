@@ -23,7 +23,7 @@ from adarank.recipe.registry import METHODS
 from adarank.settings import Settings, keys
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-_COPIED = {"merge_method": "passthrough", "base_model": None, "parameters": {}}
+_COPIED: dict[str, Any] = {"merge_method": "passthrough", "base_model": None, "parameters": {}}
 _Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 

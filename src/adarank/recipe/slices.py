@@ -132,7 +132,7 @@ def _check_fit(
             taken.setdefault(source.model, []).append(piece)
         of_layers = differing([(opened[source.model].config, _layers(source)) for source in each.sources])
         kinds += [f"slices.{number}: {text}" for text in of_layers]
-    problems = [text for model, of in taken.items() for text in layout.problems(opened[model], of)]
+    problems = [text for model, of in taken.items() for text in layout.problems(opened[model], of, recipe.select.keep)]
     if problems or kinds:
         others = other_kinds(root, [opened[model] for model in taken], root.label) if problems else []
         what = f"{len(problems)} tensor(s)" if problems else f"{len(kinds)} setting(s)"
