@@ -151,13 +151,11 @@ def test_each_slice_is_a_merge_of_its_layers(method: str, folder: Path, tmp_path
 def test_filters_see_a_models_own_names_and_the_outputs(folder: Path, tmp_path: Path) -> None:
     """Those of one model's settings the former, those of all models' the latter."""
     own = {"weight": [{"filter": "layers.5.", "value": 3.0}, {"value": 1.0}]}
-    slices = [part(("a", 0, 1)), part(("start", 0, 2), ("c", 4, 6, own))]
-    every = [{"filter": "layers.1.", "value": 0.5}, {"value": 2.0}]
     values = {
         "merge_method": "task_arithmetic",
         "base_model": "start",
-        "slices": slices[1:],
-        "parameters": {"lambda": every},
+        "slices": [part(("start", 0, 2), ("c", 4, 6, own))],
+        "parameters": {"lambda": [{"filter": "layers.1.", "value": 0.5}, {"value": 2.0}]},
     }
     found = merged(values, folder, tmp_path)
     for layer, factor in ((0, 1.0 * 2.0), (1, 3.0 * 0.5)):
