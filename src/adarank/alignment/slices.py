@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from adarank.alignment.layers import depth
 from adarank.alignment.naming import named_as
 from adarank.alignment.selection import computed, is_embedding
-from adarank.alignment.task_vectors import Member, Network
+from adarank.alignment.task_vectors import AlignedCheckpoints, Member
 from adarank.errors import RecipeError
 from adarank.io.checkpoint import Source, TensorInfo
 
@@ -155,7 +155,9 @@ class Layout:
         return next(info for n, info in self._root.tensors.items() if self._stack.split(n)[1] == name)
 
 
-def joined(parts: Sequence[Network], base: Source | None, experts: Mapping[str, Source]) -> Network:
+def joined(
+    parts: Sequence[AlignedCheckpoints], base: Source | None, experts: Mapping[str, Source]
+) -> AlignedCheckpoints:
     """Aligned slices as one network: each model with all that is taken of it.
 
     Arguments:
@@ -167,10 +169,10 @@ def joined(parts: Sequence[Network], base: Source | None, experts: Mapping[str, 
     root = _whole(base, parts) if base is not None else None
     members = {task: _whole(source, parts) for task, source in experts.items()}
     used = root if root is not None and root.names else None
-    return Network(used, members, tensors, choices, dict.fromkeys(members, ()))
+    return AlignedCheckpoints(used, members, tensors, choices, dict.fromkeys(members, ()))
 
 
-def _whole(source: Source, parts: Sequence[Network]) -> Member:
+def _whole(source: Source, parts: Sequence[AlignedCheckpoints]) -> Member:
     """One model's tensors of all slices; what is in none of them is not used."""
     names: dict[str, str] = {}
     dropped: dict[str, str] = {}

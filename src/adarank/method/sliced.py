@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.method.context import Context, Result
 from adarank.method.contract import MergeMethod
 from adarank.method.outline import Outline
@@ -18,7 +18,7 @@ from adarank.method.outline import Outline
 class SlicePart:
     """One slice: its models, aligned, and the method with the slice's settings."""
 
-    network: Network
+    network: AlignedCheckpoints
     method: MergeMethod
 
 
@@ -39,7 +39,7 @@ class Sliced(MergeMethod):
         """Every setting with its value, slice by slice."""
         return {"parameters": [part.method.in_force()["parameters"] for part in self.parts]}
 
-    def notes(self, network: Network) -> list[str]:
+    def notes(self, network: AlignedCheckpoints) -> list[str]:
         """What a user may not expect of the methods here."""
         return list(dict.fromkeys(note for part in self.parts for note in part.method.notes(part.network)))
 

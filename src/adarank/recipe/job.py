@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from adarank.alignment.align import align
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, check_any
 from adarank.io.dequantise import Dequantised
@@ -42,7 +42,7 @@ class Job:
     recipe: Recipe
     base: Checkpoint | None
     experts: dict[str, Checkpoint]
-    network: Network
+    network: AlignedCheckpoints
     family: Family | None
     method: MergeMethod
     notes: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Job:
         return self.slices.config if self.slices else self.root.config
 
     @property
-    def networks(self) -> list[Network]:
+    def networks(self) -> list[AlignedCheckpoints]:
         """The network, slice by slice if it has slices."""
         return [part.network for part in self.slices.method.parts] if self.slices else [self.network]
 
@@ -149,7 +149,7 @@ def _open_sliced(
     return Job(recipe, base, experts, slices.network, None, slices.method, tuple(notes), tokenizer, slices)
 
 
-def _note_unused(network: Network, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> None:
+def _note_unused(network: AlignedCheckpoints, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> None:
     """What is in the files and not among their tensors, with what alignment does not use."""
     for task, member in network.experts.items():
         member.dropped.update(experts[task].unused)
@@ -202,7 +202,7 @@ def _open(recipe: Recipe, stages: Mapping[str, Checkpoint]) -> tuple[Checkpoint 
     return next(iter(base), None), {task: each[0] for task, each in experts.items()}
 
 
-def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Network) -> None:
+def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: AlignedCheckpoints) -> None:
     """A body alone can merge, and neither be adapted nor scored on data."""
     with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
     bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import AdaRankError, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, TensorInfo
 from adarank.io.hub import is_hub_id, local_path
@@ -35,7 +35,7 @@ class PlannedCheckpoint(Checkpoint):
         self.aliases: dict[str, str] = {}
         self.config: dict[str, Any] = dict(job.config)
         self.modules = job.root.modules
-        self._networks: list[Network] = job.networks
+        self._networks: list[AlignedCheckpoints] = job.networks
 
     def read(self, name: str) -> Tensor:
         """A tensor as the stage's own first model has it, in the stage's dtype."""

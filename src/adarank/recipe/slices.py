@@ -13,7 +13,7 @@ from adarank.alignment.layers import Span
 from adarank.alignment.mismatch import other_kinds
 from adarank.alignment.selection import Select, unmatched
 from adarank.alignment.slices import Layout, Piece, joined, stack_of
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import MismatchError, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.hub import same_model
@@ -34,7 +34,7 @@ class Slices:
         rows: of each slice, the output's layers and each model's that they come from, as a plan shows them.
     """
 
-    network: Network
+    network: AlignedCheckpoints
     method: Sliced
     config: Mapping[str, Any]
     rows: tuple[Mapping[str, Any], ...]

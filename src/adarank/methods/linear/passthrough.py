@@ -13,7 +13,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, Network, OriginKind, PerTensor, RecipeError, rest
+from adarank.methods.base import AlignedCheckpoints, Deltas, Method, OriginKind, PerTensor, RecipeError, rest
 
 
 class Passthrough(Method):
@@ -33,7 +33,7 @@ class Passthrough(Method):
         (task,) = deltas
         return deltas[task] * self.scale.of(task, name)  # the origin is zero
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if there is more than one model."""
         if len(network.experts) != 1:
             raise RecipeError(
