@@ -143,10 +143,13 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
     search.set_defaults(run=_search)
 
-    extract = commands.add_parser("extract", parents=[common], help="one task of a bundle as an ordinary checkpoint")
-    extract.add_argument("bundle", type=Path, help="folder that merge wrote with a task-aware method")
+    extract = commands.add_parser(
+        "extract", parents=[common], help="one task of an output as an ordinary folder of transformers"
+    )
+    extract.add_argument("output", type=Path, help="folder that merge wrote: one model with heads, or a bundle")
+    extract.add_argument("task", nargs="?", help="one of its tasks")
     extract.add_argument("out", type=Path, help="folder to write")
-    extract.add_argument("--task", required=True, metavar="NAME", help="one of the bundle's tasks")
+    extract.add_argument("--task", dest="named", metavar="NAME", help="the same, by name")
     extract.add_argument("--force", action="store_true", help="replace an existing output of adarank")
     extract.set_defaults(run=_extract)
 
@@ -273,13 +276,16 @@ def _print_scores(table: Table) -> None:
 
 def _extract(options: argparse.Namespace) -> None:
     from adarank.cli import show
-    from adarank.outputs.bundle import extract
+    from adarank.outputs.extract import extract
 
-    record = extract(options.bundle, options.task, options.out, options.force)
+    task = options.named if options.task is None else options.task
+    if task is None or None not in (options.named, options.task):
+        raise RecipeError("extract: one task is needed. Write adarank extract OUTPUT TASK OUT.")
+    record = extract(options.output, task, options.out, options.force)
     if options.json:
         _print_json(record)
     else:
-        show.say(options.out, f" written: task {options.task} of {options.bundle}")
+        show.extracted(record, options.output, options.out)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -141,6 +141,17 @@ def bundle(about: About, sizes: Mapping[str, Any]) -> None:
     out.print(grid)
 
 
+def extracted(record: Mapping[str, Any], output: Path, folder: Path) -> None:
+    """What was written of one task, and what was left out."""
+    about = record["extracted"]
+    say(folder, f" written: task {about['task']} of {output}")
+    if about["left_out"]:
+        count, first = len(about["left_out"]), about["left_out"][0]
+        out.print(f"{count} tensor(s) left out that its architecture has no place for, such as {first}", style="dim")
+    for text in record["notes"]:
+        say("note:", f" {text}", "bold yellow")
+
+
 def _same_heads(heads: Mapping[str, list[str]]) -> dict[tuple[str, ...], str]:
     """Tensor names -> the tasks whose head they are: "each task" when all agree."""
     groups: dict[tuple[str, ...], list[str]] = {}

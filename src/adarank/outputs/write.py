@@ -30,7 +30,7 @@ def check_side_files(job: Job) -> None:
     for checkpoint in (
         job.root,
         *([job.tokenizer] if job.tokenizer else []),
-        *(job.experts.values() if job.method.in_use else ()),
+        *job.experts.values(),
     ):
         checkpoint.side_files()
 
@@ -81,12 +81,19 @@ def write_task_files(target: Path, job: Job, task: str) -> None:
     side files where the base has others or none."""
     if job.network.heads[task]:
         write_head(target, job, task)
-    roots = {file.name: file.read_bytes() for file in _root_files(job)}
-    for file in job.experts[task].side_files():
-        if file.name != CONFIG and roots.get(file.name) != file.read_bytes():
-            shutil.copy(file, target / file.name)
+    _write_side_files(target, job, task)
     if job.experts[task].config:
         write_json(target / CONFIG, _in_dtype(job.experts[task].config, job))
+
+
+def _write_side_files(target: Path, job: Job, task: str) -> None:
+    """An expert's side files where the base has others or none. A tokenizer that the recipe names is that of all tasks."""
+    roots = {file.name: file.read_bytes() for file in _root_files(job)}
+    files = job.experts[task].side_files()
+    shared = tokenizer_files(files) if job.tokenizer else []
+    for file in files:
+        if file.name != CONFIG and file not in shared and roots.get(file.name) != file.read_bytes():
+            shutil.copy(file, target / file.name)  # with its permissions
 
 
 def _in_dtype(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
@@ -110,6 +117,7 @@ def write_result(folder: Path, job: Job, result: Result) -> dict[str, Any]:
     for task, names in job.network.heads.items():
         if names:
             write_head(folder / "heads" / task, job, task, result.heads.get(task))
+            _write_side_files(folder / "heads" / task, job, task)
     return {}
 
 
