@@ -2,6 +2,8 @@
 
     θ, h = argmin mean_t mean_(x, y) of t  -log p(y | x; θ, h_t)        starting from θ = W₀
 
+Of tasks with several labels an input, or with numbers, -log p is the loss that `transformers` has for them.
+
 Every step takes one batch of every task. AdamW on all of the body and on each task's head, its step size rising and then
 falling linearly to zero; the last step is kept, so no label but those trained on is ever read.
 
@@ -17,13 +19,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from adarank.adapt.history import History
 from adarank.adapt.learner import Loss, Parameters
 from adarank.adapt.loop import adapt
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import Network
+from adarank.data.labels import Label
+from adarank.data.metrics import loss as label_loss
 from adarank.data.task import TaskData
 from adarank.errors import RecipeError, listed
 from adarank.method import Context, Given, MergeMethod, Outline, Result, changed_tensors
@@ -119,14 +122,13 @@ class Multitask(MergeMethod):
         heads = {task: _head(context.network, models, task) for task in data}
         return Result(tensors, heads=heads, block="training", report=self._report(history, data))
 
-    def _loss(self, context: Context, models: TaskModels, data: TaskData, labels: Mapping[int, int]) -> Loss:
+    def _loss(self, context: Context, models: TaskModels, data: TaskData, labels: Mapping[int, Label]) -> Loss:
         family, module, device = context.family, models.modules[data.name], context.device
 
         def loss(step: int) -> Tensor:
             rows = data.adapt_rows(step, self.batch_size)
             batch = {k: v.to(device) for k, v in data.examples.batch(rows).items()}
-            targets = torch.tensor([labels[row] for row in rows], device=device)
-            return cross_entropy(family.logits(module, batch), targets)
+            return label_loss([labels[row] for row in rows], family.logits(module, batch), data.problem)
 
         return loss
 
@@ -187,8 +189,8 @@ class JointTraining(Parameters):
                 parameter.grad /= self._tasks
 
 
-def _labels(data: TaskData) -> dict[int, int]:
-    """Row -> class number, of the adapt split. Rows of other splits are not in it."""
+def _labels(data: TaskData) -> dict[int, Label]:
+    """Row -> label, of the adapt split. Rows of other splits are not in it."""
     data.adapt_rows(0, 1)  # refuses an empty split
     rows = data.splits.rows["adapt"]
     return dict(zip(rows, data.targets(rows), strict=True))

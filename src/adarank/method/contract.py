@@ -43,6 +43,7 @@ class MergeMethod(Settings):
         data: what it reads of the tasks' data, in words; empty if it reads none.
         use: what it does with them, for errors: "adapts on", "takes statistics of".
         labels: the labels that it cannot do without, in words; empty if it can.
+        of_classes: True if it reads what networks give as shares of classes, so that of other outputs nothing can be learned.
         in_use: what whoever uses the output must know of every input, a sentence; empty for one model for all.
         per_model: settings that each model of a recipe may carry.
         adapt_block: the settings that a recipe's `adapt` block holds; None if it takes no such block.
@@ -60,6 +61,7 @@ class MergeMethod(Settings):
     data: ClassVar[str] = ""
     use: ClassVar[str] = "reads"
     labels: ClassVar[str] = ""
+    of_classes: ClassVar[bool] = False
     in_use: ClassVar[str] = ""
     per_model: ClassVar[tuple[str, ...]] = ()
     adapt_block: ClassVar[type[Settings] | None] = None

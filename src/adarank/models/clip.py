@@ -224,6 +224,7 @@ def _configuration(
         "id2label": labels,
         "label2id": {name: int(number) for number, name in labels.items()},
         "prompt_templates": list(templates),
+        "problem_type": "single_label_classification",  # of one class, too
     }
 
 

@@ -27,7 +27,7 @@ from adarank.recipe.reader import RecipeLike, load_recipe
 from adarank.recipe.schema import Recipe
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
-from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.load_tasks import load_tasks, refuse_without_classes
 
 
 def merge(
@@ -79,6 +79,7 @@ def _merge(
     check_side_files(job)
     _check_disk(job, out)
     torch.manual_seed(recipe.seed)
+    refuse_without_classes(job)
     if data is None:
         data = load_tasks(job) if job.method.data or recipe.heads == "learn" else {}
     job.method.of_data(data)  # refused here, before anything is computed

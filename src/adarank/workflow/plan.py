@@ -8,7 +8,7 @@ from adarank.errors import DataError
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.plan import describe
 from adarank.recipe.reader import RecipeLike, load_recipe
-from adarank.workflow.load_tasks import check_tasks
+from adarank.workflow.load_tasks import check_tasks, refuse_without_classes
 
 
 def plan(recipe: RecipeLike) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def plan(recipe: RecipeLike) -> dict[str, Any]:
         adarank.workflow.plan.plan("recipe.yaml")["peak_bytes"]
     """
     job = open_job(load_recipe(recipe))
+    refuse_without_classes(job)
     described = describe(job)
     if job.method.data:
         described |= _of_data(job)
