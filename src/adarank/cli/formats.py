@@ -116,7 +116,7 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "\n": r" \newline ",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$",
     "λ": r"$\lambda$", "τ": r"$\tau$", "Σ": r"$\Sigma$", "α": r"$\alpha$", "θ": r"$\theta$", "κ": r"$\kappa$",
     "ε": r"$\varepsilon$", "ρ": r"$\rho$", "ℓ": r"$\ell$", "∂": r"$\partial$", "‖": r"$\|$", "≥": r"$\ge$", "≤": r"$\le$",
     "∘": r"$\circ$", "·": r"$\cdot$", "×": r"$\times$", "±": r"$\pm$", "÷": r"$\div$", "∝": r"$\propto$", "⊥": r"$\perp$",
@@ -128,10 +128,13 @@ _ACCENTS = {"\u0304": "bar", "\u0302": "hat"}  # combining characters, which fol
 
 
 def _in_latex(text: str) -> str:
-    """Text with all that LaTeX would take for a command or lacks in its text fonts escaped."""
+    """Text with all that LaTeX would take for a command or lacks in its text fonts escaped; lines above one another."""
+    if "\n" in text:
+        lines = " \\\\ ".join(map(_in_latex, text.splitlines()))
+        return f"\\shortstack[l]{{{lines}}}"
     parts: list[str] = []
     for letter in text:
-        if letter in _ACCENTS and parts:
+        if letter in _ACCENTS and parts and parts[-1].isalpha():
             parts[-1] = f"$\\{_ACCENTS[letter]}{{{parts[-1]}}}$"
         else:
             parts.append(_LATEX.get(letter, letter))
