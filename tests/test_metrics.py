@@ -232,7 +232,7 @@ def test_all_problems_merge_and_are_scored(zoo: Path, tmp_path: Path, method: st
         assert table.rows[row][task] == pytest.approx(100 * wanted, abs=1e-3)
 
 
-def test_pipelines_of_extracted_tasks_give_what_their_problem_has(zoo: Path, tmp_path: Path) -> None:
+def test_pipelines_of_extracted_tasks_fit_their_problem(zoo: Path, tmp_path: Path) -> None:
     import transformers
 
     adarank.merge_recipe(recipe(zoo, "average.yaml", merge_method="average"), tmp_path / "out")

@@ -4,7 +4,7 @@
     several labels  micro_f1, macro_f1, exact_match, loss (binary cross-entropy)        a class is predicted where its logit is > 0
     regression      pearson, spearman, loss (mean squared error)
 
-All are ×100 but the loss, which is as it is, and of which less is better.
+All are in per cent but the loss, which is as it is, and of which less is better.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def problem_by_labels(labels: Sequence[Any], outputs: int) -> Problem:
 
 
 def score(labels: Sequence[Label], logits: Tensor, metric: str, problem: Problem) -> float:
-    """The score of a network's outputs, ×100 but for a loss.
+    """The score of a network's outputs, in per cent but for a loss.
 
     A correlation with a constant is 0, as that of Matthews is.
 

@@ -56,8 +56,10 @@ def extract(output: str | Path, task: str, out: str | Path, force: bool = False)
         OutputError: `out` exists, or cannot be written.
 
     Example:
+        import transformers
+
         adarank.extract("merged", "sentiment", "sentiment-alone")
-        classify = transformers.pipeline("text-classification", model="sentiment-alone")
+        model = transformers.AutoModelForSequenceClassification.from_pretrained("sentiment-alone")
     """
     out = Path(out)
     source = open_output(output)
