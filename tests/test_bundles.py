@@ -292,8 +292,8 @@ def test_a_task_is_loaded_from_its_own_files_and_the_shared_ones(zoo: Path, tmp_
 
 
 def test_one_loader_serves_bundles_too(emr: Path) -> None:
-    found, wanted = (load(emr, "mood").state_dict() for load in (adarank.load_task, adarank.from_bundle))
-    assert same(found, wanted)
+    first, second = (load(emr, "mood").state_dict() for load in (adarank.load_task, adarank.from_bundle))
+    assert same(first, second)
 
 
 @pytest.mark.parametrize("stop", [9, 60])

@@ -41,17 +41,18 @@ def loaded(auto: Any, folder: Path, **named: Any) -> Any:
 
 def assert_same(module: Any, wanted: Any) -> None:
     assert type(module) is type(wanted)
-    found, needed = module.state_dict(), wanted.state_dict()
-    assert found.keys() == needed.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in needed.items())
+    state, needed = module.state_dict(), wanted.state_dict()
+    assert state.keys() == needed.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in needed.items())
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("architecture", "bare"), [("bert", True), ("bert", False), ("roberta", True), ("distilbert", True), ("gpt2", True)]
+    ("architecture", "headless"),
+    [("bert", True), ("bert", False), ("roberta", True), ("distilbert", True), ("gpt2", True)],
 )
-def test_a_text_tasks_folder_is_its_classifier(tmp_path: Path, architecture: str, bare: bool, method: str) -> None:
-    zoo = text_zoo.make_zoo(tmp_path / "zoo", architecture, bare)
+def test_a_text_tasks_folder_is_its_classifier(tmp_path: Path, architecture: str, headless: bool, method: str) -> None:
+    zoo = text_zoo.make_zoo(tmp_path / "zoo", architecture, headless)
     adarank.merge_recipe(text_zoo.recipe(zoo, merge_method=method), tmp_path / "out")
     for task, classes in text_zoo.TASKS.items():
         adarank.extract(tmp_path / "out", task, tmp_path / task)
@@ -113,8 +114,8 @@ def test_a_zero_shot_tasks_folder_is_a_whole_clip(tmp_path: Path, method: str) -
         given = pipe(Image.fromarray(image), candidate_labels=names, hypothesis_template=template)
         pixels = pipe.image_processor(images=[image], return_tensors="pt")["pixel_values"]
         shares = logits(wanted, pixel_values=pixels)[0].softmax(dim=-1)
-        told = {entry["label"]: entry["score"] for entry in given}
-        assert told == pytest.approx(dict(zip(classes, shares.tolist(), strict=True)), rel=1e-4)
+        shown = {entry["label"]: entry["score"] for entry in given}
+        assert shown == pytest.approx(dict(zip(classes, shares.tolist(), strict=True)), rel=1e-4)
 
 
 @pytest.mark.parametrize("changes", [text_zoo.ADAPT, {"merge_method": "multitask", "parameters": {"steps": 3, "batch_size": 4}}],
@@ -191,7 +192,7 @@ def test_the_command_takes_one_task_and_replaces_nothing(
 ) -> None:
     out, alone = str(tmp_path / "out"), str(tmp_path / "alone")
     adarank.merge_recipe(text_zoo.recipe(text, "one.yaml", merge_method="average"), out)
-    for arguments, told in (
+    for arguments, sentence in (
         ([out, alone], "one task is needed"),
         ([out, "mood", alone, "--task", "mood"], "one task is needed"),
         ([out, "moon", alone], "no head of task 'moon'. Did you mean 'mood'?"),
@@ -199,7 +200,7 @@ def test_the_command_takes_one_task_and_replaces_nothing(
         ([out, "mood", out, "--force"], "out"),
     ):
         assert main(["extract", *arguments]) == 1
-        assert told in capsys.readouterr().err
+        assert sentence in capsys.readouterr().err
         assert not Path(alone).exists()
     assert main(["extract", out, "mood", alone]) == 0
     assert main(["extract", out, alone, "--task", "colour"]) == 1

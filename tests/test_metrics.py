@@ -115,13 +115,13 @@ def test_class_scores_are_scikit_learns() -> None:
     assert class_scores([1.0], torch.zeros(1, 1), NUMBER, ()) == ()
 
 
-@pytest.mark.parametrize(("metric", "problem", "classes", "told"), [
+@pytest.mark.parametrize(("metric", "problem", "classes", "sentence"), [
     ("pearson", ONE, 3, "metric 'pearson' is not for single label classification. Give accuracy"),
     ("accuracy", SEVERAL, 3, "not for multi label classification. Give micro_f1"),
     ("f1", ONE, 3, "of two classes, and there are 3. Give macro_f1"),
 ])  # fmt: skip
-def test_a_metric_for_another_problem_is_refused(metric: str, problem: Any, classes: int, told: str) -> None:
-    with pytest.raises(DataError, match=rf"task 'x': .*{told}"):
+def test_a_metric_for_another_problem_is_refused(metric: str, problem: Any, classes: int, sentence: str) -> None:
+    with pytest.raises(DataError, match=rf"task 'x': .*{sentence}"):
         chosen_metric(metric, problem, classes, "task 'x'")
 
 
@@ -144,7 +144,7 @@ def test_several_labels_are_read_in_every_form(cells: list[Any]) -> None:
     assert read_labels(cells, CONFIG, "x") == [(0, 2), (), (1,)]
 
 
-@pytest.mark.parametrize(("config", "cells", "told"), [
+@pytest.mark.parametrize(("config", "cells", "sentence"), [
     (CONFIG, [[0, 3]], r"row 1 has label 3; the expert knows joy, fear, awe"),
     (CONFIG, [[0], [1, 1]], r"row 2 names a class twice"),
     (CONFIG, ["joy,sorrow"], r"label 'sorrow'"),
@@ -152,8 +152,8 @@ def test_several_labels_are_read_in_every_form(cells: list[Any]) -> None:
     ({"num_labels": 1}, [math.inf], r"Give a finite number"),
     ({"problem_type": NUMBER, "num_labels": 3}, [1.0], r"gives 3 numbers for an input"),
 ])  # fmt: skip
-def test_labels_that_the_expert_does_not_know_are_named(config: Any, cells: list[Any], told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_labels_that_the_expert_does_not_know_are_named(config: Any, cells: list[Any], sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
         read_labels(cells, config, "x")
 
 
@@ -172,8 +172,8 @@ def test_modules_in_memory_are_scored_by_any_metric() -> None:
     batches = {"n": [(inputs, (3 * heights + 1).tolist())], "h": [(inputs, hot)], "t": [(inputs, lists)]}
     modules = {"n": number, "h": tags, "t": tags}
     assert adarank.evaluate(modules, batches) == pytest.approx({"n": 100, "h": 100, "t": 100})
-    found = adarank.evaluate(modules, batches, metric={"n": "loss", "h": "exact_match"})
-    assert found["n"] == pytest.approx(float(((2 * heights + 1) ** 2).mean()), rel=1e-5)
+    scores = adarank.evaluate(modules, batches, metric={"n": "loss", "h": "exact_match"})
+    assert scores["n"] == pytest.approx(float(((2 * heights + 1) ** 2).mean()), rel=1e-5)
     with pytest.raises(DataError, match="task 'n': metric 'accuracy' is not for regression"):
         adarank.evaluate(modules, batches, metric="accuracy")
 

@@ -52,7 +52,8 @@ class Merged:
         plan, extracted, settings = (
             block if isinstance(block := record.get(key), dict) else {} for key in ("plan", "extracted", "settings")
         )
-        self.models: str | None = plan.get("kind") or extracted.get("models")
+        models = plan.get("kind") or extracted.get("models")
+        self.models = str(models) if models else None
         self.origin = {"method": plan.get("merge_method"), "settings": settings.get("parameters", {})}
 
     def config(self, task: str) -> Mapping[str, Any]:

@@ -76,8 +76,8 @@ class TaskReader:
         dropped = [
             f"{n} {split} input(s) left out: they are in a later split too" for split, n in rows.splits.dropped.items()
         ]
-        told = (*notes, *dropped)
-        return TaskData(name, rows.metric, examples, rows.labels, rows.splits, self.seed, told, rows.problem, rows.classes)  # fmt: skip
+        remarks = (*notes, *dropped)
+        return TaskData(name, rows.metric, examples, rows.labels, rows.splits, self.seed, remarks, rows.problem, rows.classes)  # fmt: skip
 
     def _tables(self, name: str, spec: TaskSpec, columns: list[str]) -> dict[Split, Table]:
         """The task's tables by split; a single file counts as `adapt` until it is split."""
