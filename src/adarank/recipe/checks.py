@@ -45,15 +45,14 @@ def _problems(recipe: Recipe) -> list[str]:
 
 
 def _of_heads(recipe: Recipe) -> list[str]:
-    """Whether heads can be learned on what the method writes."""
+    """Whether the method leaves heads to be learned."""
     kind = recipe.kind
     if recipe.heads == "expert":
         return []
     if kind.adapt_block is not None and not kind.in_use:
         return [f"heads: '{kind.name}' adapts, and learns heads as adapt: learn_heads says. Remove heads."]
-    if kind.in_use or "heads" in kind.model_fields:
-        what = "a network for each task" if kind.in_use else "heads of its own"
-        return [f"heads: '{kind.name}' writes {what}; learn is for one body under its experts' heads. Remove heads."]
+    if "heads" in kind.model_fields:
+        return [f"heads: '{kind.name}' writes heads of its own; learn is for its experts' heads. Remove heads."]
     return []
 
 
