@@ -145,10 +145,18 @@ def texts(architecture: str) -> Any:
     return lambda folder, **changes: text_zoo.recipe(text_zoo.make_zoo(folder, architecture), **changes)
 
 
+def with_poolers(folder: Path, **changes: Any) -> Path:
+    """Experts with a pooler that the base lacks, so that it is part of their heads."""
+    file = text_zoo.make_zoo(folder) / "models" / "base" / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "pooler" not in name}, file, {"format": "pt"})
+    return text_zoo.recipe(folder, **changes)
+
+
 ZOOS = {name: texts(name) for name in ("bert", "roberta", "distilbert", "gpt2")} | {
     "vit": lambda folder, **changes: image_zoo.recipe(image_zoo.make_zoo(folder), **changes),
     "resnet": lambda folder, **changes: image_zoo.recipe(image_zoo.make_zoo(folder, "resnet"), **changes),
     "clip": lambda folder, **changes: clip_zoo.recipe(clip_zoo.make_zoo(folder), **changes),
+    "pooler": with_poolers,
 }
 
 
