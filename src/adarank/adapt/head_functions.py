@@ -196,7 +196,7 @@ def _examples(functions: Sequence[HeadFunction], passes: Iterable[_Pass]) -> lis
         for seen, function in zip(given, functions, strict=True):
             vectors = each.given(function)
             assert vectors is not None  # the function was chosen by the first batch
-            seen.append(vectors.to(function.dtype))
+            seen.append(vectors.to(function.dtype, copy=True))  # not a view of all positions
         expert.append(each.expert)
     return [HeadExamples(torch.cat(seen), torch.cat(expert).to(seen[0])) for seen in given]
 
