@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adarank.alignment.selection import computed
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import CheckpointError, MismatchError, itemise
 from adarank.models.loading import loaded_names
 
@@ -40,7 +40,7 @@ class TaskModels:
                 self.shared[name].copy_(value)
 
 
-def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModels:
+def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints) -> TaskModels:
     """Tie all tensors of the modules that are not heads, so that writing one writes it for every task.
 
     Arguments:
@@ -89,7 +89,7 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
     return TaskModels(modules, shared, heads)
 
 
-def head_tensors(network: Network, task: str, module: nn.Module) -> dict[str, Tensor]:
+def head_tensors(network: AlignedCheckpoints, task: str, module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a task's head in its module, under the names that the expert's own files use."""
     held = held_tensors(module)
     keys = module_keys(network, task, network.heads[task], module, held)
@@ -97,7 +97,7 @@ def head_tensors(network: Network, task: str, module: nn.Module) -> dict[str, Te
 
 
 def module_keys(
-    network: Network, task: str, names: Sequence[str], module: nn.Module, held: Mapping[str, Tensor]
+    network: AlignedCheckpoints, task: str, names: Sequence[str], module: nn.Module, held: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """Tensor of the network -> its name in a task's module, for those that it has."""
     member = network.experts[task]
