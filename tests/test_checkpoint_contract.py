@@ -23,6 +23,7 @@ from adarank.io.checkpoint import Checkpoint, MemorySource, check_finite
 from adarank.io.writer import RECORD, atomic_folder, check_output, write_checkpoint, write_record
 from make import (
     State,
+    fill_disk,
     identical,
     randn,
     read_all,
@@ -312,10 +313,7 @@ def test_a_failed_folder_leaves_nothing(tmp_path: Path, error: BaseException) ->
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("adarank.io.writer._write_tensor", full)
+    fill_disk(monkeypatch, 1000)  # behind the header
     with pytest.raises(OutputError, match="disk is full"), atomic_folder(tmp_path / "out") as folder:
         write(folder, state(0))
     assert names(tmp_path) == set()

@@ -28,6 +28,7 @@ from adarank.workflow import context, problem
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.load_tasks import load_tasks
+from make import fill_disk
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 
@@ -119,10 +120,8 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from adarank.workflow.merge import merge
-from adarank.io import writer
+from adarank.io.writer import TensorFile
 from adarank.recipe.reader import load_recipe
-from adarank.workflow import context
-from adarank.workflow.context import RecipeContext
 import torch
 torch.set_num_threads(1)  # as in this process: the number of threads may change the last bits
 stop = int(sys.argv[3])
@@ -130,12 +129,12 @@ if sys.argv[4] == "adapt":
     def progress(history, steps):
         if history.step == stop: os.kill(os.getpid(), 9)
 else:
-    progress, write, count = None, writer._write_tensor, [0]
-    def dying(handle, tensor):
+    progress, write, count = None, TensorFile.write, [0]
+    def dying(self, name, tensor):
         count[0] += 1
         if count[0] == stop: os.kill(os.getpid(), 9)
-        write(handle, tensor)
-    writer._write_tensor = dying
+        write(self, name, tensor)
+    TensorFile.write = dying
 merge(load_recipe(sys.argv[1]), Path(sys.argv[2]), progress=progress)
 """
 
@@ -301,11 +300,7 @@ def test_a_deleted_tail_of_the_disk_leaves_nothing(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A disk that fills up while tensors are written."""
-
-    def full(handle: object, tensor: torch.Tensor) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("adarank.io.writer._write_tensor", full)
+    fill_disk(monkeypatch, 10_000)
     assert main(["merge", str(recipe(zoo)), str(tmp_path / "out")]) == 1
     assert "disk is full" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
