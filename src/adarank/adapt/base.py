@@ -8,8 +8,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import Field, PrivateAttr
 
 from adarank.adapt.settings import AdaptSettings
-from adarank.errors import RecipeError, listed
-from adarank.method import Given, MergeMethod
+from adarank.method import MergeMethod
 from adarank.settings import Settings, nearest, parse
 
 Self = TypeVar("Self", bound="Adapting")
@@ -63,13 +62,8 @@ class Adapting(MergeMethod):
     def passes_over(cls) -> str:
         return "the checkpoints to start and to merge; each expert's inputs once for its answers; a batch of each task every step, forward and backward"
 
-    @classmethod
-    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
-        try:
-            objectives = cls.resolve(given).settings.objectives
-        except RecipeError as error:
-            return listed(error)
-        unknown = [task for task in objectives if task not in tasks]
+    def check_recipe(self, tasks: Collection[str]) -> list[str]:
+        unknown = [task for task in self.settings.objectives if task not in tasks]
         return [f"adapt.objectives: unknown task '{task}'.{nearest(task, tasks)}" for task in unknown]
 
     def in_force(self) -> dict[str, Any]:

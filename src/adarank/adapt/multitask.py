@@ -11,7 +11,7 @@ Caruana 1997, "Multitask Learning"; the row "traditional MTL" of AdaMerging (arX
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,8 +25,7 @@ from adarank.adapt.loop import adapt
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import Network
 from adarank.data.task import TaskData
-from adarank.errors import RecipeError, listed
-from adarank.method import Context, Given, MergeMethod, Outline, Result, changed_tensors
+from adarank.method import Context, MergeMethod, Outline, Result, changed_tensors
 from adarank.models import TaskModels
 
 
@@ -70,19 +69,6 @@ class Multitask(MergeMethod):
     @classmethod
     def memory(cls) -> str:
         return "all weights, their gradients and AdamW's two moments, and one task's batch"
-
-    @classmethod
-    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
-        problems = []
-        if protocol == "transductive":
-            problems.append(
-                f"data.protocol: '{cls.name}' reads labels, and under 'transductive' they would be those that are scored. Use disjoint."
-            )
-        try:
-            cls.resolve(given)
-        except RecipeError as error:
-            problems += listed(error)
-        return problems
 
     def action(self, chosen: str) -> str:
         return chosen if chosen == "keep" else "train"
