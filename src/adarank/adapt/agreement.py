@@ -58,39 +58,39 @@ def signals(logits: Tensor, expert: Tensor) -> Signals:
         raise AdaptationError(
             "The experts give one number for each input: there are no classes to agree on. Adaptation is of classifiers; use a method that does not adapt."
         )
-    own, wanted = logits.argmax(dim=-1), expert.argmax(dim=-1)
+    predicted, wanted = logits.argmax(dim=-1), expert.argmax(dim=-1)
     answered = ~logits.isnan().any(dim=-1)  # a network that gives no numbers agrees with nobody
-    counts, targets = (torch.bincount(y, minlength=logits.shape[-1]).double() / len(y) for y in (own, wanted))
+    counts, targets = (torch.bincount(y, minlength=logits.shape[-1]).double() / len(y) for y in (predicted, wanted))
     return Signals(
-        agreement=float(((own == wanted) & answered).double().mean()),
+        agreement=float(((predicted == wanted) & answered).double().mean()),
         divergence=float(divergences(logits.double(), expert.double()).mean()),
         histogram=float((counts - targets).abs().sum() / 2),
         entropy=float(entropy(logits.double())),
         largest=float(counts.max()),
         expert_largest=float(targets.max()),
-        inputs=len(own),
+        inputs=len(predicted),
     )
 
 
 def mean_signal(judged: Judged, signal: Signal) -> float:
     """Mean over tasks, signed so that more is better; -inf if some task's predictions are no numbers."""
-    if any(math.isnan(own.entropy) for own in judged.values()):
+    if any(math.isnan(of_task.entropy) for of_task in judged.values()):
         return -math.inf
-    values = [own.agreement if signal == "agreement" else -own.divergence for own in judged.values()]
+    values = [of_task.agreement if signal == "agreement" else -of_task.divergence for of_task in judged.values()]
     mean = sum(values) / len(values)
     return round(mean, 12) if math.isfinite(mean) else -math.inf  # rounded, so that equal shares are equal
 
 
-def standard_error(own: Signals) -> float:
+def standard_error(of_task: Signals) -> float:
     """Of the agreement, a share a of n inputs: √(a(1-a)/n), with one agreeing and one other input added, so that it is not 0
     for a task that agrees everywhere."""
-    share = (own.agreement * own.inputs + 1) / (own.inputs + 2)
-    return math.sqrt(share * (1 - share) / (own.inputs + 2))
+    share = (of_task.agreement * of_task.inputs + 1) / (of_task.inputs + 2)
+    return math.sqrt(share * (1 - share) / (of_task.inputs + 2))
 
 
 def mean_error(judged: Judged) -> float:
     """Standard error of the mean agreement over tasks."""
-    return math.sqrt(sum(standard_error(own) ** 2 for own in judged.values())) / len(judged)
+    return math.sqrt(sum(standard_error(of_task) ** 2 for of_task in judged.values())) / len(judged)
 
 
 def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
@@ -115,9 +115,9 @@ def collapsed(now: Signals, start: Signals) -> bool:
 
 def first_collapse(judged: Mapping[int, Judged]) -> dict[str, int]:
     """task -> the first judged step at which it had collapsed, for those that ever did."""
-    found: dict[str, int] = {}
-    for step, own in sorted(judged.items()):
-        for task, seen in own.items():
-            if collapsed(seen, judged[0][task]):
-                found.setdefault(task, step)
-    return found
+    first: dict[str, int] = {}
+    for step, judgement in sorted(judged.items()):
+        for task, of_task in judgement.items():
+            if collapsed(of_task, judged[0][task]):
+                first.setdefault(task, step)
+    return first

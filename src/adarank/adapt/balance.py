@@ -38,12 +38,12 @@ def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequ
     """
     if strength == 0 or len(losses[0]) < FIRST:  # too early to tell
         return [1.0] * len(losses)
-    starts = [sum(own[:FIRST]) / FIRST for own in losses]
+    starts = [sum(past[:FIRST]) / FIRST for past in losses]
     usual = sum(map(abs, starts)) / len(starts)
     units = [max(abs(start), usual, 1e-3) for start in starts]
     exponents = [
-        strength * max(0.0, _running(own, start) - start) / unit + debt
-        for own, start, unit, debt in zip(losses, starts, units, debts, strict=True)
+        strength * max(0.0, _running(past, start) - start) / unit + debt
+        for past, start, unit, debt in zip(losses, starts, units, debts, strict=True)
     ]
     shares = torch.tensor(exponents, dtype=torch.float64).softmax(dim=0)
     weights: list[float] = (EVEN + (1 - EVEN) * len(losses) * shares).tolist()
@@ -70,11 +70,11 @@ def behind(tasks: Sequence[str], judged: Mapping[int, Judged]) -> list[float]:
     1 off, down to 0.
     """
     debts = dict.fromkeys(tasks, 0.0)
-    for _, own in sorted(judged.items())[1:]:
-        fallen = set(worse(own, judged[0], 0.0))
-        for task in own.keys() & debts.keys():
+    for _, judgement in sorted(judged.items())[1:]:
+        fallen = set(worse(judgement, judged[0], 0.0))
+        for task in judgement.keys() & debts.keys():
             first = judged[0][task]
-            errors = (first.agreement - own[task].agreement) / standard_error(first)
+            errors = (first.agreement - judgement[task].agreement) / standard_error(first)
             debts[task] = max(0.0, debts[task] + (min(max(errors, 1.0), 3.0) if task in fallen else -1.0))
     return list(debts.values())
 

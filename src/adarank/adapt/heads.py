@@ -93,8 +93,8 @@ def _learn_head(problem: Problem, task: str) -> HeadFit | None:
             "Set learn_heads: false."
         )
     learned = {id(tensor) for tensor in models.heads[task].values()}
-    start = {name: own.detach().double() for name, own in layer.named_parameters() if id(own) in learned}
-    rest = {name: own.detach().double() for name, own in layer.state_dict().items() if own.is_floating_point()}
+    start = {name: tensor.detach().double() for name, tensor in layer.named_parameters() if id(tensor) in learned}
+    rest = {name: tensor.detach().double() for name, tensor in layer.state_dict().items() if tensor.is_floating_point()}
 
     def call(head: Head, given: Tensor) -> Tensor:
         logits: Tensor = functional_call(layer, {**rest, **head}, (given,))
@@ -165,21 +165,21 @@ def fit_head(call: Call, start: Head, examples: HeadExamples, pull: float, guess
         start: the expert's head.
         guess: where the search begins, such as the head of a larger pull.
     """
-    head = {name: own.clone().requires_grad_() for name, own in (guess or start).items()}
+    head = {name: tensor.clone().requires_grad_() for name, tensor in (guess or start).items()}
     optimiser = torch.optim.LBFGS(
         list(head.values()), max_iter=100, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        distance = torch.stack([(own - start[name]).square().sum() for name, own in head.items()]).sum()
+        distance = torch.stack([(tensor - start[name]).square().sum() for name, tensor in head.items()]).sum()
         value = divergences(call(head, examples.given), examples.expert).mean() + pull * distance
         value.backward()
         return value
 
     with torch.enable_grad():
         optimiser.step(loss)
-    return {name: own.detach() for name, own in head.items()}
+    return {name: tensor.detach() for name, tensor in head.items()}
 
 
 def _layer_of(problem: Problem, task: str) -> nn.Module | None:
@@ -194,7 +194,7 @@ def _layer_of(problem: Problem, task: str) -> nn.Module | None:
 
 def _enclosing(module: nn.Module, parts: list[nn.Module]) -> list[nn.Module]:
     """The smallest part of a module that has all these in it, unless it is the module itself."""
-    paths = [name.split(".") for name, part in module.named_modules() if any(part is own for own in parts)]
+    paths = [name.split(".") for name, part in module.named_modules() if any(part is head_part for head_part in parts)]
     shared = 0
     while all(len(path) > shared and path[shared] == paths[0][shared] for path in paths):
         shared += 1

@@ -50,8 +50,8 @@ class History:
         """How what is kept was judged; of a last step that is kept unasked too."""
         assert self.choice is not None  # adaptation is over
         share, step = self.choice.share, self.choice.step
-        found = [own.judged for own in self.line_points if (own.step, own.share) == (step, share)]
-        return found[0] if found else self.judged[step]
+        at_point = [point.judged for point in self.line_points if (point.step, point.share) == (step, share)]
+        return at_point[0] if at_point else self.judged[step]
 
     @property
     def step(self) -> int:

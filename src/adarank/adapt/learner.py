@@ -45,7 +45,10 @@ class Learner(Protocol):
 
 def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """The point at that share of the way from start to end. Whole numbers, such as counters, are those of the end."""
-    return {name: torch.lerp(start[name], own, share) if own.is_floating_point() else own for name, own in end.items()}
+    return {
+        name: torch.lerp(start[name], tensor, share) if tensor.is_floating_point() else tensor
+        for name, tensor in end.items()
+    }
 
 
 class Parameters:
@@ -59,7 +62,7 @@ class Parameters:
 
     def __init__(self, tensors: Mapping[str, Tensor], lr: float) -> None:
         self._tensors, self.lr = dict(tensors), lr
-        self.parameters = [own for own in self._tensors.values() if isinstance(own, nn.Parameter)]
+        self.parameters = [tensor for tensor in self._tensors.values() if isinstance(tensor, nn.Parameter)]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
 

@@ -133,9 +133,9 @@ class LiveWeights:
             grad = self.parameters[name].grad
             if grad is None:  # the tensor takes no part in any task's output
                 continue
-            found = self.blocks[name].gradient(grad, lam[row], mask, self.learn.masks)
-            grad_lam[row] = found.lam
-            slots[row].copy_(found.mask)
+            gradient = self.blocks[name].gradient(grad, lam[row], mask, self.learn.masks)
+            grad_lam[row] = gradient.lam
+            slots[row].copy_(gradient.mask)
         self._set_gradients(grad_lam.cpu(), grad_mask.cpu())
 
     def zero_grad(self) -> None:
@@ -175,7 +175,7 @@ class LiveWeights:
         return self.logits if self._pace is None else self._start + (self.logits - self._start) * self._pace
 
     def _paces(self) -> Tensor:
-        parts = [pace(own) for block in self.blocks.values() for own in block.s.split(block.sizes)]
+        parts = [pace(values) for block in self.blocks.values() for values in block.s.split(block.sizes)]
         return torch.cat(parts).to(self.logits)
 
     def _set_gradients(self, grad_lam: Tensor, grad_mask: Tensor) -> None:

@@ -122,11 +122,11 @@ class _Run:
             value = loss(step)
             (weight * value).backward()
             values.append(value.detach())
-        found = dict(zip(losses, torch.stack(values).tolist(), strict=True))
-        self._check(found)
+        step_losses = dict(zip(losses, torch.stack(values).tolist(), strict=True))
+        self._check(step_losses)
         self.live.pull_back()
         self._check_gradients()
-        for task, value in found.items():
+        for task, value in step_losses.items():
             self.history.losses[task].append(value)
         for group in self.optimiser.param_groups:
             group["lr"] = group["start"] * self.schedule.factor(step, judged)
@@ -210,7 +210,7 @@ class _Run:
 
     def _now(self) -> dict[str, Tensor]:
         """A copy of what is learned, as it is at this moment; on the CPU, as what a state holds is."""
-        return {name: own.detach().to("cpu", copy=True) for name, own in self.live.learned().items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.live.learned().items()}
 
     def _best(self) -> int:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
@@ -262,13 +262,16 @@ class _Run:
             "kept": self.history.kept,
             "seconds": self.history.seconds,
             "resumed_from": self.history.resumed_from,
-            "judged": {step: {t: asdict(own) for t, own in seen.items()} for step, seen in self.history.judged.items()},
+            "judged": {
+                step: {task: asdict(signals) for task, signals in judgement.items()}
+                for step, judgement in self.history.judged.items()
+            },
             "judging_seconds": self.history.judging_seconds,
             "start": self.start,
             "best": self.best,
             "source": self.source,
-            "starts": [asdict(own) for own in self.history.starts],
-            "memory": {name: own.cpu() for name, own in self.memory.items()},
+            "starts": [asdict(tried) for tried in self.history.starts],
+            "memory": {name: tensor.cpu() for name, tensor in self.memory.items()},
         }
         write_state(self.state, content, "the state")
 
@@ -277,17 +280,20 @@ class _Run:
         if self.state is None or not self.state.exists():
             return False
         content = read_state(self.state, self.fingerprint)
-        starts = [Tried(**own) for own in content["starts"]]
+        starts = [Tried(**tried) for tried in content["starts"]]
         if starts:  # which components may return depends on the start
             self.live.reset(best_of(starts).scale, best_of(starts).rank)
         self._set(content["learned"])
         self.optimiser.load_state_dict(content["optimiser"])
-        own, *others = content["rng"]
-        torch.set_rng_state(own)
-        if others and len(others) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(others)
+        cpu, *devices = content["rng"]
+        torch.set_rng_state(cpu)
+        if devices and len(devices) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(devices)
         past = [*content["resumed_from"], len(next(iter(content["losses"].values())))]
-        judged = {step: {t: Signals(**own) for t, own in seen.items()} for step, seen in content["judged"].items()}
+        judged = {
+            step: {task: Signals(**signals) for task, signals in judgement.items()}
+            for step, judgement in content["judged"].items()
+        }
         self.history = History(
             content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
         )
@@ -299,5 +305,5 @@ class _Run:
 
     @torch.no_grad()
     def _set(self, numbers: Mapping[str, Tensor]) -> None:
-        for name, own in self.live.learned().items():
-            own.copy_(numbers[name])
+        for name, tensor in self.live.learned().items():
+            tensor.copy_(numbers[name])

@@ -171,12 +171,12 @@ class JointTraining(Parameters):
 
     def optimiser(self, settings: AdaptSettings) -> torch.optim.Optimizer:
         """AdamW; what has fewer than two dimensions does not decay."""
-        matrices = [own for own in self.parameters if own.dim() > 1]
-        others = [own for own in self.parameters if own.dim() < 2]
+        matrices = [tensor for tensor in self.parameters if tensor.dim() > 1]
+        others = [tensor for tensor in self.parameters if tensor.dim() < 2]
         groups = [
-            {"params": own, "lr": self.lr, "start": self.lr, "weight_decay": decay}
-            for decay, own in ((self._decay, matrices), (0.0, others))
-            if own
+            {"params": tensors, "lr": self.lr, "start": self.lr, "weight_decay": decay}
+            for decay, tensors in ((self._decay, matrices), (0.0, others))
+            if tensors
         ]
         return torch.optim.AdamW(groups, betas=settings.betas)
 

@@ -171,12 +171,12 @@ def filtered_entropy(logits: Tensor, mean: Tensor, margin: float = 0.4, redundan
     is over kept ones; the margin is also SAR's (Niu et al. 2023, arXiv:2302.12400).
     """
     each = _entropies(logits)
-    own = each.detach()
+    detached = each.detach()
     limit = margin * math.log(logits.shape[-1])
     p = logits.detach().softmax(dim=-1)
     cosine = (p @ mean) / (p.norm(dim=-1) * mean.norm()).clamp_min(1e-12)
-    kept = (own < limit) & (cosine.clamp_max(1.0) <= redundancy)
-    return _mean_where(each * (limit - own).exp(), kept)
+    kept = (detached < limit) & (cosine.clamp_max(1.0) <= redundancy)
+    return _mean_where(each * (limit - detached).exp(), kept)
 
 
 def feature_distance(features: Tensor, expert: Tensor) -> Tensor:
@@ -194,8 +194,8 @@ def feature_distance(features: Tensor, expert: Tensor) -> Tensor:
 
 def running_mean(logits: Tensor, past: Tensor | None, momentum: float) -> Tensor:
     """(classes,) mean prediction over the batches so far, without a graph: the batch's own if there was none before."""
-    own = logits.detach().softmax(dim=-1).mean(dim=0)
-    return own if past is None else momentum * past.to(own) + (1 - momentum) * own
+    of_batch = logits.detach().softmax(dim=-1).mean(dim=0)
+    return of_batch if past is None else momentum * past.to(of_batch) + (1 - momentum) * of_batch
 
 
 Weights = dict[str, float]
@@ -209,10 +209,10 @@ def _given(tensor: Tensor | None) -> Tensor:
 
 Loss = Callable[[View, SelfLabel, Filter], Tensor]
 _BUILT_IN: dict[str, Loss] = {
-    "self-label": lambda v, own, _: self_label(v.logits, _given(v.expert), **own.model_dump()),
+    "self-label": lambda v, labels, _: self_label(v.logits, _given(v.expert), **labels.model_dump()),
     "entropy": lambda v, *_: entropy(v.logits),
     "infomax": lambda v, *_: infomax(v.logits, _given(v.mean)),
-    "filtered-entropy": lambda v, _, own: filtered_entropy(v.logits, _given(v.mean), **own.model_dump()),
+    "filtered-entropy": lambda v, _, kept: filtered_entropy(v.logits, _given(v.mean), **kept.model_dump()),
     "features": lambda v, *_: feature_distance(_given(v.features), _given(v.expert_features)),
 }
 _NEEDS = {"self-label": "expert", "infomax": "mean", "filtered-entropy": "mean", "features": "features"}

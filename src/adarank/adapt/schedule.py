@@ -86,7 +86,11 @@ class Schedule:
         ended, leader = self.ended(judged), judged[self.leader(judged)]
         noise = mean_error(leader) if self.settings.signal == "agreement" else 0.0
         near = self._value(leader) - noise
-        return max(s for s, own in judged.items() if (ended is None or s <= ended) and self._value(own) >= near)
+        return max(
+            step
+            for step, judgement in judged.items()
+            if (ended is None or step <= ended) and self._value(judgement) >= near
+        )
 
     def over(self, step: int, judged: Seen) -> bool:
         """True if nothing is left to do after so many steps."""
@@ -125,7 +129,9 @@ class Schedule:
     def counts(self, judged: Seen) -> Seen:
         """The judgements that the weights of this moment come from."""
         ended, source = self.ended(judged), self.source(judged) if judged else 0
-        return {step: own for step, own in judged.items() if ended is None or step <= source or step > ended}
+        return {
+            step: judgement for step, judgement in judged.items() if ended is None or step <= source or step > ended
+        }
 
     def _in_need_of_repair(self, judged: Seen, ended: int) -> bool:
         """True if what a round would go on from is nearer to the experts than what would be kept, but leaves a task behind."""
@@ -137,5 +143,5 @@ class Schedule:
         """True if some task is behind its start there."""
         return bool(worse(judged[step], judged[0], self.settings.tolerance))
 
-    def _value(self, own: Judged) -> float:
-        return mean_signal(own, self.settings.signal)
+    def _value(self, judgement: Judged) -> float:
+        return mean_signal(judgement, self.settings.signal)

@@ -128,9 +128,9 @@ class AdaptSettings(Settings):
     @field_validator("objectives", mode="before")
     @classmethod
     def _objectives(cls, given: Any) -> Any:
-        for task, own in given.items() if isinstance(given, dict) else ():
+        for task, objective in given.items() if isinstance(given, dict) else ():
             try:
-                check_objective(own)
+                check_objective(objective)
             except ValueError as error:
                 raise ValueError(f"task '{task}': {error}") from None
         return given

@@ -9,7 +9,7 @@ weights and one quick check, a judgement on fewer inputs; nothing is decomposed 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from adarank.adapt.agreement import Judge, Signal, mean_signal
@@ -32,8 +32,7 @@ class Tried:
 
     def named(self) -> dict[str, float]:
         """As recipes and records name it."""
-        own = asdict(self)
-        return {"rank": own["rank"], "lambda": own["scale"], "value": own["value"]}
+        return {"rank": self.rank, "lambda": self.scale, "value": self.value}
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def climb(grid: Grid, value: Callable[[float, float], float]) -> list[Tried]:
 
 def best_of(tried: list[Tried]) -> Tried:
     """The start that was found: the first of equals."""
-    return max(tried, key=lambda own: own.value)
+    return max(tried, key=lambda start: start.value)
 
 
 def find_start(live: Learner, grid: Grid, quick_check: Judge, signal: Signal) -> list[Tried]:
