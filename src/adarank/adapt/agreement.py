@@ -1,6 +1,7 @@
 """How near a task's predictions are to its expert's, without labels, and whether it has collapsed.
 
-The expert's predictions on the same inputs are the yardstick; what the answers are is never asked."""
+The expert's predictions on the same inputs are the reference; labels are never read.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +42,7 @@ class Signals:
 
 
 Judged = Mapping[str, Signals]
+"""task -> signals: one judgement."""
 
 
 Judge = Callable[[int], Judged]
@@ -52,14 +54,21 @@ def signals(logits: Tensor, expert: Tensor) -> Signals:
     """Compare predictions with the expert's.
 
     Arguments:
-        logits, expert: (inputs, classes), float.
+        logits, expert: (inputs, classes), float, of the same inputs in the same order.
+
+    Raises:
+        AdaptationError: there is one class, so nothing to agree on.
+
+    Example:
+        expert = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        assert signals(expert, expert).agreement == 1.0
     """
     if logits.shape[-1] < 2:
         raise AdaptationError(
             "The experts give one number for each input: there are no classes to agree on. Adaptation is of classifiers; use a method that does not adapt."
         )
     predicted, wanted = logits.argmax(dim=-1), expert.argmax(dim=-1)
-    answered = ~logits.isnan().any(dim=-1)  # a network that gives no numbers agrees with nobody
+    answered = ~logits.isnan().any(dim=-1)  # a prediction of NaN agrees with none
     counts, targets = (torch.bincount(y, minlength=logits.shape[-1]).double() / len(y) for y in (predicted, wanted))
     return Signals(
         agreement=float(((predicted == wanted) & answered).double().mean()),
@@ -73,7 +82,7 @@ def signals(logits: Tensor, expert: Tensor) -> Signals:
 
 
 def mean_signal(judged: Judged, signal: Signal) -> float:
-    """Mean over tasks, signed so that more is better; -inf if some task's predictions are no numbers."""
+    """Mean over tasks, signed so that larger is better; -inf if some task's predictions are NaN."""
     if any(math.isnan(of_task.entropy) for of_task in judged.values()):
         return -math.inf
     values = [of_task.agreement if signal == "agreement" else -of_task.divergence for of_task in judged.values()]
@@ -82,7 +91,7 @@ def mean_signal(judged: Judged, signal: Signal) -> float:
 
 
 def standard_error(of_task: Signals) -> float:
-    """Of the agreement, a share a of n inputs: √(a(1-a)/n), with one agreeing and one other input added, so that it is not 0
+    """Of the agreement, a share a of n inputs: √(a(1-a)/n), with one agreeing and one other input added, so that it is above 0
     for a task that agrees everywhere."""
     share = (of_task.agreement * of_task.inputs + 1) / (of_task.inputs + 2)
     return math.sqrt(share * (1 - share) / (of_task.inputs + 2))
@@ -103,11 +112,11 @@ def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
 
 
 def collapsed(now: Signals, start: Signals) -> bool:
-    """True if one class took over that the expert does not give so often.
+    """True if one class took over that the expert predicts less often.
 
     What the most frequent class leaves to all others is less than half of what it left at the start and of what the
-    expert leaves, and the histogram is at least 0.05 away from the expert's. A task that is all but one class with its
-    own expert is no collapse, nor is one that was so at the start.
+    expert leaves, and the histogram is at least 0.05 away from the expert's. A task whose
+    expert gives almost one class alone has not collapsed, nor has one that was so at the start.
     """
     left = 1 - now.largest
     return left < 0.5 * min(1 - start.largest, 1 - now.expert_largest) and now.histogram >= 0.05

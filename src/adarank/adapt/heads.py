@@ -2,10 +2,10 @@
 
     h_t = argmin mean_x KL(expert_t(x) ‖ h(z_t(x))) + pull · ‖h - expert's head‖²        z_t(x): what the head is given
 
-What the head is given is computed once. Of a head of one layer the problem is convex; L-BFGS solves it. The pull is the one
+What the head is given is computed once. For a head of one layer the problem is convex; L-BFGS solves it. The pull is the one
 with the least divergence on inputs that are held out, or by cross-validation where none are. A task keeps its expert's head
 unless the learned one agrees with the expert on more of these inputs, by more than one standard error of that difference:
-where a body is all but right, few inputs overfit a wide head.
+where a body is almost right, few inputs overfit a wide head.
 
 Heads alone: SyMerge (arXiv:2412.19098) finds that they carry label-free adaptation at many tasks, learned together with λ.
 """
@@ -66,10 +66,13 @@ class HeadExamples:
 
 
 def learn_heads(problem: Problem) -> dict[str, HeadFit]:
-    """Learn the heads of all tasks that are to, by `settings.learn_heads`, in place; what the models hold else stays.
+    """Learn, in place, the head of every task that `settings.learn_heads` selects; the models' other tensors stay as they are.
+
+    Returns:
+        task -> what learning its head gave.
 
     Raises:
-        RecipeError: a head is to be learned that cannot be.
+        RecipeError: no part of a network turns one vector per input into logits, and `learn_heads` is true.
     """
     fits = {}
     for task in problem.inputs:
@@ -122,7 +125,7 @@ def _learn_head(problem: Problem, task: str) -> HeadFit | None:
 def _held_out(
     call: Call, start: Head, examples: HeadExamples, judged: HeadExamples
 ) -> tuple[float, Tensor, Tensor, Tensor]:
-    """The best pull, the logits of judged inputs with it, those by the expert's head, and the expert's own."""
+    """The best pull, the logits of judged inputs by that head and by the expert's head, and the expert's logits."""
     logits, head = {}, start
     for pull in PULLS:
         head = fit_head(call, start, examples, pull, head)
@@ -131,7 +134,7 @@ def _held_out(
 
 
 def _cross_validated(call: Call, start: Head, examples: HeadExamples) -> tuple[float, Tensor, Tensor, Tensor]:
-    """The same, each input's logits by a head that was learned without it. One input alone teaches nothing."""
+    """The same, each input's logits by a head that was learned without it. From a single input nothing is learned."""
     fold = torch.arange(len(examples.given)) % FOLDS
     logits = {pull: call(start, examples.given) for pull in PULLS}
     for number in range(min(FOLDS, len(examples.given)) if len(examples.given) > 1 else 0):
@@ -164,6 +167,9 @@ def fit_head(call: Call, start: Head, examples: HeadExamples, pull: float, guess
     Arguments:
         start: the expert's head.
         guess: where the search begins, such as the head of a larger pull.
+
+    Returns:
+        name -> tensor in float64, of the shapes of `start`.
     """
     head = {name: tensor.clone().requires_grad_() for name, tensor in (guess or start).items()}
     optimiser = torch.optim.LBFGS(
@@ -183,7 +189,7 @@ def fit_head(call: Call, start: Head, examples: HeadExamples, pull: float, guess
 
 
 def _layer_of(problem: Problem, task: str) -> nn.Module | None:
-    """The part of the task's module that holds its head, or as much of it as turns one vector per input into logits."""
+    """The part of the task's module that holds its head, or the largest part of the head that turns one vector per input into logits."""
     parts = head_parts(problem.models, task)
     _, batch = next(iter(problem.inputs[task].adapted_on()))
     for part in (*_enclosing(problem.models.modules[task], parts), *reversed(parts)):

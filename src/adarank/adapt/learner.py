@@ -19,15 +19,15 @@ class Learner(Protocol):
         ...
 
     def learned(self) -> Mapping[str, Tensor]:
-        """Everything that a step changes, by name: what a state holds and what the best step's copy is made of."""
+        """Everything that a step changes, by name: what a saved state and the best step's copy hold."""
         ...
 
     def reset(self, scale: float, rank: float) -> None:
-        """Go to a start of a grid of λ and rank. Only asked of what has such starts."""
+        """Go to a start of a grid of λ and rank. Called only if there is such a grid."""
         ...
 
     def write(self) -> None:
-        """Bring the networks to the numbers of this moment."""
+        """Write the current numbers into the networks."""
         ...
 
     def zero_grad(self) -> None:

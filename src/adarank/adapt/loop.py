@@ -49,11 +49,12 @@ def adapt(
     Arguments:
         live: what is learned, such as the λ and masks of live merged weights.
         losses: task -> loss of a step. Their gradients add up, weighted as `settings.balance` says.
-        state: file in which the state is kept, and from which an interrupted run continues.
+        state: file in which the state is kept, and from which an interrupted run continues; None keeps none.
         fingerprint: identifies inputs and settings; a state with another one is refused.
         judge: called at the start, every `check_every` steps and at the end. Without one the last step is kept.
+        progress: called after each step.
         memory: what the losses remember; filled from the state when a run continues.
-        grid: starts to choose from before the first step. Without one the live weights start as they are.
+        grid: starts of λ and rank to choose from before the first step. Without one the live weights start as they are.
         quick_check: a judge that chooses among them; by default the judge itself.
         one_pass: steps after which the task with the fewest inputs has seen each of them, for `check_every: auto`.
 
@@ -101,7 +102,7 @@ class _Run:
     memory: Memory
     start: dict[str, Tensor] = field(default_factory=dict)  # what is learned, as it was before the first step
     best: dict[str, Tensor] = field(default_factory=dict)  # at the judged step that would be kept
-    source: dict[str, Tensor] = field(default_factory=dict)  # and at the one that a repair would go on from
+    source: dict[str, Tensor] = field(default_factory=dict)  # and at the one that a repair would start from
 
     def __post_init__(self) -> None:
         self.optimiser = self.live.optimiser(self.settings)
@@ -137,7 +138,7 @@ class _Run:
             self.history.kept.append(share)
 
     def judge_if_due(self) -> None:
-        """Judge the weights of this moment, and remember what was learned if they are the best so far."""
+        """Judge the current weights, and copy what was learned if they are the best so far."""
         step, judged = self.history.step, self.history.judged
         if self.judge is None or step in judged or not self.schedule.due(step, judged):
             return
@@ -209,7 +210,7 @@ class _Run:
             self.live.write()
 
     def _now(self) -> dict[str, Tensor]:
-        """A copy of what is learned, as it is at this moment; on the CPU, as what a state holds is."""
+        """A copy of what is learned now; on the CPU, as saved states are."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.live.learned().items()}
 
     def _best(self) -> int:
@@ -219,7 +220,7 @@ class _Run:
         return choose_best(self.history.judged, self.settings.signal, self.settings.tolerance, self.history.line_points)
 
     def _begin_repair(self) -> None:
-        """Go back to where it goes on from, with an optimiser that knows nothing of later steps."""
+        """Return to the step that the repair starts from, with a new optimiser if that is not the last step."""
         if self.schedule.source(self.history.judged) != self.history.step:
             self._set(self.source)
             self.live.write()
@@ -276,12 +277,12 @@ class _Run:
         write_state(self.state, content, "the state")
 
     def restore(self) -> bool:
-        """Take up the saved state; False if there is none."""
+        """Continue from the saved state; False if there is none."""
         if self.state is None or not self.state.exists():
             return False
         content = read_state(self.state, self.fingerprint)
         starts = [Tried(**tried) for tried in content["starts"]]
-        if starts:  # which components may return depends on the start
+        if starts:  # which components may come back depends on the start
             self.live.reset(best_of(starts).scale, best_of(starts).rank)
         self._set(content["learned"])
         self.optimiser.load_state_dict(content["optimiser"])

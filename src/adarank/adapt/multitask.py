@@ -34,7 +34,7 @@ class Multitask(MergeMethod):
     """A reference, not a merge: trains the base on all tasks together, with the labels of their adapt split.
 
     Arguments:
-        heads: `fresh` ones, drawn as the architecture does from the seed, owe nothing to the experts. `expert` starts from
+        heads: `fresh` ones, drawn from the seed as the architecture draws them, do not depend on the experts. `expert` starts from
             the experts' heads; `fixed` uses these and never changes them, for experts whose own heads were fixed, as the
             zero-shot heads of CLIP are.
         weight_decay: of matrices and kernels; biases and norms have none.
@@ -61,18 +61,22 @@ class Multitask(MergeMethod):
 
     @classmethod
     def needs(cls) -> str:
+        """Models and data, and that labels are read."""
         return f"base, experts (their heads and configurations) and labelled inputs: reads {cls.labels}"
 
     @classmethod
     def passes_over(cls) -> str:
+        """How often checkpoints and inputs are gone through."""
         return "the base to start; a batch of each task every step, forward and backward"
 
     @classmethod
     def memory(cls) -> str:
+        """What is held at a time."""
         return "all weights, their gradients and AdamW's two moments, and one task's batch"
 
     @classmethod
     def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
+        """What is wrong with the settings or with the protocol: labels that are trained on must not be scored."""
         problems = []
         if protocol == "transductive":
             problems.append(
@@ -85,6 +89,7 @@ class Multitask(MergeMethod):
         return problems
 
     def action(self, chosen: str) -> str:
+        """What happens to a tensor: `keep` or `train`."""
         return chosen if chosen == "keep" else "train"
 
     def held_bytes(self, outline: Outline) -> int:
@@ -158,7 +163,7 @@ class Multitask(MergeMethod):
 
 
 class JointTraining(Parameters):
-    """A network's own weights as what the loop learns, by the mean over tasks of their losses.
+    """A network's weights as what the loop learns, by the mean over tasks of their losses.
 
     Arguments:
         tensors: name -> every tensor that a step may change: parameters, and buffers such as running statistics.

@@ -164,7 +164,7 @@ def in_memory(
 
 
 class _Parts(dict[str, Tensor]):
-    """The parts of one tensor by name. One that a bundle lacks is told as such, and no other error of a method is."""
+    """The parts of one tensor by name. One that a bundle lacks is named in an error; errors of the method itself pass through."""
 
     def __init__(self, name: str, parts: Mapping[str, Tensor]) -> None:
         super().__init__(parts)
