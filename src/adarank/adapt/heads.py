@@ -2,10 +2,10 @@
 
     h_t = argmin mean_x KL(expert_t(x) ‖ h(z_t(x))) + pull · ‖h - expert's head‖²        z_t(x): what the head is given
 
-What the head is given is computed once. Of a head of one layer the problem is convex; L-BFGS solves it. The pull is the one
+What the head is given is computed once. For a head of one layer the problem is convex; L-BFGS solves it. The pull is the one
 with the least divergence on inputs that are held out, or by cross-validation where none are. A task keeps its expert's head
 unless the learned one agrees with the expert on more of these inputs, by more than one standard error of that difference:
-where a body is all but right, few inputs overfit a wide head.
+where a body is almost right, few inputs overfit a wide head.
 
 Heads alone: SyMerge (arXiv:2412.19098) finds that they carry label-free adaptation at many tasks, learned together with λ.
 """
@@ -66,10 +66,13 @@ class HeadExamples:
 
 
 def learn_heads(problem: Problem) -> dict[str, HeadFit]:
-    """Learn the heads of all tasks that are to, by `settings.learn_heads`, in place; what the models hold else stays.
+    """Learn, in place, the head of every task that `settings.learn_heads` selects; the models' other tensors stay as they are.
+
+    Returns:
+        task -> what learning its head gave.
 
     Raises:
-        RecipeError: a head is to be learned that cannot be.
+        RecipeError: no part of a network turns one vector per input into logits, and `learn_heads` is true.
     """
     fits = {}
     for task in problem.inputs:
@@ -93,8 +96,8 @@ def _learn_head(problem: Problem, task: str) -> HeadFit | None:
             "Set learn_heads: false."
         )
     learned = {id(tensor) for tensor in models.heads[task].values()}
-    start = {name: own.detach().double() for name, own in layer.named_parameters() if id(own) in learned}
-    rest = {name: own.detach().double() for name, own in layer.state_dict().items() if own.is_floating_point()}
+    start = {name: tensor.detach().double() for name, tensor in layer.named_parameters() if id(tensor) in learned}
+    rest = {name: tensor.detach().double() for name, tensor in layer.state_dict().items() if tensor.is_floating_point()}
 
     def call(head: Head, given: Tensor) -> Tensor:
         logits: Tensor = functional_call(layer, {**rest, **head}, (given,))
@@ -122,7 +125,7 @@ def _learn_head(problem: Problem, task: str) -> HeadFit | None:
 def _held_out(
     call: Call, start: Head, examples: HeadExamples, judged: HeadExamples
 ) -> tuple[float, Tensor, Tensor, Tensor]:
-    """The best pull, the logits of judged inputs with it, those by the expert's head, and the expert's own."""
+    """The best pull, the logits of judged inputs by that head and by the expert's head, and the expert's logits."""
     logits, head = {}, start
     for pull in PULLS:
         head = fit_head(call, start, examples, pull, head)
@@ -131,7 +134,7 @@ def _held_out(
 
 
 def _cross_validated(call: Call, start: Head, examples: HeadExamples) -> tuple[float, Tensor, Tensor, Tensor]:
-    """The same, each input's logits by a head that was learned without it. One input alone teaches nothing."""
+    """The same, each input's logits by a head that was learned without it. From a single input nothing is learned."""
     fold = torch.arange(len(examples.given)) % FOLDS
     logits = {pull: call(start, examples.given) for pull in PULLS}
     for number in range(min(FOLDS, len(examples.given)) if len(examples.given) > 1 else 0):
@@ -164,26 +167,29 @@ def fit_head(call: Call, start: Head, examples: HeadExamples, pull: float, guess
     Arguments:
         start: the expert's head.
         guess: where the search begins, such as the head of a larger pull.
+
+    Returns:
+        name -> tensor in float64, of the shapes of `start`.
     """
-    head = {name: own.clone().requires_grad_() for name, own in (guess or start).items()}
+    head = {name: tensor.clone().requires_grad_() for name, tensor in (guess or start).items()}
     optimiser = torch.optim.LBFGS(
         list(head.values()), max_iter=100, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        distance = torch.stack([(own - start[name]).square().sum() for name, own in head.items()]).sum()
+        distance = torch.stack([(tensor - start[name]).square().sum() for name, tensor in head.items()]).sum()
         value = divergences(call(head, examples.given), examples.expert).mean() + pull * distance
         value.backward()
         return value
 
     with torch.enable_grad():
         optimiser.step(loss)
-    return {name: own.detach() for name, own in head.items()}
+    return {name: tensor.detach() for name, tensor in head.items()}
 
 
 def _layer_of(problem: Problem, task: str) -> nn.Module | None:
-    """The part of the task's module that holds its head, or as much of it as turns one vector per input into logits."""
+    """The part of the task's module that holds its head, or the largest part of the head that turns one vector per input into logits."""
     parts = head_parts(problem.models, task)
     _, batch = next(iter(problem.inputs[task].adapted_on()))
     for part in (*_enclosing(problem.models.modules[task], parts), *reversed(parts)):
@@ -194,7 +200,7 @@ def _layer_of(problem: Problem, task: str) -> nn.Module | None:
 
 def _enclosing(module: nn.Module, parts: list[nn.Module]) -> list[nn.Module]:
     """The smallest part of a module that has all these in it, unless it is the module itself."""
-    paths = [name.split(".") for name, part in module.named_modules() if any(part is own for own in parts)]
+    paths = [name.split(".") for name, part in module.named_modules() if any(part is head_part for head_part in parts)]
     shared = 0
     while all(len(path) > shared and path[shared] == paths[0][shared] for path in paths):
         shared += 1

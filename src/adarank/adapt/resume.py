@@ -1,4 +1,4 @@
-"""Stopping on a signal, so that a run can be taken up again."""
+"""Stopping on a signal, so that a run can be continued."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stop_on_signal() -> Iterator[list[int]]:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[int(number)] = signal.signal(number, note)
-    except ValueError:  # not in the main thread: signals stay whoever's they are
+    except ValueError:  # not in the main thread: handlers stay as they are
         pass
     try:
         yield caught

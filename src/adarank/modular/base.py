@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adarank.adapt.base import AdaptBlock, Adapting
 from adarank.adapt.presets import PRESETS
 from adarank.adapt.settings import AdaptSettings
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError
 from adarank.io.bundle import WHOLE, BundleFolder, PartFile, Parts, key
 from adarank.io.writer import Layout, layout_bytes
@@ -37,6 +37,7 @@ __all__ = [
     "OF_LOGITS",
     "WHOLE",
     "AdaptBlock",
+    "AlignedCheckpoints",
     "Another",
     "Built",
     "BundleFolder",
@@ -46,7 +47,6 @@ __all__ = [
     "Layout",
     "MergeMethod",
     "Modular",
-    "Network",
     "Outline",
     "PartFile",
     "RecipeError",

@@ -26,6 +26,7 @@ from adarank.modular.base import (
     OF_COMPONENTS,
     OF_LOGITS,
     AdaptBlock,
+    AlignedCheckpoints,
     Another,
     Built,
     BundleFolder,
@@ -35,7 +36,6 @@ from adarank.modular.base import (
     Layout,
     MergeMethod,
     Modular,
-    Network,
     Outline,
     RecipeError,
     Settings,
@@ -117,11 +117,11 @@ class Surgery(Modular):
         start = self.start
         return Another("parameters.start", start.merge_method, start.parameters, self._start_block, self._put_on())
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a `RecipeError` if the start's method cannot merge this network."""
         self._put_on().check(network)
 
-    def notes(self, network: Network) -> list[str]:
+    def notes(self, network: AlignedCheckpoints) -> list[str]:
         """The notes of the start's method."""
         return [f"start: {text}" for text in self._put_on().notes(network)]
 
@@ -254,7 +254,7 @@ def mount(module: nn.Module, head: Sequence[nn.Module], adapter: Adapter) -> Non
 
 def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
     """Put a task's adapter on a network that holds the merged body and the task's head."""
-    parts = bundle.own(task).of()
+    parts = bundle.parts_of(task).of()
     adapter = Adapter(parts["down"].shape[1], parts["down"].shape[0])
     adapter.load_state_dict({name: parts[name] for name in ("down", "up")})
     mount(module, head_of(bundle, task, module), adapter)

@@ -1,4 +1,4 @@
-"""What methods from statistics have in common: how many inputs they look at, and where the statistics are found.
+"""What methods from statistics have in common: how many inputs they look at, and where the statistics are kept.
 
 A statistic is a tensor about one tensor of one expert, taken on that expert's own inputs before anything is merged
 (`calibration/gather.py`). What such a method does with them is a function of one tensor at a time, as of every method.
@@ -17,7 +17,7 @@ from torch import Tensor
 from adarank.data.splits import limited
 from adarank.errors import raise_together
 from adarank.method import Context, Outline, Result
-from adarank.methods.base import Method, Network, OriginKind, RecipeError, merge_tensors
+from adarank.methods.base import AlignedCheckpoints, Method, OriginKind, RecipeError, merge_tensors
 
 
 def _nothing(name: str, task: str) -> Tensor:
@@ -26,7 +26,7 @@ def _nothing(name: str, task: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics by tensor and task, each read when it is asked for.
+    """Statistics by tensor and task, each read when it is looked up.
 
     Attributes:
         names: tensors that every task has a statistic of.
@@ -39,7 +39,7 @@ class Statistics:
     inputs_first: frozenset[str] = frozenset()
 
 
-M = TypeVar("M", bound="Informed")
+M = TypeVar("M", bound="CalibratedMethod")
 
 
 class Gathers(Protocol):
@@ -62,11 +62,11 @@ class Gathers(Protocol):
         ...
 
 
-class Informed(Method):
+class CalibratedMethod(Method):
     """Base of the methods that take statistics of the experts on their inputs. Tensors without one are averaged.
 
     Class attributes:
-        decides: the settings that the statistics hang on; the others may change and the statistics serve again.
+        decides: the settings that the statistics depend on; when others change, the statistics are used again.
     """
 
     origin: ClassVar[OriginKind] = "average"
@@ -102,19 +102,19 @@ class Informed(Method):
         """Tensors that the statistics determine only in part -> "directions of so many"; grows as tensors are merged."""
         return self._undetermined
 
-    def knowing(self: M, statistics: Statistics) -> M:
+    def with_statistics(self: M, statistics: Statistics) -> M:
         """The same method with statistics."""
         known = self.model_copy()
         known._statistics, known._undetermined = statistics, {}
         return known
 
-    def prepare(self: M, network: Network, device: torch.device | str) -> M:
+    def prepare(self: M, network: AlignedCheckpoints, device: torch.device | str) -> M:
         """A copy of the method that knows what it needs of the whole model."""
         _ = self.statistics  # refused before a tensor is read
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The method's name and the settings that its statistics hang on."""
+        """The method's name and the settings that its statistics depend on."""
         return {"method": self.name, **self.model_dump(include=set(self.decides))}
 
     def held(self, shape: tuple[int, ...], decomposed: bool) -> int:
