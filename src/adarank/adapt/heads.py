@@ -6,7 +6,7 @@ What the head is given is computed once. Of a head of one layer the problem is c
 layers all are learned, from the expert's head on, or the last alone. Which of both, and the pull, is what gives the least
 divergence on inputs that are held out, or by cross-validation where none are: pulls are tried from the strongest on, each from
 the head of the one before, until the divergence rises. A task keeps its expert's head unless the learned one agrees with the
-expert on more of these inputs, by more than one standard error of that difference: where a body is all but right, few inputs
+expert on more of these inputs, by more than one standard error of that difference: where a body is almost right, few inputs
 overfit a wide head.
 
 Heads alone: SyMerge (arXiv:2412.19098) finds that they carry label-free adaptation at many tasks, learned together with λ.
@@ -54,13 +54,16 @@ class HeadFit:
 
 
 def learn_heads(problem: Problem, fill: Callable[[str], None] = lambda task: None) -> dict[str, HeadFit]:
-    """Learn the heads of all tasks that are to, by `settings.learn_heads`, in place; what the models hold else stays.
+    """Learn, in place, the head of every task that `settings.learn_heads` selects; the models' other tensors stay as they are.
 
     Arguments:
         fill: gives the models the body of a task, where each task has another. Called before a task's turn.
 
+    Returns:
+        task -> what learning its head gave.
+
     Raises:
-        RecipeError: a head is to be learned that cannot be.
+        RecipeError: no part of a network turns one vector per input into logits, and `learn_heads` is true.
     """
     fits = {}
     for task in filter(problem.learns_head, problem.inputs):
@@ -179,6 +182,9 @@ def fit_head(call: Call, start: Head, examples: HeadExamples, pull: float, guess
     Arguments:
         start: the expert's head.
         guess: where the search begins, such as the head of a larger pull.
+
+    Returns:
+        name -> tensor in float64, of the shapes of `start`.
     """
     head = {name: tensor.clone().requires_grad_() for name, tensor in (guess or start).items()}
     # a short memory: long ones cost more than they bring, as all else of a step is small
