@@ -13,7 +13,7 @@ Caruana 1997, "Multitask Learning"; the row "traditional MTL" of AdaMerging (arX
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,8 +28,7 @@ from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.data.labels import Label
 from adarank.data.metrics import loss as label_loss
 from adarank.data.task import TaskData
-from adarank.errors import RecipeError, listed
-from adarank.method import Context, Given, MergeMethod, Outline, Result, changed_tensors
+from adarank.method import Context, MergeMethod, Outline, Result, changed_tensors
 from adarank.models import TaskModels
 
 
@@ -37,7 +36,7 @@ class Multitask(MergeMethod):
     """A reference, not a merge: trains the base on all tasks together, with the labels of their adapt split.
 
     Arguments:
-        heads: `fresh` ones, drawn as the architecture does from the seed, owe nothing to the experts. `expert` starts from
+        heads: `fresh` ones, drawn from the seed as the architecture draws them, do not depend on the experts. `expert` starts from
             the experts' heads; `fixed` uses these and never changes them, for experts whose own heads were fixed, as the
             zero-shot heads of CLIP are.
         weight_decay: of matrices and kernels; biases and norms have none.
@@ -64,30 +63,21 @@ class Multitask(MergeMethod):
 
     @classmethod
     def needs(cls) -> str:
+        """Models and data, and that labels are read."""
         return f"base, experts (their heads and configurations) and labelled inputs: reads {cls.labels}"
 
     @classmethod
     def passes_over(cls) -> str:
+        """How often checkpoints and inputs are gone through."""
         return "the base to start; a batch of each task every step, forward and backward"
 
     @classmethod
     def memory(cls) -> str:
+        """What is held at a time."""
         return "all weights, their gradients and AdamW's two moments, and one task's batch"
 
-    @classmethod
-    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
-        problems = []
-        if protocol == "transductive":
-            problems.append(
-                f"data.protocol: '{cls.name}' reads labels, and under 'transductive' they would be those that are scored. Use disjoint."
-            )
-        try:
-            cls.resolve(given)
-        except RecipeError as error:
-            problems += listed(error)
-        return problems
-
     def action(self, chosen: str) -> str:
+        """What happens to a tensor: `keep` or `train`."""
         return chosen if chosen == "keep" else "train"
 
     def held_bytes(self, outline: Outline) -> int:
@@ -160,7 +150,7 @@ class Multitask(MergeMethod):
 
 
 class JointTraining(Parameters):
-    """A network's own weights as what the loop learns, by the mean over tasks of their losses.
+    """A network's weights as what the loop learns, by the mean over tasks of their losses.
 
     Arguments:
         tensors: name -> every tensor that a step may change: parameters, and buffers such as running statistics.
@@ -173,12 +163,12 @@ class JointTraining(Parameters):
 
     def optimiser(self, settings: AdaptSettings) -> torch.optim.Optimizer:
         """AdamW; what has fewer than two dimensions does not decay."""
-        matrices = [own for own in self.parameters if own.dim() > 1]
-        others = [own for own in self.parameters if own.dim() < 2]
+        matrices = [tensor for tensor in self.parameters if tensor.dim() > 1]
+        others = [tensor for tensor in self.parameters if tensor.dim() < 2]
         groups = [
-            {"params": own, "lr": self.lr, "start": self.lr, "weight_decay": decay}
-            for decay, own in ((self._decay, matrices), (0.0, others))
-            if own
+            {"params": tensors, "lr": self.lr, "start": self.lr, "weight_decay": decay}
+            for decay, tensors in ((self._decay, matrices), (0.0, others))
+            if tensors
         ]
         return torch.optim.AdamW(groups, betas=settings.betas)
 

@@ -138,7 +138,7 @@ class _Difference:
         return any(part in _DECIDES for part in key.split("."))
 
     def matters(self, key: str) -> bool:
-        """True unless the one value is what leaving the setting out means, as far as that can be told."""
+        """True unless the one value is what leaving the setting out means, as far as that is known."""
         last, values = key.rsplit(".", 1)[-1], self.keys[key]
         if last in ("pad_token_id", "tie_word_embeddings"):
             return False

@@ -1,4 +1,4 @@
-"""Around the loaders of `transformers`: quiet, offline, without code of a checkpoint, their errors told in sentences."""
+"""Around the loaders of `transformers`: quiet, offline, without code of a checkpoint, their errors as sentences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from adarank.errors import AdaRankError, CheckpointError
 from adarank.io.hub import offline
 
-# What every loader of `transformers` is told: no code of a checkpoint runs, nobody is asked, nothing is fetched.
+# Arguments of every loader of `transformers`: no code of a checkpoint runs, no prompt is shown, nothing is downloaded.
 LOCALLY: Mapping[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -48,7 +48,7 @@ def _why(error: Exception) -> str:
 def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """Name in a checkpoint -> name in the module that `transformers` loads it into.
 
-    Its loader renames tensors of some architectures. To be told how, it is given a checkpoint in which every tensor
+    Its loader renames tensors of some architectures. To learn how, it is given a checkpoint in which every tensor
     is filled with a number of its own; where these numbers come out is where the tensors went.
     """
     return loader_report(module, shapes)[0]

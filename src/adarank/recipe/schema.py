@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 
 from adarank.adapt.base import AdaptBlock
 from adarank.alignment.selection import Select
@@ -91,6 +91,7 @@ class Recipe(Settings):
     device: str = "auto"
     folder: Path = Field(Path("."), exclude=True)
     layer_range: tuple[int, int] | None = None  # of the one slice that the models were given in: it must be all layers
+    _method: MergeMethod | None = PrivateAttr(None)
 
     @property
     def kind(self) -> type[MergeMethod]:
@@ -151,12 +152,22 @@ class Recipe(Settings):
         return Given(parameters, models, block, preset, names, self.seed, self.folder, METHODS.named)
 
     def method(self, names: Sequence[str] = ()) -> MergeMethod:
-        """The method with all its settings; `names` as for `given`.
+        """The method with all its settings, which are parsed once; `names` as for `given`.
 
         Raises:
             RecipeError: settings that do not fit.
         """
-        return self.kind.resolve(self.given(names))
+        if self.kind.by_tensor:
+            return self.kind.resolve(self.given(names))
+        if self._method is None:
+            self._method = self.kind.resolve(self.given())
+        return self._method.over(self.given(names)) if names else self._method
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Recipe:
+        """As pydantic's, with the method left to be parsed anew: its settings may be among the changes."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied._method = None
+        return copied
 
     def notes(self) -> list[str]:
         """What the recipe says without effect, and a base that is merged like the models, in sentences."""

@@ -113,8 +113,10 @@ class Scoring:
         return self.each(lambda task: network_tensors(self.job, task))
 
     def bundle(self, bundle: Bundle) -> dict[str, TaskScore]:
-        """Each task by the network that a bundle has for it."""
-        return self.each(bundle.tensors, bundle if bundle.kind.dress else None)
+        """Each task by the network that a bundle has for it, with the head that it has there."""
+        stored = {task: head for task in self.job.network.tasks if (head := bundle.head(task)) is not None}
+        with _heads(self.models, stored):
+            return self.each(bundle.tensors, bundle if bundle.kind.dress else None)
 
     def each(
         self, tensors: Callable[[str], Iterator[tuple[str, Tensor]]], bundle: Bundle | None = None
@@ -146,16 +148,25 @@ def heads_of(out: Path, models: TaskModels) -> Iterator[None]:
         MismatchError: it was trained, and the head of a task is not there or is of another shape.
     """
     trained = "training" in read_json(out / RECORD)
-    before = {task: {n: tensor.detach().clone() for n, tensor in head.items()} for task, head in models.heads.items()}
+    stored: dict[str, Checkpoint] = {}
     for task, head in models.heads.items():
         file = out / "heads" / task / "head.safetensors"
         if file.exists():
-            stored = Checkpoint(file)
-            _fill_head(head, {name: stored.read(name) for name in stored.tensors}, str(file))
+            stored[task] = Checkpoint(file)
         elif head and trained:
             raise MismatchError(
                 f"{file}: is missing, and the heads of this output were trained. Copy the output again."
             )
+    with _heads(models, stored):
+        yield
+
+
+@contextmanager
+def _heads(models: TaskModels, stored: Mapping[str, Checkpoint]) -> Iterator[None]:
+    """While it is open the models have these heads, and their own where there is none."""
+    before = {task: {n: tensor.detach().clone() for n, tensor in head.items()} for task, head in models.heads.items()}
+    for task, file in stored.items():
+        _fill_head(models.heads[task], {name: file.read(name) for name in file.tensors}, file.label)
     try:
         yield
     finally:
@@ -187,7 +198,7 @@ def score_experts(job: Job, models: TaskModels, data: Mapping[str, TaskData], sp
 def score_bundle(
     job: Job, models: TaskModels, data: Mapping[str, TaskData], bundle: Bundle, split: Split
 ) -> dict[str, float]:
-    """Each task's score by the network that a bundle has for it."""
+    """Each task's score by the network that a bundle has for it, with the head that it has there."""
     return values(Scoring(job, models, data, split).bundle(bundle))
 
 

@@ -26,7 +26,7 @@ def plan(recipe: RecipeLike) -> dict[str, Any]:
     job = open_job(load_recipe(recipe))
     refuse_without_classes(job)
     described = describe(job)
-    if job.method.data:
+    if job.method.data or job.recipe.heads == "learn":
         described |= _of_data(job)
     elif any(entry.task and entry.task.data for entry in job.recipe.experts.values()):
         try:  # merging reads none of it, but evaluation will

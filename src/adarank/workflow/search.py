@@ -157,6 +157,8 @@ def _search(
     _check_metrics(data)
     for method in methods:
         method.of_data(data)
+    if recipe.heads == "learn":
+        note("Points are compared with the experts' heads; heads are learned when the best recipe is merged")
     note("Hashing the inputs")
     inputs = job.inputs()
     prints = {task: of.fingerprint() for task, of in data.items()}
