@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from adarank.io.checkpoint import Checkpoint
 from adarank.recipe.reader import load_recipe
 from adarank.workflow.merge import merge
-from test_mergekit_values import FILES, picked, write_models
+from mergekit_zoo import FILES, picked, write_models
 
 GRADIENTS = """
   t:
@@ -248,106 +248,6 @@ EXPECTED: dict[str, list[float]] = {
     "layers from the middle": [0.010932, 0.136093, 0.237442, 1.03597, 0.203728, 2.75907],
     "models with ranges of a module": [-1.135682, 0.578147, -0.239295, -1.773251, 0.412086, -0.029253],
 }
-# Of several stages, which mergekit-multi reads: the same merges in files of their own.
-STAGES = {
-    "example of two stages": f"""
-slices:
-  - sources:
-      - model: ./a
-        layer_range: [0, 3]
-      - model: ./b
-        layer_range: [0, 3]
-merge_method: slerp
-base_model: ./a
-parameters:{GRADIENTS}
-dtype: float16
-name: gradient-slerp
----
-models:
-  - model: gradient-slerp
-    parameters:
-      density: [1, 0.7, 0.1] # density gradient
-      weight: 1.0
-  - model: ./c
-    parameters:
-      density: 0.33
-      weight:
-        - filter: mlp
-          value: 0.5
-        - value: 0
-merge_method: ties
-base_model: ./base
-parameters:
-  normalize: true
-  int8_mask: true
-dtype: float16
-name: gradient-slerp-ties
-""",
-    "guide to stages": """
-name: first-merge
-merge_method: linear
-models:
-  - model: ./a
-  - model: ./b
-parameters:
-  weight: 0.5
----
-name: second-merge
-merge_method: slerp
-base_model: first-merge  # the merge before
-models:
-  - model: ./c
-parameters:
-  t: 0.5
----
-# the last has no name
-merge_method: dare_ties
-base_model: ./base
-models:
-  - model: second-merge
-    parameters:
-      density: 0.6
-      weight: 0.5
-  - model: ./b
-    parameters:
-      density: 0.8
-      weight: 0.5
-""",
-    "layers of stages": """
-name: core
-merge_method: nuslerp
-models:
-  - model: ./a
-    parameters:
-      weight: 0.4
-  - model: ./b
-    parameters:
-      weight: 0.6
----
-name: blend
-merge_method: nuslerp
-models:
-  - model: ./c
-    parameters:
-      weight: 0.6
-  - model: ./a
-    parameters:
-      weight: 0.4
----
-merge_method: passthrough
-slices:
-- sources:
-  - model: ./a
-    layer_range: [0, 1]
-- sources:
-  - model: core
-    layer_range: [1, 3]
-- sources:
-  - model: blend
-    layer_range: [1, 3]
-dtype: float32
-""",
-}
 # Where mergekit draws random numbers, or writes no numbers that are its alone.
 RANDOM = {
     "of a notebook": """
@@ -410,16 +310,3 @@ def test_a_form_runs_unchanged_to_mergekits_numbers(name: str, folder: Path) -> 
 def test_a_form_with_random_numbers_runs_unchanged(name: str, folder: Path) -> None:
     state = load_file(merged(RANDOM[name], name, folder) / "model.safetensors")
     assert set(state) == set(Checkpoint(folder / "base").tensors)
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_stages_are_the_merges_one_after_another(name: str, folder: Path, tmp_path: Path) -> None:
-    write_models(tmp_path)
-    for document in STAGES[name].split("---"):
-        file = tmp_path / "stage.yaml"
-        file.write_text(document)
-        last = tmp_path / yaml.safe_load(document).get("name", "last")
-        merge(load_recipe(file), last)
-    found, wanted = (load_file(out / "model.safetensors") for out in (merged(STAGES[name], name, folder), last))
-    assert found.keys() == wanted.keys()
-    assert all(found[key].equal(tensor) and found[key].dtype == tensor.dtype for key, tensor in wanted.items())

@@ -228,9 +228,13 @@ class _Aligner:
             return True
         if not self.task_heads or not holders or self._picked(name, "keep"):
             return False
+        in_base = self.base is None or name in self.base.names
+        if not in_base and "pooler" in name.split("."):
+            return (
+                True  # fine-tuned from nothing with the classifier that it feeds, so there is no start to merge about
+            )
         if any(m.backbone and m.names[name].startswith(m.backbone) for m in holders.values()):
             return False
-        in_base = self.base is None or name in self.base.names
         return is_head_name(name) or (
             any(m.backbone for m in holders.values()) and (not in_base or len(self._shapes(name)) > 1)
         )

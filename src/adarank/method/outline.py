@@ -14,6 +14,7 @@ from adarank.alignment.selection import Action
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io.writer import Layout
 from adarank.models import Family
+from adarank.settings import Settings
 
 if TYPE_CHECKING:
     from adarank.method.contract import MergeMethod
@@ -133,9 +134,11 @@ class Another:
 
     Attributes:
         key: where the settings lie, for errors.
+        method: what they are when parsed.
     """
 
     key: str
     merge_method: str
     parameters: Mapping[str, Any]
-    adapt: Mapping[str, Any] | None
+    adapt: Settings | None
+    method: MergeMethod

@@ -55,6 +55,7 @@ class Method(MergeMethod):
         passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.
     """
 
+    by_tensor: ClassVar[bool] = True
     origin: ClassVar[OriginKind]
     spectral: ClassVar[bool] = False
     passes: ClassVar[int] = 1
@@ -89,6 +90,10 @@ class Method(MergeMethod):
         if given.seed is not None and "seed" in cls.model_fields:
             values.setdefault("seed", given.seed)
         return parse(cls, values, f"parameters of '{cls.name}'")
+
+    def over(self: M, given: Given) -> M:
+        """The method resolved anew: its settings may differ by tensor."""
+        return type(self).resolve(given)
 
     @classmethod
     def takes_slices(cls) -> bool:

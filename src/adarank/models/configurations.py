@@ -51,7 +51,7 @@ _DECIDES = frozenset(_words("""
 """))  # fmt: skip
 _ACTIVATIONS = frozenset(_words("hidden_act activation_function hidden_activation activation act_fn"))
 _IGNORED = frozenset(_words("""
-    architectures auto_map id2label label2id num_labels problem_type finetuning_task task_specific_params
+    architectures auto_map id2label label2id prompt_templates num_labels problem_type finetuning_task task_specific_params
     transformers_version torch_dtype dtype use_cache torchscript return_dict use_return_dict use_bfloat16
     gradient_checkpointing chunk_size_feed_forward pretraining_tp is_encoder_decoder tie_encoder_decoder
     add_cross_attention cross_attention_hidden_size tokenizer_class prefix model_type bos_token_id eos_token_id
@@ -146,7 +146,7 @@ class _Difference:
         return all(isinstance(value, list) and len(value) == count for value, count in zip(self.keys[key], self._depths, strict=True))  # fmt: skip
 
     def matters(self, key: str) -> bool:
-        """True unless the one value is what leaving the setting out means, as far as that can be told."""
+        """True unless the one value is what leaving the setting out means, as far as that is known."""
         last, values = key.rsplit(".", 1)[-1], self.keys[key]
         if last in ("pad_token_id", "tie_word_embeddings"):
             return False

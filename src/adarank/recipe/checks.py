@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from adarank.adapt.base import AdaptBlock
 from adarank.errors import RecipeError, itemise, listed
 from adarank.io.hub import same_model
-from adarank.method import Another
+from adarank.method import Another, MergeMethod
 from adarank.recipe.mergekit import with_effect
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import ModelEntry, Recipe, Slice
-from adarank.settings import nearest, parse
+from adarank.settings import nearest
 
 _TWO_TOKENIZERS = "tokenizer: given beside tokenizer_source, its older form. Keep one of them."
 
@@ -77,7 +76,12 @@ def _of_slice(given: Slice, base: str | None, folder: Path) -> list[str]:
     return problems if problems else _ranges(given.sources, "sources")
 
 
-def _problems(recipe: Recipe) -> list[str]:
+def _problems(recipe: Recipe, method: MergeMethod | None = None) -> list[str]:
+    """All problems of a recipe.
+
+    Arguments:
+        method: its method, where that is parsed already.
+    """
     kind = recipe.kind
     problems = [*_names(recipe), *_problems_of_base(recipe)]
     if not recipe.experts:
@@ -97,19 +101,22 @@ def _problems(recipe: Recipe) -> list[str]:
                      if e.task is None or e.task.data is None]  # fmt: skip
     if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
         problems.append(_TWO_TOKENIZERS)
-    return problems + _of_settings(recipe)
+    if kind.labels and recipe.data.protocol == "transductive":
+        problems.append(
+            f"data.protocol: '{kind.name}' reads labels, and under 'transductive' they would be those that are scored. Use disjoint."
+        )
+    return problems + _of_settings(recipe, method)
 
 
 def _of_heads(recipe: Recipe) -> list[str]:
-    """Whether heads can be learned on what the method writes."""
+    """Whether the method leaves heads to be learned."""
     kind = recipe.kind
     if recipe.heads == "expert":
         return []
     if kind.adapt_block is not None and not kind.in_use:
         return [f"heads: '{kind.name}' adapts, and learns heads as adapt: learn_heads says. Remove heads."]
-    if kind.in_use or "heads" in kind.model_fields:
-        what = "a network for each task" if kind.in_use else "heads of its own"
-        return [f"heads: '{kind.name}' writes {what}; learn is for one body under its experts' heads. Remove heads."]
+    if "heads" in kind.model_fields:
+        return [f"heads: '{kind.name}' writes heads of its own; learn is for its experts' heads. Remove heads."]
     return []
 
 
@@ -150,20 +157,22 @@ def _per_model(recipe: Recipe) -> list[str]:
     ]
 
 
-def _of_settings(recipe: Recipe) -> list[str]:
+def _of_settings(recipe: Recipe, method: MergeMethod | None) -> list[str]:
     """Of the method's settings, and of the method that it is put on."""
+    if recipe.kind.by_tensor:
+        return []
     try:
-        problems = recipe.kind.check_recipe(recipe.given(), recipe.experts, recipe.data.protocol)
-        another = recipe.kind.put_on(recipe.given())
-        return problems if problems or another is None else _of_another(recipe, another)
+        method = method or recipe.method()
     except RecipeError as error:
         return listed(error)
+    problems = method.check_recipe(recipe.experts)
+    another = method.put_on()
+    return problems if problems or another is None else _of_another(recipe, another)
 
 
 def _of_another(recipe: Recipe, another: Another) -> list[str]:
-    block = None if another.adapt is None else parse(AdaptBlock, another.adapt, f"{another.key}.adapt")
-    changes = {"merge_method": another.merge_method, "parameters": dict(another.parameters), "adapt": block}
-    return [f"{another.key}: {problem}" for problem in _problems(recipe.model_copy(update=changes))]
+    changes = {"merge_method": another.merge_method, "parameters": dict(another.parameters), "adapt": another.adapt}
+    return [f"{another.key}: {problem}" for problem in _problems(recipe.model_copy(update=changes), another.method)]
 
 
 def different_kinds(kinds: Iterable[str]) -> str:

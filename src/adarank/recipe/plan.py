@@ -19,7 +19,16 @@ _RUNTIME_BYTES = 300 * 2**20  # PyTorch and Python themselves
 def peak_bytes(job: Job) -> int:
     """Predicted peak of anonymous memory in bytes, without the activations of a network's batches."""
     held = job.method.held_bytes(job.outline())
+    if job.recipe.heads == "learn":
+        held += _heads_bytes(job)
     return _RUNTIME_BYTES + max(held, *(expert.making_bytes for expert in job.experts.values()))
+
+
+def _heads_bytes(job: Job) -> int:
+    """What learning heads after the merge holds: all that is written, and networks, one body more while they are loaded."""
+    outline = job.outline()
+    body = sum(info.numel for info in outline.network.tensors.values())
+    return job.output_bytes() + 4 * (2 * body + outline.head_numel())
 
 
 def settings_in_force(job: Job) -> dict[str, Any]:

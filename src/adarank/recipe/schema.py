@@ -109,6 +109,7 @@ class Recipe(Settings):
 
     _stages: dict[str, Recipe] = PrivateAttr(default_factory=dict)
     _unread: tuple[str, ...] = PrivateAttr(())  # further stages of the file
+    _method: MergeMethod | None = PrivateAttr(None)
 
     @property
     def stages(self) -> Mapping[str, Recipe]:
@@ -218,12 +219,22 @@ class Recipe(Settings):
         return Given(parameters, models, block, preset, names, self.seed, self.folder, METHODS.named, span)
 
     def method(self, names: Sequence[str] = (), span: Span | None = None) -> MergeMethod:
-        """The method with all its settings; `names` and `span` as for `given`.
+        """The method with all its settings, which are parsed once; `names` and `span` as for `given`.
 
         Raises:
             RecipeError: settings that do not fit.
         """
-        return self.kind.resolve(self.given(names, span))
+        if self.kind.by_tensor:
+            return self.kind.resolve(self.given(names, span))
+        if self._method is None:
+            self._method = self.kind.resolve(self.given())
+        return self._method.over(self.given(names, span)) if names else self._method
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Recipe:
+        """As pydantic's, with the method left to be parsed anew: its settings may be among the changes."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied._method = None
+        return copied
 
     def notes(self) -> list[str]:
         """What the recipe says without effect, and a base that is merged like the models, in sentences."""

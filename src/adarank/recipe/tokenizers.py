@@ -32,7 +32,7 @@ def tokenizer_source(recipe: Recipe, base: Checkpoint | None, experts: Mapping[s
     members = labelled(base, experts)
     chosen = None if source == "union" else _named(source, recipe, base, experts)
     read = _vocabularies(members)
-    whole = next((label for label, own in read.items() if all(other.ids.items() <= own.ids.items() for other in read.values())), None)  # fmt: skip
+    whole = next((label for label, vocabulary in read.items() if all(other.ids.items() <= vocabulary.ids.items() for other in read.values())), None)  # fmt: skip
     if read and (_resized(members) or (chosen is None and whole is None)):
         lines = _differences(read)
         if lines:
@@ -84,10 +84,10 @@ def _differences(read: Mapping[str, Vocabulary]) -> list[str]:
     """How each vocabulary differs from the first, in sentences."""
     (first, start), *others = read.items()
     lines = []
-    for label, own in others:
-        added = [repr(token) for token in own.ids if token not in start.ids]
-        lacked = [repr(token) for token in start.ids if token not in own.ids]
-        moved = [f"{t!r} ({start.ids[t]}, not {n})" for t, n in own.ids.items() if start.ids.get(t, n) != n]
+    for label, vocabulary in others:
+        added = [repr(token) for token in vocabulary.ids if token not in start.ids]
+        lacked = [repr(token) for token in start.ids if token not in vocabulary.ids]
+        moved = [f"{t!r} ({start.ids[t]}, not {n})" for t, n in vocabulary.ids.items() if start.ids.get(t, n) != n]
         lines += [f"{label} has {len(added)} token(s) that {first} has not: {few(added)}"] if added else []
         lines += [f"{label} lacks {len(lacked)} token(s) of {first}: {few(lacked)}"] if lacked else []
         lines += [f"{label} has {len(moved)} token(s) with other ids than {first}: {few(moved)}"] if moved else []

@@ -29,7 +29,7 @@ from adarank.recipe.reader import RecipeLike, load_recipe
 from adarank.recipe.schema import Recipe
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
-from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.load_tasks import load_tasks, refuse_without_classes
 from adarank.workflow.stages import beginning, going_on, merged_stages, state_of, worth_keeping
 
 
@@ -81,6 +81,7 @@ def _merge(
     for job in stages.jobs:
         check_outside(out, read_paths(job))
         check_side_files(job)
+        refuse_without_classes(job)
     _check_disk(stages.jobs, out)
     of_tasks = {name: _data(job) for name, job in stages.before.items()}
     data = _data(stages.output) if data is None else data

@@ -9,7 +9,7 @@ from adarank.recipe.job import Job
 from adarank.recipe.plan import describe
 from adarank.recipe.planned import open_stages
 from adarank.recipe.reader import RecipeLike, load_recipe
-from adarank.workflow.load_tasks import check_tasks
+from adarank.workflow.load_tasks import check_tasks, refuse_without_classes
 
 
 def plan(recipe: RecipeLike) -> dict[str, Any]:
@@ -32,8 +32,9 @@ def plan(recipe: RecipeLike) -> dict[str, Any]:
 
 
 def _described(job: Job) -> dict[str, Any]:
+    refuse_without_classes(job)
     described = describe(job)
-    if job.method.data:
+    if job.method.data or job.recipe.heads == "learn":
         described |= _of_data(job)
     elif any(entry.task and entry.task.data for entry in job.recipe.experts.values()):
         try:  # merging reads none of it, but evaluation will
