@@ -84,7 +84,7 @@ def merge(
     wider = "Give base and experts in a wider dtype, such as bfloat16."
     device = next(iter(_state(base if base is not None else next(iter(experts.values()))).values())).device
     merged = {}
-    for name, tensor in result.tensors:
+    for name, tensor in result.in_dtypes({name: (info.shape, info.dtype) for name, info in network.tensors.items()}):
         tensor = cast(tensor, network.tensors[name].dtype, name, wider).to(device)
         merged[name] = (
             tensor.clone() if network.choices[name].action == "keep" else tensor

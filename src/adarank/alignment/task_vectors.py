@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from adarank.alignment.selection import Choice
 from adarank.errors import RecipeError
-from adarank.io.checkpoint import Source, TensorInfo, check_finite
+from adarank.io.checkpoint import Checkpoint, MemorySource, Source, TensorInfo, check_finite
 
 OriginKind = Literal["pretrained", "average", "zero"]
 
@@ -50,6 +51,17 @@ class Member:
         info = self.info(name)
         tensor = check_finite(self.source.read(info.name), info.name, info.file)
         return tensor.to(device=device, dtype=torch.promote_types(info.dtype, torch.float32))
+
+    @property
+    def in_place(self) -> bool:
+        """Whether what is read lies in memory or in a mapped file, so that holding it costs nothing."""
+        return type(self.source).read in (Checkpoint.read, MemorySource.read)
+
+    def cut(self, name: str, size: int) -> Iterator[Member]:
+        """The member with this tensor alone, as a vector of the next `size` of its entries, read once."""
+        info = self.info(name)
+        for part in self.source.read(info.name).reshape(-1).split(size):
+            yield replace(self, source=MemorySource({info.name: part}, info.file))
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,21 @@ class AlignedCheckpoints:
     def deltas(self, name: str, origin: Tensor) -> TaskVectors:
         """Task vectors of one tensor about `origin`, each computed when it is looked up."""
         return TaskVectors(self, name, origin)
+
+    def blocks(self, name: str, kind: OriginKind, size: int) -> Iterator[AlignedCheckpoints]:
+        """The network with one tensor alone, as vectors of `size` of its entries at a time.
+
+        Arguments:
+            kind: what task vectors are counted from; the base is read for "pretrained" alone.
+        """
+        bases = self.base.cut(name, size) if self.base is not None and kind == "pretrained" else repeat(None)
+        for base, *experts in zip(bases, *(expert.cut(name, size) for expert in self.experts.values()), strict=False):
+            yield replace(self, base=base, experts=dict(zip(self.experts, experts, strict=True)))
+
+    def in_place(self) -> bool:
+        """Whether all that is read lies in memory or in mapped files."""
+        members = (*self.experts.values(), *([self.base] if self.base is not None else []))
+        return all(member.in_place for member in members)
 
     def kept(self, name: str) -> Tensor:
         """A tensor kept from the base, as stored."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from adarank.errors import RecipeError
 from adarank.io.bundle import Parts
 from adarank.io.checkpoint import check_result
 from adarank.io.record import Note
+from adarank.io.writer import Layout
 from adarank.method.outline import Outline
 from adarank.models import Family, TaskModels
 
@@ -139,6 +140,15 @@ class Context:
         )
 
 
+@runtime_checkable
+class Castable(Protocol):
+    """Tensors of a result that may be had in the dtypes of a layout."""
+
+    def in_dtypes(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor), in the layout's dtype where that spares memory and holds every value."""
+        ...
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run gave: what is to be written, and what the record says.
@@ -160,6 +170,10 @@ class Result:
     block: str = ""
     report: Mapping[str, Any] = field(default_factory=dict)
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def in_dtypes(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+        """`tensors` for whoever casts them to a layout's dtypes: they come so where the method can spare memory by it."""
+        return self.tensors.in_dtypes(layout) if isinstance(self.tensors, Castable) else iter(self.tensors)
 
     def recorded(self) -> dict[str, Mapping[str, Any]]:
         """What the record has of it."""

@@ -9,14 +9,18 @@ Method files take what they are written with from here, so that beside this file
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from adarank.alignment.task_vectors import AlignedCheckpoints, Deltas, OriginKind
-from adarank.errors import MismatchError, RecipeError, itemise
-from adarank.io.checkpoint import check_result
+from adarank.errors import AdaRankError, MismatchError, RecipeError, itemise
+from adarank.io.checkpoint import cast, check_result
+from adarank.io.writer import Layout
 from adarank.method import Context, Given, MergeMethod, Outline, Result
 from adarank.methods.per_tensor import Flag, PerTensor, TensorWeights, flag, resolve, rest
 from adarank.settings import parse
@@ -44,6 +48,7 @@ __all__ = [
 ]
 
 M = TypeVar("M", bound="Method")
+BLOCK = 2**17  # entries merged at a time by elementwise methods: float32 copies of a few such blocks fit a core's cache
 
 
 class Method(MergeMethod):
@@ -53,12 +58,15 @@ class Method(MergeMethod):
         origin: what task vectors are counted from.
         spectral: True if it decomposes matrices; the memory plan counts an SVD's workspace then.
         passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.
+        elementwise: True if an entry of the result depends on the same entry of origin and task vectors alone, so that
+            tensors are merged in blocks. A subclass does not inherit it, as it may change the formula.
     """
 
     by_tensor: ClassVar[bool] = True
     origin: ClassVar[OriginKind]
     spectral: ClassVar[bool] = False
     passes: ClassVar[int] = 1
+    elementwise: ClassVar[bool] = False
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """Merge one matrix (`decompose`). `origin` is float32 and may be mapped: never write to it."""
@@ -124,6 +132,11 @@ class Method(MergeMethod):
         return f"{copies} float32 copies of the largest tensor"
 
     @property
+    def by_entry(self) -> bool:
+        """Whether the class itself says that it is elementwise."""
+        return bool(vars(type(self)).get("elementwise"))
+
+    @property
     def decomposes(self) -> bool:
         """Whether matrices are decomposed by SVD."""
         return self.spectral
@@ -146,7 +159,7 @@ class Method(MergeMethod):
 
     def run(self, context: Context) -> Result:
         """Merge tensor by tensor."""
-        return Result(merge_tensors(self, context.network, context.device))
+        return Result(Merging(self, context.network, context.device))
 
 
 def check_one_other(method: str, network: AlignedCheckpoints) -> None:
@@ -177,9 +190,15 @@ def scaled_mean(origin: Tensor, deltas: Deltas, scale: float) -> Tensor:
 
 
 def merge_tensors(
-    method: Method, network: AlignedCheckpoints, device: torch.device | str = "cpu"
+    method: Method,
+    network: AlignedCheckpoints,
+    device: torch.device | str = "cpu",
+    layout: Layout = MappingProxyType({}),
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model that is not a head, in the network's order, one in memory at a time.
+
+    Arguments:
+        layout: as for `merge_tensor`, name -> (shape, dtype).
 
     Raises:
         RecipeError: the method is task-aware: it merges into no single model.
@@ -189,18 +208,68 @@ def merge_tensors(
     with torch.no_grad():  # never around a yield: the caller's code would run without gradients too
         prepared = method.prepare(network, device)
     for name in network.tensors:
-        yield name, merge_tensor(prepared, network, name, device)
+        yield name, merge_tensor(prepared, network, name, device, layout[name][1] if name in layout else None)
 
 
 @torch.no_grad()
-def merge_tensor(method: Method, network: AlignedCheckpoints, name: str, device: torch.device | str = "cpu") -> Tensor:
-    """One tensor of the merged model, by a prepared method."""
+def merge_tensor(
+    method: Method,
+    network: AlignedCheckpoints,
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One tensor of the merged model, by a prepared method.
+
+    Arguments:
+        dtype: what the caller will cast it to. It comes so where that spares memory and holds every value, else in
+            float32 (float64 if one of the inputs has it so).
+    """
     action = network.choices[name].action
     if action not in ("decompose", "scale"):
         return network.kept(name)
+    if method.by_entry and network.tensors[name].numel > BLOCK and network.in_place():
+        with suppress(AdaRankError):  # what is wrong is said of the whole tensor, below
+            return _merged_by_entry(method, network, name, device, dtype)
+    return _merged(method, network, name, device)
+
+
+def _merged(method: Method, network: AlignedCheckpoints, name: str, device: torch.device | str) -> Tensor:
     origin = network.origin(name, method.origin_kind(network), device)
     deltas = network.deltas(name, origin)
-    merged = (
-        method.merge_matrix(name, origin, deltas) if action == "decompose" else method.merge_other(name, origin, deltas)
-    )
+    decomposed = network.choices[name].action == "decompose"
+    merged = (method.merge_matrix if decomposed else method.merge_other)(name, origin, deltas)
     return check_result(merged, name, f"the result of '{method.name}'")
+
+
+def _merged_by_entry(
+    method: Method, network: AlignedCheckpoints, name: str, device: torch.device | str, dtype: torch.dtype | None
+) -> Tensor:
+    """As `_merged`, in blocks that stay in the processor's cache: temporaries of whole tensors cost more than the sums."""
+    merged = None
+    start = 0
+    for block in network.blocks(name, method.origin_kind(network), BLOCK):
+        part = _merged(method, block, name, device)
+        part = part if dtype is None else cast(part, dtype, name, "")
+        if merged is None:
+            merged = part.new_empty(network.tensors[name].shape)
+        merged.view(-1)[start : start + len(part)] = part
+        start += len(part)
+    assert merged is not None
+    return merged
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What `merge_tensors` yields; what is to be written may be had in the dtypes of its layout."""
+
+    method: Method
+    network: AlignedCheckpoints
+    device: torch.device | str = "cpu"
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return merge_tensors(self.method, self.network, self.device)
+
+    def in_dtypes(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor), in the layout's dtype where that spares memory and holds every value."""
+        return merge_tensors(self.method, self.network, self.device, layout)

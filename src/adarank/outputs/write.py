@@ -114,7 +114,8 @@ def write_result(folder: Path, job: Job, result: Result) -> dict[str, Any]:
         write(folder / name)
     if result.parts is not None:
         return {"bundle": write_bundle(folder, job, result.parts, result.heads)}
-    write_folders(folder, job.layout(), iter(result.tensors), [module.path for module in job.root.modules])
+    layout = job.layout()
+    write_folders(folder, layout, result.in_dtypes(layout), [module.path for module in job.root.modules])
     write_root_files(folder, job)
     for task, names in job.network.heads.items():
         if names:

@@ -22,6 +22,8 @@ class WeightAverage(Method):
     formula: ClassVar[str] = "W = mean_t W_t"
     source: ClassVar[str] = "Wortsman et al. 2022, arXiv:2203.05482"
 
+    elementwise: ClassVar[bool] = True
+
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged matrix, by the method's formula."""
         return origin

@@ -40,6 +40,7 @@ class Linear(Method):
     merges_base: ClassVar[bool] = True
     formula: ClassVar[str] = "W = Σ_t w_t W_t / Σ_t w_t"
     source: ClassVar[str] = "mergekit's linear; Wortsman et al. 2022, arXiv:2203.05482"
+    elementwise: ClassVar[bool] = True
     per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
     normalize: Flag = Field(flag(True), description="divide by the sum of the weights")

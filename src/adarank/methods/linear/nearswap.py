@@ -27,6 +27,7 @@ class NearSwap(Method):
         "mergekit's nearswap; alchemonaut 2024, huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001"
     )
 
+    elementwise: ClassVar[bool] = True
     t: PerTensor = Field(ge=0, description="largest change of an entry: a number, a list over the layers, or filters")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:

@@ -24,6 +24,7 @@ class Passthrough(Method):
     merges_base: ClassVar[bool] = True
     formula: ClassVar[str] = "W = s W₁"
     source: ClassVar[str] = "mergekit's passthrough"
+    elementwise: ClassVar[bool] = True
     per_model: ClassVar[tuple[str, ...]] = ("scale",)
 
     scale: PerTensor = Field(rest(1.0), description="s, per model: a number, a list over the layers, or filters")

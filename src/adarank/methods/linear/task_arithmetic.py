@@ -30,6 +30,7 @@ class TaskArithmetic(Method):
     origin: ClassVar[OriginKind] = "pretrained"
     formula: ClassVar[str] = "W = W₀ + λ Σ_t w_t τ_t"
     source: ClassVar[str] = "Ilharco et al. 2023, arXiv:2212.04089"
+    elementwise: ClassVar[bool] = True
     per_model: ClassVar[tuple[str, ...]] = ("weight",)
 
     scale: PerTensor | None = Field(None, alias="lambda", description="λ: 0.3, or 1 when models carry weights")

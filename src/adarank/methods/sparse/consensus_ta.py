@@ -68,6 +68,7 @@ class ConsensusTA(Consensus):
     formula: ClassVar[str] = "W = W₀ + λ τ∘[Σ_t m_t ≥ k]; τ = Σ_t τ_t, m_t = [|τ_t| ≥ α_t |τ - τ_t|]"
     source: ClassVar[str] = "Wang et al. 2024, arXiv:2405.07813"
 
+    elementwise: ClassVar[bool] = True
     scale: float = Field(0.3, alias="lambda", description="λ")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:

@@ -25,6 +25,8 @@ class ConsensusTies(TiesMerging, Consensus):
     formula: ClassVar[str] = "W = W₀ + λ τ∘[Σ_t m_t ≥ k]; τ as in ties_merging, m_t = [|τ_t| ≥ α_t |τ - τ_t|]"
     source: ClassVar[str] = "Wang et al. 2024, arXiv:2405.07813"
 
+    elementwise: ClassVar[bool] = True
+
     def elected(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """The merged task vector before λ, without the entries that few tasks claim."""
         total = super().elected(name, origin, deltas)

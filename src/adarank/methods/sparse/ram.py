@@ -28,6 +28,7 @@ class RAM(Method):
     formula: ClassVar[str] = "W = W₀ + Σ_t m_t∘τ_t / Σ_t m_t; m_t = [|τ_t| > ε]"
     source: ClassVar[str] = "mergekit's ram; Yuan et al. 2026, arXiv:2601.13572"
 
+    elementwise: ClassVar[bool] = True
     epsilon: PerTensor = Field(rest(1e-5), ge=0, description="smaller changes of an entry count as none")
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:

@@ -41,6 +41,7 @@ class TiesMerging(Method):
         "W = W₀ + λ Σ_t a_t∘s_t (/ Σ_t a_t); s_t = top_density(τ_t) of the model, a_t = [sign(s_t) = sign(Σ s)]"
     )
     source: ClassVar[str] = "Yadav et al. 2023, arXiv:2306.01708"
+    elementwise: ClassVar[bool] = True
     passes: ClassVar[int] = 3
 
     density: float = Field(0.2, gt=0, le=1, description="share of the model's entries kept")
