@@ -7,6 +7,7 @@ tensor into memory. safetensors files (one or sharded) are mapped, so their byte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -355,7 +356,7 @@ def _all_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     low, high = torch.aminmax(tensor.float() if tensor.dtype in FLOAT8.values() else tensor)
-    return bool(low.isfinite() & high.isfinite())
+    return -math.inf < low.item() and high.item() < math.inf
 
 
 def check_result(tensor: Tensor, name: str, by: str) -> Tensor:

@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 M = TypeVar("M", bound="Method")
-BLOCK = 2**17  # entries merged at a time by elementwise methods: float32 copies of a few such blocks fit a core's cache
+BLOCK = 2**18  # entries merged at a time by elementwise methods: a few float32 copies of them fit a processor's caches
 
 
 class Method(MergeMethod):
