@@ -19,6 +19,10 @@ from adarank.alignment.selection import Choice
 from adarank.errors import RecipeError
 from adarank.io.checkpoint import Checkpoint, MemorySource, Source, TensorInfo, check_finite
 
+BLOCK = (
+    2**18
+)  # entries worked on at a time where entries do not depend on others: some float32 copies of them fit a cache
+
 OriginKind = Literal["pretrained", "average", "zero"]
 
 Deltas = Mapping[str, Tensor]
@@ -119,7 +123,7 @@ class AlignedCheckpoints:
         """Task vectors of one tensor about `origin`, each computed when it is looked up."""
         return TaskVectors(self, name, origin)
 
-    def blocks(self, name: str, kind: OriginKind, size: int) -> Iterator[AlignedCheckpoints]:
+    def blocks(self, name: str, kind: OriginKind, size: int = BLOCK) -> Iterator[AlignedCheckpoints]:
         """The network with one tensor alone, as vectors of `size` of its entries at a time.
 
         Arguments:

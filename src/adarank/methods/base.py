@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from adarank.alignment.task_vectors import AlignedCheckpoints, Deltas, OriginKind
+from adarank.alignment.task_vectors import BLOCK, AlignedCheckpoints, Deltas, OriginKind
 from adarank.errors import AdaRankError, MismatchError, RecipeError, itemise
 from adarank.io.checkpoint import cast, check_result
 from adarank.io.writer import Layout
@@ -48,7 +48,6 @@ __all__ = [
 ]
 
 M = TypeVar("M", bound="Method")
-BLOCK = 2**18  # entries merged at a time by elementwise methods: a few float32 copies of them fit a processor's caches
 
 
 class Method(MergeMethod):
@@ -248,7 +247,7 @@ def _merged_by_entry(
     """As `_merged`, in blocks that stay in the processor's cache: temporaries of whole tensors cost more than the sums."""
     merged = None
     start = 0
-    for block in network.blocks(name, method.origin_kind(network), BLOCK):
+    for block in network.blocks(name, method.origin_kind(network)):
         part = _merged(method, block, name, device)
         part = part if dtype is None else cast(part, dtype, name, "")
         if merged is None:

@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from adarank.alignment.task_vectors import BLOCK
 from adarank.sparsify.threshold import trimmed
 
 
@@ -62,22 +63,30 @@ class Election:
     """
 
     def __init__(self, like: Tensor, zero_is_positive: bool) -> None:
-        self._total, self._up, self._down, self._up_weight, self._down_weight = (
-            torch.zeros_like(like) for _ in "12345"
-        )
+        self._shape = like.shape
+        sums = (torch.zeros(like.numel(), dtype=like.dtype, device=like.device) for _ in "12345")
+        self._total, self._up, self._down, self._up_weight, self._down_weight = sums
         self._zero_is_positive = zero_is_positive
 
     def add(self, vector: Tensor, weight: float = 1.0) -> None:
         """Take in `vector`, which counts as `weight` where it agrees."""
-        self._total += vector
-        self._up += vector.clamp(min=0)
-        self._down += vector.clamp(max=0)
-        self._up_weight += weight * (vector > 0)
-        self._down_weight += weight * (vector < 0)
+        for part, total, up, down, up_weight, down_weight in self._blocks(vector.reshape(-1)):
+            total += part
+            up += part.clamp(min=0)
+            down += part.clamp(max=0)
+            up_weight += weight * (part > 0)
+            down_weight += weight * (part < 0)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """The sum of the entries whose sign was elected, and the sum of their weights. Uses up the election."""
-        up = self._total >= 0 if self._zero_is_positive else self._total > 0
-        down = self._total < 0
-        total = self._up.mul_(up).add_(self._down.mul_(down))
-        return total, self._up_weight.mul_(up).add_(self._down_weight.mul_(down))
+        for total, up, down, up_weight, down_weight in self._blocks():
+            positive = total >= 0 if self._zero_is_positive else total > 0
+            negative = total < 0
+            up.mul_(positive).add_(down.mul_(negative))
+            up_weight.mul_(positive).add_(down_weight.mul_(negative))
+        return self._up.view(self._shape), self._up_weight.view(self._shape)
+
+    def _blocks(self, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Views of the others and the sums that stay in the processor's cache: temporaries are as small."""
+        sums = (self._total, self._up, self._down, self._up_weight, self._down_weight)
+        return zip(*(tensor.split(BLOCK) for tensor in (*others, *sums)), strict=True)

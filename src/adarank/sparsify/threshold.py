@@ -16,6 +16,7 @@ from torch import Tensor
 from adarank.alignment.task_vectors import AlignedCheckpoints, OriginKind
 
 _BUCKETS = 2**16
+_BLOCK = 2**20  # numbers counted at a time: many more than there are buckets, and few enough to stay in a cache
 
 
 def kth_largest(flat: Tensor, rank: int) -> float:
@@ -30,12 +31,12 @@ def global_thresholds(
     origin: OriginKind,
     density: float,
     device: torch.device | str,
-    change: Callable[[str, str, Tensor], Tensor] = lambda task, name, delta: delta,
+    change: Callable[[str, str, Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
     """task -> the ⌊density·d⌋-th largest of the d magnitudes |τ| of its whole model, exactly.
 
     Arguments:
-        change: (task, tensor name, task vector) -> what is ranked in its place.
+        change: (task, tensor name, task vector) -> what is ranked in its place, if not the task vector itself.
     """
     names = network.merged()
     total = sum(network.tensors[name].numel for name in names)
@@ -44,11 +45,12 @@ def global_thresholds(
     def counted(upper: dict[str, int]) -> dict[str, Tensor]:
         counts = {task: torch.zeros(_BUCKETS, dtype=torch.int64, device=device) for task in network.tasks}
         for name in names:
-            start = network.origin(name, origin, device)
-            deltas = network.deltas(name, start)
-            for task in network.tasks:
-                magnitudes = change(task, name, deltas[task]).abs().float().flatten()
-                counts[task] += _count(magnitudes, upper.get(task))
+            in_blocks = change is None and network.in_place()
+            for part in network.blocks(name, origin, _BLOCK) if in_blocks else [network]:
+                deltas = part.deltas(name, part.origin(name, origin, device))
+                for task in network.tasks:
+                    delta = deltas[task] if change is None else change(task, name, deltas[task])
+                    counts[task] += _count(delta.abs().float().flatten(), upper.get(task))
         return counts
 
     buckets = {task: _descend(counts, rank) for task, counts in counted({}).items()}
@@ -64,10 +66,11 @@ def trimmed(delta: Tensor, threshold: float) -> Tensor:
 
 def _count(flat: Tensor, upper: int | None = None) -> Tensor:
     """How many numbers have each value of the upper 16 bits or, of those with `upper` there, of the lower 16."""
-    bits = flat.view(torch.int32)
-    if upper is None:
-        return torch.bincount(bits >> 16, minlength=_BUCKETS)
-    return torch.bincount(bits[(bits >> 16) == upper] & 0xFFFF, minlength=_BUCKETS)
+    counts = torch.zeros(_BUCKETS, dtype=torch.int64, device=flat.device)
+    for bits in flat.view(torch.int32).split(_BLOCK):
+        high = bits >> 16
+        counts += torch.bincount(high if upper is None else bits[high == upper] & 0xFFFF, minlength=_BUCKETS)
+    return counts
 
 
 def _descend(counts: Tensor, rank: int) -> tuple[int, int]:

@@ -52,7 +52,8 @@ class TiesMerging(Method):
     def prepare(self, network: AlignedCheckpoints, device: torch.device | str) -> TiesMerging:
         """A copy of the method that knows what it needs of the whole model."""
         prepared = self.model_copy()
-        prepared._thresholds = global_thresholds(network, "pretrained", self.density, device, self.changed)
+        change = None if self.by_entry else self.changed
+        prepared._thresholds = global_thresholds(network, "pretrained", self.density, device, change)
         return prepared
 
     def changed(self, task: str, name: str, delta: Tensor) -> Tensor:
