@@ -128,7 +128,8 @@ class Method(MergeMethod):
         method = cls.model_construct(**cls.example())
         one, two = (4 + method.workspace(tasks, True) for tasks in (1, 2))
         copies = f"{one}" if one == two else f"{2 * one - two} + {two - one}·T"  # it may grow with the tasks
-        return f"{copies} float32 copies of the largest tensor"
+        blocks = "a block of 2¹⁸ entries, and the largest tensor as it is written"
+        return f"{copies} float32 copies of {blocks if method.by_entry else 'the largest tensor'}"
 
     @property
     def by_entry(self) -> bool:
@@ -150,6 +151,8 @@ class Method(MergeMethod):
         info, decomposed = network.tensors[name], network.choices[name].action == "decompose"
         copies = 4 + (info.dtype.itemsize < 4) + 2 * outline.dequantised  # codes as floats, and their scales
         copies += self.workspace(len(network.tasks), decomposed)
+        if self.by_entry and info.numel > BLOCK and network.in_place():
+            return 4 * copies * BLOCK + info.numel * outline.layout[name][1].itemsize
         return 4 * (copies * info.numel + (self.solving(info.shape) if decomposed else 0))
 
     def solving(self, shape: tuple[int, ...]) -> int:

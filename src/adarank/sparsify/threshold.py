@@ -1,7 +1,7 @@
 """The exact k-th largest magnitude, of one tensor or of a whole model that is never in memory at once.
 
-The bits of non-negative float32 numbers, read as integers, are ordered as the numbers are. So the k-th largest is
-found in two steps: count the numbers by their upper 16 bits, then those of one such bucket by their lower 16 bits.
+The bits of non-negative float32 numbers, read as integers, are ordered as the numbers are. So the k-th largest of many
+is found in two steps: count the numbers by their upper 16 bits, then those of one such bucket by their lower 16 bits.
 A whole model is read twice for that, and what is kept between tensors are 65,536 counts per task.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,12 @@ _BLOCK = 2**20  # numbers counted at a time: many more than there are buckets, a
 
 
 def kth_largest(flat: Tensor, rank: int) -> float:
-    """The `rank`-th largest (1 is the largest) of non-negative float32 numbers."""
+    """The `rank`-th largest (1 is the largest) of non-negative float32 numbers.
+
+    Of numbers in memory by NumPy's selection, a third of what counting costs.
+    """
+    if flat.device.type == "cpu":
+        return float(np.partition(flat.numpy(), -rank)[-rank])
     upper, rank = _descend(_count(flat), rank)
     lower, _ = _descend(_count(flat, upper), rank)
     return _number(upper, lower)
