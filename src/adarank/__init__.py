@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from adarank.spectral.mask_file import MaskFile
     from adarank.workflow.evaluate import evaluate as evaluate_recipe
     from adarank.workflow.merge import merge as merge_recipe
+    from adarank.workflow.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "merge_each",
     "merge_recipe",
     "open_job",
+    "verify",
 ]
 # public name -> where it is; that module is imported when the name is first used, so that `import adarank` loads no PyTorch
 _HOMES = {
@@ -70,6 +72,7 @@ _HOMES = {
     "merge_each": "api:merge_each",
     "merge_recipe": "workflow.merge:merge",
     "open_job": "recipe.job:open_job",
+    "verify": "workflow.verify:verify",
 }
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank import __version__
+from adarank.cli import pages
 from adarank.cli.threads import wait_passively
 from adarank.errors import AdaRankError, Interrupted, RecipeError
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 done, 1 an error in what was given or in the system, in one sentence, 2 wrong usage, 70 a bug
+        The exit code: 0 done, 1 an error in what was given or in the system, in one sentence, or an output that does not verify, 2 wrong usage, 70 a bug
         in adarank, 130 interrupted.
     """
     _print_anything()
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)  # so that a termination cleans up as Ctrl-C does
     try:
         _threads(options.threads)
-        options.run(options)
+        return int(options.run(options) or 0)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 130
@@ -68,7 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return BUG
-    return 0
 
 
 def _of_the_system(error: OSError | MemoryError) -> str:
@@ -158,6 +158,8 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder written by merge")
     inspect.add_argument("--base", type=Path, help="the base to take the task vector from")
     inspect.set_defaults(run=_inspect)
+
+    pages.add(commands, common)
 
     methods = commands.add_parser("methods", parents=[common], help="the catalogue of methods")
     methods.add_argument("name", nargs="?", help="one method, with its settings")

@@ -24,6 +24,7 @@ from adarank.io.checkpoint import NAMES, cast
 from adarank.io.hub import local_path
 from adarank.io.lock import hold, resolved
 from adarank.io.output_folder import (
+    DIGEST,
     MARK,
     RECORD,
     check_replaceable,
@@ -31,6 +32,7 @@ from adarank.io.output_folder import (
     leavings,
     list_files,
     make_ours,
+    record_digest,
     remove_ours,
     settle,
     workspace,
@@ -129,8 +131,11 @@ def check_output(out: Path, force: bool) -> None:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write an output's record, last of its files: it lists all of them, so that they may be replaced later."""
+    """Write an output's record, last of its files: it lists all of them with their hashes, and holds its own at its end."""
     record["files"] = list_files(folder)
+    record.pop(DIGEST, None)
+    record[DIGEST] = "0" * 64  # in the place of what is computed over it
+    record[DIGEST] = record_digest(_encoded(json_text(record)))
     write_json(folder / RECORD, record)
 
 
@@ -160,11 +165,15 @@ def write_text(path: Path, text: str, scratch: Path | None = None) -> None:
     """Write a small file whole: to a temporary name (in `scratch`, on the same disk, if it is given), then renamed."""
     partial = (scratch or path.parent) / f".{path.name}.{secrets.token_hex(8)}.partial"
     try:
-        # a lone surrogate, which JSON may hold and UTF-8 may not, is written as the escape that it is in JSON
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_bytes(_encoded(text))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; a lone surrogate, which JSON may hold and UTF-8 may not, as the escape that it is in JSON."""
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any, scratch: Path | None = None) -> None:
