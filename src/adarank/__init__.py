@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adarank.outputs.merged import load_task
     from adarank.recipe.job import open_job
     from adarank.recipe.reader import load_recipe
+    from adarank.report.page import write_report
     from adarank.spectral.mask_file import MaskFile
     from adarank.workflow.evaluate import evaluate as evaluate_recipe
     from adarank.workflow.merge import merge as merge_recipe
@@ -50,6 +51,7 @@ __all__ = [
     "merge_recipe",
     "open_job",
     "verify",
+    "write_report",
 ]
 # public name -> where it is; that module is imported when the name is first used, so that `import adarank` loads no PyTorch
 _HOMES = {
@@ -73,6 +75,7 @@ _HOMES = {
     "merge_recipe": "workflow.merge:merge",
     "open_job": "recipe.job:open_job",
     "verify": "workflow.verify:verify",
+    "write_report": "report.page:write_report",
 }
 
 

@@ -13,15 +13,12 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from adarank import __version__
 from adarank.cli import pages
 from adarank.cli.threads import wait_passively
 from adarank.errors import AdaRankError, Interrupted, RecipeError
-
-if TYPE_CHECKING:
-    from adarank.workflow.scores import Table
 
 BUG = 70  # sysexits.h: an internal software error
 _MOST_THREADS = 1024
@@ -105,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="fewer images and steps: to see that it works, not how well")
     demo.add_argument("--seed", type=int, default=0, help="of the adaptation batches (default: 0)")
     demo.add_argument("--force", action="store_true", help="replace an existing output of adarank")
+    pages.add_no_report(demo)
     demo.set_defaults(run=_demo)
 
     plan = commands.add_parser("plan", parents=[common], help="what a recipe will do, from headers alone")
@@ -118,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("recipe", help="YAML recipe")
     merge.add_argument("out", type=Path, help="folder to write; the same command continues an interrupted adaptation")
     merge.add_argument("--force", action="store_true", help="replace an existing output of adarank")
+    pages.add_no_report(merge)
     merge.set_defaults(run=_merge)
 
     evaluate = commands.add_parser("evaluate", parents=[common], help="base, experts and merged models in one table")
@@ -189,13 +188,15 @@ def _demo(options: argparse.Namespace) -> None:
     from adarank.cli.progress import Adapting
     from adarank.workflow import demo
 
+    pages.check(options)
     progress = Adapting()
     try:
         table = demo.run(options.out, options.quick, options.seed, options.force, show.note, progress)
     finally:
         progress.close()
+    page = pages.write(options, table.plain())
     if options.json:
-        _print_scores(table)
+        _print_json(table.plain())
         return
     show.scores(table)
     console.out.print(f"AdaRank's model is in {options.out}: one body, and a head for each task.")
@@ -206,6 +207,7 @@ def _demo(options: argparse.Namespace) -> None:
         "Your own checkpoints:         put their folders into a copy of this recipe, then adarank plan COPY"
     )
     console.out.print(f"                              {demo.ZOO / 'recipe.yaml'}", style="dim")
+    pages.name(page)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -224,15 +226,18 @@ def _merge(options: argparse.Namespace) -> None:
     from adarank.cli.progress import Adapting
     from adarank.workflow.merge import merge
 
+    pages.check(options)
     progress = Adapting()
     try:
         record = merge(options.recipe, options.out, options.force, show.note, progress)
     finally:
         progress.close()
+    page = pages.write(options)
     if options.json:
         _print_json(record)
     else:
         show.merged(record, options.recipe, options.out)
+        pages.name(page)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -241,7 +246,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     table = evaluate(options.recipe, options.outputs, options.split, show.note)
     if options.json:
-        _print_scores(table)
+        _print_json(table.plain())
     else:
         show.scores(table)
 
@@ -264,13 +269,6 @@ def _search(options: argparse.Namespace) -> None:
         console.out.print(f"The best {axis}, {at:g}, is at the end of what was tried: better ones may lie beyond.")
     show.say(options.best, f" has the best settings; all points are in {options.best.stem}.search.json")
     console.out.print(f"next: adarank merge {options.best} OUT", style="dim")
-
-
-def _print_scores(table: Table) -> None:
-    means = {row: {"mean": table.mean(row), "normalised": table.normalised(row)} for row in table.rows}
-    content = dataclasses.asdict(table)
-    bundles = content.pop("bundles")
-    _print_json({**content, "task_aware": bundles, "summary": means})
 
 
 def _extract(options: argparse.Namespace) -> None:

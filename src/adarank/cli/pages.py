@@ -5,12 +5,62 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from adarank.errors import AdaRankError
+
+
+def add_no_report(command: argparse.ArgumentParser) -> None:
+    """The switch of the commands that write a page beside their output."""
+    command.add_argument("--no-report", action="store_true", help="write no page (OUT.html) beside the output")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse a page that may not be written, before anything is spent."""
+    if not options.no_report:
+        from adarank.report.page import check_page, page_of
+
+        check_page(page_of(options.out), options.force)
+
+
+def write(options: argparse.Namespace, scores: Mapping[str, Any] | None = None) -> Path | None:
+    """The page of a command's output; None if it is not wanted."""
+    if options.no_report:
+        return None
+    from adarank.cli import show
+    from adarank.report.page import page_of, write_report
+
+    page = page_of(options.out)
+    try:
+        return write_report([options.out], page, scores, options.force)
+    except (AdaRankError, OSError) as error:  # the output is there: what is lacking is told, and no failure
+        show.note(f"No page was written: {error}")
+        return None
+
+
+def name(page: Path | None) -> None:
+    """Say where the page is."""
+    from adarank.cli import show
+
+    if page is not None:
+        show.say(page, " shows it in a browser")
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:
     """The two commands' parsers, among the others."""
+    report = commands.add_parser(
+        "report", parents=[common], help="one HTML page of outputs: what was merged, learned and kept, and at what cost"
+    )
+    report.add_argument("outputs", nargs="+", type=Path, metavar="out", help="folders written by merge")
+    report.add_argument("--to", type=Path, metavar="PAGE", help="file to write (default: OUT.html beside the first)")
+    report.add_argument(
+        "--scores", type=Path, metavar="FILE", help="what adarank evaluate --json printed, for a table of scores"
+    )
+    report.add_argument("--force", action="store_true", help="replace an existing page of adarank")
+    report.set_defaults(run=_report)
+
     verify = commands.add_parser(
         "verify", parents=[common], help="hash an output and its inputs again, merge again, and compare"
     )
@@ -23,6 +73,21 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
         help="where the recipe's paths count from (default: the working folder, then the output's parent)",
     )
     verify.set_defaults(run=_verify)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from adarank.cli import console, show
+    from adarank.io.files import check_file, read_json
+    from adarank.report.page import write_report
+
+    if options.scores is not None:
+        check_file(options.scores)
+    scores = None if options.scores is None else read_json(options.scores)
+    page = write_report(options.outputs, options.to, scores, options.force)
+    if options.json:
+        console.out.print(json.dumps({"page": str(page)}))
+    else:
+        show.say(page, f" written: {len(options.outputs)} output(s), {console.size(page.stat().st_size)}")
 
 
 def _verify(options: argparse.Namespace) -> int:

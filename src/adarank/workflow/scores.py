@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -45,6 +46,13 @@ class Table:
             return None
         pairs = [(self.rows[row][task], expert) for task, expert in self.rows[reference].items() if expert > 0]
         return 100 * sum(merged / expert for merged, expert in pairs) / len(pairs) if pairs else None
+
+    def plain(self) -> dict[str, Any]:
+        """As data for JSON, with each row's mean and normalised mean."""
+        means = {row: {"mean": self.mean(row), "normalised": self.normalised(row)} for row in self.rows}
+        content = asdict(self)
+        bundles = content.pop("bundles")
+        return {**content, "task_aware": bundles, "summary": means}
 
 
 def score(labels: Sequence[int], predictions: Sequence[int], metric: str) -> float:
