@@ -10,7 +10,7 @@ import yaml
 from adarank.report.figures import Chart
 from adarank.report.masks import coefficients, maps
 from adarank.report.read import Output
-from adarank.report.scores import agreement_table, judged_kept
+from adarank.report.scores import agreement_table, judged_kept, kept_in_words, steps_kept
 from adarank.report.summary import duration, learned_heads, loop_block, sentences, size
 
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json")
@@ -93,24 +93,25 @@ def _steps(output: Output) -> Any:
         return "The method took no steps."
     judged = {int(step): seen for step, seen in block["judged"].items()}
     kept = judged_kept(block)
-    share = block["share_kept"]
-    at = block["step_kept"] * share  # on the line from the start to that step
+    at = {
+        task: step * (block["share_kept"] or 1) for task, step in steps_kept(block).items()
+    }  # on the line to the start
     means = [100 * sum(of["agreement"] for of in seen.values()) / len(seen) for seen in judged.values()]
     mean_kept = 100 * sum(of["agreement"] for of in kept.values()) / len(kept)
-    mean = Chart(f"Mean agreement with the experts: {means[0]:.1f}% at the start, {mean_kept:.1f}% as kept (step {block['step_kept']}"
-                 f"{'' if share == 1 else f', {share:g} of the way to it'}).",
-                 list(judged), means, "agreement", at)  # fmt: skip
+    text = f"Mean agreement with the experts: {means[0]:.1f}% at the start, {mean_kept:.1f}% as kept ({kept_in_words(block)})."
+    common = next(iter(at.values())) if len(set(at.values())) == 1 else None
+    mean = Chart(text, list(judged), means, "agreement", common)
     tasks = []
     for task in kept:
         values = [100 * seen[task]["agreement"] for seen in judged.values()]
         text = f"{task}: agreement with its expert {values[0]:.1f}% at the start, {100 * kept[task]['agreement']:.1f}% as kept."
-        charts = [Chart(text, list(judged), values, "agreement", at).view()]
+        charts = [Chart(text, list(judged), values, "agreement", at[task]).view()]
         losses = block["losses"].get(task, [])
         if losses:
             text = f"{task}: loss {losses[0]:.3g} at the first step, {losses[-1]:.3g} at the last."
-            charts.append(Chart(text, range(1, len(losses) + 1), losses, "loss", at).view())
+            charts.append(Chart(text, range(1, len(losses) + 1), losses, "loss", at[task]).view())
         tasks.append({"task": task, "charts": charts})
-    return {"mean": mean.view(), "tasks": tasks, "step": block["step_kept"], "share": share}
+    return {"mean": mean.view(), "tasks": tasks, "kept": kept_in_words(block)}
 
 
 def _coefficients(output: Output) -> Any:
@@ -135,7 +136,7 @@ def _heads(output: Output) -> Any:
             "kept": bool(head["kept"]),
             "before": round(100 * head["agreement"][0], 1),
             "after": round(100 * head["agreement"][1], 1),
-            "divergence": tuple(head["divergence"]),
+            "divergence": tuple(map(float, head["divergence"])),
             "pull": head["pull"],
             "inputs": head["inputs"],
         }

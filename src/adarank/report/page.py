@@ -105,7 +105,7 @@ def compared(outputs: Sequence[Output]) -> list[dict[str, Any]]:
     rows = []
     for output in outputs:
         record, loop = output.record, loop_block(output.record) or {}
-        plan = record.get("plan", {})
+        plan = record.get("plan") or {}
         rows.append(
             {
                 "name": output.name,
@@ -123,9 +123,9 @@ def _matthews(outputs: Sequence[Output]) -> set[str]:
     """Tasks that some recipe scores by Matthews correlation."""
     named = set()
     for output in outputs:
-        models = output.record.get("recipe", {}).get("models", [])
+        models = (output.record.get("recipe") or {}).get("models") or []
         specs = [entry.get("task") or {} for entry in models]
-        names = output.record.get("plan", {}).get("tasks", [])
+        names = (output.record.get("plan") or {}).get("tasks") or []
         if len(names) != len(specs):  # the base is listed among the models
             names = [spec.get("name") for spec in specs]
         named |= {name for name, spec in zip(names, specs, strict=True) if spec.get("metric") == "matthews"}

@@ -22,7 +22,8 @@ def interval(share: float, inputs: int) -> tuple[float, float]:
     centre = share + _Z**2 / (2 * inputs)
     width = _Z * math.sqrt(share * (1 - share) / inputs + _Z**2 / (4 * inputs**2))
     whole = 1 + _Z**2 / inputs
-    return max(0.0, (centre - width) / whole), min(1.0, (centre + width) / whole)
+    # rounding may put the share itself outside where it is 0 or 1
+    return min(share, max(0.0, (centre - width) / whole)), max(share, min(1.0, (centre + width) / whole))
 
 
 def cell(value: float, inputs: int | None, expert: float | None = None) -> dict[str, Any]:
@@ -81,28 +82,43 @@ def score_table(scores: Mapping[str, Any], matthews: set[str]) -> dict[str, Any]
 
 
 def judged_kept(block: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:
-    """task -> signals of what a run of the loop kept: a judged step, or a point on the line to it."""
+    """task -> signals of what a run of the loop kept: a judged step, one for each task, or a point on the line to one."""
     for point in block["way_back"]:
         if (point["step"], point["share"]) == (block["step_kept"], block["share_kept"]):
             of_point: Mapping[str, Mapping[str, float]] = point["judged"]
             return of_point
-    of_step: Mapping[str, Mapping[str, float]] = block["judged"][str(block["step_kept"])]
-    return of_step
+    return {task: block["judged"][str(step)][task] for task, step in steps_kept(block).items()}
+
+
+def steps_kept(block: Mapping[str, Any]) -> dict[str, int]:
+    """task -> the step of which its weights are kept."""
+    return block.get("steps_kept") or dict.fromkeys(block["judged"]["0"], block["step_kept"])
+
+
+def kept_in_words(block: Mapping[str, Any]) -> str:
+    """Which step was kept: `step 40 of 50`, half-way to it, or one of its own for each task."""
+    if block.get("steps_kept"):
+        each = ", ".join(f"{task} {step}" for task, step in block["steps_kept"].items())
+        return f"the step that suits each task best, of {block['steps']} ({each})"
+    way = "" if block["share_kept"] == 1 else f", {block['share_kept']:g} of the way to it"
+    return f"step {block['step_kept']} of {block['steps']}{way}"
 
 
 def agreement_table(block: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row per task: agreement with its expert at the start and as kept, the largest class, and whether it collapsed."""
     start, kept = block["judged"]["0"], judged_kept(block)
-    return [
-        {
-            "task": task,
-            "inputs": signals["inputs"],
-            "start": cell(100 * start[task]["agreement"], signals["inputs"]),
-            "kept": cell(100 * signals["agreement"], signals["inputs"]),
-            "divergence": signals["divergence"],
-            "largest": round(100 * signals["largest"], 1),
-            "expert_largest": round(100 * signals["expert_largest"], 1),
-            "collapsed": task in block["collapsed"],
-        }
-        for task, signals in kept.items()
-    ]
+    return [_agreement(task, start[task], signals, task in block["collapsed"]) for task, signals in kept.items()]
+
+
+def _agreement(task: str, start: Mapping[str, float], kept: Mapping[str, float], collapsed: bool) -> dict[str, Any]:
+    inputs = int(kept["inputs"])
+    return {
+        "task": task,
+        "inputs": inputs,
+        "start": cell(100 * start["agreement"], inputs),
+        "kept": cell(100 * kept["agreement"], inputs),
+        "divergence": float(kept["divergence"]),
+        "largest": round(100 * kept["largest"], 1),
+        "expert_largest": round(100 * kept["expert_largest"], 1),
+        "collapsed": collapsed,
+    }

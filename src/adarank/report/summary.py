@@ -7,7 +7,7 @@ from typing import Any
 
 from adarank.report.masks import kept_by_task, remarkable
 from adarank.report.read import Output
-from adarank.report.scores import agreement_table, interval
+from adarank.report.scores import agreement_table, interval, kept_in_words
 from adarank.spectral.bases import COMMON
 
 
@@ -53,8 +53,8 @@ def _agreement(output: Output) -> Iterator[str]:
         yield f"The start was kept, as no judged step of {block['steps']} was better: mean agreement with the experts {before:.1f}%."
     else:
         yield (
-            f"Mean agreement with the experts went from {before:.1f}% at the start to {after:.1f}% at step "
-            f"{block['step_kept']} of {block['steps']}, which was kept."
+            f"Mean agreement with the experts went from {before:.1f}% at the start to {after:.1f}% as kept: "
+            f"{kept_in_words(block)}."
         )
         gains = {row["task"]: row["kept"]["value"] - row["start"]["value"] for row in rows}
         most, least = max(gains, key=lambda t: gains[t]), min(gains, key=lambda t: gains[t])
