@@ -50,31 +50,31 @@ class Page(HTMLParser):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.rows: dict[str, list[list[str]]] = {}
-        self.text, self._open, self._section = "", [], ""
+        self.text, self.unclosed, self.section = "", [], ""
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         values = dict(attributes)
         self.elements.append((tag, values))
         if tag in ("section", "details"):
-            self._section = values.get("class") or values.get("id") or self._section
+            self.section = values.get("class") or values.get("id") or self.section
         if tag == "tr":
-            self.rows.setdefault(self._section, []).append([])
-        if tag in ("td", "th") and self.rows.get(self._section):
-            self.rows[self._section][-1].append("")
+            self.rows.setdefault(self.section, []).append([])
+        if tag in ("td", "th") and self.rows.get(self.section):
+            self.rows[self.section][-1].append("")
         if tag not in VOID:
-            self._open.append(tag)
+            self.unclosed.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
-            assert self._open.pop() == tag
+            assert self.unclosed.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if {"script", "style"} & set(self._open):
+        if {"script", "style"} & set(self.unclosed):
             return
         self.text += data
-        if {"td", "th"} & set(self._open):
-            self.rows[self._section][-1][-1] += data
+        if {"td", "th"} & set(self.unclosed):
+            self.rows[self.section][-1][-1] += data
 
     def table(self, section: str) -> dict[str, list[str]]:
         """First cell -> the others, of the rows that hold numbers."""
