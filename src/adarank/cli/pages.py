@@ -35,7 +35,7 @@ def write(options: argparse.Namespace, scores: Mapping[str, Any] | None = None) 
     page = page_of(options.out)
     try:
         return write_report([options.out], page, scores, options.force)
-    except (AdaRankError, OSError) as error:  # the output is there: what is lacking is told, and no failure
+    except (AdaRankError, OSError) as error:  # the output is there: a page that cannot be written is a note
         show.note(f"No page was written: {error}")
         return None
 
