@@ -256,6 +256,15 @@ def test_merge_writes_a_page_beside_its_output(zoo: Path, tmp_path: Path, capsys
     assert main(["merge", str(path), str(out), "--force"]) == 0
 
 
+@pytest.mark.parametrize("out", [".", "/", "a\0b", "x" * 300])
+def test_outputs_that_cannot_be_are_refused_as_without_a_page(zoo: Path, out: str, capsys: Any) -> None:
+    said = []
+    for more in ([], ["--no-report"]):
+        assert main(["merge", str(zoo / "one.yaml"), out, *more]) == 1
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+
+
 def test_evaluations_go_into_a_page(zoo: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(["evaluate", str(zoo / "one.yaml"), str(zoo / "one"), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)

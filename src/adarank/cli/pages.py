@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ def add_no_report(command: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse a page that may not be written, before anything is spent."""
-    if not options.no_report:
-        from adarank.report.page import check_page, page_of
+    """Refuse a page that may not be written, before anything is spent; what is wrong with the output comes first."""
+    if options.no_report or (os.path.exists(options.out) and not options.force):
+        return
+    from adarank.report.page import check_page, page_of
 
-        check_page(page_of(options.out), options.force)
+    page = page_of(options.out)
+    if os.path.lexists(page):
+        check_page(page, options.force)
 
 
 def write(options: argparse.Namespace, scores: Mapping[str, Any] | None = None) -> Path | None:

@@ -25,7 +25,8 @@ _TEMPLATES = Path(__file__).parent / "template"
 def page_of(out: Path) -> Path:
     """Where the page of an output lies: beside its folder, with its name."""
     place = resolved(out)
-    return place.with_name(f"{place.name}.html")
+    place = place if place.name else place.resolve()  # such as "."
+    return place.parent / f"{place.name}.html"
 
 
 def check_page(page: Path, force: bool = False, outputs: Sequence[Path] = ()) -> None:
