@@ -58,6 +58,42 @@ class OutputError(AdaRankError):
     """The output cannot be written where it was asked for."""
 
 
+class Problems:
+    """What independent checks refuse, gathered so that all of it is told at once.
+
+    Attributes:
+        errors: what was noted, in order.
+
+    Example:
+        problems = Problems()
+        for check in checks:
+            with problems.noted():
+                check()
+        problems.refuse()
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[AdaRankError] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """What is raised inside is noted; what comes after the block goes on."""
+        try:
+            yield
+        except AdaRankError as error:
+            self.errors.append(error)
+
+    def refuse(self, heading: str = "") -> None:
+        """Raise what was noted, if anything: one error as it is; several as one of their kind, or as an `AdaRankError`."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            kinds = {type(error) for error in self.errors}
+            kind = kinds.pop() if len(kinds) == 1 else AdaRankError
+            items = [str(error).replace("\n", "\n  ") for error in self.errors]
+            raise kind(itemise(heading or f"{len(self.errors)} things are wrong:", items, most=None))
+
+
 def raise_together(problems: Sequence[str]) -> None:
     """Raise one `DataError` of the problems that tasks' data have, if there are any."""
     if problems:

@@ -165,6 +165,19 @@ def is_head_name(name: str) -> bool:
     return name.split(".", 1)[0] in _HEADS
 
 
+def matching(select: Select, names: Sequence[str]) -> Select:
+    """The patterns that match some of these names."""
+    kept = {
+        action: tuple(
+            pattern
+            for other, pattern in select.patterns()
+            if other == action and any(fnmatchcase(name, pattern) for name in names)
+        )
+        for action in ("decompose", "scale", "keep", "head")
+    }
+    return Select(**kept)
+
+
 def unmatched(select: Select, names: Sequence[str]) -> list[str]:
     """A sentence for each pattern that matches no tensor: most likely a typing mistake."""
     return [

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adarank.workflow.scores import Table
 
 BUG = 70  # sysexits.h: an internal software error
+INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
 _MOST_THREADS = 1024
 
 
@@ -46,29 +47,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _threads(options.threads)
         options.run(options)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
+        _say(str(stopped))
+        return INTERRUPTED
     except AdaRankError as error:
-        print(f"adarank: {error}", file=sys.stderr)
+        _say(f"adarank: {error}")
         return 1
     except KeyboardInterrupt:
-        print("adarank: interrupted; no output was left behind.", file=sys.stderr)
-        return 130
+        _say(f"adarank: interrupted. {options.left(options)}")
+        return INTERRUPTED
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError) as error:  # of the system: no file at fault that a reader knew of
-        print(f"adarank: {_of_the_system(error)}", file=sys.stderr)
+        _say(f"adarank: {_of_the_system(error)}")
         return 1
     except Exception as error:  # the last resort: nobody planned for it, so it is ours to mend
         traceback.print_exc()
-        print(
+        _say(
             f"adarank: a bug in adarank ({type(error).__name__}), not in what you gave it. No output was left behind. "
-            "Please report the lines above, the command and the versions of adarank and torch.",
-            file=sys.stderr,
+            "Please report the lines above, the command and the versions of adarank and torch."
         )
         return BUG
     return 0
+
+
+def _say(message: str) -> None:
+    """A message on stderr, as wide as the terminal."""
+    from adarank.cli.console import tell
+
+    tell(message)
 
 
 def _of_the_system(error: OSError | MemoryError) -> str:
@@ -105,12 +112,12 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="fewer images and steps: to see that it works, not how well")
     demo.add_argument("--seed", type=int, default=0, help="of the adaptation batches (default: 0)")
     demo.add_argument("--force", action="store_true", help="replace an existing output of adarank")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, left=_left_of_demo)
 
     plan = commands.add_parser("plan", parents=[common], help="what a recipe will do, from headers alone")
     plan.add_argument("recipe", help="YAML recipe")
     plan.add_argument("-v", "--verbose", action="store_true", help="list every tensor with its action")
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_plan, left=_nothing_left)
 
     merge = commands.add_parser(
         "merge", parents=[common], help="merge by a recipe, adapting or training if its method does"
@@ -118,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("recipe", help="YAML recipe")
     merge.add_argument("out", type=Path, help="folder to write; the same command continues an interrupted adaptation")
     merge.add_argument("--force", action="store_true", help="replace an existing output of adarank")
-    merge.set_defaults(run=_merge)
+    merge.set_defaults(run=_merge, left=_left_of_merge)
 
     evaluate = commands.add_parser("evaluate", parents=[common], help="base, experts and merged models in one table")
     evaluate.add_argument("recipe", help="YAML recipe")
@@ -126,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--split", choices=("test", "select"), default="test", help="which split to score (default: test)"
     )
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_evaluate, left=_nothing_left)
 
     search = commands.add_parser(
         "search", parents=[common], help="try a method's settings on the labelled select split"
@@ -141,14 +148,14 @@ def parser() -> argparse.ArgumentParser:
         help="name=first:last:step or name=a,b,c; several make a grid",
     )
     search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
-    search.set_defaults(run=_search)
+    search.set_defaults(run=_search, left=_left_of_search)
 
     extract = commands.add_parser("extract", parents=[common], help="one task of a bundle as an ordinary checkpoint")
     extract.add_argument("bundle", type=Path, help="folder that merge wrote with a task-aware method")
     extract.add_argument("out", type=Path, help="folder to write")
     extract.add_argument("--task", required=True, metavar="NAME", help="one of the bundle's tasks")
     extract.add_argument("--force", action="store_true", help="replace an existing output of adarank")
-    extract.set_defaults(run=_extract)
+    extract.set_defaults(run=_extract, left=_left_of_merge)
 
     inspect = commands.add_parser(
         "inspect",
@@ -157,12 +164,13 @@ def parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder written by merge")
     inspect.add_argument("--base", type=Path, help="the base to take the task vector from")
-    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("--full", action="store_true", help="every tensor of an adapted output, a row for each task")
+    inspect.set_defaults(run=_inspect, left=_nothing_left)
 
     methods = commands.add_parser("methods", parents=[common], help="the catalogue of methods")
     methods.add_argument("name", nargs="?", help="one method, with its settings")
     methods.add_argument("--papers", action="store_true", help="the rows of the papers' tables, and what makes each")
-    methods.set_defaults(run=_methods)
+    methods.set_defaults(run=_methods, left=_nothing_left)
     return top
 
 
@@ -182,35 +190,49 @@ def _print_json(content: Any) -> None:
     print(json.dumps(content, indent=1, ensure_ascii=False))
 
 
+def _nothing_left(options: argparse.Namespace) -> str:
+    return "This command keeps nothing on the way: the same command starts from the beginning."
+
+
+def _left_of_merge(options: argparse.Namespace) -> str:
+    from adarank.workflow.left_over import of_merge
+
+    return of_merge(options.out)
+
+
+def _left_of_search(options: argparse.Namespace) -> str:
+    from adarank.workflow.left_over import of_search
+
+    return of_search(options.best)
+
+
+def _left_of_demo(options: argparse.Namespace) -> str:
+    from adarank.workflow.left_over import of_demo
+
+    return of_demo(options.out)
+
+
 def _demo(options: argparse.Namespace) -> None:
-    from adarank.cli import console, show
-    from adarank.cli.progress import Adapting
+    from adarank.cli import show
+    from adarank.cli.progress import screen
     from adarank.workflow import demo
 
-    progress = Adapting()
-    try:
-        table = demo.run(options.out, options.quick, options.seed, options.force, show.note, progress)
-    finally:
-        progress.close()
+    with screen() as shown:
+        table = demo.run(options.out, options.quick, options.seed, options.force, shown.note, shown.step)
     if options.json:
         _print_scores(table)
         return
     show.scores(table)
-    console.out.print(f"AdaRank's model is in {options.out}: one body, and a head for each task.")
-    if options.quick:
-        console.out.print("--quick shows that everything works; leave it out to see how well.")
-    console.out.print(f"What it kept of each expert:  adarank inspect {options.out}")
-    console.out.print(
-        "Your own checkpoints:         put their folders into a copy of this recipe, then adarank plan COPY"
-    )
-    console.out.print(f"                              {demo.ZOO / 'recipe.yaml'}", style="dim")
+    show.after_demo(options.out, options.quick, demo.ZOO / "recipe.yaml")
 
 
 def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import show
+    from adarank.cli.progress import screen
     from adarank.workflow.plan import plan
 
-    described = plan(options.recipe)
+    with screen():
+        described = plan(options.recipe)
     if options.json:
         _print_json(described)
     else:
@@ -219,14 +241,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from adarank.cli import show
-    from adarank.cli.progress import Adapting
+    from adarank.cli.progress import screen
     from adarank.workflow.merge import merge
 
-    progress = Adapting()
-    try:
-        record = merge(options.recipe, options.out, options.force, show.note, progress)
-    finally:
-        progress.close()
+    with screen() as shown:
+        record = merge(options.recipe, options.out, options.force, shown.note, shown.step)
     if options.json:
         _print_json(record)
     else:
@@ -235,9 +254,11 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from adarank.cli import show
+    from adarank.cli.progress import screen
     from adarank.workflow.evaluate import evaluate
 
-    table = evaluate(options.recipe, options.outputs, options.split, show.note)
+    with screen() as shown:
+        table = evaluate(options.recipe, options.outputs, options.split, shown.note)
     if options.json:
         _print_scores(table)
     else:
@@ -245,23 +266,17 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from adarank.cli import console, show
-    from adarank.cli.progress import Searching
+    from adarank.cli import show
+    from adarank.cli.progress import screen
     from adarank.workflow.search import level, parse_axis, search
 
     axes = [parse_axis(text) for text in options.over]
-    with Searching() as progress:
-        ranked, record = search(options.recipe, options.best, axes, options.force, show.note, progress)
+    with screen() as shown:
+        ranked, record = search(options.recipe, options.best, axes, options.force, shown.note, shown.point)
     if options.json:
         _print_json(record)
-        return
-    show.points(ranked)
-    if level(ranked):
-        console.out.print(f"All {len(ranked)} points score the same: what was varied changes nothing here.")
-    for axis, at in record["at_the_edge"].items():
-        console.out.print(f"The best {axis}, {at:g}, is at the end of what was tried: better ones may lie beyond.")
-    show.say(options.best, f" has the best settings; all points are in {options.best.stem}.search.json")
-    console.out.print(f"next: adarank merge {options.best} OUT", style="dim")
+    else:
+        show.searched(ranked, record["at_the_edge"], level(ranked), options.best)
 
 
 def _print_scores(table: Table) -> None:
@@ -279,11 +294,12 @@ def _extract(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(record)
     else:
-        show.say(options.out, f" written: task {options.task} of {options.bundle}")
+        show.extracted(options.task, options.bundle, options.out)
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from adarank.cli import show
+    from adarank.cli import inspecting
+    from adarank.cli.progress import screen
     from adarank.io.bundle import BundleFolder, is_bundle
     from adarank.workflow import inspect as inspection
 
@@ -295,24 +311,25 @@ def _inspect(options: argparse.Namespace) -> None:
                 {"kind": about.kind, "settings": about.settings, "tasks": list(about.tasks), "bytes": bundle.sizes}
             )
         else:
-            show.bundle(bundle.about, bundle.sizes)
+            inspecting.bundle(bundle.about, bundle.sizes)
         return
     if inspection.is_adapted(options.checkpoint) and options.base is None:
         tasks, layers = inspection.inspect_output(options.checkpoint)
         if options.json:
             _print_json({"tasks": tasks, "layers": [dataclasses.asdict(row) for row in layers]})
         else:
-            show.layers(tasks, layers)
+            inspecting.output(tasks, layers, options.full, inspection.method_of(options.checkpoint))
         return
-    rows = inspection.inspect_checkpoint(options.checkpoint, options.base)
+    with screen():
+        rows = inspection.inspect_checkpoint(options.checkpoint, options.base)
     if options.json:
         _print_json([dataclasses.asdict(row) for row in rows])
     else:
-        show.tensors(rows)
+        inspecting.tensors(rows)
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from adarank.cli import show
+    from adarank.cli import pages
     from adarank.recipe import catalogue
     from adarank.recipe.papers import ROWS
 
@@ -321,15 +338,15 @@ def _methods(options: argparse.Namespace) -> None:
         if options.json:
             _print_json([dataclasses.asdict(row) for row in rows])
         else:
-            show.papers(rows)
+            pages.papers(rows)
         return
     entries = {options.name: catalogue.entry(options.name)} if options.name else catalogue.catalogue()
     if options.json:
         _print_json({name: dataclasses.asdict(entry) for name, entry in entries.items()})
     elif options.name:
-        show.method(entries[options.name])
+        pages.method(entries[options.name])
     else:
-        show.methods(entries)
+        pages.methods(entries)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,15 @@ def resolve(reference: str, folder: Path | None = None) -> Path:
     return _download(reference)
 
 
+def resolve_without_download(reference: str, folder: Path | None = None) -> Path | None:
+    """As `resolve`, but a model that would have to be downloaded is left where it is: None if the hub has it."""
+    if not local_path(reference, folder).exists() and "+" not in reference and is_hub_id(reference):
+        path, _, revision = reference.partition("@")
+        if _listed("/".join(path.split("/")[:2]), revision or None) is not None:
+            return None
+    return resolve(reference, folder)
+
+
 @contextmanager
 def offline() -> Iterator[None]:
     """While it is open the hub's client asks nobody: what is read lies in a local folder, whatever its files name."""

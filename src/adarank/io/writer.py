@@ -35,6 +35,7 @@ from adarank.io.output_folder import (
     settle,
     workspace,
 )
+from adarank.io.progress import advance
 from adarank.io.state import write_state
 
 BUNDLE = "bundle.json"
@@ -270,6 +271,7 @@ class TensorFile:
                 f"{self._path.name}: expected tensor '{wanted}' {shape}, got '{name}' {tuple(tensor.shape)}."
             )
         _write_tensor(self._handle, cast(tensor, dtype, name, "Give another out_dtype, such as bfloat16.").cpu())
+        advance(_nbytes((shape, dtype)))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

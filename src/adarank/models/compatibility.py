@@ -43,6 +43,25 @@ def check_compatible(network: Network, base: Checkpoint | None, experts: Mapping
     return [*notes, *more, *compare_processors(folders)]
 
 
+def check_apart(base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> None:
+    """As `check_compatible`, of models whose tensors do not align: what else is wrong with them.
+
+    Raises:
+        MismatchError, CheckpointError: as there.
+    """
+    members = labelled(base, experts)
+    configs = {name: member.config for name, member in members.items()}
+    names = {name for member in members.values() for name in member.tensors}
+    of_settings, _ = compare_configurations(configs, any("lm_head" in name for name in names))
+    tables = {
+        label: [info.shape[0] for name, info in member.tensors.items() if len(info.shape) == 2 and is_table(name)]
+        for label, member in members.items()
+    }
+    folders = {label: members[label].folder for label, rows in tables.items() if rows and members[label].path.is_dir()}
+    of_tokens, _ = compare_vocabularies(folders, max((max(rows) for rows in tables.values() if rows), default=0))
+    _refuse(of_settings, of_tokens)
+
+
 def check_modules(network: Network, base: object, experts: Mapping[str, object]) -> None:
     """Compare the configurations that modules of `transformers` carry; others have none.
 

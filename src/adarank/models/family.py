@@ -66,6 +66,10 @@ class Family(Protocol):
         expert.check_bytes()
         return load_quietly(self.auto_class(), expert.folder)
 
+    def check_folder(self, folder: Path) -> None:
+        """Raise a `CheckpointError` if a folder has no file of what encodes a task's inputs. Loads nothing."""
+        ...
+
     def columns(self, spec: TaskSpec) -> list[str]:
         """The input columns that the task needs."""
         ...

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adarank.data.spec import Split
 from adarank.data.task import Batch, TaskData
-from adarank.errors import DataError
+from adarank.io.progress import advance
 from adarank.models.family import Family
 
 
@@ -22,10 +22,7 @@ def split_batches(
     Raises:
         DataError: the split is empty.
     """
-    if not data.splits.rows[split]:
-        raise DataError(
-            f"task '{data.name}': its {split} split is empty. Give its data a {split} file, or a larger {split} fraction."
-        )
+    data.filled(split)
     for rows, batch in data.scored_batches(split, family.token_budget):
         yield rows, {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -39,6 +36,7 @@ def predict(family: Family, module: nn.Module, data: TaskData, split: Split) -> 
     for batch_rows, batch in split_batches(family, data, split, device):
         rows += batch_rows
         parts.append(family.logits(module, batch).cpu())
+        advance(len(batch_rows))
     return rows, torch.cat(parts)
 
 

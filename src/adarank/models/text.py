@@ -16,6 +16,7 @@ from adarank.data.task import Batch
 from adarank.errors import CheckpointError, DataError
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import read_json
+from adarank.io.side_files import tokenizer_files
 from adarank.models.family import Family
 from adarank.models.loading import LOCALLY, loading
 
@@ -67,6 +68,13 @@ class TextClassifiers(Family):
         if config.pad_token_id is None:  # models without padding, such as GPT-2, find an input's end by this id
             config.pad_token_id = tokenizer_of(expert.folder).pad_token_id
         return module
+
+    def check_folder(self, folder: Path) -> None:
+        """Raise a `CheckpointError` if there is no file of a tokenizer."""
+        if not tokenizer_files(folder.iterdir()):
+            raise CheckpointError(
+                f"{folder}: no usable tokenizer (it has no file of one). Copy the tokenizer's files beside the weights."
+            )
 
     def columns(self, spec: TaskSpec) -> list[str]:
         """The columns of the data that hold inputs."""

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from adarank.alignment.align import align
+from adarank.alignment.selection import matching
 from adarank.alignment.task_vectors import Network
-from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
+from adarank.errors import CheckpointError, Problems, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, check_any
 from adarank.io.dequantise import Dequantised
-from adarank.io.hub import resolve
+from adarank.io.hub import resolve, resolve_without_download, same_model
+from adarank.io.progress import stage
 from adarank.io.quantised import quantisation, refuse_quantised
 from adarank.io.sentence import check_modules
 from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod, Outline
 from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
-from adarank.models.compatibility import check_compatible
+from adarank.models.compatibility import check_apart, check_compatible
 from adarank.recipe.checks import different_kinds
+from adarank.recipe.draft import METHOD, Draft, with_models
 from adarank.recipe.schema import Recipe
 from adarank.recipe.tokenizers import tokenizer_source
 
@@ -70,7 +73,9 @@ class Job:
     def inputs(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every input file, by checkpoint."""
         checkpoints = {**({"base": self.base} if self.base else {}), **self.experts}
-        return {name: checkpoint.sha256() for name, checkpoint in checkpoints.items()}
+        files = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
+        with stage("Hashing the inputs", sum(file.stat().st_size for file in files)):
+            return {name: checkpoint.sha256() for name, checkpoint in checkpoints.items()}
 
 
 def open_job(recipe: Recipe) -> Job:
@@ -90,33 +95,147 @@ def open_job(recipe: Recipe) -> Job:
         for name, choice in job.network.choices.items():
             print(name, choice.action, choice.reason)
     """
-    base, opened = _open(recipe)
-    if recipe.layer_range is not None:
-        _check_layers(recipe.layer_range, [*([base] if base else []), *opened.values()])
-    tokenizer = tokenizer_source(recipe, base, opened)
-    family = _family(recipe, opened)
-    if family is not None and recipe.dequantize:
-        raise RecipeError(
-            "dequantize: true is for models without tasks: networks are loaded from their files. De-quantise the models first."
-        )
-    keep_embeddings = bool(family and family.keep_embeddings) and recipe.kind.keeps_embeddings
-    kept: dict[str, str] = {}
-    if family is not None:
-        opened, kept = family.complete(base, opened, recipe.tasks, recipe.folder)
-    else:
-        check_modules(
-            {checkpoint.label: checkpoint.modules for checkpoint in [*([base] if base else []), *opened.values()]}
-        )
-    network = align(base, opened, recipe.select, keep_embeddings, family is not None, kept)
-    for task, member in network.experts.items():
-        member.dropped.update(opened[task].unused)
-    if base is not None and network.base is not None:
-        network.base.dropped.update(base.unused)
-    _check_bodies(recipe, opened, network)
-    notes = check_compatible(network, base, opened)
-    method = recipe.method(network.merged())
-    method.check(network)
-    return Job(recipe, base, opened, network, family, method, tuple(notes), tokenizer)
+    problems = Problems()
+    opened = open_draft(Draft(recipe), problems)
+    problems.refuse()
+    assert opened.job is not None
+    return opened.job
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What could be opened of a recipe.
+
+    Attributes:
+        job: all of it; None if something is wrong.
+        recipe: with all its models, those that could not be opened too.
+        sound: nothing is wrong with the recipe itself.
+        experts: task -> expert, of those that could be opened.
+        family: the kind of model, as far as it could be told.
+    """
+
+    job: Job | None
+    recipe: Recipe
+    sound: bool
+    experts: Mapping[str, Checkpoint]
+    family: Family | None
+
+
+def open_draft(draft: Draft, problems: Problems) -> Opened:
+    """Open and align what a recipe names. What is wrong is noted, and all is checked that it leaves possible."""
+    before = len(problems.errors)
+    base, experts = _open(draft, problems)
+    recipe = with_models(draft.recipe, experts, with_base=base is not None)
+    opening = _Opening(draft, recipe, base, experts, problems)
+    job = opening.job()
+    sound = draft.sound and len(problems.errors) == before
+    if not sound and not draft.left_out & {METHOD, "parameters", "models", "adapt"}:
+        _check_settings(draft.recipe, problems)
+    return Opened(job if sound else None, draft.recipe, draft.sound, opening.experts, opening.family)
+
+
+def _check_settings(recipe: Recipe, problems: Problems) -> None:
+    """Note what is wrong with the method's settings, where that has not been said: they fit no models, or any."""
+    said = "\n".join(map(str, problems.errors))
+    here = Problems()
+    with here.noted():
+        recipe.method()
+    problems.errors += [error for error in here.errors if str(error).split("\n")[-1].strip() not in said]
+
+
+class _Opening:
+    """The checks of opened models, in order. Each runs on what those before it left."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        recipe: Recipe,
+        base: Checkpoint | None,
+        experts: Mapping[str, Checkpoint],
+        problems: Problems,
+    ) -> None:
+        self.draft, self.problems = draft, problems
+        self.base, self.experts = base, dict(experts)
+        self.whole = len(experts) == len(draft.recipe.experts) and (base is None) == (draft.recipe.base_model is None)
+        self.recipe = draft.recipe if self.whole else recipe
+        self.family: Family | None = None
+
+    def job(self) -> Job | None:
+        """The job, if nothing is wrong."""
+        if not self.experts:
+            return None
+        members = [*([self.base] if self.base else []), *self.experts.values()]
+        if self.recipe.layer_range is not None:
+            with self.problems.noted():
+                _check_layers(self.recipe.layer_range, members)
+        tokenizer = None
+        if self._source_is_there():
+            with self.problems.noted():
+                tokenizer = tokenizer_source(self.recipe, self.base, self.experts)
+        network = self._network(members)
+        notes: list[str] = []
+        with self.problems.noted():
+            if network is None:
+                check_apart(self.base, self.experts)
+            else:
+                notes = check_compatible(network, self.base, self.experts)
+        if network is None or not self.whole or not self.draft.sound:
+            return None
+        with self.problems.noted():
+            method = self.recipe.method(network.merged())
+            method.check(network)
+            return Job(self.recipe, self.base, self.experts, network, self.family, method, tuple(notes), tokenizer)
+        return None
+
+    def _source_is_there(self) -> bool:
+        """False if the tokenizer is of a model that could not be opened, so that nothing can be said of it."""
+        given, source = self.draft.recipe, self.draft.recipe.tokenizer_of
+        if self.whole or source in (None, "union"):
+            return True
+        if source == "base":
+            return self.base is not None or given.base_model is None
+        lost = [entry.model for task, entry in given.experts.items() if task not in self.experts]
+        lost += [given.base_model] if given.base_model is not None and self.base is None else []
+        return not any(same_model(source, model, given.folder) for model in lost)
+
+    def _network(self, members: Sequence[Checkpoint]) -> Network | None:
+        """The models, aligned; None if they do not align, or if what is missing would be taken for their fault."""
+        recipe, known = self.recipe, len(self.problems.errors)
+        with self.problems.noted():
+            self.family = _family(recipe, self.experts)
+        if self.family is not None and recipe.dequantize:
+            text = "dequantize: true is for models without tasks: networks are loaded from their files. De-quantise the models first."
+            self.problems.errors.append(RecipeError(text))
+        base_lost = self.base is None and self.draft.recipe.base_model is not None
+        task_lost = self.family is None and "models" in self.draft.left_out
+        if base_lost or task_lost or "select" in self.draft.left_out or len(self.problems.errors) > known:
+            return None
+        kept: dict[str, str] = {}
+        with self.problems.noted():
+            if self.family is not None:
+                self.experts, kept = self.family.complete(self.base, self.experts, recipe.tasks, recipe.folder)
+            else:
+                check_modules({checkpoint.label: checkpoint.modules for checkpoint in members})
+        if len(self.problems.errors) > known:
+            return None
+        with self.problems.noted():
+            network = self._aligned(kept)
+            _check_bodies(recipe, self.experts, network)
+            return network
+        return None
+
+    def _aligned(self, kept: Mapping[str, str]) -> Network:
+        """The models' tensors, paired."""
+        family, select = self.family, self.recipe.select
+        if not self.whole:  # a pattern may be meant for a model that is not here
+            select = matching(select, [n for c in (self.base, *self.experts.values()) if c for n in c.tensors])
+        keep_embeddings = bool(family and family.keep_embeddings) and self.recipe.kind.keeps_embeddings
+        network = align(self.base, self.experts, select, keep_embeddings, family is not None, kept)
+        for task, member in network.experts.items():
+            member.dropped.update(self.experts[task].unused)
+        if self.base is not None and network.base is not None:
+            network.base.dropped.update(self.base.unused)
+        return network
 
 
 def _check_layers(wanted: tuple[int, int], opened: Sequence[Checkpoint]) -> None:
@@ -155,26 +274,36 @@ def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
     return FAMILIES[known.pop()] if known else None
 
 
-def _open(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
-    """The recipe's base and experts, which are not quantised, or turned into floats. All problems at once."""
-    problems: list[str] = []
+def _open(draft: Draft, problems: Problems) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+    """Those of the recipe's base and experts that can be read and are not quantised, or turned into floats.
+
+    For a recipe that will not run nothing is downloaded.
+    """
+    recipe, here = draft.recipe, Problems()
+    find = resolve if draft.sound else resolve_without_download
 
     def opened(reference: str) -> list[Checkpoint]:
-        try:
-            checkpoint = Checkpoint(resolve(reference, recipe.folder), reference)
+        with here.noted():
+            path = find(reference, recipe.folder)
+            if path is None:
+                return []
+            checkpoint = Checkpoint(path, reference)
             check_any(checkpoint)
             return [Dequantised(checkpoint) if recipe.dequantize and quantisation(checkpoint) else checkpoint]
-        except AdaRankError as error:
-            problems.append(str(error))
-            return []
+        return []
 
     base = opened(recipe.base_model) if recipe.base_model else []
-    experts = {task: opened(entry.model) for task, entry in recipe.experts.items()}
-    if problems:
-        heading = f"{len(problems)} checkpoints cannot be read:"
-        raise CheckpointError(problems[0] if len(problems) == 1 else itemise(heading, problems))
-    refuse_quantised([*base, *(checkpoint for each in experts.values() for checkpoint in each)])
-    return next(iter(base), None), {task: each[0] for task, each in experts.items()}
+    experts = {task: each[0] for task, entry in recipe.experts.items() if (each := opened(entry.model))}
+    with problems.noted():
+        texts = [str(error) for error in here.errors]
+        if texts:
+            heading = f"{len(texts)} checkpoints cannot be read:"
+            raise CheckpointError(texts[0] if len(texts) == 1 else itemise(heading, texts))
+    if "dequantize" not in draft.left_out:
+        with problems.noted():
+            refuse_quantised([*base, *experts.values()])
+    floats = {task: checkpoint for task, checkpoint in experts.items() if quantisation(checkpoint) is None}
+    return next((checkpoint for checkpoint in base if quantisation(checkpoint) is None), None), floats
 
 
 def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Network) -> None:

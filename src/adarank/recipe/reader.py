@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from adarank.errors import RecipeError, itemise
+from adarank.errors import Problems, RecipeError, itemise, listed
 from adarank.io.hub import local_path
 from adarank.io.parsing import parse_yaml
 from adarank.recipe.checks import check
+from adarank.recipe.draft import METHOD, Draft, salvaged, with_stand_in
 from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, whole_models
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
-from adarank.settings import parse
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 """A recipe, its file, or what would be in its file."""
@@ -38,14 +39,28 @@ def load_recipe(given: RecipeLike) -> Recipe:
         recipe = adarank.load_recipe("recipe.yaml")
         print(recipe.merge_method, list(recipe.experts))
     """
+    problems = Problems()
+    draft = read_draft(given, problems)
+    problems.refuse()
+    assert draft is not None
+    return draft.recipe
+
+
+def read_draft(given: RecipeLike, problems: Problems) -> Draft | None:
+    """A recipe as far as it can be read; what is wrong with it is noted. None if nothing can be.
+
+    Arguments:
+        given: as for `load_recipe`.
+    """
     if isinstance(given, Recipe):
-        return given
-    if isinstance(given, Mapping):
-        return parse_recipe(given, Path.cwd())
-    path = Path(given)
-    local_path(path, kind=RecipeError)
-    values = _read_yaml(path, ())
-    return parse_recipe(values, path.resolve().parent, str(path))
+        return Draft(given)
+    with problems.noted():
+        if isinstance(given, Mapping):
+            return draft_recipe(given, Path.cwd(), "recipe", problems)
+        path = Path(given)
+        local_path(path, kind=RecipeError)
+        return draft_recipe(_read_yaml(path, ()), path.resolve().parent, str(path), problems)
+    return None
 
 
 def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
@@ -80,22 +95,61 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
-    values = whole_models({key: value for key, value in values.items() if value is not None or key not in NOT_DONE})
+    problems = Problems()
+    draft = draft_recipe(values, folder, where, problems)
+    problems.refuse()
+    assert draft is not None
+    return draft.recipe
+
+
+def draft_recipe(values: Mapping[str, Any], folder: Path, where: str, problems: Problems) -> Draft | None:
+    """A recipe given as a mapping, as far as it can be read; what is wrong with it is noted as one error."""
+    here = Problems()
+    draft = None
+    with here.noted():
+        whole = whole_models({key: value for key, value in values.items() if value is not None or key not in NOT_DONE})
+        with here.noted():
+            _refuse_not_done(whole, where)
+        done = {key: value for key, value in whole.items() if key not in NOT_DONE}
+        draft = salvaged({**done, "folder": folder}, where, here)
+    if draft is not None:
+        draft = _checked(draft, where, here)
+    if len(here.errors) > 1:
+        texts = [text.removeprefix(f"{where}: ") for error in here.errors for text in listed(error)]
+        here.errors = [RecipeError(itemise(f"{where}: {len(texts)} problem(s).", texts))]
+    problems.errors += here.errors
+    return draft and replace(draft, sound=not here.errors)
+
+
+def _refuse_not_done(values: Mapping[str, Any], where: str) -> None:
     refused = [f"'{key}' is not supported. {reason}" for key, reason in NOT_DONE.items() if key in values]
     if refused:
         raise RecipeError(f"{where}: {refused[0]}" if len(refused) == 1 else itemise(f"{where}:", refused))
-    recipe = parse(Recipe, {**values, "folder": folder}, where)
-    if recipe.device == "auto":
+
+
+def _checked(draft: Draft, where: str, problems: Problems) -> Draft:
+    """A draft with its device, its parts checked against each other; with another method where it names none."""
+    recipe = draft.recipe
+    if recipe.device != "auto":
+        with problems.noted():
+            _check_device(recipe.device, where)
+    if recipe.device == "auto" or problems.errors:
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
-    else:
-        _check_device(recipe.device, where)
-    if recipe.merge_method in NOT_HERE:
-        raise RecipeError(
-            f"{where}: mergekit's merge_method '{recipe.merge_method}' is not here. {NOT_HERE[recipe.merge_method]}"
-        )
-    METHODS.named(recipe.merge_method, f"{where}: unknown merge_method")
-    check(recipe, where)
-    return recipe
+    if METHOD not in draft.left_out:
+        known = len(problems.errors)
+        with problems.noted():
+            _check_method(recipe.merge_method, where)
+        if len(problems.errors) > known:
+            return replace(draft, recipe=with_stand_in(recipe), left_out=draft.left_out | {METHOD})
+        with problems.noted():
+            check(recipe, where, draft.left_out)
+    return replace(draft, recipe=recipe)
+
+
+def _check_method(name: str, where: str) -> None:
+    if name in NOT_HERE:
+        raise RecipeError(f"{where}: mergekit's merge_method '{name}' is not here. {NOT_HERE[name]}")
+    METHODS.named(name, f"{where}: unknown merge_method")
 
 
 def _check_device(name: str, where: str) -> None:

@@ -15,21 +15,23 @@ from torch import Tensor
 from adarank.alignment.task_vectors import Network
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.errors import CheckpointError, MismatchError
+from adarank.errors import CheckpointError, MismatchError, Problems
 from adarank.io.bundle import held_parts, is_bundle
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import read_json
 from adarank.io.hub import local_path
+from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.io.writer import RECORD
 from adarank.method import Result
 from adarank.models import TaskModels
 from adarank.outputs.bundle import Bundle
-from adarank.recipe.job import Job, open_job
-from adarank.recipe.reader import RecipeLike, load_recipe
+from adarank.recipe.job import Job
+from adarank.recipe.reader import RecipeLike
 from adarank.recipe.schema import Recipe
 from adarank.workflow.build_networks import build_models, family_of, network_tensors
-from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.load_tasks import load_opened
+from adarank.workflow.prepare import check_labels, open_recipe, whole
 from adarank.workflow.scores import Table, evaluate_task
 
 
@@ -57,19 +59,24 @@ def evaluate(
         table = adarank.evaluate_recipe("recipe.yaml", ["merged"])
         print(table.mean("merged"), table.rows["experts"]["sentiment"])
     """
-    recipe = load_recipe(recipe)
-    for path in outputs:
-        local_path(path)
-    job = open_job(recipe)
-    data = load_tasks(job)
-    opened = {_row(path, recipe): _opened(path, job.network) for path in map(Path, outputs)}
-    models = build_models(job)
+    problems = Problems()
+    opened = open_recipe(recipe, problems)
+    data = load_opened(opened, problems) if opened else {}
+    check_labels(data, split, problems)
+    rows: dict[str, _Output] = {}
+    for path in map(Path, outputs):
+        with problems.noted():
+            local_path(path)
+            if opened and opened.job:
+                rows[_row(path, opened.recipe)] = _opened(path, opened.job.network)
+    job = whole(opened, problems)
+    recipe, models = job.recipe, build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
     table = Table(split, protocol, {task: len(of.splits.rows[split]) for task, of in data.items()})
     if job.base is not None:
         note("Scoring the base")
         table.rows["base"] = score_all(job, models, data, split)
-    for name, output in opened.items():
+    for name, output in rows.items():
         note(f"Scoring {name}")
         table.rows[name] = output.score(job, models, data, split)
         if output.kind:
@@ -117,7 +124,10 @@ def _fill_head(head: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: 
 
 def score_all(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
     """The score of every task with the tensors that the models hold now."""
-    return {task: evaluate_task(family_of(job), models.modules[task], data[task], split) for task in job.network.tasks}
+    with stage("Scoring", _rows(data, split)):
+        return {
+            task: evaluate_task(family_of(job), models.modules[task], data[task], split) for task in job.network.tasks
+        }
 
 
 def score_experts(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
@@ -154,13 +164,18 @@ def _score_each(
 ) -> dict[str, float]:
     """Each task's score with the tensors given for it; a bundle puts more than tensors into a copy of the module."""
     scores = {}
-    for task in job.network.tasks:
-        models.fill(tensors(task))
-        module = models.modules[task]
-        if bundle is not None:
-            module = bundle.dress(task, copy.deepcopy(module))
-        scores[task] = evaluate_task(family_of(job), module, data[task], split)
+    with stage("Scoring", _rows(data, split)):
+        for task in job.network.tasks:
+            models.fill(tensors(task))
+            module = models.modules[task]
+            if bundle is not None:
+                module = bundle.dress(task, copy.deepcopy(module))
+            scores[task] = evaluate_task(family_of(job), module, data[task], split)
     return scores
+
+
+def _rows(data: Mapping[str, TaskData], split: Split) -> int:
+    return sum(len(of_task.splits.rows[split]) for of_task in data.values())
 
 
 def _row(path: Path, recipe: Recipe) -> str:

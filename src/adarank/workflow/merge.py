@@ -15,19 +15,23 @@ import torch
 
 from adarank.adapt.history import Progress
 from adarank.data.task import TaskData
-from adarank.errors import OutputError
+from adarank.errors import OutputError, Problems
 from adarank.io.output_folder import check_outside, remove_ours
+from adarank.io.progress import stage
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import atomic_folder, claimed, state_folder, write_record
+from adarank.io.writer import atomic_folder, check_output, claimed, state_folder, write_record
 from adarank.outputs.write import check_side_files, write_result
-from adarank.recipe.job import Job, open_job
+from adarank.recipe.draft import Draft
+from adarank.recipe.job import Job, open_draft
 from adarank.recipe.paths import portable, read_paths
 from adarank.recipe.plan import describe, settings_in_force, unheeded
-from adarank.recipe.reader import RecipeLike, load_recipe
-from adarank.recipe.schema import Recipe
+from adarank.recipe.reader import RecipeLike, read_draft
+from adarank.workflow.adapt import telling_of_collapse
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
-from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.left_over import state_of
+from adarank.workflow.load_tasks import load_opened
+from adarank.workflow.prepare import reads_data, whole
 
 
 def merge(
@@ -59,13 +63,21 @@ def merge(
         record = adarank.merge_recipe("recipe.yaml", "out")
         print(record["settings"]["parameters"], record["seconds"])
     """
-    recipe = load_recipe(recipe)
+    problems = Problems()
+    draft = read_draft(recipe, problems)
+    if problems.errors:
+        with problems.noted():
+            check_output(Path(out), force)
+    if draft is None:
+        problems.refuse()
+    assert draft is not None
     with claimed(Path(out), force) as place:
-        return _merge(recipe, place, force, note, progress, data)
+        return _merge(draft, problems, place, force, note, progress, data)
 
 
 def _merge(
-    recipe: Recipe,
+    draft: Draft,
+    problems: Problems,
     out: Path,
     force: bool,
     note: Note,
@@ -74,14 +86,17 @@ def _merge(
 ) -> dict[str, Any]:
     """What `merge` does, once the output is this run's alone."""
     clock = Clock()
-    job = open_job(recipe)
-    check_outside(out, read_paths(job))
-    check_side_files(job)
-    _check_disk(job, out)
-    torch.manual_seed(recipe.seed)
+    opened = open_draft(draft, problems)
+    if opened.job is not None:
+        with problems.noted():
+            check_outside(out, read_paths(opened.job))
+            check_side_files(opened.job)
+            _check_disk(opened.job, out)
     if data is None:
-        data = load_tasks(job) if job.method.data or recipe.heads == "learn" else {}
+        data = load_opened(opened, problems) if reads_data(draft) else {}
+    job, recipe = whole(opened, problems), draft.recipe
     job.method.of_data(data)  # refused here, before anything is computed
+    torch.manual_seed(recipe.seed)
     note("Hashing the inputs")
     record: dict[str, Any] = {
         "recipe": portable(recipe),
@@ -91,15 +106,15 @@ def _merge(
         "machine": machine(recipe.device),
         "inputs": job.inputs(),
     }
-    state = out.parent / f".{out.name}.state"
+    state = state_of(out)
     with _kept(state) if data else nullcontext():
-        context = RecipeContext(job, data, record, state / "state.pt", note, progress)
+        context = RecipeContext(job, data, record, state / "state.pt", note, telling_of_collapse(note, progress))
         result = job.method.run(context)
         if recipe.heads == "learn":
             result, of_heads = with_learned_heads(context, result)
             record |= of_heads
     note("Writing the bundle" if result.parts else "Writing the merged model")
-    with atomic_folder(out, force) as folder:
+    with atomic_folder(out, force) as folder, stage("Writing", job.output_bytes()):
         record |= write_result(folder, job, result)
         record |= {**result.recorded(), **unheeded(job), "plan": describe(job), **clock.spent()}
         write_record(folder, record)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from adarank.errors import DataError
-from adarank.recipe.job import Job, open_job
+from adarank.errors import AdaRankError, Problems
+from adarank.recipe.job import open_draft
 from adarank.recipe.plan import describe
-from adarank.recipe.reader import RecipeLike, load_recipe
-from adarank.workflow.load_tasks import check_tasks
+from adarank.recipe.reader import RecipeLike, read_draft
+from adarank.workflow.load_tasks import check_opened, check_tasks
+from adarank.workflow.prepare import reads_data, whole
 
 
 def plan(recipe: RecipeLike) -> dict[str, Any]:
@@ -23,20 +24,18 @@ def plan(recipe: RecipeLike) -> dict[str, Any]:
     Example:
         adarank.workflow.plan.plan("recipe.yaml")["peak_bytes"]
     """
-    job = open_job(load_recipe(recipe))
+    problems = Problems()
+    draft = read_draft(recipe, problems)
+    opened = open_draft(draft, problems) if draft else None
+    rows = check_opened(opened, problems) if draft and opened and reads_data(draft) else {}
+    job = whole(opened, problems)
     described = describe(job)
-    if job.method.data:
-        described |= _of_data(job)
+    if rows:
+        splits = {task: {split: len(chosen) for split, chosen in of.splits.rows.items()} for task, of in rows.items()}
+        described |= {"splits": splits, **job.method.of_data(rows)}
     elif any(entry.task and entry.task.data for entry in job.recipe.experts.values()):
         try:  # merging reads none of it, but evaluation will
             check_tasks(job)
-        except DataError as error:
+        except AdaRankError as error:
             described["notes"].append(f"The merge goes without the tasks' data, but `evaluate` will not: {error}")
     return described
-
-
-def _of_data(job: Job) -> dict[str, Any]:
-    """How many inputs each split has, and what the method will read of them."""
-    tasks = check_tasks(job)
-    splits = {task: {split: len(chosen) for split, chosen in of.splits.rows.items()} for task, of in tasks.items()}
-    return {"splits": splits, **job.method.of_data(tasks)}

@@ -19,18 +19,18 @@ import yaml
 
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.errors import OutputError, RecipeError, itemise
+from adarank.errors import OutputError, Problems, RecipeError, itemise
 from adarank.io.hub import local_path
 from adarank.io.lock import resolved
 from adarank.io.output_folder import check_ours, is_as_listed, read_list, remove_ours, sha256
 from adarank.io.parsing import parse_json, parse_yaml, repetition
+from adarank.io.progress import advance, stage
 from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import json_text, locked, state_folder, write_json, write_text
 from adarank.method import MergeMethod
 from adarank.models import TaskModels
-from adarank.recipe.job import Job, open_job
+from adarank.recipe.job import Job
 from adarank.recipe.paths import portable
-from adarank.recipe.reader import load_recipe
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
 from adarank.settings import nearest, parse
@@ -38,7 +38,9 @@ from adarank.spectral.svd import stored_spectra
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import score_result
-from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.left_over import state_of_search
+from adarank.workflow.load_tasks import load_opened
+from adarank.workflow.prepare import check_labels, open_recipe, whole
 
 SPLIT: Split = "select"
 _MOST = 100_000
@@ -119,7 +121,7 @@ def search(
             f"{best}: is not the name of a file, which the best recipe needs. Give a name such as best.yaml."
         )
     best = resolved(best)
-    files = Written(best, best.with_suffix(".search.json"), best.parent / f".{best.stem}.search")
+    files = Written(best, best.with_suffix(".search.json"), state_of_search(best))
     _check_place(path, best)
     files.check(force)
     with locked(files.record):  # which names the state, too, and is the same for best.yaml and best.yml
@@ -132,13 +134,19 @@ def _search(
 ) -> tuple[list[Point], dict[str, Any]]:
     """What `search` does, once its output is this run's alone."""
     clock = Clock()
-    recipe = load_recipe(path)
-    points = _grid(recipe, axes)
-    job = open_job(recipe)
-    methods = [_method(job, settings) for settings in points]
-    data = load_tasks(job)
-    for of in data.values():
-        of.targets(of.splits.rows[SPLIT])
+    problems = Problems()
+    opened = open_recipe(path, problems)
+    points, methods = [], []
+    if opened and opened.sound:
+        with problems.noted():
+            points = _grid(opened.recipe, axes)
+    if opened and opened.job:
+        with problems.noted():
+            methods = [_method(opened.job, settings) for settings in points]
+    data = load_opened(opened, problems) if opened else {}
+    check_labels(data, SPLIT, problems)
+    job = whole(opened, problems)
+    recipe = job.recipe
     for method in methods:
         method.of_data(data)
     note("Hashing the inputs")
@@ -242,7 +250,7 @@ def try_points(
         state: folder of the spectra, of statistics, and of the points done: those are not tried again.
     """
     tried: list[Point] = []
-    with stored_spectra(state / "spectra"):
+    with stored_spectra(state / "spectra"), stage("Searching", len(points)):
         for number, (settings, method) in enumerate(points, start=1):
             kept = state / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}.json"
             scores = _kept_scores(kept, job.network.tasks)
@@ -253,6 +261,7 @@ def try_points(
                 scores = score_result(run.job, models, data, method.run(run), SPLIT)
                 write_json(kept, scores)
             tried.append(Point(settings, scores))
+            advance()
             progress(tried[-1], number, len(points))
     return tried
 
