@@ -90,8 +90,8 @@ class Problems:
         if self.errors:
             kinds = {type(error) for error in self.errors}
             kind = kinds.pop() if len(kinds) == 1 else AdaRankError
-            items = [str(error).replace("\n", "\n  ") for error in self.errors]
-            raise kind(itemise(heading or f"{len(self.errors)} things are wrong:", items, most=None))
+            items = [str(error).replace("\n", "\n    ") for error in self.errors]
+            raise kind(itemise(heading or "Several things are wrong:", items, most=None))
 
 
 def raise_together(problems: Sequence[str]) -> None:
