@@ -224,21 +224,35 @@ def test_nothing_is_downloaded_for_a_recipe_that_is_wrong(zoo: Path, monkeypatch
     assert PROBLEMS[lost_column] in str(caught.value)
 
 
+def test_models_and_method_given_to_python_are_told_together() -> None:
+    base, fine, other = ({"w": torch.zeros(size, 3)} for size in (2, 2, 4))
+    with pytest.raises(AdaRankError) as caught:
+        adarank.merge(base, {"a": fine, "b": other}, "task_arithmetic", {"lamda": 1})
+    assert "(4, 3)" in str(caught.value)
+    assert "Did you mean 'lambda'?" in str(caught.value)
+    with pytest.raises(AdaRankError) as caught:
+        adarank.merge(base, {"a": {}, "b": {}}, "task_arithmetik")
+    assert all(text in str(caught.value) for text in ("expert 'a'", "expert 'b'", "'task_arithmetic'"))
+
+
 @pytest.mark.parametrize(
-    ("errors", "kind"),
+    ("errors", "kinds"),
     [
-        ([DataError("one")], DataError),
-        ([DataError("one"), DataError("two")], DataError),
-        ([DataError("one"), RecipeError("two"), MismatchError("three")], AdaRankError),
+        ([DataError("one")], [DataError]),
+        ([DataError("one"), DataError("two")], [DataError]),
+        ([AdaRankError("one"), DataError("two")], [DataError]),
+        ([DataError("one"), RecipeError("two"), MismatchError("three")], [DataError, RecipeError, MismatchError]),
     ],
 )
-def test_gathered_errors_keep_their_kind_and_words(errors: list[AdaRankError], kind: type[AdaRankError]) -> None:
+def test_gathered_errors_are_of_all_their_kinds(errors: list[AdaRankError], kinds: list[type[AdaRankError]]) -> None:
     problems = Problems()
     for error in errors:
         with problems.noted():
             raise error
-    with pytest.raises(AdaRankError) as caught:
-        problems.refuse()
-    assert type(caught.value) is kind
-    assert all(str(error) in str(caught.value) for error in errors)
+    for kind in kinds:
+        with pytest.raises(kind) as caught:
+            problems.refuse()
+        assert all(str(error) in str(caught.value) for error in errors)
+    others = {DataError, RecipeError, MismatchError} - set(kinds)
+    assert not isinstance(caught.value, tuple(others))
     Problems().refuse()  # nothing was noted

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from adarank.cli.progress import Screen, screen, steps_view
 from adarank.io.progress import advance, stage
 from adarank.recipe.papers import ROWS, SETTINGS
 from adarank.recipe.registry import METHODS
+from adarank.workflow.adapt import telling_of_collapse
 from adarank.workflow.scores import Table
 from adarank.workflow.search import Point
 from image_zoo import ADAPT, TASKS, make_zoo, recipe
@@ -298,6 +300,26 @@ def test_steps_are_told_now_and_then_in_a_pipe(
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1].rstrip(",") for line in lines] == ["1/100", "31/100", "61/100", "91/100", "100/100"]
     assert all("mean loss 1.250; agreement at step 0: mean 87.5%" in line for line in lines)
+
+
+def test_a_collapse_is_told_once_when_it_is_seen() -> None:
+    told: list[str] = []
+    steps: list[int] = []
+    step = telling_of_collapse(told.append, lambda history, total: steps.append(history.step))
+    fine = Signals(0.9, 0.1, 0.05, 0.5, 0.3, 0.3, 64)
+    seen = {
+        0: fine,
+        10: fine,
+        20: replace(fine, largest=0.95, histogram=0.65),
+        30: replace(fine, largest=1.0, histogram=0.7),
+    }
+    for number in range(1, 41):
+        run = History({"a": [1.0] * number, "b": [1.0] * number})
+        run.judged.update({at: {"a": signals, "b": fine} for at, signals in seen.items() if at <= number})
+        step(run, 40)
+        assert len(told) == (number >= 20)
+    assert steps == list(range(1, 41))
+    assert told[0].startswith("a has collapsed at step 20: it gives one class to 95% of its inputs (30% at the start")
 
 
 def test_a_real_terminal_gets_live_progress_that_fits(zoo: Path) -> None:

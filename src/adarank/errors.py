@@ -84,12 +84,13 @@ class Problems:
             self.errors.append(error)
 
     def refuse(self, heading: str = "") -> None:
-        """Raise what was noted, if anything: one error as it is; several as one of their kind, or as an `AdaRankError`."""
+        """Raise what was noted, if anything: one error as it is; several as one that is of each of their kinds."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
-            kinds = {type(error) for error in self.errors}
-            kind = kinds.pop() if len(kinds) == 1 else AdaRankError
+            given = dict.fromkeys(type(error) for error in self.errors)
+            kinds = tuple(k for k in given if not any(k is not other and issubclass(other, k) for other in given))
+            kind = kinds[0] if len(kinds) == 1 else type("SeveralErrors", kinds, {})
             items = [str(error).replace("\n", "\n    ") for error in self.errors]
             raise kind(itemise(heading or "Several things are wrong:", items, most=None))
 

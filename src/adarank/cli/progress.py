@@ -152,8 +152,8 @@ def _short(name: str, most: int) -> str:
 
 def _plain_step(history: History, steps: int, speed: float) -> str:
     losses = [recent(values) for values in history.losses.values() if values]
-    left = f", {clock((steps - history.step) / speed)} left" if speed else ""
-    text = f"step {history.step}/{steps}{_kept(history, ', ')}, {speed:.2f} steps/s{left}"
+    pace = f", {speed:.2f} steps/s, {clock((steps - history.step) / speed)} left" if speed else ""
+    text = f"step {history.step}/{steps}{_kept(history, ', ')}{pace}"
     text += f"; mean loss {sum(losses) / len(losses):.3f}" if losses else ""
     if history.judged:
         step = max(history.judged)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adarank.data.spec import Split
 from adarank.data.task import Batch, TaskData
+from adarank.errors import DataError
 from adarank.io.progress import advance
 from adarank.models.family import Family
 
@@ -41,3 +42,31 @@ def predict(family: Family, module: nn.Module, data: TaskData, split: Split) -> 
 
 
 Forward = Callable[[nn.Module, Any], Tensor]
+
+
+def call_module(module: nn.Module, batch: Any) -> Tensor:
+    """(batch, classes) logits of a module that is called with the batch: a mapping as keywords, a tuple as positions.
+
+    Raises:
+        DataError: it gives something else.
+    """
+    dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), torch.float32)
+
+    def fitting(value: Any) -> Any:  # adaptation is in float32, whatever the dtype that inputs came in
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    if isinstance(batch, Mapping):
+        out = module(**{key: fitting(value) for key, value in batch.items()})
+    elif isinstance(batch, (tuple, list)):
+        out = module(*map(fitting, batch))
+    else:
+        out = module(fitting(batch))
+    if isinstance(out, Mapping) and "logits" in out:  # as outputs of transformers are, too
+        out = out["logits"]
+    logits = out[0] if isinstance(out, (tuple, list)) else getattr(out, "logits", out)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise DataError(
+            f"A module gave {got} where logits (batch, classes) were needed. Give `forward`, a function of module and batch."
+        )
+    return logits

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adarank.alignment.task_vectors import Network, OriginKind
+from adarank.io.progress import advance, stage
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.svd import Spectrum, as_matrix
 
@@ -158,14 +159,15 @@ def build_blocks(
         spectra: False where all components stay kept: then no matrix needs an SVD.
     """
     blocks = {}
-    for name in network.merged():
-        origin = network.origin(name, origin_kind, device)
-        deltas = network.deltas(name, origin)
-        decomposed = spectra and network.choices[name].action == "decompose"
-        if decomposed:
-            blocks[name] = task_vector_blocks(origin, deltas, name, basis)
-        else:
-            blocks[name] = scaled_block(origin, deltas, basis)
+    with stage("Task vectors", len(network.merged())):
+        for name in network.merged():
+            origin = network.origin(name, origin_kind, device)
+            deltas = network.deltas(name, origin)
+            if spectra and network.choices[name].action == "decompose":
+                blocks[name] = task_vector_blocks(origin, deltas, name, basis)
+            else:
+                blocks[name] = scaled_block(origin, deltas, basis)
+            advance()
     return blocks
 
 

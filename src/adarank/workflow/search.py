@@ -370,6 +370,6 @@ def _method(job: Job, settings: Mapping[str, Any]) -> MergeMethod:
 def _best_text(path: Path, recipe: Recipe, point: Point, record: Path) -> str:
     parameters = {**recipe.parameters, **point.settings}
     return (
-        f"# The best of {record.name}: mean {point.mean:.2f} on the labelled select split.\n"
+        f"# The best of {record.name}: mean {point.mean:.2f}% on the labelled select split.\n"
         f"extends: {path.name}\n" + yaml.safe_dump({"parameters": parameters}, sort_keys=False)
     )
