@@ -58,7 +58,7 @@ def output(tasks: Sequence[str], rows: Sequence[LayerRow], full: bool, method: s
 
 def _by_task(tasks: Sequence[str], rows: Sequence[LayerRow]) -> None:
     """A row per task: how much of it was kept, and by how much it was added."""
-    cells = [["task", "kept", "", "components", "λ mean", "least", "most"]]
+    cells = [["task", "kept", "", "components", "λ mean", "λ least", "λ most"]]
     for number, task in enumerate(tasks):
         kept, of = _counts(rows, number)
         lam = [row.lam[number] for row in rows]
