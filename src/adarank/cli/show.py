@@ -144,8 +144,9 @@ def after_demo(folder: Path, quick: bool, recipe: Path) -> None:
         write("--quick shows that everything works; leave it out to see how well.")
     write("What it kept of each expert:")
     write(f"adarank inspect {folder}", 2, 4)
-    write("Your own checkpoints: put their folders into a copy of this recipe, then adarank plan COPY:")
+    write("Your own checkpoints: put their folders into a copy of this recipe, then plan it:")
     write(str(recipe), 2, 4, style="dim")
+    write("adarank plan COPY", 2)
 
 
 def extracted(task: str, bundle: Path, folder: Path) -> None:
