@@ -9,7 +9,7 @@ import torch
 
 from adarank.alignment.align import align
 from adarank.alignment.selection import matching
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import CheckpointError, Problems, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, check_any
 from adarank.io.dequantise import Dequantised
@@ -42,7 +42,7 @@ class Job:
     recipe: Recipe
     base: Checkpoint | None
     experts: dict[str, Checkpoint]
-    network: Network
+    network: AlignedCheckpoints
     family: Family | None
     method: MergeMethod
     notes: tuple[str, ...] = ()
@@ -198,7 +198,7 @@ class _Opening:
         lost += [given.base_model] if given.base_model is not None and self.base is None else []
         return not any(same_model(source, model, given.folder) for model in lost)
 
-    def _network(self, members: Sequence[Checkpoint]) -> Network | None:
+    def _network(self, members: Sequence[Checkpoint]) -> AlignedCheckpoints | None:
         """The models, aligned; None if they do not align, or if what is missing would be taken for their fault."""
         recipe, known = self.recipe, len(self.problems.errors)
         with self.problems.noted():
@@ -224,7 +224,7 @@ class _Opening:
             return network
         return None
 
-    def _aligned(self, kept: Mapping[str, str]) -> Network:
+    def _aligned(self, kept: Mapping[str, str]) -> AlignedCheckpoints:
         """The models' tensors, paired."""
         family, select = self.family, self.recipe.select
         if not self.whole:  # a pattern may be meant for a model that is not here
@@ -306,7 +306,7 @@ def _open(draft: Draft, problems: Problems) -> tuple[Checkpoint | None, dict[str
     return next((checkpoint for checkpoint in base if quantisation(checkpoint) is None), None), floats
 
 
-def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Network) -> None:
+def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: AlignedCheckpoints) -> None:
     """A body alone can merge, and neither be adapted nor scored on data."""
     with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
     bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]

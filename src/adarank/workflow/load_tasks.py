@@ -117,7 +117,7 @@ def load_opened(opened: Opened, problems: Problems) -> dict[str, TaskData]:
     return _each(
         opened,
         problems,
-        lambda reader, name, spec, expert: reader.load(name, spec, expert.companions, expert.config),
+        lambda reader, name, spec, expert: reader.load(name, spec, expert.processor_folder, expert.config),
     )
 
 
@@ -127,7 +127,7 @@ def check_opened(opened: Opened, problems: Problems) -> dict[str, Rows]:
     def checked(reader: TaskReader, name: str, spec: TaskSpec, expert: Checkpoint) -> Rows:
         here = Problems()
         with here.noted():
-            reader.family.check_folder(expert.companions)
+            reader.family.check_folder(expert.processor_folder)
         with here.noted():
             rows = reader.read(name, spec, expert.config)
         here.refuse(f"task '{name}':")
