@@ -118,6 +118,9 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("recipe", help="YAML recipe")
     merge.add_argument("out", type=Path, help="folder to write; the same command continues an interrupted adaptation")
     merge.add_argument("--force", action="store_true", help="replace an existing output of adarank")
+    merge.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 500MB or 2GiB (default: 5GB)"
+    )
     merge.set_defaults(run=_merge)
 
     evaluate = commands.add_parser("evaluate", parents=[common], help="base, experts and merged models in one table")
@@ -220,11 +223,14 @@ def _plan(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from adarank.cli import show
     from adarank.cli.progress import Adapting
+    from adarank.recipe.reader import with_shards
     from adarank.workflow.merge import merge
 
     progress = Adapting()
     try:
-        record = merge(options.recipe, options.out, options.force, show.note, progress)
+        record = merge(
+            with_shards(options.recipe, options.max_shard_size), options.out, options.force, show.note, progress
+        )
     finally:
         progress.close()
     if options.json:

@@ -20,13 +20,18 @@ from adarank.models.configurations import compare_configurations, compare_proces
 
 Member = TypeVar("Member")
 _TABLE = re.compile(r"embed|wte|shared\.weight|lm_head|tok_")
-_NO_TABLE = re.compile(r"posit|wpe|type|patch|proj|norm|rel")
+_NO_TABLE = re.compile(r"posit|wpe|type|patch|proj|norm|rel|lm_head\.dense")
 # Tokens that stand for nothing until a fine-tuning gives them a meaning.
 _RESERVED = re.compile(r"^[<\[]\|?(un_?used|reserved|place_?holder|dummy|control_\d|extra_\d)", re.IGNORECASE)
 
 
-def check_compatible(network: Network, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> list[str]:
+def check_compatible(
+    network: Network, base: Checkpoint | None, experts: Mapping[str, Checkpoint], by_token: bool = False
+) -> list[str]:
     """Compare vocabularies and configurations wherever two members have them; returns notes on harmless differences.
+
+    Arguments:
+        by_token: tables have been brought to one vocabulary, so that the files' ids are not theirs.
 
     Raises:
         MismatchError: ids stand for different tokens, or a setting that decides what shared tensors compute differs.
@@ -38,7 +43,9 @@ def check_compatible(network: Network, base: Checkpoint | None, experts: Mapping
     )
     folders = {name: member.folder for name, member in members.items() if member.path.is_dir()}
     holders, rows = _tables(network)
-    of_tokens, more = compare_vocabularies({name: folder for name, folder in folders.items() if name in holders}, rows)
+    of_tokens, more = compare_vocabularies(
+        {} if by_token else {name: folder for name, folder in folders.items() if name in holders}, rows
+    )
     _refuse(of_settings, of_tokens)
     return [*notes, *more, *compare_processors(folders)]
 

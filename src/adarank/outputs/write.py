@@ -12,13 +12,16 @@ from torch import Tensor
 
 from adarank.alignment.task_vectors import Network
 from adarank.io.bundle import HEAD, About, Names, Parts, finish, task_folder, write_parts
+from adarank.io.files import read_json
 from adarank.io.sentence import ROOT_FILES
 from adarank.io.side_files import tokenizer_files
 from adarank.io.writer import write_folders, write_json, write_tensors
 from adarank.method import Result
+from adarank.models.union import save_tokenizer
+from adarank.outputs.template import write_template
 from adarank.recipe.job import Job
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def check_side_files(job: Job) -> None:
@@ -29,7 +32,7 @@ def check_side_files(job: Job) -> None:
     """
     for checkpoint in (
         job.root,
-        *([job.tokenizer] if job.tokenizer else []),
+        *([job.tokenizer.source] if job.tokenizer else []),
         *(job.experts.values() if job.method.in_use else ()),
     ):
         checkpoint.side_files()
@@ -39,18 +42,35 @@ def write_root_files(folder: Path, job: Job) -> None:
     """Configuration, tokenizer and processor files of the base; the configuration names the output's dtype."""
     for file in _root_files(job):
         shutil.copy(file, folder / file.name)  # with its permissions
-    if (job.recipe.output_dtype() is not None or job.recipe.dequantize) and (folder / CONFIG).exists():
-        write_json(folder / CONFIG, _in_dtype(job.root.config, job))
+    if job.tokenizer and job.tokenizer.made is not None:
+        save_tokenizer(job.tokenizer.made, folder)
+    write_template(folder, job.chat_template)
+    for name in (CONFIG, GENERATION):
+        if (folder / name).exists():
+            stored = read_json(folder / name)
+            content = _root_settings(job, name, stored)
+            if content != stored:
+                write_json(folder / name, content)
     _write_modules(folder, job)
 
 
+def _root_settings(job: Job, name: str, stored: dict[str, Any]) -> dict[str, Any]:
+    """config.json or generation_config.json of the base as one of the output: its dtype, its vocabulary and their ids."""
+    content = _in_dtype(job.root.config, job) if name == CONFIG and job.root.config else stored
+    if job.tokenizer is None or job.tokenizer.token_ids is None:
+        return content
+    beside = job.tokenizer.source.folder / name
+    return job.tokenizer.token_ids.of(content, read_json(beside) if beside.exists() else {})
+
+
 def _root_files(job: Job) -> list[Path]:
-    """The base's files, with those of the tokenizer that the recipe names in place of the base's."""
+    """The base's files, with those of the tokenizer that the recipe names in place of the base's; none if it is made."""
     files = job.root.side_files()
     if job.tokenizer is None:
         return files
     replaced = tokenizer_files(files)
-    return [*(f for f in files if f not in replaced), *tokenizer_files(job.tokenizer.side_files())]
+    others = [] if job.tokenizer.made is not None else tokenizer_files(job.tokenizer.source.side_files())
+    return [*(f for f in files if f not in replaced), *others]
 
 
 def _write_modules(folder: Path, job: Job) -> None:
@@ -105,7 +125,8 @@ def write_result(folder: Path, job: Job, result: Result) -> dict[str, Any]:
         write(folder / name)
     if result.parts is not None:
         return {"bundle": write_bundle(folder, job, result.parts)}
-    write_folders(folder, job.layout(), iter(result.tensors), [module.path for module in job.root.modules])
+    paths = [module.path for module in job.root.modules]
+    write_folders(folder, job.layout(), iter(result.tensors), paths, job.recipe.max_shard_size)
     write_root_files(folder, job)
     for task, names in job.network.heads.items():
         if names:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from adarank.adapt.base import AdaptBlock
 from adarank.errors import RecipeError, itemise, listed
 from adarank.method import Another
+from adarank.recipe.chat_templates import wrong_template
 from adarank.recipe.mergekit import with_effect
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
@@ -41,6 +42,13 @@ def _problems(recipe: Recipe) -> list[str]:
                      if e.task is None or e.task.data is None]  # fmt: skip
     if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
         problems.append("tokenizer: given beside tokenizer_source, its older form. Keep one of them.")
+    problems += [
+        f"{key}: '{kind.name}' writes a network for each task, and {key} is for one model. Remove it."
+        for key in ("chat_template", "max_shard_size")
+        if kind.in_use and getattr(recipe, key) is not None
+    ]
+    if recipe.chat_template is not None:
+        problems += wrong_template(recipe.chat_template)
     return problems + _of_settings(recipe)
 
 

@@ -19,9 +19,10 @@ from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod, Outline
 from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
 from adarank.models.compatibility import check_compatible
+from adarank.recipe.chat_templates import ChatTemplate, choose_template
 from adarank.recipe.checks import different_kinds
 from adarank.recipe.schema import Recipe
-from adarank.recipe.tokenizers import tokenizer_source
+from adarank.recipe.tokenizers import OutputTokenizer, Tokens, settle_tokens
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Job:
         family: the kind of model, if the recipe's models have tasks.
         method: the method with all its settings, checked against the network.
         notes: how the models differ where that stops no merge, in sentences.
-        tokenizer: the model whose tokenizer's files are written, where the recipe names one; else they are the root's.
+        tokenizer: what is written where the recipe names a tokenizer; else the root's files are.
+        chat_template: what is written as such; None where it is the tokenizer's.
     """
 
     recipe: Recipe
@@ -43,7 +45,8 @@ class Job:
     family: Family | None
     method: MergeMethod
     notes: tuple[str, ...] = ()
-    tokenizer: Checkpoint | None = None
+    tokenizer: OutputTokenizer | None = None
+    chat_template: ChatTemplate | None = None
 
     @property
     def root(self) -> Checkpoint:
@@ -93,7 +96,9 @@ def open_job(recipe: Recipe) -> Job:
     base, opened = _open(recipe)
     if recipe.layer_range is not None:
         _check_layers(recipe.layer_range, [*([base] if base else []), *opened.values()])
-    tokenizer = tokenizer_source(recipe, base, opened)
+    tokens = settle_tokens(recipe, base, opened)
+    base, opened = tokens.base, tokens.experts
+    template = _chat_template(recipe, tokens)
     family = _family(recipe, opened)
     if family is not None and recipe.dequantize:
         raise RecipeError(
@@ -113,10 +118,20 @@ def open_job(recipe: Recipe) -> Job:
     if base is not None and network.base is not None:
         network.base.dropped.update(base.unused)
     _check_bodies(recipe, opened, network)
-    notes = check_compatible(network, base, opened)
+    notes = check_compatible(network, base, opened, tokens.aligned)
     method = recipe.method(network.merged())
     method.check(network)
-    return Job(recipe, base, opened, network, family, method, tuple(notes), tokenizer)
+    notes = [*tokens.notes, *(template.notes if template else ()), *notes]
+    return Job(recipe, base, opened, network, family, method, tuple(notes), tokens.tokenizer, template)
+
+
+def _chat_template(recipe: Recipe, tokens: Tokens) -> ChatTemplate | None:
+    """The chat template that the recipe asks for."""
+    if recipe.chat_template is None:
+        return None
+    models = [*([tokens.base] if tokens.base else []), *tokens.experts.values()]
+    written = tokens.tokenizer.source if tokens.tokenizer else models[0]
+    return choose_template(recipe.chat_template, models, written, tokens.output_tokens)
 
 
 def _check_layers(wanted: tuple[int, int], opened: Sequence[Checkpoint]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 NOT_DONE = {
     "slices": "Layers are not rearranged here (frankenmerging): give one slice of all layers, or list whole models under models.",
     "modules": "Only a module 'default' of whole models is read here; list whole models under models.",
-    "chat_template": "Edit tokenizer_config.json of the output instead.",
 }
 
 

@@ -16,6 +16,7 @@ from adarank.recipe.checks import check
 from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, whole_models
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
+from adarank.recipe.sizes import shard_bytes
 from adarank.settings import parse
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
@@ -96,6 +97,23 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
     METHODS.named(recipe.merge_method, f"{where}: unknown merge_method")
     check(recipe, where)
     return recipe
+
+
+def with_shards(given: RecipeLike, size: str | None) -> Recipe:
+    """A recipe with another `max_shard_size`, where one is given.
+
+    Raises:
+        RecipeError: as `load_recipe`, and of a size that is none.
+    """
+    recipe = load_recipe(given)
+    if size is None:
+        return recipe
+    try:
+        changed = recipe.model_copy(update={"max_shard_size": shard_bytes(int(size) if size.isdigit() else size)})
+    except ValueError as error:
+        raise RecipeError(f"--max-shard-size: {error} (got '{size}').") from None
+    check(changed, str(given))
+    return changed
 
 
 def _check_device(name: str, where: str) -> None:

@@ -18,7 +18,7 @@ from adarank.data.task import TaskData
 from adarank.errors import OutputError
 from adarank.io.output_folder import check_outside, remove_ours
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import atomic_folder, claimed, state_folder, write_record
+from adarank.io.writer import atomic_folder, check_shards, claimed, state_folder, write_record
 from adarank.outputs.write import check_side_files, write_result
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.paths import portable, read_paths
@@ -78,6 +78,8 @@ def _merge(
     check_outside(out, read_paths(job))
     check_side_files(job)
     _check_disk(job, out)
+    if recipe.max_shard_size is not None:
+        check_shards(job.layout(), recipe.max_shard_size)
     torch.manual_seed(recipe.seed)
     if data is None:
         data = load_tasks(job) if job.method.data or recipe.heads == "learn" else {}
