@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adarank.alignment.layers import layer_number
 from adarank.io.checkpoint import Source
 from adarank.models.compatibility import is_table
 
@@ -38,7 +39,7 @@ class VocabularyTables:
 def vocabulary_tables(source: Source) -> VocabularyTables:
     """The tensors of a model that have a row for each token, from names, shapes and config.json.
 
-    A tensor that is not known by its name counts if no other size of config.json is the vocabulary's.
+    A tensor that is not known by its name counts if it is of no layer, and no other size of config.json is the vocabulary's.
 
     Example:
         vocabulary_tables(Checkpoint("models/base")).names == ("lm_head.weight", "model.embed_tokens.weight")
@@ -54,7 +55,9 @@ def vocabulary_tables(source: Source) -> VocabularyTables:
         for name, info in source.tensors.items()
         if info.dtype.is_floating_point
         and info.shape[:1] == (rows,)
-        and ((len(info.shape) == 2 and is_table(name)) or _OUTPUT.search(name) or alone)
+        and (
+            (len(info.shape) == 2 and is_table(name)) or _OUTPUT.search(name) or (alone and layer_number(name) is None)
+        )
     )
     problems = [f"'{n}' has {size} rows, where the vocabulary has {rows}" for n, size in sure.items() if size != rows]
     problems += [

@@ -15,6 +15,7 @@ from adarank.io.dequantise import Dequantised
 from adarank.io.hub import resolve
 from adarank.io.quantised import quantisation, refuse_quantised
 from adarank.io.sentence import check_modules
+from adarank.io.vocabulary import VocabularyReader
 from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod, Outline
 from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
@@ -96,7 +97,8 @@ def open_job(recipe: Recipe) -> Job:
     base, opened = _open(recipe)
     if recipe.layer_range is not None:
         _check_layers(recipe.layer_range, [*([base] if base else []), *opened.values()])
-    tokens = settle_tokens(recipe, base, opened)
+    reader = VocabularyReader()
+    tokens = settle_tokens(recipe, base, opened, reader)
     base, opened = tokens.base, tokens.experts
     template = _chat_template(recipe, tokens)
     family = _family(recipe, opened)
@@ -118,7 +120,7 @@ def open_job(recipe: Recipe) -> Job:
     if base is not None and network.base is not None:
         network.base.dropped.update(base.unused)
     _check_bodies(recipe, opened, network)
-    notes = check_compatible(network, base, opened, tokens.aligned)
+    notes = check_compatible(network, base, opened, tokens.aligned, reader)
     method = recipe.method(network.merged())
     method.check(network)
     notes = [*tokens.notes, *(template.notes if template else ()), *notes]

@@ -44,6 +44,12 @@ class TokenIds:
                 changed[key] = self._id(value, other.get(key))
         return changed
 
+    def lost(self, content: Mapping[str, Any]) -> list[str]:
+        """The settings that name a token which the other vocabulary lacks."""
+        inner = [key for value in content.values() if isinstance(value, Mapping) for key in self.lost(value)]
+        single = {k: v for k, v in content.items() if k.endswith(_ENDS) and isinstance(v, int)}
+        return [*inner, *(key for key, value in single.items() if self.moved.get(value, value) is None)]
+
     def _id(self, value: Any, other: Any) -> Any:
         if isinstance(value, list):
             listed = [new for new in (self._id(each, None) for each in value) if new is not None]

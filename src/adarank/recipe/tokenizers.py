@@ -17,7 +17,7 @@ from adarank.errors import MismatchError, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.hub import same_model
 from adarank.io.side_files import tokenizer_files
-from adarank.io.vocabulary import comparable, files_of, fingerprint, read_vocabulary
+from adarank.io.vocabulary import VocabularyReader, comparable, files_of, read_vocabulary
 from adarank.models.compatibility import labelled
 from adarank.models.configurations import few
 from adarank.models.text import stored_tokenizer
@@ -73,8 +73,12 @@ class Tokens:
         return vocabulary.ids.keys() if vocabulary else ()
 
 
-def settle_tokens(recipe: Recipe, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> Tokens:
+def settle_tokens(
+    recipe: Recipe, base: Checkpoint | None, experts: Mapping[str, Checkpoint], reader: VocabularyReader
+) -> Tokens:
     """The models with rows by token, as far as the recipe asks for it; as they are where the vocabularies are equal.
+
+    Reads headers and the files of tokenizers.
 
     Raises:
         RecipeError: a source is none of the recipe's models, or has no tokenizer or token.
@@ -89,7 +93,7 @@ def settle_tokens(recipe: Recipe, base: Checkpoint | None, experts: Mapping[str,
     source = None if settings.source == "union" else sources.named(settings.source, "source")
     first = next(iter(members))
     tables = {label: vocabulary_tables(member) for label, member in members.items()}
-    ids = _vocabularies(members, tables)
+    ids = _vocabularies(members, tables, reader)
     one_model = not (recipe.tasks or recipe.kind.in_use)
     if not _to_be_moved(settings, ids, tables, source or first, keeps_padding=not one_model):
         chosen = members[source or first]
@@ -98,7 +102,7 @@ def settle_tokens(recipe: Recipe, base: Checkpoint | None, experts: Mapping[str,
         why = _TASKS if recipe.tasks else _NETWORKS.format(name=recipe.merge_method)
         lines = [*_differences(ids, tables), *(f"{key} is given" for key in ("tokens", "pad_to_multiple_of") if getattr(settings, key))]  # fmt: skip
         raise MismatchError(itemise(f"tokenizer: '{settings.source}' was asked for, and the vocabularies differ:", lines, why))  # fmt: skip
-    return _Alignment(settings, sources, tables, source).tokens(base, experts)
+    return _Alignment(settings, sources, tables, source, reader).tokens(base, experts)
 
 
 class _Sources:
@@ -126,23 +130,20 @@ class _Sources:
 
 
 def _vocabularies(
-    members: Mapping[str, Checkpoint], tables: Mapping[str, VocabularyTables]
+    members: Mapping[str, Checkpoint], tables: Mapping[str, VocabularyTables], reader: VocabularyReader
 ) -> dict[str, dict[str, int]]:
-    """Token -> id of the models that have a tokenizer, as far as it has rows. Equal files are read once.
+    """Token -> id of the models that have a tokenizer, as far as it has rows.
 
     Of files that give tokens their ids; else as `transformers` reads them.
     """
     folders = {label: member.folder for label, member in members.items() if member.path.is_dir()}
     holders, kind = comparable(folders)
-    known: dict[tuple[tuple[str, str], ...], dict[str, int]] = {}
     ids: dict[str, dict[str, int]] = {}
     for label in holders:
-        mark = tuple(sorted(fingerprint(folders[label]).items()))
-        if mark not in known:
-            vocabulary = read_vocabulary(folders[label], kind) if kind == "tokens" else None
-            known[mark] = dict(vocabulary.ids) if vocabulary else stored_tokenizer(folders[label]).get_vocab()
+        vocabulary = reader.read(folders[label], kind) if kind == "tokens" else None
+        known = vocabulary.ids if vocabulary else stored_tokenizer(folders[label]).get_vocab()
         rows = tables[label].rows
-        ids[label] = {token: row for token, row in known[mark].items() if row < rows or not rows}
+        ids[label] = {token: row for token, row in known.items() if row < rows or not rows}
     return ids
 
 
@@ -157,11 +158,12 @@ def _to_be_moved(
     rows = {each.rows for each in tables.values() if each.rows}
     if not rows or not (ids or settings.tokens or settings.pad_to_multiple_of):
         return False
-    if len(rows) > 1 or settings.tokens or source not in ids or any(other != ids[source] for other in ids.values()):
+    start = ids.get(source, next(iter(ids.values()), {}))
+    if len(rows) > 1 or settings.tokens or any(other != start for other in ids.values()):
         return True
-    if keeps_padding and not settings.pad_to_multiple_of:
-        return False
-    return rows != {_rounded(max(ids[source].values(), default=-1) + 1, settings.pad_to_multiple_of)}
+    if settings.pad_to_multiple_of or (source in ids and not keeps_padding):
+        return rows != {_rounded(max(start.values(), default=-1) + 1, settings.pad_to_multiple_of)}
+    return False
 
 
 def _rounded(rows: int, multiple: int | None) -> int:
@@ -195,13 +197,14 @@ class _Alignment:
         sources: _Sources,
         tables: Mapping[str, VocabularyTables],
         source: str | None,
+        reader: VocabularyReader,
     ) -> None:
         self._settings, self._sources, self._tables = settings, sources, tables
         self._members = sources.members
         self._first = next(iter(self._members))
         self._source = source or self._first
         self._refuse_tables()
-        loaded = self._loaded()
+        loaded = self._loaded(reader)
         self._ids = {label: ids_of(tokenizer, tables[label].rows) for label, tokenizer in loaded.items()}
         others = [] if source else [(loaded[m], tables[m].rows) for m in self._members if m != self._first]
         self._made = union(self._members[self._source].folder, others, settings.tokens or {})
@@ -225,7 +228,7 @@ class _Alignment:
             {task: every[f"expert '{task}'"] for task in experts},
             tokenizer,
             True,
-            tuple(self._notes()),
+            (*self._notes(), *self._of_settings(token_ids)),
         )
 
     def _refuse_tables(self) -> None:
@@ -233,7 +236,7 @@ class _Alignment:
         if problems:
             raise MismatchError(itemise("tokenizer: rows cannot be brought together:", problems, "Merge such models with one vocabulary and equal tables, without tokenizer."))  # fmt: skip
 
-    def _loaded(self) -> dict[str, Any]:
+    def _loaded(self, reader: VocabularyReader) -> dict[str, Any]:
         """The tokenizer of each model; one that has none is read with the first's, if its tables have as many rows."""
         known: dict[tuple[tuple[str, str], ...], Any] = {}
         loaded: dict[str, Any] = {}
@@ -242,7 +245,7 @@ class _Alignment:
             if not (member.path.is_dir() and files_of(member.folder)):
                 without.append(label)
                 continue
-            mark = tuple(sorted(fingerprint(member.folder).items()))
+            mark = reader.mark(member.folder)
             loaded[label] = known[mark] = known.get(mark) or stored_tokenizer(member.folder)
         lost = [label for label in without if label in (self._first, self._source) or self._tables[label].rows not in (0, self._tables[self._first].rows)]  # fmt: skip
         if lost:
@@ -318,6 +321,7 @@ class _Alignment:
         text = f"tokenizer: {count} tokens in tables of {self._size} rows" + (
             f", {padding} of them padding" if padding else ""
         )
+        text += "; rows of padding are cut" if max(each.rows for each in self._tables.values()) > self._size else ""
         text += f"; {len(new)} new to {self._first}: {few(sorted(new))}" if new else ""
         text += f"; {len(lost)} of {self._first} left out: {few(sorted(lost))}" if lost else ""
         yield f"{text}."
@@ -326,6 +330,14 @@ class _Alignment:
         everywhere = [repr(t) for t, entry in (self._settings.tokens or {}).items() if not entry.force and all(t in ids for ids in self._ids.values())]  # fmt: skip
         if everywhere:
             yield f"tokenizer: tokens without effect, as all models have them and force is not given: {few(everywhere)}."
+
+    def _of_settings(self, token_ids: TokenIds | None) -> list[str]:
+        """That config.json names other ids than the first model's, or a token that is left out."""
+        if token_ids is None:
+            return []
+        lost = token_ids.lost(self._members[self._first].config)
+        said = f"; of tokens that are left out, {', '.join(lost)} is {self._source}'s" if lost else ""
+        return [f"tokenizer: ids in config.json and generation_config.json are the output's{said}."]
 
 
 def _longs(numbers: Sequence[int]) -> torch.Tensor:
