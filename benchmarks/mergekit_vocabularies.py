@@ -149,9 +149,12 @@ def compare(folder: Path, wanted: Mapping[str, dict[str, Any]], python: Path) ->
             side: e for side, e in {"adarank": adarank(files[name], ours), "mergekit": errors[name]}.items() if e
         }
         shown = {side: error.replace(f"{folder}/", "")[:240] for side, error in refused.items()}
-        found = {"refused": shown} if refused else difference(ours, theirs)
-        print(f"  {name:36s} {found.get('max_relative_difference', found)} {found.get('same_order', '')}", flush=True)
-        results.append({"name": name, "recipe": values, **found})
+        outcome = {"refused": shown} if refused else difference(ours, theirs)
+        print(
+            f"  {name:36s} {outcome.get('max_relative_difference', outcome)} {outcome.get('same_order', '')}",
+            flush=True,
+        )
+        results.append({"name": name, "recipe": values, **outcome})
         for made in (ours, theirs):
             shutil.rmtree(made, ignore_errors=True)
     return results

@@ -76,8 +76,8 @@ def expected(folder: Path, zoo: Mapping[str, dict[str, Rows]], names: Sequence[s
     return weights(folder / "wanted")
 
 
-def equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(torch.allclose(found[n], wanted[n], rtol=1e-6, atol=1e-7) for n in wanted)  # fmt: skip
+def equal(merged: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
+    return merged.keys() == wanted.keys() and all(torch.allclose(merged[n], wanted[n], rtol=1e-6, atol=1e-7) for n in wanted)  # fmt: skip
 
 
 UNIONS: list[tuple[list[str], list[str]]] = [
@@ -165,12 +165,31 @@ def test_added_tokens_keep_their_settings_and_ids(zoo: dict[str, dict[str, Rows]
     assert str(tmp_path) not in (tmp_path / "out" / "tokenizer_config.json").read_text()
 
 
+def test_a_union_of_byte_pairs_reads_text_as_before(tmp_path: Path) -> None:
+    """Older folders have vocab.json and merges.txt alone: text without new tokens gets the ids that it had."""
+    pieces = {"<|endoftext|>": 0, **{chr(97 + i): i + 1 for i in range(5)}, "ab": 6, "Ġ": 7, "Ġa": 8}
+    for name, more in (("start", {}), ("grown", {"cd": 9})):
+        vocabulary = {**pieces, **more}
+        save(tmp_path / name, {EMBEDDING: torch.randn(len(vocabulary), 3)}, {"vocab_size": len(vocabulary), "model_type": "gpt2"})  # fmt: skip
+        (tmp_path / name / "vocab.json").write_text(json.dumps(vocabulary))
+        (tmp_path / name / "merges.txt").write_text("#version: 0.2\na b\nĠ a\n" + ("c d\n" if more else ""))
+        (tmp_path / name / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    before = AutoTokenizer.from_pretrained(tmp_path / "start")
+    merge(recipe(tmp_path, ["grown"], tokenizer={}, parameters={"weight": 1.0}), tmp_path / "out")
+    after = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("ab a", "abc eda", "ba ab"):
+        assert after(text)["input_ids"] == before(text)["input_ids"]
+    assert after("ecd")["input_ids"] == [5, 9]
+    assert torch.equal(weights(tmp_path / "out")[EMBEDDING][9], weights(tmp_path / "grown")[EMBEDDING][9])
+    assert not (tmp_path / "out" / "merges.txt").exists()  # it would not have the new token
+
+
 def test_tied_tables_stay_tied(tmp_path: Path) -> None:
     rows = {n: model(tmp_path / n, added=added, tables=(EMBEDDING,), tie_word_embeddings=True) for n, added in (("start", ()), ("grown", ("x",)))}  # fmt: skip
     merge(recipe(tmp_path, ["grown"], tokenizer={}), tmp_path / "out")
-    found = weights(tmp_path / "out")
-    assert found.keys() == {EMBEDDING, MATRIX}
-    assert torch.equal(found[EMBEDDING][4], rows["grown"][EMBEDDING]["x"])
+    merged = weights(tmp_path / "out")
+    assert merged.keys() == {EMBEDDING, MATRIX}
+    assert torch.equal(merged[EMBEDDING][4], rows["grown"][EMBEDDING]["x"])
 
 
 def test_a_head_stored_beside_its_tied_table_is_dropped(tmp_path: Path) -> None:
@@ -232,15 +251,15 @@ REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["grown"], {"tokens": {"y": {"source": {"kind": "model_token", "model": "FOLDER/grown"}}}}, "one of token and token_id"),
     (["grown"], {"tokens": {"y": {"source": {"kind": "mean"}}}}, "kind is one of model_token and zero"),
     (["grown"], {"tokens": {"y": {"force": True}}}, "source: Field required"), (["grown"], {"pad_to_multiple_of": -1}, "pad_to_multiple_of"),
-    (["grown", "bare"], {}, "no tokenizer is beside the weights of\n  expert 'bare'"),
+    (["grown", "plain"], {}, "no tokenizer is beside the weights of\n  expert 'plain'"),
     (["beyond"], {"source": "FOLDER/beyond"}, "1 token\\(s\\) of the output have a row in no model: 'z'"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("experts", "settings", "text"), REFUSED)
 def test_rows_that_would_be_guessed_are_refused(experts: list[str], settings: dict[str, Any], text: str, zoo: dict[str, dict[str, Rows]], tmp_path: Path) -> None:  # fmt: skip
-    model(tmp_path / "bare", tables=TABLES, padding=1)
-    for file in (tmp_path / "bare").glob("tokenizer*"):
+    model(tmp_path / "plain", tables=TABLES, padding=1)
+    for file in (tmp_path / "plain").glob("tokenizer*"):
         file.unlink()
     model(tmp_path / "beyond", ["<unk>", "a", "c", "b"], tables=TABLES)
     tokenizer(tmp_path / "beyond", ["<unk>", "a", "c", "b"], ["z"])

@@ -112,3 +112,13 @@ def test_a_named_source_without_a_tokenizer_is_refused(folder: Path) -> None:
         file.unlink()
     with pytest.raises(AdaRankError, match="has no tokenizer"):
         merged(folder, tokenizer_source="FOLDER/a")
+
+
+def test_equal_pieces_need_no_reading_of_tokenizers(tmp_path: Path) -> None:
+    """A tokenizer's model alone, which not every environment can load: equal bytes are one vocabulary."""
+    for name in ("start", "a", "b"):
+        save(tmp_path / name, {TABLE: torch.randn(2, 3)}, {"vocab_size": 2})
+        (tmp_path / name / "tokenizer.model").write_bytes(b"YQ== 0\nYg== 1\n")
+    out = merged(tmp_path, tokenizer_source="base")
+    assert load_file(out / "model.safetensors")[TABLE].shape == (2, 3)
+    assert (out / "tokenizer.model").read_bytes() == b"YQ== 0\nYg== 1\n"

@@ -154,8 +154,8 @@ def test_files_of_weights_keep_to_max_shard_size(limit: int | str, sized: dict[s
     most = limit if isinstance(limit, int) else 800
     assert all(file.stat().st_size <= most for file in files)
     assert (len(files) > 1) == (most < 10**9) == (tmp_path / "out" / "model.safetensors.index.json").exists()
-    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    assert same(found, load_file(tmp_path / "whole" / "model.safetensors"))
+    sharded = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert same(sharded, load_file(tmp_path / "whole" / "model.safetensors"))
 
 
 def test_a_tensor_beyond_max_shard_size_is_named(sized: dict[str, object], tmp_path: Path) -> None:

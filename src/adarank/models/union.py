@@ -45,7 +45,8 @@ def union(folder: Path, others: Sequence[tuple[Any, int]], more: Iterable[str] =
     with loading(folder, "tokens cannot be added to its tokenizer", "Give another tokenizer: source."):
         tokenizer.add_tokens([token for token in plain if token not in added])
         tokenizer.add_tokens(list(added.values()))
-        tokenizer.add_tokens([token for token in more if token not in tokenizer.get_vocab()])
+        known = tokenizer.get_vocab()
+        tokenizer.add_tokens([token for token in more if token not in known])
     return tokenizer
 
 

@@ -80,7 +80,7 @@ class TokenEntry(Settings):
 
     @field_validator("source", mode="before")
     @classmethod
-    def _told_apart(cls, value: Any) -> Any:
+    def _by_kind(cls, value: Any) -> Any:
         """Kinds by their names, so that an error speaks of the one that is meant; other mappings name a model."""
         if isinstance(value, dict) and "kind" in value:
             kinds: dict[Any, type[Settings]] = {"zero": Zero, "model_token": ModelToken}

@@ -132,15 +132,15 @@ class _Sources:
 def _vocabularies(
     members: Mapping[str, Checkpoint], tables: Mapping[str, VocabularyTables], reader: VocabularyReader
 ) -> dict[str, dict[str, int]]:
-    """Token -> id of the models that have a tokenizer, as far as it has rows.
+    """Token -> id of the models that have a tokenizer, as far as it has rows: from files of one kind, if all have them.
 
-    Of files that give tokens their ids; else as `transformers` reads them.
+    Numbers of pieces may not be ids, and tell equal vocabularies all the same.
     """
     folders = {label: member.folder for label, member in members.items() if member.path.is_dir()}
     holders, kind = comparable(folders)
     ids: dict[str, dict[str, int]] = {}
     for label in holders:
-        vocabulary = reader.read(folders[label], kind) if kind == "tokens" else None
+        vocabulary = reader.read(folders[label], kind) if kind else None
         known = vocabulary.ids if vocabulary else stored_tokenizer(folders[label]).get_vocab()
         rows = tables[label].rows
         ids[label] = {token: row for token, row in known.items() if row < rows or not rows}
@@ -275,8 +275,8 @@ class _Alignment:
         """The base, if there is one that has a token; else all models that have it, each once."""
         if self._sources.based and token in self._ids[self._first]:
             return {self._first: self._ids[self._first][token]}
-        found = {self._members[m].path: m for m in reversed(list(self._members)) if token in self._ids[m]}
-        return {label: self._ids[label][token] for label in self._members if label in found.values()}
+        once = {self._members[m].path: m for m in reversed(list(self._members)) if token in self._ids[m]}
+        return {label: self._ids[label][token] for label in self._members if label in once.values()}
 
     def _configured(self, token: str, source: str | ModelToken | Zero) -> dict[str, int]:
         """Where the recipe says that a token's row comes from; empty for zeros."""
