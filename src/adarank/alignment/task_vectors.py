@@ -2,7 +2,7 @@
 
     τ_t = W_t - origin        origin: the base, the mean of the experts, or zero
 
-A `Network` of checkpoints that are aligned (`alignment/align.py`) reads one tensor at a time.
+`AlignedCheckpoints`, as `alignment/align.py` makes them, are read one tensor at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from adarank.errors import RecipeError
 from adarank.io.checkpoint import Source, TensorInfo, check_finite
 
 OriginKind = Literal["pretrained", "average", "zero"]
+
+Deltas = Mapping[str, Tensor]
+"""task -> task vector of one tensor, float32, in the recipe's order. May compute each value when it is looked up."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Network:
+class AlignedCheckpoints:
     """Aligned base and experts.
 
     Attributes:
@@ -100,9 +103,9 @@ class Network:
         dtypes = {member.info(name).dtype for member in (*self.experts.values(), *others)}
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
-    def deltas(self, name: str, origin: Tensor) -> Deltas:
-        """Task vectors of one tensor about `origin`, each computed when asked for."""
-        return Deltas(self, name, origin)
+    def deltas(self, name: str, origin: Tensor) -> TaskVectors:
+        """Task vectors of one tensor about `origin`, each computed when it is looked up."""
+        return TaskVectors(self, name, origin)
 
     def kept(self, name: str) -> Tensor:
         """A tensor kept from the base, as stored."""
@@ -117,10 +120,10 @@ class Network:
         return {i.name: check_finite(expert.source.read(i.name), i.name, i.file) for i in infos}
 
 
-class Deltas(Mapping[str, Tensor]):
+class TaskVectors(Mapping[str, Tensor]):
     """task -> W_task - origin. Lazy, so that a loop over tasks holds one task vector at a time."""
 
-    def __init__(self, network: Network, name: str, origin: Tensor) -> None:
+    def __init__(self, network: AlignedCheckpoints, name: str, origin: Tensor) -> None:
         self._network, self._name, self._origin = network, name, origin
 
     def __getitem__(self, task: str) -> Tensor:
@@ -134,7 +137,7 @@ class Deltas(Mapping[str, Tensor]):
 
 
 def member_tensors(
-    network: Network, member: Member, names: Iterable[str] | None = None
+    network: AlignedCheckpoints, member: Member, names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one checkpoint of a network, for every tensor (of `names`) that it shares with it."""
     for name in network.tensors if names is None else names:

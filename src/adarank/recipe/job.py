@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from adarank.alignment.align import align
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, check_any
 from adarank.io.dequantise import Dequantised
@@ -42,7 +42,7 @@ class Job:
     recipe: Recipe
     base: Checkpoint | None
     experts: dict[str, Checkpoint]
-    network: Network
+    network: AlignedCheckpoints
     family: Family | None
     method: MergeMethod
     notes: tuple[str, ...] = ()
@@ -194,7 +194,7 @@ def _open(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
     return next(iter(base), None), {task: each[0] for task, each in experts.items()}
 
 
-def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Network) -> None:
+def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: AlignedCheckpoints) -> None:
     """A body alone can merge, and neither be adapted nor scored on data."""
     with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
     bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adarank.alignment.task_vectors import Deltas
 from adarank.io.plugins import Registry
 from adarank.sparsify.sign_election import Agreeing
 from adarank.spectral.svd import Spectrum, as_matrix, decompose, determined, orthogonalise
 
-Deltas = Mapping[str, Tensor]
 COMMON = "common"
 SHARE = 0.8  # of the components that Iso-CTS gives to the common subspace
 

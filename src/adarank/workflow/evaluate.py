@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, MismatchError
@@ -210,7 +210,7 @@ class _Output:
     score: Callable[[Job, TaskModels, Mapping[str, TaskData], Split], dict[str, float]]
 
 
-def _opened(path: Path, network: Network) -> _Output:
+def _opened(path: Path, network: AlignedCheckpoints) -> _Output:
     if is_bundle(path):
         return _opened_bundle(path, network)
     model = Checkpoint(path)
@@ -224,7 +224,7 @@ def _opened(path: Path, network: Network) -> _Output:
     return _Output("", scored)
 
 
-def _opened_bundle(path: Path, network: Network) -> _Output:
+def _opened_bundle(path: Path, network: AlignedCheckpoints) -> _Output:
     bundle = Bundle(path)
     _refuse_lacks(path, network, bundle.about.tensors)
     missing = [task for task in network.tasks if task not in bundle.tasks]
@@ -235,7 +235,7 @@ def _opened_bundle(path: Path, network: Network) -> _Output:
     return _Output(bundle.about.kind, lambda job, models, data, split: score_bundle(job, models, data, bundle, split))
 
 
-def _refuse_lacks(path: Path, network: Network, held: Collection[str]) -> None:
+def _refuse_lacks(path: Path, network: AlignedCheckpoints, held: Collection[str]) -> None:
     lost = [name for name in network.tensors if name not in held]
     if lost:
         raise MismatchError(
