@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from adarank.models.compatibility import check_compatible
 from adarank.recipe.chat_templates import ChatTemplate, choose_template
 from adarank.recipe.checks import different_kinds
 from adarank.recipe.schema import Recipe
+from adarank.recipe.slices import Slices, open_slices, sliced
 from adarank.recipe.tokenizers import OutputTokenizer, Tokens, settle_tokens
 
 
@@ -37,6 +39,7 @@ class Job:
         notes: how the models differ where that stops no merge, in sentences.
         tokenizer: what is written where the recipe names a tokenizer; else the root's files are.
         chat_template: what is written as such; None where it is the tokenizer's.
+        slices: where the layers come from, if not from whole models.
     """
 
     recipe: Recipe
@@ -48,6 +51,17 @@ class Job:
     notes: tuple[str, ...] = ()
     tokenizer: OutputTokenizer | None = None
     chat_template: ChatTemplate | None = None
+    slices: Slices | None = None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The output's configuration, but for its dtype."""
+        return self.slices.config if self.slices else self.root.config
+
+    @property
+    def networks(self) -> list[AlignedCheckpoints]:
+        """The network, slice by slice if it has slices."""
+        return [part.network for part in self.slices.method.parts] if self.slices else [self.network]
 
     @property
     def root(self) -> Checkpoint:
@@ -77,11 +91,12 @@ class Job:
         return {name: checkpoint.sha256() for name, checkpoint in checkpoints.items()}
 
 
-def open_job(recipe: Recipe) -> Job:
+def open_job(recipe: Recipe, stages: Mapping[str, Checkpoint] | None = None) -> Job:
     """Open and align everything that a recipe names. Reads headers, integers, and tables that may be tied.
 
     Arguments:
         recipe: what `load_recipe` returns.
+        stages: name -> what an earlier stage of the recipe gave. A recipe of one stage needs none.
 
     Returns:
         The recipe with its opened checkpoints, its method, and what happens to each tensor (`job.network.choices`).
@@ -94,13 +109,20 @@ def open_job(recipe: Recipe) -> Job:
         for name, choice in job.network.choices.items():
             print(name, choice.action, choice.reason)
     """
-    base, opened = _open(recipe)
-    if recipe.layer_range is not None:
-        _check_layers(recipe.layer_range, [*([base] if base else []), *opened.values()])
+    if recipe.stages and stages is None:
+        raise RecipeError(
+            f"recipe: it has {len(recipe.stages) + 1} stages, and only plan and merge take several. Give each a file of its own, and name its folder in the next."
+        )
+    base, opened = _open(recipe, stages or {})
     reader = VocabularyReader()
     tokens = settle_tokens(recipe, base, opened, reader)
     base, opened = tokens.base, tokens.experts
     template = _chat_template(recipe, tokens)
+    by_name = {entry.model: opened[task] for task, entry in recipe.experts.items()}
+    by_name |= {recipe.base_model: base} if recipe.base_model and base else {}
+    recipe = sliced(recipe, by_name)
+    if recipe.slices:
+        return _open_sliced(recipe, tokens, template, by_name, reader)
     family = _family(recipe, opened)
     if family is not None and recipe.dequantize:
         raise RecipeError(
@@ -115,16 +137,18 @@ def open_job(recipe: Recipe) -> Job:
             {checkpoint.label: checkpoint.modules for checkpoint in [*([base] if base else []), *opened.values()]}
         )
     network = align(base, opened, recipe.select, keep_embeddings, family is not None, kept)
-    for task, member in network.experts.items():
-        member.dropped.update(opened[task].unused)
-    if base is not None and network.base is not None:
-        network.base.dropped.update(base.unused)
+    _note_unused(network, base, opened)
     _check_bodies(recipe, opened, network)
     notes = check_compatible(network, base, opened, tokens.aligned, reader)
     method = recipe.method(network.merged())
     method.check(network)
-    notes = [*tokens.notes, *(template.notes if template else ()), *notes]
-    return Job(recipe, base, opened, network, family, method, tuple(notes), tokens.tokenizer, template)
+    return Job(
+        recipe, base, opened, network, family, method, _notes(tokens, template, notes), tokens.tokenizer, template
+    )
+
+
+def _notes(tokens: Tokens, template: ChatTemplate | None, compatibility: Iterable[str]) -> tuple[str, ...]:
+    return (*tokens.notes, *(template.notes if template else ()), *compatibility)
 
 
 def _chat_template(recipe: Recipe, tokens: Tokens) -> ChatTemplate | None:
@@ -136,19 +160,27 @@ def _chat_template(recipe: Recipe, tokens: Tokens) -> ChatTemplate | None:
     return choose_template(recipe.chat_template, models, written, tokens.output_tokens)
 
 
-def _check_layers(wanted: tuple[int, int], opened: Sequence[Checkpoint]) -> None:
-    """One slice stands for whole models if it has all their layers."""
-    problems = []
-    for checkpoint in opened:
-        known = (checkpoint.config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
-        count = next((number for number in known if number is not None), None)
-        if count is None or tuple(wanted) != (0, count):
-            has = f"{count} layers" if count is not None else "a number of layers that its config.json does not tell"
-            problems.append(f"{checkpoint.label}: layer_range {list(wanted)} was given, and it has {has}.")
-    if problems:
-        raise RecipeError(
-            itemise("slices: only whole models merge here. List them under models, without slices.", problems)
-        )
+def _open_sliced(
+    recipe: Recipe,
+    tokens: Tokens,
+    template: ChatTemplate | None,
+    by_name: Mapping[str, Checkpoint],
+    reader: VocabularyReader,
+) -> Job:
+    base, experts = tokens.base, tokens.experts
+    check_modules({checkpoint.label: checkpoint.modules for checkpoint in by_name.values()})
+    slices = open_slices(recipe, base or next(iter(experts.values())), by_name)
+    _note_unused(slices.network, base, experts)
+    notes = _notes(tokens, template, check_compatible(slices.network, base, experts, tokens.aligned, reader))
+    return Job(recipe, base, experts, slices.network, None, slices.method, notes, tokens.tokenizer, template, slices)
+
+
+def _note_unused(network: AlignedCheckpoints, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> None:
+    """What is in the files and not among their tensors, with what alignment does not use."""
+    for task, member in network.experts.items():
+        member.dropped.update(experts[task].unused)
+    if base is not None and network.base is not None:
+        network.base.dropped.update(base.unused)
 
 
 def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
@@ -172,11 +204,13 @@ def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
     return FAMILIES[known.pop()] if known else None
 
 
-def _open(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+def _open(recipe: Recipe, stages: Mapping[str, Checkpoint]) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
     """The recipe's base and experts, which are not quantised, or turned into floats. All problems at once."""
     problems: list[str] = []
 
     def opened(reference: str) -> list[Checkpoint]:
+        if reference in stages:
+            return [stages[reference]]
         try:
             checkpoint = Checkpoint(resolve(reference, recipe.folder), reference)
             check_any(checkpoint)
