@@ -109,7 +109,7 @@ def test_scores_are_all_in_the_table(zoo: Path, terminal: Shown, monkeypatch: py
     monkeypatch.chdir(zoo)
     outputs = ["adapted", "bundled", "plain"]
     text = terminal("evaluate", "adapted.yaml", *outputs)
-    assert "in percent" in text
+    assert "per cent" in text
     table = json.loads(_json("evaluate", "adapted.yaml", *outputs))
     for row, scores in table["rows"].items():
         line = next(line for line in text.splitlines() if line.startswith(row))

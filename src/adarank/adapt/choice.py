@@ -18,7 +18,7 @@ class Choice:
         step: how many steps had been taken; 0 is the start.
         why: in words.
         rolled_back: steps were taken, and the start is kept.
-        share: of the way from the start to that step.
+        share: of the way from the start to that step, in (0, 1].
     """
 
     step: int
@@ -32,7 +32,7 @@ class LinePoint:
     """A point on the line from the start to a judged step, and how it was judged.
 
     Attributes:
-        step, share: what it lies between, as in `Choice`.
+        step, share: where it lies, as in `Choice`.
     """
 
     step: int
@@ -42,12 +42,12 @@ class LinePoint:
 
 def best_step(judged: Mapping[int, Judged], signal: Signal, tolerance: float) -> int:
     """Of the judged steps at which no task is `worse` than at the start, the one with the best mean
-    signal; the earlier one of equals. The start always qualifies, so it is the answer when nothing is better.
+    signal; of equals the earliest. The start always qualifies, so it is kept when nothing is better.
 
-    Whether a step qualifies depends on it and the start alone, so the answer changes only to the step judged last.
+    Whether a step qualifies depends on it and the start alone, so the result changes only to the step judged last.
     """
     start = judged[0]
-    fit = [step for step, own in sorted(judged.items()) if step == 0 or not worse(own, start, tolerance)]
+    fit = [step for step, judgement in sorted(judged.items()) if step == 0 or not worse(judgement, start, tolerance)]
     return max(fit, key=lambda step: (mean_signal(judged[step], signal), -step))
 
 
@@ -62,7 +62,7 @@ def choose_best(
             kept = point
     start, now = (_shown(mean_signal(signals, signal), signal) for signals in (judged[0], kept.judged))
     within = f" by more than {tolerance:g} standard error(s)" if tolerance else ""
-    later = {s: worse(own, judged[0], tolerance) for s, own in judged.items() if s > 0}
+    later = {s: worse(judgement, judged[0], tolerance) for s, judgement in judged.items() if s > 0}
     if kept.step > 0:
         why = f"mean {signal} with the experts {now}, {start} at the start; no task agrees less{within}"
         return Choice(kept.step, why, share=kept.share)
@@ -83,9 +83,9 @@ def fits(point: LinePoint, judged: Mapping[int, Judged], tolerance: float) -> bo
 
 
 def _forgone(judged: Mapping[int, Judged], signal: Signal) -> str:
-    """The step that a larger tolerance would keep, in words; nothing where none is better than the start."""
+    """The step that a larger tolerance would keep, in words; empty where none is better than the start."""
     start = judged[0]
-    step = max(judged, key=lambda own: (mean_signal(judged[own], signal), -own))
+    step = max(judged, key=lambda s: (mean_signal(judged[s], signal), -s))
     if step == 0:
         return ""
     errors = max((first.agreement - judged[step][t].agreement) / standard_error(first) for t, first in start.items())

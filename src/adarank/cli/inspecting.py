@@ -24,7 +24,7 @@ def tensors(rows: Sequence[TensorRow]) -> None:
     """A checkpoint's tensors."""
     cells = []
     for row in rows:
-        share = "" if row.delta is None else f"{row.delta:.4f}"
+        share = "" if row.delta is None else f"{100 * row.delta:.2f}%"
         rank = "" if row.rank95 is None else f"{row.rank95} of {row.rank}"
         cells.append([row.name, "×".join(map(str, row.shape)), row.dtype, f"{row.norm:.4g}", share, rank])
     heads = ["tensor", "shape", "dtype", "norm", "‖τ‖/‖W₀‖", "rank for 95%"]

@@ -68,10 +68,11 @@ class Screen:
 
     def point(self, point: Point, done: int, total: int) -> None:
         """A point of a search: a line for each that beats all before it, and a bar."""
-        if self._best is None or point.mean > self._best.mean:
+        if self._best is None or point.worth > self._best.worth:
             self._best = point
             settings = ", ".join(f"{name} {value}" for name, value in point.settings.items())
-            write(f"point {done}/{total}: {settings}: mean {point.mean:.2f}%", hang=2, style="dim", console=console.err)
+            mean = f"{point.mean:.3f}" if point.losses else f"{point.mean:.2f}%"
+            write(f"point {done}/{total}: {settings}: mean {mean}", hang=2, style="dim", console=console.err)
 
     def close(self) -> None:
         """Take the bar away; leave the last state of an adaptation on the terminal."""

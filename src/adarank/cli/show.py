@@ -6,15 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adarank.cli import sheets
 from adarank.cli.console import clock, head, recent, size, write
-from adarank.cli.tables import listing, wide
+from adarank.cli.formats import Sheet
+from adarank.cli.tables import fit, lines, listing, print_lines, wide
+from adarank.data.metrics import LOSS
 from adarank.recipe.registry import METHODS
 from adarank.workflow.scores import Table
 from adarank.workflow.search import Point
 
 
 def plan(described: Mapping[str, Any], verbose: bool) -> None:
-    """What a merge will do."""
+    """What a merge will do, stage by stage."""
+    for name, stage in described.get("stages", {}).items():
+        write(f"stage {name}:", style="dim")
+        plan(stage, verbose)
+    if described.get("stages"):
+        write("the output:", style="dim")
     actions = described["actions"]
     words = {"decompose": "decomposed", "scale": "merged by λ·delta", "train": "trained", "keep": "kept from the base"}
     if not described["decomposes"]:
@@ -26,6 +34,8 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     for action, word in words.items():
         if actions.get(action):
             write(f"{actions[action]:5d} tensors {word}", 2)
+    for row in described["slices"]:
+        write(_layers(row), 8, 10)
     for names, tasks in _same_heads(described["heads"]).items():
         write(f"head of {tasks}: {', '.join(names)}", 8, 10)
     for member, dropped in described["dropped"].items():
@@ -52,6 +62,18 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     write(f"output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}", 2)
 
 
+def _layers(row: Mapping[str, Any]) -> str:
+    """Where some layers of the output come from."""
+
+    def numbers(first: int, after: int) -> str:
+        return (
+            f"layers {first} to {after - 1}" if after - first > 1 else f"layer {first}" if after > first else "no layer"
+        )
+
+    of = ", ".join(f"{source['model']} ({numbers(*source['layers'])})" for source in row["of"])
+    return f"{numbers(*row['layers'])}: {of}"
+
+
 def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
     """What a merge came to, and what comes next."""
     for block, shown in _OF_BLOCK.items():
@@ -67,7 +89,7 @@ def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
         write(METHODS[record["plan"]["merge_method"]].in_use)
     else:
         head(folder, f"{written}, {size(record['plan']['output_bytes'])}")
-    if record["plan"]["kind"]:  # of tasks: there is something to score
+    if record["plan"]["kind"] and "stages" not in record:  # of tasks: there is something to score
         write(f"next: adarank evaluate {recipe} {folder}", style="dim")
 
 
@@ -117,24 +139,26 @@ def _same_heads(heads: Mapping[str, list[str]]) -> dict[tuple[str, ...], str]:
 
 def scores(table: Table) -> None:
     """Models by tasks, with mean and normalised score."""
-    title = f"{table.split} split, scores in percent, {table.protocol} protocol"
-    if table.protocol == "transductive":
-        title += " (adapted on the very inputs that are scored)"
-    write(title)
+    write(sheets.title_of(table))
     labels = [f"{row} (task-aware)" if row in table.bundles else row for row in table.rows]
     normal = [table.normalised(row) for row in table.rows]
+    of_mean = table.metric(table.averaged()[0])
     lead = [
         ["model", *labels, "inputs"],
-        ["mean", *(f"{table.mean(row):.1f}" for row in table.rows), ""],
+        ["mean", *(str(sheets.cell(table.mean(row), of_mean)) for row in table.rows), ""],
         ["norm.", *("" if value is None else f"{value:.1f}" for value in normal), ""],
     ]
-    of_tasks = [
-        [task, *(f"{values[task]:.1f}" for values in table.rows.values()), str(count)]
-        for task, count in table.counts.items()
-    ]
+    of_tasks = [_of_task(table, task) for task in table.counts]
     wide(lead, of_tasks, dim_last=True)
     for text in dict.fromkeys(METHODS[kind].in_use for kind in table.bundles.values()):
         write(text)
+
+
+def _of_task(table: Table, task: str) -> list[str]:
+    """A task's column: its head, every model's score, how many inputs were scored."""
+    metric = table.metric(task)
+    scored = (str(sheets.cell(values[task], metric)) for values in table.rows.values())
+    return [sheets.head(task, metric), *scored, str(table.counts[task])]
 
 
 def after_demo(folder: Path, quick: bool, recipe: Path) -> None:
@@ -149,19 +173,28 @@ def after_demo(folder: Path, quick: bool, recipe: Path) -> None:
     write("adarank plan COPY", 2)
 
 
-def extracted(task: str, bundle: Path, folder: Path) -> None:
-    """Where a task's checkpoint is."""
-    head(folder, f" written: task {task} of {bundle}")
+def extracted(record: Mapping[str, Any], output: Path, folder: Path) -> None:
+    """What was written of one task, and what was left out."""
+    about = record["extracted"]
+    head(folder, f" written: task {about['task']} of {output}")
+    if about["left_out"]:
+        count, first = len(about["left_out"]), about["left_out"][0]
+        write(f"{count} tensor(s) left out that its architecture has no place for, such as {first}", style="dim")
+    for text in record["notes"]:
+        head("note:", f" {text}", "bold yellow")
 
 
-def searched(ranked: Sequence[Point], at_the_edge: Mapping[str, float], level: bool, best: Path) -> None:
+def searched(
+    ranked: Sequence[Point], metrics: Mapping[str, str], at_the_edge: Mapping[str, float], level: bool, best: Path
+) -> None:
     """What a search came to.
 
     Arguments:
+        metrics: task -> what it is scored by.
         at_the_edge: axis -> the best value, where that is at the end of what was tried.
         level: all points score the same.
     """
-    points(ranked)
+    points(ranked, metrics)
     if level:
         write(f"All {len(ranked)} points score the same: what was varied changes nothing here.")
     for axis, at in at_the_edge.items():
@@ -170,13 +203,35 @@ def searched(ranked: Sequence[Point], at_the_edge: Mapping[str, float], level: b
     write(f"next: adarank merge {best} OUT", style="dim")
 
 
-def points(ranked: Sequence[Point], most: int = 10) -> None:
+def sheet(content: Sheet) -> None:
+    """A table that has no layout of its own: in columns where they have room, else the first cells in a line above."""
+    if content.title:
+        write(content.title)
+    numbers = [place for place, numeric in enumerate(content.numeric()) if numeric]
+    cells = [["" if cell is None else str(cell) for cell in row] for row in content.rows]
+    whole = lines([list(content.columns), *cells], numbers)
+    if fit(whole):
+        print_lines(whole)
+    else:
+        lead = min(numbers, default=len(content.columns))
+        rows = [[", ".join(row[:lead]), *row[lead:]] for row in [list(content.columns), *cells]]
+        listing(rows[0], rows[1:], range(1, len(rows[0])))
+    for text in content.notes:
+        write(text, style="dim")
+
+
+def points(ranked: Sequence[Point], metrics: Mapping[str, str], most: int = 10) -> None:
     """The best points of a search."""
-    write(f"select split, with labels, scores in percent: the best of {len(ranked)} points")
-    shown = ranked[:most]
-    lead = [[name, *(str(point.settings[name]) for point in shown)] for name in ranked[0].settings]
-    lead.append(["mean", *(f"{point.mean:.2f}" for point in shown)])
-    wide(lead, [[task, *(f"{point.scores[task]:.1f}" for point in shown)] for task in ranked[0].scores])
+    write(f"select split, with labels: the best of {len(ranked)} points")
+    first, shown = ranked[0], ranked[:most]
+    of_mean = LOSS if first.losses else ""
+    lead = [[name, *(str(point.settings[name]) for point in shown)] for name in first.settings]
+    lead.append(["mean", *(str(sheets.cell(point.mean, of_mean, 2)) for point in shown)])
+    of_tasks = [
+        [sheets.head(task, metrics[task]), *(str(sheets.cell(point.scores[task], metrics[task])) for point in shown)]
+        for task in first.scores
+    ]
+    wide(lead, of_tasks)
 
 
 def adapted(report: Mapping[str, Any]) -> None:

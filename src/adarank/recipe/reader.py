@@ -12,12 +12,14 @@ import yaml
 
 from adarank.errors import Problems, RecipeError, itemise, listed
 from adarank.io.hub import local_path
-from adarank.io.parsing import parse_yaml
+from adarank.io.parsing import parse_documents
 from adarank.recipe.checks import check
 from adarank.recipe.draft import METHOD, Draft, salvaged, with_stand_in
-from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, whole_models
+from adarank.recipe.mergekit import NOT_DONE, whole_models
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
+from adarank.recipe.sizes import shard_bytes
+from adarank.recipe.stages import parse_stages
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 """A recipe, its file, or what would be in its file."""
@@ -59,28 +61,32 @@ def read_draft(given: RecipeLike, problems: Problems) -> Draft | None:
             return draft_recipe(given, Path.cwd(), "recipe", problems)
         path = Path(given)
         local_path(path, kind=RecipeError)
-        return draft_recipe(_read_yaml(path, ()), path.resolve().parent, str(path), problems)
+        documents = [_extended(path, values, ()) for values in _read_yaml(path, ())]
+        folder = path.resolve().parent
+        if len(documents) == 1:
+            return draft_recipe(documents[0], folder, str(path), problems)
+        return Draft(parse_stages(documents, lambda values, where: parse_recipe(values, folder, where), str(path)))
     return None
 
 
-def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in a recipe file. `extends: other.yaml` gives the keys that the file itself does not."""
+def _read_yaml(path: Path, inside: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """The mappings in a recipe file: one, or one for each stage."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe. Give a YAML file.")
     if path.resolve() in inside:
         raise RecipeError(f"{path}: extends itself, by way of {inside[-1]}. Remove one of the extends lines.")
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except yaml.composer.ComposerError as error:
-        if "single document" not in str(error.context):
-            raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
-        raise RecipeError(
-            f"{path}: several documents, and a recipe is one. Merge each in a file of its own, and name its folder in the next."
-        ) from None
+        documents = parse_documents(path.read_text(encoding="utf-8")) or [None]
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a mapping of settings was needed, got {type(values).__name__}.")
+    for values in documents:
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path}: a mapping of settings was needed, got {type(values).__name__}.")
+    return documents
+
+
+def _extended(path: Path, values: dict[str, Any], inside: tuple[Path, ...]) -> dict[str, Any]:
+    """What a file says; `extends: other.yaml` gives the keys that it does not have itself."""
     parent = values.pop("extends", None)
     if parent is None:
         return values
@@ -90,7 +96,11 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
         or (path.parent / parent).resolve().parent != path.resolve().parent
     ):
         raise RecipeError(f"{path}: extends must name a recipe in the same folder, got {parent!r}.")
-    return {**_read_yaml(path.parent / parent, (*inside, path.resolve())), **values}
+    further = (*inside, path.resolve())
+    of_parent = _read_yaml(path.parent / parent, further)
+    if len(of_parent) > 1:
+        raise RecipeError(f"{path}: extends {parent}, which has {len(of_parent)} stages. Only a recipe of one is extended.")  # fmt: skip
+    return {**_extended(path.parent / parent, of_parent[0], further), **values}
 
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
@@ -107,7 +117,8 @@ def draft_recipe(values: Mapping[str, Any], folder: Path, where: str, problems: 
     here = Problems()
     draft = None
     with here.noted():
-        whole = whole_models({key: value for key, value in values.items() if value is not None or key not in NOT_DONE})
+        asks_nothing = {*NOT_DONE, "slices", "models"}
+        whole = whole_models({k: value for k, value in values.items() if value is not None or k not in asks_nothing})
         with here.noted():
             _refuse_not_done(whole, where)
         done = {key: value for key, value in whole.items() if key not in NOT_DONE}
@@ -138,7 +149,7 @@ def _checked(draft: Draft, where: str, problems: Problems) -> Draft:
     if METHOD not in draft.left_out:
         known = len(problems.errors)
         with problems.noted():
-            _check_method(recipe.merge_method, where)
+            METHODS.named(recipe.merge_method, f"{where}: unknown merge_method")
         if len(problems.errors) > known:
             return replace(draft, recipe=with_stand_in(recipe), left_out=draft.left_out | {METHOD})
         with problems.noted():
@@ -146,10 +157,25 @@ def _checked(draft: Draft, where: str, problems: Problems) -> Draft:
     return replace(draft, recipe=recipe)
 
 
-def _check_method(name: str, where: str) -> None:
-    if name in NOT_HERE:
-        raise RecipeError(f"{where}: mergekit's merge_method '{name}' is not here. {NOT_HERE[name]}")
-    METHODS.named(name, f"{where}: unknown merge_method")
+def with_shards(given: RecipeLike, size: str | None) -> RecipeLike:
+    """A recipe with another `max_shard_size`, where one is given. What is wrong with the recipe itself is left to its reader.
+
+    Raises:
+        RecipeError: the size is none, or is for a method that writes no single model.
+    """
+    if size is None:
+        return given
+    try:
+        limit = shard_bytes(int(size) if size.isdigit() else size)
+    except ValueError as error:
+        raise RecipeError(f"--max-shard-size: {error} (got '{size}').") from None
+    problems = Problems()
+    draft = read_draft(given, problems)
+    if draft is None or problems.errors:
+        return given
+    changed = draft.recipe.model_copy(update={"max_shard_size": limit})
+    check(changed, str(given))
+    return changed
 
 
 def _check_device(name: str, where: str) -> None:

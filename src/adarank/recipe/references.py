@@ -20,9 +20,9 @@ def reference(given: Any) -> Any:
     """
     if not isinstance(given, dict):
         return given
-    strangers = sorted(str(key) for key in given.keys() - _KEYS)
-    if strangers:
-        raise ValueError(f"a model is given by path and revision, and has no {', '.join(strangers)}")
+    unknown = sorted(str(key) for key in given.keys() - _KEYS)
+    if unknown:
+        raise ValueError(f"a model is given by path and revision, and has no {', '.join(unknown)}")
     if given.get("lora") is not None:
         raise ValueError(NO_ADAPTERS)
     if ("model" in given) == ("path" in given):

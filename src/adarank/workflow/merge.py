@@ -6,8 +6,9 @@ All that can be checked is checked before anything is spent.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,21 @@ from adarank.errors import OutputError, Problems
 from adarank.io.output_folder import check_outside, remove_ours
 from adarank.io.progress import stage
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import atomic_folder, check_output, claimed, state_folder, write_record
+from adarank.io.writer import atomic_folder, check_output, check_shards, claimed, state_folder, write_record
 from adarank.outputs.write import check_side_files, write_result
 from adarank.recipe.draft import Draft
-from adarank.recipe.job import Job, open_draft
-from adarank.recipe.paths import portable, read_paths
-from adarank.recipe.plan import describe, settings_in_force, unheeded
+from adarank.recipe.job import Job, open_job
+from adarank.recipe.paths import read_paths
+from adarank.recipe.plan import describe, unheeded
 from adarank.recipe.reader import RecipeLike, read_draft
+from adarank.recipe.schema import Recipe
 from adarank.workflow.adapt import telling_of_collapse
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
 from adarank.workflow.left_over import state_of
-from adarank.workflow.load_tasks import load_opened
-from adarank.workflow.prepare import reads_data, whole
+from adarank.workflow.load_tasks import load_opened, load_tasks, refuse_without_classes
+from adarank.workflow.prepare import Prepared, job_reads_data, prepare, reads_data
+from adarank.workflow.stages import beginning, going_on, merged_stages, worth_keeping
 
 
 def merge(
@@ -86,26 +89,62 @@ def _merge(
 ) -> dict[str, Any]:
     """What `merge` does, once the output is this run's alone."""
     clock = Clock()
-    opened = open_draft(draft, problems)
-    if opened.job is not None:
-        with problems.noted():
-            check_outside(out, read_paths(opened.job))
-            check_side_files(opened.job)
-            _check_disk(opened.job, out)
+    recipe, prepared = draft.recipe, prepare(draft, problems)
+    _check(prepared, recipe, out, problems)
     if data is None:
-        data = load_opened(opened, problems) if reads_data(draft) else {}
-    job, recipe = whole(opened, problems), draft.recipe
-    job.method.of_data(data)  # refused here, before anything is computed
+        data = load_opened(prepared.opened, problems) if prepared.opened and reads_data(draft) else {}
+    of_stages: dict[str, Mapping[str, TaskData]] = {}
+    for name, job in prepared.before.items():
+        with problems.noted():
+            of_stages[name] = load_tasks(job) if job_reads_data(job) else {}
+    stages = prepared.whole(problems)
+    for job, of_job in zip(stages.jobs, [*of_stages.values(), data], strict=True):
+        job.method.of_data(of_job)  # what it cannot use is refused before anything is computed
+    state = state_of(out)
+    with going_on(state, note) if stages.before else nullcontext():
+        made = merged_stages(recipe, state, of_stages, partial(_run, force=True, note=note, progress=progress), note)
+        job = open_job(recipe, made.folders) if stages.before else stages.output
+        record = _run(job, out, data, clock, force, note, progress, made.recorded())
+    remove_ours(state)
+    return record
+
+
+def _check(prepared: Prepared, recipe: Recipe, out: Path, problems: Problems) -> None:
+    """Note what keeps opened stages from being merged to an output."""
+    for job in prepared.jobs:
+        with problems.noted():
+            check_outside(out, read_paths(job))
+            check_side_files(job)
+        with problems.noted():
+            refuse_without_classes(job)
+    if prepared.stages is None:
+        return
+    with problems.noted():
+        _check_disk(prepared.jobs, out)
+    if recipe.max_shard_size is not None:
+        with problems.noted():
+            check_shards(prepared.stages.output.layout(), recipe.max_shard_size)
+
+
+def _run(
+    job: Job,
+    out: Path,
+    data: Mapping[str, TaskData],
+    clock: Clock,
+    force: bool,
+    note: Note,
+    progress: Progress | None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One stage, checked, to its folder.
+
+    Arguments:
+        more: what the record has beside what is of the stage itself.
+    """
+    recipe = job.recipe
     torch.manual_seed(recipe.seed)
     note("Hashing the inputs")
-    record: dict[str, Any] = {
-        "recipe": portable(recipe),
-        "settings": settings_in_force(job),
-        "seed": recipe.seed,
-        "versions": versions(),
-        "machine": machine(recipe.device),
-        "inputs": job.inputs(),
-    }
+    record = {**beginning(job), "versions": versions(), "machine": machine(recipe.device), **(more or {})}
     state = state_of(out)
     with _kept(state) if data else nullcontext():
         context = RecipeContext(job, data, record, state / "state.pt", note, telling_of_collapse(note, progress))
@@ -118,7 +157,6 @@ def _merge(
         record |= write_result(folder, job, result)
         record |= {**result.recorded(), **unheeded(job), "plan": describe(job), **clock.spent()}
         write_record(folder, record)
-    remove_ours(state)
     return record
 
 
@@ -129,15 +167,15 @@ def _kept(state: Path) -> Iterator[None]:
         try:
             yield
         except Exception:  # of whatever kind
-            if not any(state.rglob("state.pt")):  # of a start that is adapted itself, too
+            if not worth_keeping(state):
                 remove_ours(state)
             raise
 
 
-def _check_disk(job: Job, out: Path) -> None:
+def _check_disk(jobs: Sequence[Job], out: Path) -> None:
     parent = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
     free = shutil.disk_usage(parent).free
-    needed = job.output_bytes()
+    needed = sum(job.output_bytes() for job in jobs)
     if needed > free:
         raise OutputError(
             f"{out}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free. Free space or give another path."

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from adarank.errors import AdaRankError, Problems
-from adarank.recipe.job import open_draft
+from adarank.recipe.job import Job
 from adarank.recipe.plan import describe
 from adarank.recipe.reader import RecipeLike, read_draft
-from adarank.workflow.load_tasks import check_opened, check_tasks
-from adarank.workflow.prepare import reads_data, whole
+from adarank.workflow.load_tasks import Rows, check_opened, check_tasks, refuse_without_classes
+from adarank.workflow.prepare import Prepared, job_reads_data, prepare, reads_data
 
 
 def plan(recipe: RecipeLike) -> dict[str, Any]:
@@ -26,9 +27,22 @@ def plan(recipe: RecipeLike) -> dict[str, Any]:
     """
     problems = Problems()
     draft = read_draft(recipe, problems)
-    opened = open_draft(draft, problems) if draft else None
-    rows = check_opened(opened, problems) if draft and opened and reads_data(draft) else {}
-    job = whole(opened, problems)
+    prepared = prepare(draft, problems) if draft else Prepared()
+    for job in prepared.jobs:
+        with problems.noted():
+            refuse_without_classes(job)
+    rows = check_opened(prepared.opened, problems) if draft and prepared.opened and reads_data(draft) else {}
+    of_stages: dict[str, Mapping[str, Rows]] = {}
+    for name, job in prepared.before.items():
+        with problems.noted():
+            of_stages[name] = check_tasks(job) if job_reads_data(job) else {}
+    described = _described(prepared.whole(problems).output, rows)
+    if prepared.before:
+        described["stages"] = {name: _described(job, of_stages[name]) for name, job in prepared.before.items()}
+    return described
+
+
+def _described(job: Job, rows: Mapping[str, Rows]) -> dict[str, Any]:
     described = describe(job)
     if rows:
         splits = {task: {split: len(chosen) for split, chosen in of.splits.rows.items()} for task, of in rows.items()}
