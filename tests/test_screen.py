@@ -245,7 +245,7 @@ def test_points_with_long_settings_are_whole(
     monkeypatch.setattr(console, "out", Console(width=80, highlight=False, markup=False))
     settings = {"lambda": {f"task_{i}": 0.1 * i for i in range(1, 9)}, "density": 0.25}
     scores = {f"task_{i}": 50.0 + i for i in range(1, 9)}
-    show.points([Point(settings, scores)])
+    show.points([Point(settings, scores)], dict.fromkeys(scores, "f1"))
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     assert all(f"{score:.1f}" in text for score in scores.values())
