@@ -9,17 +9,15 @@ import torch
 
 from adarank.alignment.align import align
 from adarank.alignment.task_vectors import Network
-from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
-from adarank.io.checkpoint import Checkpoint, check_any
-from adarank.io.dequantise import Dequantised
-from adarank.io.hub import resolve
-from adarank.io.quantised import quantisation, refuse_quantised
+from adarank.errors import RecipeError, itemise
+from adarank.io.checkpoint import Checkpoint
 from adarank.io.sentence import check_modules
 from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod, Outline
 from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
 from adarank.models.compatibility import check_compatible
 from adarank.recipe.checks import different_kinds
+from adarank.recipe.opening import adapter_notes, open_checkpoints
 from adarank.recipe.schema import Recipe
 from adarank.recipe.tokenizers import tokenizer_source
 
@@ -90,7 +88,8 @@ def open_job(recipe: Recipe) -> Job:
         for name, choice in job.network.choices.items():
             print(name, choice.action, choice.reason)
     """
-    base, opened = _open(recipe)
+    base, opened = open_checkpoints(recipe)
+    notes = adapter_notes(base, opened)
     if recipe.layer_range is not None:
         _check_layers(recipe.layer_range, [*([base] if base else []), *opened.values()])
     tokenizer = tokenizer_source(recipe, base, opened)
@@ -113,7 +112,7 @@ def open_job(recipe: Recipe) -> Job:
     if base is not None and network.base is not None:
         network.base.dropped.update(base.unused)
     _check_bodies(recipe, opened, network)
-    notes = check_compatible(network, base, opened)
+    notes += check_compatible(network, base, opened)
     method = recipe.method(network.merged())
     method.check(network)
     return Job(recipe, base, opened, network, family, method, tuple(notes), tokenizer)
@@ -153,28 +152,6 @@ def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
     known = {kind for kind in kinds.values() if kind}
     _refuse([*problems, *([different_kinds(known)] if len(known) > 1 else [])])
     return FAMILIES[known.pop()] if known else None
-
-
-def _open(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
-    """The recipe's base and experts, which are not quantised, or turned into floats. All problems at once."""
-    problems: list[str] = []
-
-    def opened(reference: str) -> list[Checkpoint]:
-        try:
-            checkpoint = Checkpoint(resolve(reference, recipe.folder), reference)
-            check_any(checkpoint)
-            return [Dequantised(checkpoint) if recipe.dequantize and quantisation(checkpoint) else checkpoint]
-        except AdaRankError as error:
-            problems.append(str(error))
-            return []
-
-    base = opened(recipe.base_model) if recipe.base_model else []
-    experts = {task: opened(entry.model) for task, entry in recipe.experts.items()}
-    if problems:
-        heading = f"{len(problems)} checkpoints cannot be read:"
-        raise CheckpointError(problems[0] if len(problems) == 1 else itemise(heading, problems))
-    refuse_quantised([*base, *(checkpoint for each in experts.values() for checkpoint in each)])
-    return next(iter(base), None), {task: each[0] for task, each in experts.items()}
 
 
 def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Network) -> None:

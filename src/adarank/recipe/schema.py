@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from adarank.adapt.base import AdaptBlock
 from adarank.alignment.selection import Select
@@ -36,6 +36,15 @@ class ModelEntry(Settings):
     _nothing = field_validator("parameters", mode="before")(_empty_if_none)
 
     _as_text = field_validator("model", mode="before")(reference)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_adapter(cls, given: Any) -> Any:
+        """`lora` beside `model` is the model's adapter, as it is inside of it."""
+        if not isinstance(given, dict) or "lora" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "lora"}
+        return {**rest, "model": reference({"model": given.get("model"), "lora": given["lora"]})}
 
     model: str
     parameters: dict[str, Any] = Field({}, description="settings")
