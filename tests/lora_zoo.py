@@ -13,8 +13,21 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-_SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-_LLAMA = {**_SIZES, "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+_LLAMA = {
+    **_SIZES,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _BERT = {**_SIZES, "max_position_embeddings": 16}
 
 
@@ -38,7 +51,13 @@ def resnet() -> nn.Module:
 
 def experts(**changes: Any) -> nn.Module:
     """A mixture of experts whose matrices are stacked, square ones among them."""
-    sizes = {**_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    sizes = {
+        **_LLAMA,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "layer_types": ["full_attention"] * 2,
+    }
     return transformers.GptOssForCausalLM(transformers.GptOssConfig(**{**sizes, **changes}))
 
 

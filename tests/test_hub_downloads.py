@@ -39,6 +39,13 @@ def test_one_set_of_weights_is_used_and_no_clutter(kind: str, folder: str) -> No
     assert sorted(used_files([*names, *others], folder)) == sorted(place + name for name in [*wanted, *BESIDE])
 
 
+def test_an_adapters_files_are_used_without_the_model_beside_it() -> None:
+    adapter = ["adapter_model.safetensors", "adapter_config.json"]
+    names = [*CLUTTER, *SHARDS, *adapter, *BESIDE, "adapter_model.bin", "checkpoint-9/adapter_model.safetensors"]
+    assert sorted(used_files(names, adapter=True)) == sorted([*adapter, *BESIDE])
+    assert not set(adapter[:1]) & set(used_files(names))
+
+
 def test_modules_of_sentence_encoders_are_used() -> None:
     modules = ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
     names = ["modules.json", "config.json", "model.safetensors", *modules]

@@ -137,8 +137,13 @@ class Adapted(Checkpoint):
 
     @property
     def companions(self) -> Path:
-        """The adapter's folder if it has a tokenizer, else the model's."""
-        return self.folder
+        """The model's folder, which has its configuration too; the adapter's if only that has a tokenizer."""
+        return self.model.folder if _has_tokenizer(self.model.folder) else self.folder
+
+    @property
+    def in_one_folder(self) -> bool:
+        """Never: weights lie in the model's folder, and changes in the adapter's."""
+        return False
 
     @property
     def unused(self) -> Mapping[str, str]:

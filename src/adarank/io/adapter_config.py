@@ -116,7 +116,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"{folder}: no adapter: it has no {CONFIG}. Give a folder that peft's save_pretrained wrote."
         )
     given = read_json(file)
-    kind = str(given.get("peft_type") or "without a peft_type").upper()
+    kind = str(given.get("peft_type") or "(no peft_type)").upper()
     if kind != "LORA":
         remedy = _NO_WEIGHTS if kind in _NOT_MERGEABLE else _MERGE_FIRST
         raise CheckpointError(

@@ -71,29 +71,23 @@ class Source(Protocol):
     @property
     def config(self) -> Mapping[str, Any]:
         """The configuration of the architecture, as far as it is known."""
-        ...
 
     @property
     def quantisation(self) -> str | None:
         """The method by which the configuration says that weights are quantised."""
-        ...
 
     @property
     def modules(self) -> Sequence[Module]:
         """What comes after the transformer in a sentence encoder's folder."""
-        ...
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored. It may be a view of a mapped file: never write to it."""
-        ...
 
     def change(self, name: str, start: Source, stored: str) -> Factors | None:
         """What is added to tensor `stored` of `start`, as factors, where this is `start` with an adapter; else None."""
-        ...
 
     def change_rank(self, name: str, start: Source, stored: str) -> int | None:
         """The most that the rank of `change` can be, from headers alone; None where that is None."""
-        ...
 
 
 class _Whole:
@@ -194,6 +188,11 @@ class Checkpoint(_Whole):
     def companions(self) -> Path:
         """The folder whose tokenizer or image processor goes with the weights."""
         return self.folder
+
+    @property
+    def in_one_folder(self) -> bool:
+        """Whether `folder` holds all of it, so that the loaders of `transformers` find it there."""
+        return True
 
     @property
     def making_bytes(self) -> int:

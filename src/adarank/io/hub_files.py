@@ -43,7 +43,7 @@ def _of_one_folder(names: list[str], adapter: bool = False) -> list[str]:
     of_models = _ADAPTER if adapter else (_WEIGHTS[0], *_ADAPTER, *_WEIGHTS[1:])
     kinds = ([name for name in names if _like(name, patterns)] for patterns in of_models)
     weights = next((kind for kind in kinds if kind), [])
-    ends = tuple({f".{name.rsplit('.', 1)[1]}.index.json" for name in weights})
+    ends = tuple({f".{name.rsplit('.', 1)[1]}.index.json" for name in weights if not name.startswith("adapter_model")})
     beside = [name for name in names if (name.endswith(".json") or _like(name, BESIDE)) and name not in weights]
     return [*weights, *(name for name in beside if ".index." not in name or name.endswith(ends))]
 
