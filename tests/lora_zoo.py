@@ -84,6 +84,7 @@ KINDS: dict[str, Kind] = {
     "modules to save": Kind({"r": 4, "target_modules": ATTENTION, "modules_to_save": ["lm_head", "norm"]}),
     "all biases": Kind({"r": 4, "target_modules": ["query", "value"], "bias": "all"}, bert, "SEQ_CLS"),
     "biases of its layers": Kind({"r": 4, "target_modules": ["query", "value"], "bias": "lora_only"}, bert, "SEQ_CLS"),
+    "biases and modules": Kind({"r": 4, "target_modules": ["query"], "bias": "all", "modules_to_save": ["output.LayerNorm"]}, bert, "SEQ_CLS"),
     "transposed": Kind({"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"]}, gpt2),
     "transposed dora": Kind({"r": 4, "target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True}, gpt2),
     "embeddings": Kind({"r": 4, "target_modules": ["embed_tokens", "q_proj"]}),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adarank.alignment.naming import named_as
-from adarank.alignment.selection import is_embedding
+from adarank.alignment.selection import is_table
 from adarank.io.adapted import Adapted
 from adarank.io.adapter import Adapter
 from adarank.io.checkpoint import Checkpoint
@@ -77,25 +77,24 @@ def _table(
     """The embedding table that an output layer's weight is stored as, if it is not stored by itself."""
     if not name.endswith(_OUTPUTS) or config.get("tie_word_embeddings") is False:
         return None
-    tables = [other for other, there in root.items() if is_embedding(other) and there == shape]
+    tables = [other for other, there in root.items() if is_table(other) and there == shape]
     return tables[0] if len(tables) == 1 else None
 
 
+def output_is_tied(names: Iterable[str], config: Mapping[str, Any]) -> bool:
+    """Whether a model's output layer is its table of embeddings: a language model that stores no layer of output."""
+    if config.get("tie_word_embeddings") is False or any(name.endswith(_OUTPUTS) for name in names):
+        return False
+    classes = " ".join(map(str, config.get("architectures") or ()))
+    return any(part in classes for part in ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration"))
+
+
 def _tied_tables(
-    wanted: Mapping[str, Any], names: Mapping[str, str], root: Mapping[str, Any], config: Mapping[str, Any]
+    wanted: Iterable[str], names: Mapping[str, str], root: Mapping[str, Any], config: Mapping[str, Any]
 ) -> list[str]:
-    """Embeddings that an adapter changes and that are the output layer's weight too: of a model that stores no other."""
-    if config.get("tie_word_embeddings") is False or any(name.endswith(_OUTPUTS) for name in root):
-        return []
-    causal = any(
-        "CausalLM" in str(name) or "LMHead" in str(name) or "MaskedLM" in str(name)
-        for name in config.get("architectures") or ()
-    )
-    return [
-        name.removesuffix(".weight")
-        for name in wanted
-        if causal and is_embedding(names[name]) and "posit" not in name and not name.endswith(_OUTPUTS)
-    ]
+    """Embeddings that an adapter changes and that are the output layer's weight too."""
+    tables = [n for n in wanted if is_table(names[n]) and not n.endswith(_OUTPUTS)]
+    return [name.removesuffix(".weight") for name in tables] if output_is_tied(root, config) else []
 
 
 def _is_prefix(prefix: str, names: Mapping[str, str], root: Mapping[str, Any]) -> bool:

@@ -89,8 +89,17 @@ def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
         out.print(METHODS[record["plan"]["merge_method"]].in_use)
     else:
         say(folder, f"{written}, {size(record['plan']['output_bytes'])}")
+        if "lora" in record:
+            out.print(of_adapter(record["lora"]))
     if record["plan"]["kind"]:  # of tasks: there is something to score
         out.print(f"next: adarank evaluate {recipe} {folder}", style="dim")
+
+
+def of_adapter(lora: Mapping[str, Any]) -> str:
+    """How near an output that is an adapter comes to the merged model, in a sentence."""
+    worst = max(lora["relative_errors"], key=lora["relative_errors"].__getitem__)
+    error, of_worst = lora["relative_error"], lora["relative_errors"][worst]
+    return f"adapter of rank {lora['rank']}: {error:.2%} of the merged task vector is lost, at most {of_worst:.2%} of one tensor ({worst})"
 
 
 def remarks(

@@ -86,7 +86,7 @@ class Adapter:
                 self.unused[key] = "the model's own, beside what was trained"
             elif "lora_" in name or "token_adapter" in name:
                 unknown.append(key)
-            else:
+            elif _plain(name) not in self.whole or ".modules_to_save." not in name:  # a bias may be there as both
                 self.whole[_plain(name)] = key
         self.layers = tuple(Layer(_plain(name), name.count(".base_layer"), keys) for name, keys in parts.items())
         self._check(unknown)

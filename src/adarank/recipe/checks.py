@@ -34,7 +34,7 @@ def _problems(recipe: Recipe) -> list[str]:
         problems.append(different_kinds(recipe.kinds))
     if kind.needs_base() and recipe.base_model is None:
         problems.append(f"base_model: '{kind.name}' needs the model that the experts were fine-tuned from.")
-    problems += _of_heads(recipe)
+    problems += [*_of_heads(recipe), *_of_output(recipe)]
     if kind.data or recipe.heads == "learn":
         use = f"'{kind.name}' {kind.use}" if kind.data else "heads: learn reads"
         problems += [f"models: '{t}' has no task with data, and {use} its inputs." for t, e in recipe.experts.items()
@@ -54,6 +54,25 @@ def _of_heads(recipe: Recipe) -> list[str]:
     if kind.in_use or "heads" in kind.model_fields:
         what = "a network for each task" if kind.in_use else "heads of its own"
         return [f"heads: '{kind.name}' writes {what}; learn is for one body under its experts' heads. Remove heads."]
+    return []
+
+
+def _of_output(recipe: Recipe) -> list[str]:
+    """Whether the output can be an adapter."""
+    if recipe.output.lora is None:
+        return []
+    kind = recipe.kind
+    if kind.in_use:
+        return [
+            f"output.lora: '{kind.name}' writes a network for each task, and an adapter is one model's. Remove output."
+        ]
+    if recipe.base_model is None or kind.merges_base:
+        why = (
+            f"'{kind.name}' merges base_model as one of the models"
+            if kind.merges_base
+            else "the recipe names no base_model"
+        )
+        return [f"output.lora: an adapter changes a base, and {why}. Use a method about a base, or remove output."]
     return []
 
 

@@ -17,6 +17,7 @@ from adarank.method import MergeMethod, Outline
 from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
 from adarank.models.compatibility import check_compatible
 from adarank.recipe.checks import different_kinds
+from adarank.recipe.lora_output import adapter_bytes, slots_of
 from adarank.recipe.opening import adapter_notes, open_checkpoints
 from adarank.recipe.schema import Recipe
 from adarank.recipe.tokenizers import tokenizer_source
@@ -61,7 +62,9 @@ class Job:
         return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, self.recipe.dequantize)
 
     def output_bytes(self) -> int:
-        """Size of the output's tensors, heads not among them."""
+        """Size of the output's tensors, heads not among them; of an adapter the most that it can be."""
+        if self.recipe.output.lora is not None:
+            return adapter_bytes(self.network, self.recipe.output.lora.rank)
         shared, of_tasks = self.method.output_layouts(self.outline())
         return layout_bytes(shared) + sum(layout_bytes(layout) for layout in of_tasks.values())
 
@@ -115,6 +118,8 @@ def open_job(recipe: Recipe) -> Job:
     notes += check_compatible(network, base, opened)
     method = recipe.method(network.merged())
     method.check(network)
+    if recipe.output.lora is not None:
+        slots_of(network)  # refused here, before anything is computed
     return Job(recipe, base, opened, network, family, method, tuple(notes), tokenizer)
 
 

@@ -75,6 +75,18 @@ class TokenizerSettings(Settings):
         return value
 
 
+class LoraOutput(Settings):
+    """The output as a LoRA adapter of the base. Attributes: rank, r of every layer."""
+
+    rank: int = Field(ge=1)
+
+
+class OutputSettings(Settings):
+    """In what form the merged model is written; a whole model if nothing is said."""
+
+    lora: LoraOutput | None = None
+
+
 class Recipe(Settings):
     """A whole recipe. `folder` is where its relative paths count from."""
 
@@ -95,6 +107,7 @@ class Recipe(Settings):
     tokenizer_source: str | None = None  # mergekit's older way to write tokenizer: source
     adapt: AdaptBlock | None = None
     heads: Literal["expert", "learn"] = "expert"
+    output: OutputSettings = OutputSettings()
     data: DataSettings = DataSettings()
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"

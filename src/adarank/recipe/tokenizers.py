@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from adarank.alignment.selection import is_table
 from adarank.errors import MismatchError, RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.hub import same_model
 from adarank.io.side_files import tokenizer_files
 from adarank.io.vocabulary import Vocabulary, comparable, fingerprint, read_vocabulary
-from adarank.models.compatibility import is_table, labelled
+from adarank.models.compatibility import labelled
 from adarank.models.configurations import few
 from adarank.recipe.schema import Recipe
 

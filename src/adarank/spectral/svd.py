@@ -52,7 +52,7 @@ class Spectrum:
         """The first components; those that are not there are zero values under zero vectors."""
         missing = max(0, count - self.s.numel())
         u, v = (torch.cat([p[:, :count], p.new_zeros(len(p), missing)], dim=1) for p in (self.u, self.v))
-        return Spectrum(u, self.values()[:count], v)
+        return Spectrum(u, torch.cat([self.s[:count], self.s.new_zeros(missing)]), v)
 
     def values(self) -> Tensor:
         """(count,) all singular values."""

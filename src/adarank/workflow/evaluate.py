@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adarank.alignment.adapters import with_adapter
 from adarank.alignment.task_vectors import Network
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, MismatchError
+from adarank.io.adapter import Adapter, is_adapter
 from adarank.io.bundle import held_parts, is_bundle
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import read_json
@@ -62,7 +64,7 @@ def evaluate(
         local_path(path)
     job = open_job(recipe)
     data = load_tasks(job)
-    opened = {_row(path, recipe): _opened(path, job.network) for path in map(Path, outputs)}
+    opened = {_row(path, recipe): _opened(path, job.network, job.base) for path in map(Path, outputs)}
     models = build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
     table = Table(split, protocol, {task: len(of.splits.rows[split]) for task, of in data.items()})
@@ -210,10 +212,10 @@ class _Output:
     score: Callable[[Job, TaskModels, Mapping[str, TaskData], Split], dict[str, float]]
 
 
-def _opened(path: Path, network: Network) -> _Output:
+def _opened(path: Path, network: Network, base: Checkpoint | None) -> _Output:
     if is_bundle(path):
         return _opened_bundle(path, network)
-    model = Checkpoint(path)
+    model = with_adapter(base, Adapter(path)) if base is not None and is_adapter(path) else Checkpoint(path)
     _refuse_lacks(path, network, model.tensors)
 
     def scored(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
