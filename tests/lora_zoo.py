@@ -133,3 +133,11 @@ def merged_by_peft(kind: Kind, adapter: Path, out: Path | None = None) -> dict[s
         if out is not None:
             model.save_pretrained(out)
     return dict(model.state_dict())
+
+
+def agree(one: Mapping[str, Tensor], other: Mapping[str, Tensor], atol: float = 1e-5) -> None:
+    assert set(one) == set(other)
+    for name in one:
+        torch.testing.assert_close(
+            one[name], other[name], atol=atol, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )

@@ -81,3 +81,19 @@ def test_masks_learned_on_adapters_merge_them_again(zoo: Path) -> None:
     adarank.merge_recipe(recipe(zoo, "again.yaml", models=models, merge_method="masked", parameters=settings), again)
     first, second = load_file(out / "model.safetensors"), load_file(again / "model.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_output_that_is_an_adapter_is_evaluated(zoo: Path) -> None:
+    """At full rank it scores as the whole model does, under the tasks' heads."""
+    models = [
+        {"model": f"adapters/{t}", "task": {"name": t, "kind": "text-classification", "data": f"data/{t}.tsv"}}
+        for t in TASKS
+    ]
+    file = recipe(zoo, "out.yaml", models=models, merge_method="tsv_m")
+    as_adapter = recipe(zoo, "out-adapter.yaml", models=models, merge_method="tsv_m", output={"lora": {"rank": 16}})
+    adarank.merge_recipe(file, zoo / "out-whole")
+    record = adarank.merge_recipe(as_adapter, zoo / "out-adapter")
+    assert record["lora"]["relative_error"] < 1e-5
+    assert not (zoo / "out-adapter" / "model.safetensors").exists()
+    rows = adarank.evaluate_recipe(file, [zoo / "out-whole", zoo / "out-adapter"]).rows
+    assert rows[str(zoo / "out-whole")] == rows[str(zoo / "out-adapter")]

@@ -38,9 +38,10 @@ def with_adapter(model: Checkpoint, adapter: Adapter, label: str | None = None) 
         expert.read("model.layers.0.self_attn.q_proj.weight")
     """
     root = {name: info.shape for name, info in model.tensors.items() if name not in model.aliases}
-    wanted = _tensors(adapter, root)
+    wanted = _tensors(adapter)
     naming = named_as(wanted, root, str(adapter.folder))
-    names = dict(naming.names)
+    # a layer keeps its name whatever stands before it; of few tensors a rule of prefixes may pair others
+    names = {name: there if _layer(name) == _layer(there) else name for name, there in naming.names.items()}
     tied, layers = {}, {layer.name for layer in adapter.layers}
     for name in wanted:
         table = _table(name, wanted[name], root, model.config) if names[name] not in root else None
@@ -52,23 +53,20 @@ def with_adapter(model: Checkpoint, adapter: Adapter, label: str | None = None) 
     return made
 
 
-def _tensors(adapter: Adapter, root: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _tensors(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """The tensors that an adapter changes, by their names in its model -> the shape that a plain layer would have."""
     shapes = {}
     for layer in adapter.layers:
         a, b = (adapter.shape(layer.key(part)) for part in "AB")
-        parameters = adapter.config.parameters_of(layer.name)
-        joint = _ends_in(root, layer.name, "in_proj_weight") and not _ends_in(root, layer.name, "weight")
-        for name in parameters or [f"{layer.name}.{'in_proj_weight' if joint else 'weight'}"]:
+        for name in adapter.config.parameters_of(layer.name) or [f"{layer.name}.weight"]:
             shapes[name] = (a[1], b[0]) if layer.embedding else (b[0], *a[1:])
     shapes |= {name: adapter.shape(key) for name, key in adapter.whole.items()}
     return shapes | {f"{name}.weight": adapter.shape(key) for name, key in adapter.tokens.items()}
 
 
-def _ends_in(root: Mapping[str, Any], layer: str, tensor: str) -> bool:
-    """Whether the model has a tensor of this name in a layer whose last part is this one's."""
-    end = f"{layer.rpartition('.')[2]}.{tensor}"
-    return any(name == end or name.endswith(f".{end}") for name in root)
+def _layer(name: str) -> list[str]:
+    """What a tensor's layer is called in the module around it."""
+    return name.split(".")[-2:-1]
 
 
 def _table(

@@ -245,7 +245,7 @@ class Adapted(Checkpoint):
         parameter = self._parameter(layer)
         name = self._names.get(parameter, parameter)
         if name not in self.model.tensors:
-            self._problems.append(f"{parameter}: the model has no such tensor")
+            self._problems.append(self._lacking(layer, parameter))
             return
         shape, of_a, of_b = self._shape_there(name), *(self.adapter.shape(layer.key(part)) for part in "AB")
         matched, config = self._matched(layer, parameter), self.adapter.config
@@ -261,6 +261,12 @@ class Adapted(Checkpoint):
         else:
             change = _Change(layer, config.scale_of(matched), columns, rank, stack)
             self._changes.setdefault(self._shown[name], []).append(change)
+
+    def _lacking(self, layer: Layer, parameter: str) -> str:
+        joint = f"{layer.name.rpartition('.')[2]}.in_proj_weight"
+        if any(_ends(name, joint) for name in self.model.tensors):
+            return f"{layer.name}: a multi-head attention of PyTorch, whose out_proj peft changes twice: merge the adapter first, with merge_and_unload"
+        return f"{parameter}: the model has no such tensor"
 
     def _shape_there(self, name: str) -> tuple[int, ...]:
         key = self._whole.get(self._shown[name])
@@ -291,8 +297,7 @@ class Adapted(Checkpoint):
         """The name of the tensor that a layer's part changes, in the adapter's model."""
         named = self.adapter.config.parameters_of(layer.name)
         if not named:
-            joint = f"{layer.name}.in_proj_weight"  # of PyTorch's multi-head attention
-            return joint if joint in self._names else f"{layer.name}.weight"
+            return f"{layer.name}.weight"
         fitting = [name for name in named if self._fits(layer, name)]
         return fitting[0] if len(fitting) == 1 else f"{layer.name}: one of {', '.join(named)}"
 

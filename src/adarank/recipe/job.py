@@ -59,7 +59,8 @@ class Job:
 
     def outline(self) -> Outline:
         """What headers tell of the merge."""
-        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, self.recipe.dequantize)
+        made = self.recipe.dequantize or not all(expert.in_one_folder for expert in self.experts.values())
+        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, made)
 
     def output_bytes(self) -> int:
         """Size of the output's tensors, heads not among them; of an adapter the most that it can be."""
