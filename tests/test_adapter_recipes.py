@@ -262,6 +262,29 @@ def test_grouped_convolutions_are_refused(place: Path) -> None:
         opened(place, "one")
 
 
+@pytest.mark.parametrize("changes", [
+    {"target_modules": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+])  # fmt: skip
+def test_what_unties_a_tied_table_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    kind = Kind({"r": 4, **changes}, lambda: llama(tie_word_embeddings=True))
+    save_base(kind, tmp_path / "base")
+    save_adapter(kind, tmp_path / "one", 1)
+    with pytest.raises(CheckpointError, match="tie_word_embeddings: false"):
+        opened(tmp_path, "one")
+
+
+def test_tables_saved_as_tied_are_read(tmp_path: Path) -> None:
+    settings = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    kind = Kind(settings, lambda: llama(tie_word_embeddings=True))
+    save_base(kind, tmp_path / "base")
+    save_adapter(kind, tmp_path / "one", 1)
+    result = weights(opened(tmp_path, "one", parameters={"lambda": 1.0}))
+    whole = merged_by_peft(kind, tmp_path / "one")
+    agree(result, {name: whole[name] for name in result}, 1e-6)
+    assert "lm_head.weight" not in result
+
+
 def test_tied_embeddings_are_noted(tmp_path: Path) -> None:
     kind = Kind({"r": 4, "target_modules": ["embed_tokens"]}, lambda: llama(tie_word_embeddings=True))
     save_base(kind, tmp_path / "base")

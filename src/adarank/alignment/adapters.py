@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from adarank.alignment.naming import named_as
 from adarank.alignment.selection import is_table
-from adarank.io.adapted import Adapted
+from adarank.errors import CheckpointError
+from adarank.io.adapted import UNTIE, Adapted
 from adarank.io.adapter import Adapter
 from adarank.io.checkpoint import Checkpoint
 
@@ -47,6 +48,7 @@ def with_adapter(model: Checkpoint, adapter: Adapter, label: str | None = None) 
         table = _table(name, wanted[name], root, model.config) if names[name] not in root else None
         if table is not None and name.removesuffix(".weight") in layers:
             tied[name.removesuffix(".weight")], names[name] = table, table
+    _refuse_untied(adapter, layers, model, names)
     prefix = naming.prefix if _is_prefix(naming.prefix, names, root) else ""
     made = Adapted(model, adapter, names, prefix, (*tied, *_tied_tables(wanted, names, root, model.config)), label)
     made.config = _configuration(made)
@@ -62,6 +64,15 @@ def _tensors(adapter: Adapter) -> dict[str, tuple[int, ...]]:
             shapes[name] = (a[1], b[0]) if layer.embedding else (b[0], *a[1:])
     shapes |= {name: adapter.shape(key) for name, key in adapter.whole.items()}
     return shapes | {f"{name}.weight": adapter.shape(key) for name, key in adapter.tokens.items()}
+
+
+def _refuse_untied(adapter: Adapter, layers: Collection[str], model: Checkpoint, names: Mapping[str, str]) -> None:
+    """A table that was trained whole, while the one that it is tied to in the model was not, fits no tied model."""
+    saved = [name for name in adapter.whole if name.removesuffix(".weight") not in layers and is_table(names[name])]
+    if saved and output_is_tied(model.tensors, model.config) and len({name.endswith(_OUTPUTS) for name in saved}) == 1:
+        raise CheckpointError(
+            f"{adapter.folder}: '{saved[0]}' was trained whole, and {model.label} has one table for embeddings and output: {UNTIE}."
+        )
 
 
 def _layer(name: str) -> list[str]:

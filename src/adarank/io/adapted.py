@@ -21,9 +21,10 @@ from adarank.io.adapter import Adapter, Layer
 from adarank.io.adapter_config import CONFIG
 from adarank.io.checkpoint import Checkpoint, Source, TensorInfo
 from adarank.io.files import file_sha256
-from adarank.io.low_rank import Factors, stacked
+from adarank.io.low_rank import Factors
 from adarank.io.side_files import side_files, tokenizer_files
 
+UNTIE = "give a model that stores the two apart (tie_word_embeddings: false)"
 # Layers of transformers that store their weights as (in, out), by model type: peft calls the layout fan_in_fan_out.
 _CONV1D = dict.fromkeys(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"), ("c_attn", "c_proj", "c_fc", "q_attn"))  # fmt: skip
 
@@ -82,7 +83,7 @@ class Adapted(Checkpoint):
             if names[name] not in layers or not self._is_there(names[name], key)
         }
         self._names, self._problems = names, list[str]()
-        self._changes: dict[str, list[_Change]] = {}
+        self._changes: dict[str, _Change] = {}
         for layer in adapter.layers:
             self._place(layer)
         self._rows: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -94,8 +95,8 @@ class Adapted(Checkpoint):
     def read(self, name: str) -> Tensor:
         """The tensor; one that the adapter changes in float32 (float64 if the model has it so)."""
         start = self._start(name)
-        for change in self._changes.get(name, ()):
-            start = self._changed(start, change)
+        if name in self._changes:
+            start = self._changed(start, self._changes[name])
         if name in self._rows:
             key, rows = self._rows[name]
             start = start.clone().index_copy_(0, torch.tensor(rows), self.adapter.read(key).to(start.dtype))
@@ -106,8 +107,7 @@ class Adapted(Checkpoint):
         if self.change_rank(name, start, stored) is None:
             return None
         info = self.model.tensors[stored]
-        parts = [self._factors(change) for change in self._changes.get(name, ())]
-        if not parts:
+        if name not in self._changes:
             rows = info.shape[0] if info.shape else 1
             dtype = torch.promote_types(info.dtype, torch.float32)
             return Factors(
@@ -115,7 +115,7 @@ class Adapted(Checkpoint):
                 torch.zeros(0, 0, dtype=dtype),
                 torch.zeros(0, info.numel // max(rows, 1), dtype=dtype),
             )
-        return parts[0] if len(parts) == 1 else stacked(parts, [1.0] * len(parts))
+        return self._factors(self._changes[name])
 
     def change_rank(self, name: str, start: Source, stored: str) -> int | None:
         """The most that the rank of `change` can be, from headers alone; None where that is None."""
@@ -125,15 +125,12 @@ class Adapted(Checkpoint):
             or not self.model.tensors[stored].dtype.is_floating_point
         ):
             return None
-        changes = self._changes.get(name, [])
-        if (
-            name in self._whole
-            or name in self._rows
-            or any(c.stack for c in changes)
-            or (changes and self.adapter.config.decomposed)
-        ):
+        change = self._changes.get(name)
+        if name in self._whole or name in self._rows:
             return None
-        return sum(self.adapter.shape(change.layer.key("A"))[0] for change in changes)
+        if change is None:
+            return 0
+        return None if change.stack or self.adapter.config.decomposed else self.adapter.shape(change.layer.key("A"))[0]
 
     @property
     def companions(self) -> Path:
@@ -260,7 +257,10 @@ class Adapted(Checkpoint):
             self._problems.append(f"{layer.name}: factors {of_a} and {of_b}, and the model's tensor is {shape}")
         else:
             change = _Change(layer, config.scale_of(matched), columns, rank, stack)
-            self._changes.setdefault(self._shown[name], []).append(change)
+            if self._changes.setdefault(self._shown[name], change) is not change:
+                self._problems.append(
+                    f"{layer.name}: its weight is an embedding table too, which the adapter changes as well: {UNTIE}"
+                )
 
     def _lacking(self, layer: Layer, parameter: str) -> str:
         joint = f"{layer.name.rpartition('.')[2]}.in_proj_weight"
