@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import adarank
+from adarank.cli.main import main
 from adarank.errors import AdaRankError, RecipeError
 from lora_zoo import KINDS, Kind, bert, gpt2, llama, make_model, resnet, save_adapter, save_base
 
@@ -160,3 +161,23 @@ def test_a_merge_that_changes_nothing_is_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(AdaRankError, match="the merged model is the base"):
         merge(tmp_path, "out", ("a",), output={"lora": {"rank": 2}})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_prints_what_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = Kind({}, llama)
+    save_base(kind, tmp_path / "base")
+    save_expert(kind, tmp_path / "a", 1)
+    values = {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": [{"model": "a"}],
+        "output": {"lora": {"rank": 2}},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    assert main(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out")]) == 0
+    lora = json.loads((tmp_path / "out" / "adarank.json").read_text())["lora"]
+    assert f"adapter of rank 2: {lora['relative_error']:.2%} of the merged task vector is lost" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert lora["bytes"] == sum(tensor.nbytes for tensor in stored.values())

@@ -88,9 +88,10 @@ def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
         say(folder, f"{written}: {bundle_size(record['bundle'])}")
         out.print(METHODS[record["plan"]["merge_method"]].in_use)
     else:
-        say(folder, f"{written}, {size(record['plan']['output_bytes'])}")
-        if "lora" in record:
-            out.print(of_adapter(record["lora"]))
+        of_lora = record.get("lora")
+        say(folder, f"{written}, {size(of_lora['bytes'] if of_lora else record['plan']['output_bytes'])}")
+        if of_lora:
+            out.print(of_adapter(of_lora))
     if record["plan"]["kind"]:  # of tasks: there is something to score
         out.print(f"next: adarank evaluate {recipe} {folder}", style="dim")
 

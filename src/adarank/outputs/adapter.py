@@ -75,7 +75,8 @@ def write_adapter(
     write_tensors(folder / WEIGHTS[0], written.tensors, {"format": "pt"})
     write_json(folder / CONFIG, _config(written.slots, rank, base, _task(network)))
     errors = {name: float(f"{error:.4g}") for name, error in written.errors().items()}
-    return {"rank": rank, "relative_error": float(f"{written.total():.4g}"), "relative_errors": errors}
+    size = sum(tensor.nbytes for tensor in written.tensors.values())
+    return {"rank": rank, "bytes": size, "relative_error": float(f"{written.total():.4g}"), "relative_errors": errors}
 
 
 def _carried(network: Network, layout: Layout, tensors: Iterable[tuple[str, Tensor]], rank: int) -> _Written:
