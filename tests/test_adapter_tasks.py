@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, CLIPModel
 
 import adarank
+import clip_zoo
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 TARGETS = {"bert": ["query", "value", "dense"], "gpt2": ["c_attn", "c_proj"]}
@@ -97,3 +99,39 @@ def test_an_output_that_is_an_adapter_is_evaluated(zoo: Path) -> None:
     assert not (zoo / "out-adapter" / "model.safetensors").exists()
     rows = adarank.evaluate_recipe(file, [zoo / "out-whole", zoo / "out-adapter"]).rows
     assert rows[str(zoo / "out-whole")] == rows[str(zoo / "out-adapter")]
+
+
+def test_adapters_of_image_towers_merge_under_zero_shot_heads(tmp_path: Path) -> None:
+    clip_zoo.make_zoo(tmp_path, "CLIPModel")
+    towers = r".*vision_model.*\.(q_proj|fc1)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for seed, task in enumerate(clip_zoo.CLASSES):
+            wrapped = get_peft_model(
+                CLIPModel.from_pretrained(tmp_path / "models" / "base"), LoraConfig(r=2, target_modules=towers)
+            )
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                for parameter in wrapped.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(0.2 * torch.randn_like(parameter))
+            wrapped.save_pretrained(tmp_path / "adapters" / task)
+            wrapped.merge_and_unload().save_pretrained(tmp_path / "models" / task)
+    whole = clip_zoo.recipe(tmp_path, merge_method="tsv_m")
+    models = [
+        {**entry, "model": entry["model"].replace("models/", "adapters/")}
+        for entry in yaml.safe_load(whole.read_text())["models"]
+    ]
+    adapters = clip_zoo.recipe(tmp_path, "adapters.yaml", merge_method="tsv_m", models=models)
+    job = adarank.open_job(adarank.load_recipe(adapters))
+    assert {
+        job.network.change_rank(task, "vision_model.encoder.layers.0.mlp.fc1.weight") for task in clip_zoo.CLASSES
+    } == {2}
+    states = []
+    for file in (adapters, whole):
+        adarank.merge_recipe(file, tmp_path / f"out-{file.stem}")
+        states.append(load_file(tmp_path / f"out-{file.stem}" / "model.safetensors"))
+    for name in states[1]:
+        torch.testing.assert_close(states[0][name], states[1][name], atol=1e-5, rtol=1e-4)
+    rows = adarank.evaluate_recipe(adapters, [tmp_path / "out-adapters"]).rows
+    assert set(rows["experts"]) == set(clip_zoo.CLASSES)

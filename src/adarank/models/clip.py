@@ -192,6 +192,23 @@ class ZeroShotExpert(Checkpoint):
         """The rank of that."""
         return self._expert.change_rank(self._stored[name], start, stored) if name in self._stored else None
 
+    def sha256(self) -> dict[str, str]:
+        """Of the expert's files."""
+        return self._expert.sha256()
+
+    def check_bytes(self) -> None:
+        """Compare the bytes of the expert's tensors with their checksums."""
+        self._expert.check_bytes()
+
+    def side_files(self) -> list[Path]:
+        """The expert's."""
+        return self._expert.side_files()
+
+    @property
+    def in_one_folder(self) -> bool:
+        """Whether the expert is."""
+        return self._expert.in_one_folder
+
     @property
     def making_bytes(self) -> int:
         """Bytes held while heads are made."""

@@ -117,11 +117,16 @@ def open_job(recipe: Recipe) -> Job:
         network.base.dropped.update(base.unused)
     _check_bodies(recipe, opened, network)
     notes += check_compatible(network, base, opened)
+    return Job(recipe, base, opened, network, family, _method(recipe, network), tuple(notes), tokenizer)
+
+
+def _method(recipe: Recipe, network: Network) -> MergeMethod:
+    """The recipe's method, checked against the network, as is the form of its output: before anything is computed."""
     method = recipe.method(network.merged())
     method.check(network)
     if recipe.output.lora is not None:
-        slots_of(network)  # refused here, before anything is computed
-    return Job(recipe, base, opened, network, family, method, tuple(notes), tokenizer)
+        slots_of(network)
+    return method
 
 
 def _check_layers(wanted: tuple[int, int], opened: Sequence[Checkpoint]) -> None:
