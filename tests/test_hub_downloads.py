@@ -89,6 +89,13 @@ def test_templates_are_brought_and_second_weights_left(tmp_path: Path, monkeypat
     assert hub.revisions == {"v2"}
 
 
+def test_of_an_adapter_its_files_are_brought_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = ["adapter_model.safetensors", "adapter_config.json"]
+    hub = Hub([*NAMES, *adapter], tmp_path, monkeypatch)
+    assert resolve("org/name@v2", adapter=True) == tmp_path
+    assert hub.brought() == sorted([*BESIDE, *adapter])
+
+
 def test_a_folder_of_a_repository_is_brought_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(NAMES, tmp_path, monkeypatch)
     assert resolve("org/name/sub@refs/pr/1") == tmp_path / "sub"

@@ -70,8 +70,8 @@ class Adapted(Checkpoint):
         self.__dict__.update(model.__dict__)
         self.model, self.adapter, self.tied = model, adapter, tied
         self.label = label or f"{model.label}+{adapter.folder}"
-        self.path = adapter.folder
-        self.folder = adapter.folder if _has_tokenizer(adapter.folder) else model.folder
+        if _has_tokenizer(adapter.folder):  # else the model's goes with it, of a folder that has one
+            self.path = self.folder = adapter.folder
         self.files = [*model.files, adapter.file]
         self._stored = {prefix + name: name for name in model.tensors}
         self._shown = {name: shown for shown, name in self._stored.items()}
