@@ -48,12 +48,12 @@ def zoo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def merge(zoo: Path, kind: str, **changes: Any) -> Path:
+def merge(zoo: Path, kind: str, called: str = "", **changes: Any) -> Path:
     models = [
         {"model": f"{kind}/{t}", "task": {"name": t, "kind": "text-classification", "data": f"data/{t}.tsv"}}
         for t in TASKS
     ]
-    out = zoo / f"{changes['merge_method']}-{kind}"
+    out = zoo / f"{called or changes['merge_method']}-{kind}"
     adarank.merge_recipe(recipe(zoo, f"{out.name}.yaml", models=models, **changes), out)
     return out
 
@@ -68,6 +68,21 @@ def test_tasks_of_adapters_are_those_of_merged_models(changes: dict[str, Any], z
         assert set(first) == set(second)
         for name in first:
             torch.testing.assert_close(first[name], second[name], atol=5e-5, rtol=1e-4)
+
+
+def test_binary_masks_agree_on_the_components_there_are(zoo: Path) -> None:
+    settings = {**ADAPT["parameters"], "mask": "binary", "origin": "pretrained"}
+    changes = {**ADAPT, "merge_method": "adarank", "parameters": settings}
+    one, other = (
+        adarank.MaskFile.load(merge(zoo, kind, "binary", **changes) / "masks.safetensors")
+        for kind in ("adapters", "whole")
+    )
+    for name, mask in one.masks.items():
+        parts = zip(mask.split(one.sizes[name]), other.masks[name].split(other.sizes[name]), strict=True)
+        assert all(torch.equal(few, many[: len(few)]) for few, many in parts)
+    assert set(one.lam) == set(other.lam)
+    for name, lam in one.lam.items():
+        torch.testing.assert_close(lam, other.lam[name], atol=1e-4, rtol=1e-4)
 
 
 def test_masks_learned_on_adapters_merge_them_again(zoo: Path) -> None:
