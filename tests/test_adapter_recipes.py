@@ -204,6 +204,19 @@ def test_damaged_adapters_are_told_in_sentences(place: Path) -> None:
         weights(opened(place, "two"))
 
 
+@pytest.mark.parametrize(("name", "shape", "text"), [
+    ("lora_A.weight", (8,), "gather shards"), ("lora_B.weight", (0, 2), "gather shards"), ("lora_A.weight", (), "gather shards"),
+    ("lora_magnitude_vector", (5,), "5 magnitudes for 6 outputs"), ("lora_A.weight", (2, 7), r"\(2, 7\)"), ("lora_B.weight", (6, 2, 3), r"\(6, 2, 3\)"),
+])  # fmt: skip
+def test_factors_of_other_shapes_are_refused(name: str, shape: tuple[int, ...], text: str, place: Path) -> None:
+    by_hand(place / "odd", 3, ("layer.0.dense",), use_dora=True)
+    file, stem = place / "odd" / "adapter_model.safetensors", "base_model.model.layer.0.dense."
+    tensors = {**load_file(file), f"{stem}lora_magnitude_vector": torch.ones(6), f"{stem}{name}": torch.ones(shape)}
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=f"(?s)layer.0.dense.*{text}"):
+        opened(place, "odd")
+
+
 def test_older_files_are_read(place: Path) -> None:
     """Names with the adapter's name in them, and a pickled file."""
     file = place / "one" / "adapter_model.safetensors"

@@ -249,10 +249,12 @@ class Adapted(Checkpoint):
         rank, stack = config.rank_of(matched), len(shape) == 3 and matched == parameter
         experts = shape[0] if stack else 1
         columns = self._by_columns(layer, name, shape[1:] if stack else shape, stack)
-        if of_a[0] != rank * experts or of_b[1] != rank * experts:
+        if of_a[0] != rank * experts or of_b[1] != rank * experts or any(side != 1 for side in of_b[2:]):
             self._problems.append(
                 f"{layer.name}: factors {of_a} and {of_b}, and {CONFIG} says r = {rank}{' for each of ' + str(experts) if experts > 1 else ''}"
             )
+        elif config.decomposed and self._magnitudes(layer) != of_b[0]:
+            self._problems.append(f"{layer.name}: {self._magnitudes(layer)} magnitudes for {of_b[0]} outputs")
         elif columns is None:
             self._problems.append(f"{layer.name}: factors {of_a} and {of_b}, and the model's tensor is {shape}")
         else:
@@ -261,6 +263,9 @@ class Adapted(Checkpoint):
                 self._problems.append(
                     f"{layer.name}: its weight is an embedding table too, which the adapter changes as well: {UNTIE}"
                 )
+
+    def _magnitudes(self, layer: Layer) -> int:
+        return self.adapter.weights.tensors[layer.keys["magnitude_vector"]].numel
 
     def _lacking(self, layer: Layer, parameter: str) -> str:
         joint = f"{layer.name.rpartition('.')[2]}.in_proj_weight"

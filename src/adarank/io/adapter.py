@@ -101,6 +101,11 @@ class Adapter:
 
     def _check(self, unknown: Sequence[str]) -> None:
         problems = [f"{key}: not known here" for key in unknown]
+        factors = (key for layer in self.layers for part, key in layer.keys.items() if part != "magnitude_vector")
+        shards = [key for key in factors if len(self.shape(key)) < 2 or 0 in self.shape(key)]
+        problems += [
+            f"{key}: {self.shape(key)}, a part of a matrix: gather shards before save_pretrained" for key in shards
+        ]
         for layer in self.layers:
             wanted = ({"embedding_A", "embedding_B"} if layer.embedding else {"A", "B"}) | (
                 {"magnitude_vector"} if self.config.decomposed else set()
