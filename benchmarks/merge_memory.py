@@ -35,7 +35,7 @@ from torch import Tensor
 
 from adarank.io.record import machine, versions
 from adarank.io.writer import Layout, write_checkpoint
-from adarank.methods import METHODS, Informed
+from adarank.methods import METHODS, CalibratedMethod
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import parse_recipe
 from adarank.recipe.schema import DTYPES
@@ -49,7 +49,7 @@ NOISE = 0.01
 SHARD_BYTES = 400 * 10**6
 SAMPLE_SECONDS = 0.02
 LIMIT = 10**9
-DATA_FREE = {name: kind for name, kind in METHODS.items() if not issubclass(kind, Informed)}
+DATA_FREE = {name: kind for name, kind in METHODS.items() if not issubclass(kind, CalibratedMethod)}
 SPECTRAL = tuple(name for name, kind in DATA_FREE.items() if kind.spectral)
 MASK_RANK, MASK_LAMBDA = 0.6, 0.3
 # What a method must be told, or else does nothing that costs memory.

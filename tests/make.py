@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adarank.alignment.align import align
 from adarank.alignment.selection import Select
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io.checkpoint import Checkpoint, MemorySource
 from adarank.methods import Masked, Method, merge_tensors
 from adarank.spectral.mask_file import MaskFile
@@ -83,7 +83,7 @@ def network(
     select: Select | None = None,
     text_tasks: bool = False,
     task_heads: bool = False,
-) -> Network:
+) -> AlignedCheckpoints:
     """States in memory, aligned. Each is labelled by its role."""
     root = MemorySource(base, "base") if base is not None else None
     sources = {task: MemorySource(own, f"file of {task}") for task, own in experts.items()}
@@ -157,7 +157,7 @@ def floats(names: Iterable[str]) -> list[str]:
     return [name for name in names if name != BUFFER]
 
 
-def assert_accounted(net: Network) -> None:
+def assert_accounted(net: AlignedCheckpoints) -> None:
     """Every stored key of every input is merged or kept, a task's head, or dropped for a reason."""
     members = {**({"base": net.base} if net.base else {}), **net.experts}
     for role, member in members.items():
@@ -196,11 +196,11 @@ def models_on_disk(folder: Path, names: tuple[str, ...] = ("a", "b")) -> Path:
     return folder
 
 
-def merged(method: Method, net: Network) -> State:
+def merged(method: Method, net: AlignedCheckpoints) -> State:
     return dict(merge_tensors(method, net))
 
 
-def masked(net: Network, origin: str, lam: float, share: float) -> Masked:
+def masked(net: AlignedCheckpoints, origin: str, lam: float, share: float) -> Masked:
     """Masks that keep each task's first ⌊share·r⌋ components, at least one."""
     ranks = {
         n: min(i.shape[0], i.numel // i.shape[0])
@@ -213,7 +213,7 @@ def masked(net: Network, origin: str, lam: float, share: float) -> Masked:
     return Masked(masks=MaskFile(origin, net.tasks, lams, masks, {n: (r,) * count for n, r in ranks.items()}, {}))
 
 
-def on_disk(folder: Path, tasks: int, dtype: torch.dtype) -> tuple[State, dict[str, State], Network]:
+def on_disk(folder: Path, tasks: int, dtype: torch.dtype) -> tuple[State, dict[str, State], AlignedCheckpoints]:
     base, experts = family(tasks, dtype=dtype)
     root = Checkpoint(save_shards(folder / "base", base, 3), "base")
     opened = {task: Checkpoint(save(folder / task, own), task) for task, own in experts.items()}

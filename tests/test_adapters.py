@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adarank.alignment.adapters import with_adapter
 from adarank.alignment.align import align
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io.adapted import Adapted
 from adarank.io.adapter import Adapter
 from adarank.io.checkpoint import Checkpoint, MemorySource
@@ -46,11 +46,11 @@ class Zoo:
         base = Checkpoint(self.folder / "base")
         return base, {task: with_adapter(base, Adapter(self.folder / task)) for task in TASKS}
 
-    def factored(self) -> Network:
+    def factored(self) -> AlignedCheckpoints:
         base, experts = self.adapted()
         return align(base, experts, task_heads=self.kind.task is not None)
 
-    def dense(self) -> Network:
+    def dense(self) -> AlignedCheckpoints:
         """The same by whole models. A weight that is tied has two names in a module's state, and one in a file."""
         base, experts = self.adapted()
         kept = {task: {n: self.states[task][n] for n in each.tensors} for task, each in experts.items()}
@@ -70,7 +70,7 @@ def zoos(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return zoo
 
 
-def merged(network: Network, name: str, parameters: Any = None) -> dict[str, Tensor]:
+def merged(network: AlignedCheckpoints, name: str, parameters: Any = None) -> dict[str, Tensor]:
     method = METHODS[name].model_validate(METHODS_COMPARED.get(name, {}) if parameters is None else parameters)
     return dict(merge_tensors(method, network))
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 import adarank
 from adarank.adapt.schedule import Schedule
 from adarank.errors import OutputError
-from adarank.methods import METHODS, Informed
-from adarank.methods.task_aware.base import Taskwise
+from adarank.methods import METHODS, CalibratedMethod
+from adarank.methods.task_aware.base import TaskAwareMethod
 
 
 class Net(nn.Module):
@@ -288,7 +288,7 @@ def test_what_float16_cannot_hold_is_refused(call) -> None:
 
 
 ALONE = ("masked", "slerp", "nearswap", "arcee_fusion")  # takes no experts, or one
-OF_STATES = [name for name, kind in METHODS.items() if name not in ALONE and not issubclass(kind, Informed)]
+OF_STATES = [name for name, kind in METHODS.items() if name not in ALONE and not issubclass(kind, CalibratedMethod)]
 
 
 @pytest.mark.parametrize("method", OF_STATES)
@@ -297,7 +297,7 @@ def test_an_expert_in_float64_beside_others_in_float32_merges(method: str) -> No
     base = {"w": torch.randn(6, 5), "b": torch.randn(6)}
     near = [{n: t + 0.1 * torch.randn_like(t) for n, t in base.items()} for _ in range(2)]
     wide = {n: t.double() for n, t in near[1].items()}
-    call = adarank.merge_each if issubclass(METHODS[method], Taskwise) else adarank.merge
+    call = adarank.merge_each if issubclass(METHODS[method], TaskAwareMethod) else adarank.merge
     mixed, plain = (call(base, {"a": near[0], "b": own}, method) for own in (wide, near[1]))
     if call is adarank.merge_each:
         mixed, plain = mixed["b"], plain["b"]

@@ -71,7 +71,7 @@ FLAGS = {"adaptive", "modular", "trains", "learns", "task_aware"}
 # Every class that derives from the contract, and what runs used to give: nobody asks which one it has before them.
 KINDS = {
     *(kind.__name__ for kind in METHODS.built_in.values()),
-    *("Method", "Taskwise", "Informed", "Adapting", "AdaptiveMethod", "Modular", "Multitask", "Bundle"),
+    *("Method", "TaskAwareMethod", "CalibratedMethod", "Adapting", "AdaptiveMethod", "Modular", "Multitask", "Bundle"),
 }
 
 

@@ -83,7 +83,7 @@ def test_parts_of_every_dtype_come_back(tmp_path: Path, dtype: torch.dtype) -> N
     finish(tmp_path, about)
     found = BundleFolder(tmp_path)
     assert found.about == about
-    files = {"a": found.shared(), "b": found.own("one"), "c": found.own("two")}
+    files = {"a": found.shared(), "b": found.parts_of("one"), "c": found.parts_of("two")}
     for part, own in values.items():
         for name, tensor in own.items():
             assert identical(files[part].of(name)[part], tensor)

@@ -13,7 +13,7 @@ import text_zoo
 from adarank.adapt import PRESETS
 from adarank.cli.main import main
 from adarank.io.checkpoint import Checkpoint
-from adarank.methods import METHODS, Informed
+from adarank.methods import METHODS, CalibratedMethod
 from adarank.recipe.catalogue import catalogue
 from adarank.recipe.job import open_job
 from adarank.recipe.papers import ROWS, SETTINGS
@@ -25,7 +25,7 @@ TOLD = {"slerp": {"t": 0.5}, "nuslerp": {}, "nearswap": {"t": 0.5}}
 STREAMED = [
     name
     for name, kind in METHODS.items()
-    if name != "masked" and not issubclass(kind, Informed) and getattr(kind, "origin", None) == "pretrained"
+    if name != "masked" and not issubclass(kind, CalibratedMethod) and getattr(kind, "origin", None) == "pretrained"
 ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adarank.errors import MismatchError
-from adarank.modular.layers import Deltas, Route, mounted
+from adarank.modular.layers import Route, StackedDeltas, mounted
 from make import generator, randn
 
 LAYERS = {
@@ -81,7 +81,7 @@ def test_a_merged_layer_is_the_layer_with_each_inputs_weights(kind: str, tasks: 
     keys = {name: name for name in full}
     route = Route()
     reference = copy.deepcopy(net)
-    found = mounted(net, keys, {name: Deltas(own) for name, own in full.items()}, route, ())
+    found = mounted(net, keys, {name: StackedDeltas(own) for name, own in full.items()}, route, ())
     assert not found.left
     found.attach(net, keys)
     x = randn(3, *shape, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_factors_are_the_matrix_that_they_multiply_to(kind: str) -> None:
     full = {"layer.weight": (u @ v.mT).reshape(3, *matrix.shape)}
     reference, route = copy.deepcopy(net), Route()
     keys = {"layer.weight": "layer.weight"}
-    mounted(net, keys, {"layer.weight": Deltas(u=u, v=v)}, route, ()).attach(net, keys)
+    mounted(net, keys, {"layer.weight": StackedDeltas(u=u, v=v)}, route, ()).attach(net, keys)
     x = randn(3, *shape, dtype=torch.float64)
     route.weights = randn(4, len(x), 3, dtype=torch.float64)
     torch.testing.assert_close(net(x), by_hand(reference, full, route.weights, x), rtol=1e-10, atol=1e-10)
@@ -114,7 +114,7 @@ def test_parameters_expanded_over_the_batch_are_each_inputs_own() -> None:
     net = stirred(Net(Expanding()))
     full = {name: randn(7, 2, *own.shape, dtype=torch.float64) for name, own in net.named_parameters()}
     keys, route, reference = {name: name for name in full}, Route(), copy.deepcopy(net)
-    deltas = {name: Deltas(own) for name, own in full.items()}
+    deltas = {name: StackedDeltas(own) for name, own in full.items()}
     found = mounted(net, keys, deltas, route, ("cls_token", "position_embeddings"))
     assert not found.left
     found.attach(net, keys)
@@ -131,7 +131,7 @@ def test_parameters_expanded_over_the_batch_are_each_inputs_own() -> None:
 def test_a_copy_has_merges_of_its_own() -> None:
     net = stirred(Net(nn.Linear(5, 4)))
     keys, route = {"layer.weight": "layer.weight"}, Route()
-    mounted(net, keys, {"layer.weight": Deltas(torch.ones(1, 4, 5).double())}, route, ()).attach(net, keys)
+    mounted(net, keys, {"layer.weight": StackedDeltas(torch.ones(1, 4, 5).double())}, route, ()).attach(net, keys)
     route.weights = torch.ones(2, 1).double()
     twin, x = copy.deepcopy(net), randn(1, 2, 5, dtype=torch.float64)
     before = twin(x)
@@ -145,7 +145,7 @@ def test_windows_have_their_inputs_weights_others_are_refused() -> None:
     net = stirred(Net(nn.Linear(5, 4)))
     keys, route, reference = {"layer.weight": "layer.weight"}, Route(), copy.deepcopy(net)
     full = {"layer.weight": randn(2, 2, 4, 5, dtype=torch.float64)}
-    mounted(net, keys, {"layer.weight": Deltas(full["layer.weight"])}, route, ()).attach(net, keys)
+    mounted(net, keys, {"layer.weight": StackedDeltas(full["layer.weight"])}, route, ()).attach(net, keys)
     route.weights = randn(4, 3, 2, dtype=torch.float64)
     x = randn(3, 6, 7, 5, dtype=torch.float64)  # two windows for each of three inputs
     expected = by_hand(reference, full, route.weights.repeat_interleave(2, dim=0), x)
@@ -160,7 +160,7 @@ def test_a_layers_gradients_are_those_of_autograd(held: int, monkeypatch: pytest
     monkeypatch.setattr("adarank.modular.layers._HELD_BYTES", held)
     net = stirred(Net(nn.Linear(5, 4)))
     delta, keys, route = randn(2, 3, 4, 5, dtype=torch.float64), {"layer.weight": "layer.weight"}, Route()
-    mounted(net, keys, {"layer.weight": Deltas(delta)}, route, ()).attach(net, keys)
+    mounted(net, keys, {"layer.weight": StackedDeltas(delta)}, route, ()).attach(net, keys)
     x = randn(3, 6, 7, 5, dtype=torch.float64).requires_grad_()
     weights = randn(4, 6, 3, dtype=torch.float64).requires_grad_()
 

@@ -25,9 +25,11 @@ Vectors = Mapping[str, Tensor]
 
 
 def known(method, statistics: Mapping[str, Tensor], turned: bool = False):
-    """The method, knowing one statistic per task of the tensor `w`."""
+    """The method with one statistic per task of the tensor `w`."""
     names = frozenset({"w"})
-    return method.knowing(Statistics(names, lambda name, task: statistics[task], frozenset() if turned else names))
+    return method.with_statistics(
+        Statistics(names, lambda name, task: statistics[task], frozenset() if turned else names)
+    )
 
 
 def merged(method, weights: Vectors, statistics: Vectors, turned: bool = False) -> Tensor:

@@ -23,14 +23,14 @@ from adarank.calibration import gather as statistics
 from adarank.cli.main import main
 from adarank.errors import AdaRankError
 from adarank.io.writer import RECORD
-from adarank.methods import METHODS, Informed
+from adarank.methods import METHODS, CalibratedMethod
 from adarank.recipe.reader import load_recipe
 from adarank.workflow import calibrate
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.search import parse_axis, search
 
-NAMES = [name for name, kind in METHODS.items() if issubclass(kind, Informed)]
+NAMES = [name for name, kind in METHODS.items() if issubclass(kind, CalibratedMethod)]
 FEW: Mapping[str, Any] = {"examples": 12}
 
 
@@ -73,7 +73,7 @@ def test_regmean_from_a_recipe_solves_its_normal_equations(tmp_path: Path, archi
     record = adarank.merge_recipe(given, tmp_path / "out")
     job = adarank.open_job(given)
     data = load_tasks(job)
-    assert isinstance(job.method, Informed)
+    assert isinstance(job.method, CalibratedMethod)
     rows = job.method.sampled(data)
     sums: dict[str, list[Any]] = {}
     for task in text_zoo.TASKS:
@@ -136,7 +136,7 @@ def test_seed_and_number_of_examples_decide_batches_do_not(zoo: Path, tmp_path: 
 def test_only_adapt_inputs_are_looked_at(zoo: Path, name: str) -> None:
     job = adarank.open_job(load_recipe(text_zoo.recipe(zoo, merge_method=name, parameters={"examples": 1000})))
     data = load_tasks(job)
-    assert isinstance(job.method, Informed)
+    assert isinstance(job.method, CalibratedMethod)
     rows = job.method.sampled(data)
     for task, own in data.items():
         assert rows[task] == own.splits.rows["adapt"]

@@ -19,10 +19,10 @@ from adarank.io.bits import packed_size, unpack
 from adarank.io.bundle import WHOLE
 from adarank.io.writer import layout_bytes
 from adarank.methods import METHODS
-from adarank.methods.task_aware.base import Site, Taskwise, in_memory, layouts, sites_of, task_parts
+from adarank.methods.task_aware.base import Site, TaskAwareMethod, in_memory, layouts, sites_of, task_parts
 from make import BUFFER, MATRICES, SHAPES, State, close, family, identical, network
 
-NAMES = [name for name, kind in METHODS.items() if issubclass(kind, Taskwise)]
+NAMES = [name for name, kind in METHODS.items() if issubclass(kind, TaskAwareMethod)]
 EXACT: dict[str, dict[str, Any]] = {"emr": {}, "tall_masks": {}, "tsv_c": {"rank": 1.0}, "cart_indexing": {"rank": 1.0}}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -36,7 +36,7 @@ def vectors(base: State, experts: Mapping[str, State]) -> dict[str, dict[str, Ar
     }
 
 
-def parts(base: State, experts: Mapping[str, State], method: Taskwise) -> tuple[Any, Any]:
+def parts(base: State, experts: Mapping[str, State], method: TaskAwareMethod) -> tuple[Any, Any]:
     net = network(base, experts)
     return in_memory(method, net, sites_of(net))
 
@@ -209,7 +209,7 @@ def test_what_is_kept_is_the_bases_for_every_task(name: str) -> None:
 def test_layouts_are_what_comes(name: str, dtype: torch.dtype, tasks: int) -> None:
     net = network(*family(tasks, dtype=dtype))
     method, sites = METHODS[name](), sites_of(net)
-    assert isinstance(method, Taskwise)
+    assert isinstance(method, TaskAwareMethod)
     shared, own = layouts(method, sites, net.tasks)
     came: dict[str | None, dict[str, tuple[int, ...]]] = {None: {}, **{task: {} for task in net.tasks}}
     for task, key, tensor in task_parts(method, net, sites):
@@ -237,12 +237,12 @@ def test_factors_are_stored_where_they_take_less_room(
     name: str, rows: int, columns: int, tasks: int, rank: float
 ) -> None:
     method = METHODS[name](rank=rank)
-    assert isinstance(method, Taskwise)
+    assert isinstance(method, TaskAwareMethod)
     slots = method.slots(Site("w", (rows, columns), torch.float32, torch.float32, "decompose", tasks))
-    stored = layout_bytes(slots.shared) + tasks * layout_bytes(slots.own)
+    stored = layout_bytes(slots.shared) + tasks * layout_bytes(slots.per_task)
     k = max(1, int(rank * min(rows, columns) + 1e-9))
     assert stored == 4 * min(tasks * rows * columns, rows * columns + tasks * k * (rows + columns + 1))
-    assert (WHOLE in slots.own) == (not slots.shared)
+    assert (WHOLE in slots.per_task) == (not slots.shared)
 
 
 def test_negative_variances_are_refused() -> None:

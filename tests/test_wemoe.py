@@ -145,7 +145,7 @@ def serves(zoo: Path, folder: Path) -> None:
 
 
 def test_routers_average_over_positions_that_are_no_padding() -> None:
-    router = wemoe.Router(4, 3, 0.3)
+    router = wemoe.MLPRouter(4, 3, 0.3)
     with torch.no_grad():
         router.outer.weight.copy_(randn(1, 3, 4))
     h, mask = randn(2, 2, 5, 4), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])

@@ -16,9 +16,9 @@ import adarank
 from adarank.alignment.align import align
 from adarank.errors import RecipeError
 from adarank.io.checkpoint import MemorySource
-from adarank.methods import METHODS, Informed, merge_tensors
+from adarank.methods import METHODS, CalibratedMethod, merge_tensors
 from adarank.methods.calibrated.base import Statistics
-from adarank.methods.task_aware.base import Taskwise, sites_of, task_parts
+from adarank.methods.task_aware.base import TaskAwareMethod, sites_of, task_parts
 from adarank.sparsify.threshold import global_thresholds
 from make import SHAPES, State, close, family, floats, network
 
@@ -221,8 +221,8 @@ def test_a_method_reads_the_checkpoints_as_often_as_it_says(name: str) -> None:
     for own in watched.values():
         own.seen = []
     method = METHODS[name](**parameters)
-    known = method.knowing(Statistics()) if isinstance(method, Informed) else method
-    list(task_parts(known, net, sites_of(net)) if isinstance(known, Taskwise) else merge_tensors(known, net))
+    known = method.with_statistics(Statistics()) if isinstance(method, CalibratedMethod) else method
+    list(task_parts(known, net, sites_of(net)) if isinstance(known, TaskAwareMethod) else merge_tensors(known, net))
     for own in watched.values():
         first = own.seen[0]
         passes = sum(now == first and before != first for now, before in zip(own.seen, [None, *own.seen], strict=False))

@@ -19,7 +19,7 @@ from adarank.adapt.problem import Problem, expert_predictions, learns_head
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.align import align
 from adarank.alignment.selection import Select
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.calibration.batches import Batches
 from adarank.errors import DataError, RecipeError, itemise
 from adarank.io.bundle import held_parts
@@ -103,7 +103,7 @@ def merge_each(
     Arguments:
         base, experts, parameters, select: as for `merge`.
         method: a task-aware method, such as `emr`, `tall_masks`, `tsv_c` or `cart_indexing`; or your class that
-            derives from `adarank.methods.task_aware.base.Taskwise`, or an instance of one.
+            derives from `adarank.methods.task_aware.base.TaskAwareMethod`, or an instance of one.
 
     Returns:
         task -> tensor name -> tensor of the base's shape and dtype. Task heads are not in it.
@@ -320,7 +320,7 @@ def evaluate(
 
 
 def _method(
-    network: Network,
+    network: AlignedCheckpoints,
     method: str | type[MergeMethod] | MergeMethod,
     parameters: Mapping[str, Any] | None,
     function: str,
@@ -352,7 +352,7 @@ def _kind(method: str | type[MergeMethod], function: str) -> type[MergeMethod]:
 
 def _network(
     base: nn.Module | State | None, experts: Mapping[str, nn.Module | State], select: Select | None
-) -> Network:
+) -> AlignedCheckpoints:
     sources = {task: MemorySource(_state(expert), f"expert '{task}'") for task, expert in experts.items()}
     for source in sources.values():
         check_any(source)

@@ -24,7 +24,7 @@ from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.method import Context, Given, Outline, Result
 from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
@@ -131,7 +131,7 @@ class AdaptiveMethod(Adapting):
         merged = sum(3 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged())
         return 4 * (merged + kept + outline.head_numel())
 
-    def _stored(self, network: Network, name: str) -> int:
+    def _stored(self, network: AlignedCheckpoints, name: str) -> int:
         """Numbers that one task's part of a tensor takes: factors, or the task vector."""
         info = network.tensors[name]
         if not (self.spectra and network.choices[name].action == "decompose"):
@@ -143,7 +143,7 @@ class AdaptiveMethod(Adapting):
     def run(self, context: Context) -> Result:
         return context.adapted(self)
 
-    def decomposition(self, network: Network, device: torch.device | str) -> Basis:
+    def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         """What the blocks are of. May read every tensor, one at a time."""
         return BASES["task_vectors"]
 
@@ -152,7 +152,11 @@ class AdaptiveMethod(Adapting):
         return Learn(self.learn_masks, self.learn_lambda, settings.temperature, settings.clamp, self.lambda_per)
 
     def start(
-        self, network: Network, shared: Mapping[str, Tensor], settings: AdaptSettings, device: torch.device | str
+        self,
+        network: AlignedCheckpoints,
+        shared: Mapping[str, Tensor],
+        settings: AdaptSettings,
+        device: torch.device | str,
     ) -> LiveWeights:
         """The live weights at the method's start, over the parameters that the networks share."""
         basis = self.decomposition(network, device)
@@ -226,7 +230,7 @@ class AdaRank(AdaptiveMethod):
     def spectra(self) -> bool:
         return super().spectra or self.basis != "task_vectors"
 
-    def decomposition(self, network: Network, device: torch.device | str) -> Basis:
+    def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         return BASES[self.basis]
 
     def learn(self, settings: AdaptSettings) -> Learn:
@@ -265,7 +269,7 @@ class AdaMergingPP(AdaMerging):
     def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         return {**super().paper(given), "density": 0.2}
 
-    def decomposition(self, network: Network, device: torch.device | str) -> Basis:
+    def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         thresholds = global_thresholds(network, self.origin, self.density, device)
         return replace(BASES["task_vectors"], thresholds=thresholds)
 

@@ -23,7 +23,7 @@ from adarank.adapt.history import History
 from adarank.adapt.learner import Loss, Parameters
 from adarank.adapt.loop import adapt
 from adarank.adapt.settings import AdaptSettings
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.data.task import TaskData
 from adarank.errors import RecipeError, listed
 from adarank.method import Context, Given, MergeMethod, Outline, Result, changed_tensors
@@ -208,7 +208,7 @@ def _draw_heads(models: TaskModels, seed: int) -> None:
                     tensor.copy_(drawn[name])
 
 
-def _trained(network: Network, models: TaskModels, heads_fixed: bool) -> dict[str, Tensor]:
+def _trained(network: AlignedCheckpoints, models: TaskModels, heads_fixed: bool) -> dict[str, Tensor]:
     """What training may change: all of the body that is not kept, counters of batch norms too, and perhaps heads."""
     body = {name: tensor for name, tensor in models.shared.items()
             if network.choices[name].action != "keep" or name.endswith("num_batches_tracked")}  # fmt: skip
@@ -218,7 +218,7 @@ def _trained(network: Network, models: TaskModels, heads_fixed: bool) -> dict[st
     return body | heads
 
 
-def _head(network: Network, models: TaskModels, task: str) -> dict[str, Tensor]:
+def _head(network: AlignedCheckpoints, models: TaskModels, task: str) -> dict[str, Tensor]:
     """A task's trained head, under the names that its expert's files use."""
     trained = {name: tensor.detach() for name, tensor in models.heads[task].items()}
     return {**network.head(task), **trained}

@@ -21,7 +21,7 @@ from adarank.adapt.loop import adapt
 from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import QUICK_CHECK, Grid
-from adarank.alignment.task_vectors import Network, member_tensors
+from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
 from adarank.models import TaskModels
 from adarank.models.head_inputs import Pool, head_inputs, head_parts
 from adarank.models.predict import Forward
@@ -213,7 +213,7 @@ class Problem:
 
 
 def expert_predictions(
-    network: Network,
+    network: AlignedCheckpoints,
     models: TaskModels,
     inputs: Mapping[str, Inputs],
     settings: AdaptSettings,

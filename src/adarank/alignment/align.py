@@ -26,7 +26,7 @@ from adarank.alignment.selection import (
     is_mask,
     unmatched,
 )
-from adarank.alignment.task_vectors import Member, Network
+from adarank.alignment.task_vectors import AlignedCheckpoints, Member
 from adarank.errors import MismatchError, RecipeError, itemise
 from adarank.io.checkpoint import Source, TensorInfo
 from adarank.io.quantised import refuse_quantised
@@ -39,7 +39,7 @@ def align(
     text_tasks: bool = False,
     task_heads: bool = False,
     kept: Mapping[str, str] | None = None,
-) -> Network:
+) -> AlignedCheckpoints:
     """Pair the tensors of base and experts by name. Reads headers, integer tensors, and tables that may be tied.
 
     Arguments:
@@ -77,7 +77,9 @@ def align(
         n: aligner.forced.get(n) or choose(i, select, text_tasks and base is not None)
         for n, i in aligner.tensors.items()
     }
-    return Network(base_member, members, aligner.tensors, choices, {t: tuple(h) for t, h in aligner.heads.items()})
+    return AlignedCheckpoints(
+        base_member, members, aligner.tensors, choices, {t: tuple(h) for t, h in aligner.heads.items()}
+    )
 
 
 def _aliases(source: Source) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
     τ_t = W_t - origin        origin: the base, the mean of the experts, or zero
 
-A `Network` of checkpoints that are aligned (`alignment/align.py`) reads one tensor at a time. Of experts that are adapters
+`AlignedCheckpoints`, as `alignment/align.py` makes them, are read one tensor at a time. Of experts that are adapters
 over the base it knows task vectors as factors too: about the base where an expert is one, about the average where all are.
 
     τ_t = s_t B_t A_t                              about the base
@@ -25,6 +25,9 @@ from adarank.io.checkpoint import Source, TensorInfo, check_finite
 from adarank.io.low_rank import Factors, about_average, stacked
 
 OriginKind = Literal["pretrained", "average", "zero"]
+
+Deltas = Mapping[str, Tensor]
+"""task -> task vector of one tensor, float32, in the recipe's order. May compute each value when it is looked up."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Network:
+class AlignedCheckpoints:
     """Aligned base and experts.
 
     Attributes:
@@ -111,13 +114,13 @@ class Network:
         dtypes = {member.info(name).dtype for member in (*self.experts.values(), *others)}
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
-    def deltas(self, name: str, origin: Tensor, kind: OriginKind | None = None) -> Deltas:
-        """Task vectors of one tensor about `origin`, each computed when asked for.
+    def deltas(self, name: str, origin: Tensor, kind: OriginKind | None = None) -> TaskVectors:
+        """Task vectors of one tensor about `origin`, each computed when it is looked up.
 
         Arguments:
             kind: what `origin` is; without it no task vector is known as factors.
         """
-        return Deltas(self, name, origin, kind)
+        return TaskVectors(self, name, origin, kind)
 
     def change_rank(self, task: str, name: str) -> int | None:
         """The most that the rank of a task vector about the base can be; None unless the expert is an adapter over the base."""
@@ -163,10 +166,10 @@ class Network:
         return {i.name: check_finite(expert.source.read(i.name), i.name, i.file) for i in infos}
 
 
-class Deltas(Mapping[str, Tensor]):
+class TaskVectors(Mapping[str, Tensor]):
     """task -> W_task - origin. Lazy, so that a loop over tasks holds one task vector at a time."""
 
-    def __init__(self, network: Network, name: str, origin: Tensor, kind: OriginKind | None = None) -> None:
+    def __init__(self, network: AlignedCheckpoints, name: str, origin: Tensor, kind: OriginKind | None = None) -> None:
         self._network, self._name, self._origin, self._kind = network, name, origin, kind
 
     def __getitem__(self, task: str) -> Tensor:
@@ -196,7 +199,7 @@ class Deltas(Mapping[str, Tensor]):
 
 
 def member_tensors(
-    network: Network, member: Member, names: Iterable[str] | None = None
+    network: AlignedCheckpoints, member: Member, names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one checkpoint of a network, for every tensor (of `names`) that it shares with it."""
     for name in network.tensors if names is None else names:

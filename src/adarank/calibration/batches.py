@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.calibration.gather import Gatherer, Sample, Store
 from adarank.errors import DataError, itemise
 from adarank.method import Context
@@ -27,7 +27,7 @@ class Batches(Context):
 
     def __init__(
         self,
-        network: Network,
+        network: AlignedCheckpoints,
         experts: Mapping[str, nn.Module | Mapping[str, Tensor]],
         batches: Mapping[str, Sequence[Any]],
         call: Forward,

@@ -21,16 +21,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from adarank.alignment.task_vectors import Network, member_tensors
+from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
 from adarank.calibration.hooks import Grams, Seen, add_squared_gradients, label_weights, linear_layers, recording_grams
 from adarank.io.checkpoint import check_finite
 from adarank.io.record import Note
 from adarank.io.state import read_kept, write_state
 from adarank.methods.base import merge_tensor
-from adarank.methods.calibrated.base import Informed, Statistics
+from adarank.methods.calibrated.base import CalibratedMethod, Statistics
 from adarank.models import TaskModels
 
-M = TypeVar("M", bound=Informed)
+M = TypeVar("M", bound=CalibratedMethod)
 _BLOCK = re.compile(r"(?:.*\.)?\d+(?=\.)")
 
 
@@ -89,7 +89,7 @@ class Store:
 class Gatherer:
     """Takes the statistics that a method asks for. The models hold other tensors afterwards."""
 
-    network: Network
+    network: AlignedCheckpoints
     models: TaskModels
     sample: Sample
     store: Store
@@ -171,7 +171,7 @@ class Gatherer:
             check_finite(tensor, name, f"statistics of task '{task}'")
         return self.store.keep(key, tensors)
 
-    def _merge(self, method: Informed, names: list[str] | None) -> None:
+    def _merge(self, method: CalibratedMethod, names: list[str] | None) -> None:
         """Put merged tensors (of `names`; None: all) into the networks."""
         device = next(iter(self.models.shared.values())).device
         chosen = self.network.tensors if names is None else names

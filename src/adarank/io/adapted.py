@@ -133,7 +133,7 @@ class Adapted(Checkpoint):
         return None if change.stack or self.adapter.config.decomposed else self.adapter.shape(change.layer.key("A"))[0]
 
     @property
-    def companions(self) -> Path:
+    def processor_folder(self) -> Path:
         """The model's folder, which has its configuration too; the adapter's if only that has a tokenizer."""
         return self.model.folder if _has_tokenizer(self.model.folder) else self.folder
 

@@ -13,7 +13,7 @@ whose files have `whole:NAME` uses that for NAME. What other parts mean is the k
 
 Another kind of bundle is another method (`method.py`) whose result are `Parts`: it says how a task's parts become tensors
 (`task_tensors`) and, where the network needs more than tensors (an adapter, a router), a module (`dress`). A kind whose
-parts come of one tensor's task vectors at a time is a `Taskwise` method (`methods/task_aware/base.py`), which does both.
+parts come of one tensor's task vectors at a time is a `TaskAwareMethod` (`methods/task_aware/base.py`), which does both.
 """
 
 from __future__ import annotations
@@ -135,13 +135,13 @@ class Parts:
     Attributes:
         kind: who can read them: the name of the method that made them.
         settings: in force when they were made, as plain data.
-        shared, own, pieces: as for `write_parts`.
+        shared, per_task, pieces: as for `write_parts`.
     """
 
     kind: str
     settings: Mapping[str, Any]
     shared: Layout
-    own: Mapping[str, Layout]
+    per_task: Mapping[str, Layout]
     pieces: Iterator[Piece]
 
 
@@ -150,12 +150,12 @@ def task_folder(folder: Path, task: str) -> Path:
     return folder / "tasks" / task
 
 
-def write_parts(folder: Path, shared: Layout, own: Mapping[str, Layout], pieces: Iterator[Piece]) -> None:
+def write_parts(folder: Path, shared: Layout, per_task: Mapping[str, Layout], pieces: Iterator[Piece]) -> None:
     """Stream parts into their files, one in memory at a time.
 
     Arguments:
         shared: key -> (shape, dtype) of every part that all tasks use.
-        own: task -> the same of what only it uses.
+        per_task: task -> the same of what only it uses.
         pieces: the parts, in any order between files and in the layout's order within each.
 
     Raises:
@@ -163,7 +163,7 @@ def write_parts(folder: Path, shared: Layout, own: Mapping[str, Layout], pieces:
     """
     with ExitStack() as stack:
         files: dict[str | None, TensorFile] = {None: stack.enter_context(TensorFile(folder / SHARED, shared))}
-        for task, layout in own.items():
+        for task, layout in per_task.items():
             task_folder(folder, task).mkdir(parents=True, exist_ok=True)
             files[task] = stack.enter_context(TensorFile(task_folder(folder, task) / OWN, layout))
         for owner, name, tensor in pieces:
@@ -268,7 +268,7 @@ class BundleFolder:
         """What all tasks use."""
         return PartFile(self._open(self.folder / SHARED))
 
-    def own(self, task: str) -> PartFile:
+    def parts_of(self, task: str) -> PartFile:
         """What only this task uses."""
         return PartFile(self._open(self.of_task(task) / OWN))
 

@@ -185,7 +185,7 @@ class Checkpoint(_Whole):
         return method_in(self.config) or (method_beside(self.folder) if self.path.is_dir() else None)
 
     @property
-    def companions(self) -> Path:
+    def processor_folder(self) -> Path:
         """The folder whose tokenizer or image processor goes with the weights."""
         return self.folder
 

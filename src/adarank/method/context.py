@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.data.task import TaskData
 from adarank.errors import RecipeError
 from adarank.io.bundle import Parts
@@ -40,12 +40,12 @@ class Context:
     progress: Any = None
     state: Path | None = None
 
-    def __init__(self, network: Network, device: torch.device | str = "cpu", seed: int = 0) -> None:
+    def __init__(self, network: AlignedCheckpoints, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self._network, self._device, self._seed = network, device, seed
         self.note = lambda text: None
 
     @property
-    def network(self) -> Network:
+    def network(self) -> AlignedCheckpoints:
         """Base and experts, aligned."""
         return self._network
 
@@ -166,7 +166,9 @@ class Result:
         return {self.block: self.report} if self.block else {}
 
 
-def changed_tensors(network: Network, changed: Mapping[str, Tensor], by: str) -> Iterator[tuple[str, Tensor]]:
+def changed_tensors(
+    network: AlignedCheckpoints, changed: Mapping[str, Tensor], by: str
+) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a result, heads not among them, in the network's order: what a loop changed, the rest as kept.
 
     Arguments:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io.bundle import PartFile
 from adarank.io.writer import Layout, layout_bytes
 from adarank.method.context import Context, Result
@@ -34,7 +34,7 @@ class MergeMethod(Settings):
     """Base of everything that can stand under `merge_method`: a frozen object of settings.
 
     Most methods derive from one of its subclasses, which need less: `methods.base.Method` (a function of one tensor),
-    `methods.task_aware.base.Taskwise` (parts of one tensor), `methods.calibrated.base.Informed` (a function of one tensor
+    `methods.task_aware.base.TaskAwareMethod` (parts of one tensor), `methods.calibrated.base.CalibratedMethod` (a function of one tensor
     and of statistics), `adapt.methods.AdaptiveMethod` (a start of the adaptation), `modular.base.Modular` (modules).
 
     Class attributes:
@@ -131,7 +131,7 @@ class MergeMethod(Settings):
         """The method that this one is put on, if there is one: its part of the recipe is checked as a recipe is."""
         return None
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a `RecipeError` if the method cannot merge this network. Called before any work."""
 
     def in_force(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class MergeMethod(Settings):
         """
         return {}
 
-    def notes(self, network: Network) -> list[str]:
+    def notes(self, network: AlignedCheckpoints) -> list[str]:
         """What a user may not expect of it here, in sentences."""
         return []
 

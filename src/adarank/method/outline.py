@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adarank.alignment.selection import Action
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io.writer import Layout
 from adarank.models import Family
 
@@ -47,7 +47,9 @@ class Site:
         return self.action in ("decompose", "scale")
 
 
-def sites_of(network: Network, tensors: Layout | None = None, floats: torch.dtype | None = None) -> list[Site]:
+def sites_of(
+    network: AlignedCheckpoints, tensors: Layout | None = None, floats: torch.dtype | None = None
+) -> list[Site]:
     """Every tensor of the network, in its order.
 
     Arguments:
@@ -73,7 +75,7 @@ class Outline:
         dequantised: tensors of the inputs are made as they are read: of codes and scales, or of a model and an adapter.
     """
 
-    network: Network
+    network: AlignedCheckpoints
     layout: Layout
     floats: torch.dtype | None = None
     family: Family | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adarank.methods.base import Method, merge_tensor, merge_tensors
-from adarank.methods.calibrated.base import Informed
+from adarank.methods.calibrated.base import CalibratedMethod
 from adarank.methods.calibrated.fisher import Fisher
 from adarank.methods.calibrated.regmean import RegMean
 from adarank.methods.calibrated.regmean_plus_plus import RegMeanPlusPlus
@@ -90,8 +90,8 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in ALL}
 __all__ = [
     "CART",
     "METHODS",
+    "CalibratedMethod",
     "Fisher",
-    "Informed",
     "Masked",
     "Method",
     "RegMean",

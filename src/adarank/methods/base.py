@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Network, OriginKind
+from adarank.alignment.task_vectors import AlignedCheckpoints, Deltas, OriginKind
 from adarank.errors import MismatchError, RecipeError, itemise
 from adarank.io.checkpoint import check_result
 from adarank.method import Context, Given, MergeMethod, Outline, Result
@@ -22,12 +22,12 @@ from adarank.methods.per_tensor import Flag, PerTensor, TensorWeights, flag, res
 from adarank.settings import parse
 
 __all__ = [
+    "AlignedCheckpoints",
     "Deltas",
     "Flag",
     "Given",
     "Method",
     "MismatchError",
-    "Network",
     "OriginKind",
     "PerTensor",
     "RecipeError",
@@ -42,10 +42,6 @@ __all__ = [
     "scaled_mean",
     "weighted_sum",
 ]
-
-Deltas = Mapping[str, Tensor]
-"""task -> task vector of one tensor, float32, in the recipe's order. May compute each value when asked."""
-
 
 M = TypeVar("M", bound="Method")
 
@@ -71,11 +67,11 @@ class Method(MergeMethod):
         """Merge one tensor that is not decomposed (`scale`): by default as a matrix is."""
         return self.merge_matrix(name, origin, deltas)
 
-    def origin_kind(self, network: Network) -> OriginKind:
+    def origin_kind(self, network: AlignedCheckpoints) -> OriginKind:
         """What task vectors are counted from."""
         return self.origin
 
-    def prepare(self: M, network: Network, device: torch.device | str) -> M:
+    def prepare(self: M, network: AlignedCheckpoints, device: torch.device | str) -> M:
         """The method with all that it must know of the whole model before the first tensor is merged.
 
         Called once before merging. May read every tensor, one at a time; returns a copy, as settings are frozen.
@@ -143,7 +139,7 @@ class Method(MergeMethod):
         return Result(merge_tensors(self, context.network, context.device))
 
 
-def check_one_other(method: str, network: Network) -> None:
+def check_one_other(method: str, network: AlignedCheckpoints) -> None:
     """Raise a `RecipeError` unless there is one model beside the base."""
     if len(network.experts) != 1:
         raise RecipeError(
@@ -170,7 +166,9 @@ def scaled_mean(origin: Tensor, deltas: Deltas, scale: float) -> Tensor:
     return weighted_sum(origin, deltas, lambda task: scale / len(deltas))
 
 
-def merge_tensors(method: Method, network: Network, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+def merge_tensors(
+    method: Method, network: AlignedCheckpoints, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model that is not a head, in the network's order, one in memory at a time.
 
     Raises:
@@ -185,7 +183,7 @@ def merge_tensors(method: Method, network: Network, device: torch.device | str =
 
 
 @torch.no_grad()
-def merge_tensor(method: Method, network: Network, name: str, device: torch.device | str = "cpu") -> Tensor:
+def merge_tensor(method: Method, network: AlignedCheckpoints, name: str, device: torch.device | str = "cpu") -> Tensor:
     """One tensor of the merged model, by a prepared method. One that no adapter changes stays the base's, as stored."""
     action = network.choices[name].action
     if action not in ("decompose", "scale"):

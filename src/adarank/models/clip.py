@@ -222,7 +222,7 @@ class ZeroShotExpert(Checkpoint):
         return {f"{parts}: {len(others)} tensor(s)": "heads are made by the base's text tower"} if others else {}
 
     @property
-    def companions(self) -> Path:
+    def processor_folder(self) -> Path:
         """The base's folder where the expert's has no image processor."""
         files = [self._expert.folder / name for name in ("preprocessor_config.json", "processor_config.json")]
         return self._expert.folder if any(file.exists() for file in files) else self._base.folder

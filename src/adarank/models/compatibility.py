@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from adarank.alignment.selection import is_table
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import MismatchError, itemise
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.vocabulary import Vocabulary, comparable, files_of, fingerprint, read_vocabulary
@@ -24,7 +24,9 @@ Member = TypeVar("Member")
 _RESERVED = re.compile(r"^[<\[]\|?(un_?used|reserved|place_?holder|dummy|control_\d|extra_\d)", re.IGNORECASE)
 
 
-def check_compatible(network: Network, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> list[str]:
+def check_compatible(
+    network: AlignedCheckpoints, base: Checkpoint | None, experts: Mapping[str, Checkpoint]
+) -> list[str]:
     """Compare vocabularies and configurations wherever two members have them; returns notes on harmless differences.
 
     Raises:
@@ -42,7 +44,7 @@ def check_compatible(network: Network, base: Checkpoint | None, experts: Mapping
     return [*notes, *more, *compare_processors(folders)]
 
 
-def check_modules(network: Network, base: object, experts: Mapping[str, object]) -> None:
+def check_modules(network: AlignedCheckpoints, base: object, experts: Mapping[str, object]) -> None:
     """Compare the configurations that modules of `transformers` carry; others have none.
 
     Raises:
@@ -63,7 +65,7 @@ def labelled(base: Member | None, experts: Mapping[str, Member]) -> dict[str, Me
     }
 
 
-def _tied(network: Network) -> bool:
+def _tied(network: AlignedCheckpoints) -> bool:
     """Whether an output embedding is among what merges."""
     return any("lm_head" in name for name in network.tensors)
 
@@ -82,7 +84,7 @@ def _refuse(of_settings: list[str], of_tokens: list[str]) -> None:
         raise MismatchError("\n".join(texts))
 
 
-def _tables(network: Network) -> tuple[set[str], int]:
+def _tables(network: AlignedCheckpoints) -> tuple[set[str], int]:
     """The members that hold an embedding table, and how many rows the largest has."""
     named = labelled(network.base, network.experts)
     tables = [name for name, info in network.tensors.items() if len(info.shape) == 2 and is_table(name)]

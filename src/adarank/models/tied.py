@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adarank.alignment.selection import computed
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import CheckpointError, MismatchError, itemise
 from adarank.models.loading import loaded_names
 
@@ -40,7 +40,7 @@ class TaskModels:
                 self.shared[name].copy_(value)
 
 
-def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModels:
+def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints) -> TaskModels:
     """Tie all tensors of the modules that are not heads, so that writing one writes it for every task.
 
     Arguments:
@@ -91,7 +91,7 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: Network) -> TaskModel
 
 
 def module_keys(
-    network: Network, task: str, names: Sequence[str], module: nn.Module, held: Mapping[str, Tensor]
+    network: AlignedCheckpoints, task: str, names: Sequence[str], module: nn.Module, held: Mapping[str, Tensor]
 ) -> dict[str, str]:
     """Tensor of the network -> its name in a task's module, for those that it has."""
     member = network.experts[task]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adarank.adapt.base import Adapting, split_block
 from adarank.adapt.presets import PRESETS
 from adarank.adapt.settings import AdaptSettings
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError
 from adarank.io.bundle import WHOLE, BundleFolder, PartFile, Parts, key
 from adarank.io.writer import Layout, layout_bytes
@@ -36,6 +36,7 @@ __all__ = [
     "OF_COMPONENTS",
     "OF_LOGITS",
     "WHOLE",
+    "AlignedCheckpoints",
     "Another",
     "Built",
     "BundleFolder",
@@ -45,7 +46,6 @@ __all__ = [
     "Layout",
     "MergeMethod",
     "Modular",
-    "Network",
     "Outline",
     "PartFile",
     "RecipeError",

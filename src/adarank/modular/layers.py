@@ -53,7 +53,7 @@ class Route:
 
 
 @dataclass(frozen=True)
-class Deltas:
+class StackedDeltas:
     """What each task adds to one tensor, whole or as factors.
 
     Attributes:
@@ -82,13 +82,13 @@ class Deltas:
 class _Merge(nn.Module):
     """A forward hook with tensors: those of `deltas` that are for one layer, by the parameter's name in the layer."""
 
-    def __init__(self, layer: nn.Module, deltas: Mapping[str, Deltas], route: Route) -> None:
+    def __init__(self, layer: nn.Module, deltas: Mapping[str, StackedDeltas], route: Route) -> None:
         super().__init__()
         self.route = route
         self._shared: dict[str, nn.Parameter | None] = {}
         self.keep(layer, deltas)
 
-    def keep(self, layer: nn.Module, deltas: Mapping[str, Deltas]) -> None:
+    def keep(self, layer: nn.Module, deltas: Mapping[str, StackedDeltas]) -> None:
         """Every delta whole, as a buffer (tasks, *shape) under its parameter's name."""
         for name in layer._parameters:
             delta = deltas.get(name)
@@ -104,7 +104,7 @@ class _Merge(nn.Module):
 class _Linear(_Merge):
     """On nn.Linear and on transformers' Conv1D, which stores its matrix the other way round."""
 
-    def keep(self, layer: nn.Module, deltas: Mapping[str, Deltas]) -> None:
+    def keep(self, layer: nn.Module, deltas: Mapping[str, StackedDeltas]) -> None:
         super().keep(layer, {name: delta for name, delta in deltas.items() if delta.full is not None})
         delta, turned = deltas.get("weight"), not isinstance(layer, nn.Linear)
         if delta is not None and delta.full is not None and turned:
@@ -240,7 +240,11 @@ def carry(module: nn.Module, parts: Iterable[nn.Module]) -> None:
 
 
 def mounted(
-    module: nn.Module, keys: Mapping[str, str], deltas: Mapping[str, Deltas], route: Route, expanded: Sequence[str]
+    module: nn.Module,
+    keys: Mapping[str, str],
+    deltas: Mapping[str, StackedDeltas],
+    route: Route,
+    expanded: Sequence[str],
 ) -> Mounted:
     """The merges that a network's layers need.
 

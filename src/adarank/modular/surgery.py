@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from adarank.modular.base import (
     OF_COMPONENTS,
     OF_LOGITS,
+    AlignedCheckpoints,
     Another,
     Built,
     BundleFolder,
@@ -34,7 +35,6 @@ from adarank.modular.base import (
     Layout,
     MergeMethod,
     Modular,
-    Network,
     Outline,
     RecipeError,
     Settings,
@@ -107,11 +107,11 @@ class Surgery(Modular):
         start = parse(cls, given.parameters, f"parameters of '{cls.name}'").start
         return Another("parameters.start", start.merge_method, start.parameters, start.adapt)
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a `RecipeError` if the start's method cannot merge this network."""
         self._put_on().check(network)
 
-    def notes(self, network: Network) -> list[str]:
+    def notes(self, network: AlignedCheckpoints) -> list[str]:
         """The notes of the start's method."""
         return [f"start: {text}" for text in self._put_on().notes(network)]
 
@@ -244,7 +244,7 @@ def mount(module: nn.Module, head: Sequence[nn.Module], adapter: Adapter) -> Non
 
 def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
     """Put a task's adapter on a network that holds the merged body and the task's head."""
-    parts = bundle.own(task).of()
+    parts = bundle.parts_of(task).of()
     adapter = Adapter(parts["down"].shape[1], parts["down"].shape[0])
     adapter.load_state_dict({name: parts[name] for name in ("down", "up")})
     mount(module, head_of(bundle, task, module), adapter)

@@ -47,7 +47,7 @@ from adarank.modular.base import (
     top_count,
     whole,
 )
-from adarank.modular.layers import Deltas, Mounted, Route, carry, mounted
+from adarank.modular.layers import Mounted, Route, StackedDeltas, carry, mounted
 from adarank.spectral.svd import decompose
 
 
@@ -117,7 +117,7 @@ class TwinMerging(Modular):
         losses = {task: partial(_step, work, router, features[task], task) for task in tasks}
         return Built(dict(router.named_parameters()), losses, part, dict.fromkeys(tasks, width), left, about)
 
-    def _put_on(self, work: Work, router: Router, deltas: Mapping[str, Deltas]) -> tuple[str, ...]:
+    def _put_on(self, work: Work, router: Router, deltas: Mapping[str, StackedDeltas]) -> tuple[str, ...]:
         """Mount router and residuals on all networks; returns the tensors that no layer can merge input by input."""
         keys = {task: work.keys(task) for task in work.models.modules}
         route, first = Route(), work.context.network.tasks[0]
@@ -234,20 +234,20 @@ def mount(module: nn.Module, head: Sequence[nn.Module], router: Router, layers: 
     carry(module, [decide, *layers.merges.values()])
 
 
-def deltas_of(names: Sequence[str], parts: Callable[[str], Sequence[Mapping[str, Tensor]]]) -> dict[str, Deltas]:
+def deltas_of(names: Sequence[str], parts: Callable[[str], Sequence[Mapping[str, Tensor]]]) -> dict[str, StackedDeltas]:
     """Residuals of some tensors, from each task's parts of them."""
     deltas = {}
     for name in names:
         each = parts(name)
         stacked = {part: torch.stack([of_task[part].float() for of_task in each]) for part in each[0]}
-        deltas[name] = Deltas(stacked.get("delta"), stacked.get("u"), stacked.get("v"))
+        deltas[name] = StackedDeltas(stacked.get("delta"), stacked.get("u"), stacked.get("v"))
     return deltas
 
 
 def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
     """Put a bundle's router and residuals on a network that holds its shared expert."""
     about, shared = bundle.about, bundle.shared().of()
-    each: list[PartFile] = [bundle.own(name) for name in about.tasks]
+    each: list[PartFile] = [bundle.parts_of(name) for name in about.tasks]
     width = len(shared["mean"])
     with torch.random.fork_rng(devices=[]):  # drawn, and then filled
         router = Router(width, len(shared["first.bias"]) // width, len(about.tasks))

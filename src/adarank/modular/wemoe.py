@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from adarank.modular.base import (
     FAMILIES,
     WHOLE,
+    AlignedCheckpoints,
     Built,
     BundleFolder,
     Context,
     Family,
     Layout,
     Modular,
-    Network,
     RecipeError,
     Site,
     Spec,
@@ -42,7 +42,7 @@ from adarank.modular.base import (
     pooled,
     whole,
 )
-from adarank.modular.layers import Deltas, Route, carry, mounted
+from adarank.modular.layers import Route, StackedDeltas, carry, mounted
 
 ROUTER = {"inner.weight": "a1", "inner.bias": "b1", "outer.weight": "a2", "outer.bias": "b2"}
 """Parameter of a router -> the part of a bundle that holds it."""
@@ -97,7 +97,7 @@ class WEMoE(Modular):
         blocks = mlps(network.tensors, merged, work.family.mlps)
         deltas = {n: _task_vectors(network, n, work.device) for block in blocks for n in block.tensors if n in merged}
         width = {block: network.tensors[block.tensors[-1]].numel for block in blocks}
-        routers = {b: Router(width[b], len(network.tasks), self.scale).to(work.device) for b in blocks}
+        routers = {b: MLPRouter(width[b], len(network.tasks), self.scale).to(work.device) for b in blocks}
         mount([(module, work.keys(task)) for task, module in work.models.modules.items()], deltas, routers)
         named = {block.name: router for block, router in routers.items()}
 
@@ -117,10 +117,10 @@ class WEMoE(Modular):
         return dress(bundle, task, module)
 
 
-def _task_vectors(network: Network, name: str, device: torch.device | str) -> Deltas:
+def _task_vectors(network: AlignedCheckpoints, name: str, device: torch.device | str) -> StackedDeltas:
     """The task vectors of one tensor about the base, stacked."""
     deltas = network.deltas(name, network.origin(name, "pretrained", device), "pretrained")
-    return Deltas(torch.stack([deltas[task] for task in deltas]).float())
+    return StackedDeltas(torch.stack([deltas[task] for task in deltas]).float())
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def mlps(names: Iterable[str], merged: Collection[str], pairs: Sequence[tuple[st
     return blocks
 
 
-class Router(nn.Module):
+class MLPRouter(nn.Module):
     """r: how an MLP is merged for an input."""
 
     def __init__(self, width: int, tasks: int, scale: float) -> None:
@@ -192,7 +192,7 @@ class _Mask:
 class _Decide(nn.Module):
     """The pre-hook of an MLP's first layer: sets the route of the MLP for this batch."""
 
-    def __init__(self, router: Router, route: Route, mask: _Mask) -> None:
+    def __init__(self, router: MLPRouter, route: Route, mask: _Mask) -> None:
         super().__init__()
         self.router, self._route, self._mask = router, route, mask
 
@@ -202,8 +202,8 @@ class _Decide(nn.Module):
 
 def mount(
     networks: Sequence[tuple[nn.Module, Mapping[str, str]]],
-    deltas: Mapping[str, Deltas],
-    routers: Mapping[Block, Router],
+    deltas: Mapping[str, StackedDeltas],
+    routers: Mapping[Block, MLPRouter],
 ) -> None:
     """Put routers and task vectors on networks whose MLPs hold W₀; the networks share them.
 
@@ -232,22 +232,22 @@ def mount(
 def dress(bundle: BundleFolder, task: str, module: nn.Module) -> nn.Module:
     """Put a bundle's routers and task vectors on a network that holds its tensors."""
     about, shared = bundle.about, bundle.shared()
-    each = [bundle.own(name) for name in about.tasks]
+    each = [bundle.parts_of(name) for name in about.tasks]
     merged = {name for name in about.tensors if each[0].of(name)}
     blocks = mlps(about.tensors, merged, FAMILIES[str(about.models)].mlps)
-    deltas: dict[str, Deltas] = {}
+    deltas: dict[str, StackedDeltas] = {}
     for name in (name for block in blocks for name in block.tensors if name in merged):
         stored = [of_task.of(name) for of_task in each]
         base = shared.of(name)[WHOLE].float()
         stack = [
             of_task["delta"].float() if "delta" in of_task else of_task["expert"].float() - base for of_task in stored
         ]
-        deltas[name] = Deltas(torch.stack(stack))
-    routers: dict[Block, Router] = {}
+        deltas[name] = StackedDeltas(torch.stack(stack))
+    routers: dict[Block, MLPRouter] = {}
     for block in blocks:
         parts = shared.of(block.name)
         with torch.random.fork_rng(devices=[]):  # drawn, and then filled
-            routers[block] = Router(len(parts["b1"]), len(about.tasks), 0.0)
+            routers[block] = MLPRouter(len(parts["b1"]), len(about.tasks), 0.0)
         routers[block].load_state_dict({name: parts[part] for name, part in ROUTER.items()})
     device = next(module.parameters()).device
     mount([(module, module_names(bundle, task, module))], deltas, routers)

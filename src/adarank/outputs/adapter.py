@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import OutputError
 from adarank.io.adapter import PREFIX, WEIGHTS
 from adarank.io.adapter_config import CONFIG
@@ -55,7 +55,12 @@ class _Written:
 
 
 def write_adapter(
-    folder: Path, network: Network, layout: Layout, tensors: Iterable[tuple[str, Tensor]], rank: int, base: str
+    folder: Path,
+    network: AlignedCheckpoints,
+    layout: Layout,
+    tensors: Iterable[tuple[str, Tensor]],
+    rank: int,
+    base: str,
 ) -> dict[str, Any]:
     """Fill `folder` with an adapter; returns what the record says of it.
 
@@ -79,7 +84,7 @@ def write_adapter(
     return {"rank": rank, "bytes": size, "relative_error": float(f"{written.total():.4g}"), "relative_errors": errors}
 
 
-def _carried(network: Network, layout: Layout, tensors: Iterable[tuple[str, Tensor]], rank: int) -> _Written:
+def _carried(network: AlignedCheckpoints, layout: Layout, tensors: Iterable[tuple[str, Tensor]], rank: int) -> _Written:
     slots, written = slots_of(network), _Written()
     saved: dict[str, dict[str, Tensor]] = {}
     for name, merged in tensors:
@@ -112,7 +117,7 @@ def _carried(network: Network, layout: Layout, tensors: Iterable[tuple[str, Tens
     return written
 
 
-def _task_vector(network: Network, name: str, merged: Tensor) -> Tensor | None:
+def _task_vector(network: AlignedCheckpoints, name: str, merged: Tensor) -> Tensor | None:
     """What a merge added to the base's tensor, on the CPU; None of a tensor that does not merge."""
     if network.choices[name].action not in ("decompose", "scale"):
         return None
@@ -121,7 +126,7 @@ def _task_vector(network: Network, name: str, merged: Tensor) -> Tensor | None:
     return merged.cpu().to(start.dtype) - start
 
 
-def _factors(network: Network, name: str, tau: Tensor, slot: Slot, rank: int) -> tuple[Tensor, Tensor]:
+def _factors(network: AlignedCheckpoints, name: str, tau: Tensor, slot: Slot, rank: int) -> tuple[Tensor, Tensor]:
     """A (rank, in…) and B (out, rank), matrices of the best approximation; rows and columns beyond its rank are zero."""
     spectrum = _spectrum(network, name, as_matrix(tau)).first(rank)
     root = spectrum.s.sqrt()
@@ -129,7 +134,7 @@ def _factors(network: Network, name: str, tau: Tensor, slot: Slot, rank: int) ->
     return (left.T, right) if slot.how in ("transposed", "embedding") else (right.T, left)
 
 
-def _spectrum(network: Network, name: str, tau: Tensor) -> Spectrum:
+def _spectrum(network: AlignedCheckpoints, name: str, tau: Tensor) -> Spectrum:
     """The SVD of a merged task vector: by the adapters' directions where it lies within them, else of the whole."""
     changes = network.changes(name, "cpu")
     if len(changes) == len(network.experts):
@@ -142,7 +147,7 @@ def _spectrum(network: Network, name: str, tau: Tensor) -> Spectrum:
     return decompose(tau, name)
 
 
-def _rounding(network: Network, name: str, tau: Tensor) -> float:
+def _rounding(network: AlignedCheckpoints, name: str, tau: Tensor) -> float:
     """What W + τ - W may differ from τ by, as a norm: each entry by an ε of W."""
     assert network.base is not None
     epsilon = torch.finfo(tau.dtype).eps
@@ -196,7 +201,7 @@ def _config(slots: dict[str, Slot], rank: int, base: str, task: str | None) -> d
     }
 
 
-def _task(network: Network) -> str | None:
+def _task(network: AlignedCheckpoints) -> str | None:
     """What peft calls the task that the base's class is of, if it generates text."""
     assert network.base is not None
     named = network.base.source.config.get("architectures")

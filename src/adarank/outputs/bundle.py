@@ -64,7 +64,7 @@ class Bundle(BundleFolder):
             CheckpointError: no such task, or a file of it is damaged.
         """
         self.names(task)
-        return self.kind.task_tensors(self.about.tensors, self.shared(), self.own(task))
+        return self.kind.task_tensors(self.about.tensors, self.shared(), self.parts_of(task))
 
     def state(self, task: str) -> Iterator[tuple[str, Tensor]]:
         """(name as in the expert's files, tensor) of a task's whole network, its head last."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io.bundle import HEAD, About, Names, Parts, finish, task_folder, write_parts
 from adarank.io.sentence import ROOT_FILES
 from adarank.io.side_files import tokenizer_files
@@ -127,7 +127,7 @@ def write_bundle(folder: Path, job: Job, parts: Parts) -> dict[str, Any]:
     Raises:
         OutputError: the parts do not follow their layouts.
     """
-    write_parts(folder, parts.shared, parts.own, parts.pieces)
+    write_parts(folder, parts.shared, parts.per_task, parts.pieces)
     write_root_files(folder, job)
     for task in job.network.tasks:
         write_task_files(task_folder(folder, task), job, task)
@@ -136,7 +136,7 @@ def write_bundle(folder: Path, job: Job, parts: Parts) -> dict[str, Any]:
     return finish(folder, About(parts.kind, parts.settings, models, job.layout(), names))
 
 
-def names_in_expert(network: Network, task: str) -> Names:
+def names_in_expert(network: AlignedCheckpoints, task: str) -> Names:
     """What a task's expert calls the tensors of a network."""
     known = network.experts[task].names
     stored = {name: None if name in network.heads[task] else known.get(name) for name in network.tensors}

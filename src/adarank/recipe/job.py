@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from adarank.alignment.align import align
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.sentence import check_modules
@@ -38,7 +38,7 @@ class Job:
     recipe: Recipe
     base: Checkpoint | None
     experts: dict[str, Checkpoint]
-    network: Network
+    network: AlignedCheckpoints
     family: Family | None
     method: MergeMethod
     notes: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ def open_job(recipe: Recipe) -> Job:
     return Job(recipe, base, opened, network, family, _method(recipe, network), tuple(notes), tokenizer)
 
 
-def _method(recipe: Recipe, network: Network) -> MergeMethod:
+def _method(recipe: Recipe, network: AlignedCheckpoints) -> MergeMethod:
     """The recipe's method, checked against the network, as is the form of its output: before anything is computed."""
     method = recipe.method(network.merged())
     method.check(network)
@@ -165,7 +165,7 @@ def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
     return FAMILIES[known.pop()] if known else None
 
 
-def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Network) -> None:
+def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: AlignedCheckpoints) -> None:
     """A body alone can merge, and neither be adapted nor scored on data."""
     with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
     bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]

@@ -17,7 +17,7 @@ from torch import nn
 
 from adarank.alignment.adapters import output_is_tied
 from adarank.alignment.selection import is_embedding, is_table
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import TensorInfo
 from adarank.models.loading import loading
@@ -40,7 +40,7 @@ class Slot:
         return self.how in _LOW_RANK
 
 
-def slots_of(network: Network) -> dict[str, Slot]:
+def slots_of(network: AlignedCheckpoints) -> dict[str, Slot]:
     """Every tensor that a merge may change, and those that are saved along with one -> what carries it.
 
     Raises:
@@ -61,7 +61,7 @@ def slots_of(network: Network) -> dict[str, Slot]:
     return {**slots, **{name: Slot("whole", module) for name, module in inside.items()}}  # by the outermost
 
 
-def adapter_bytes(network: Network, rank: int) -> int:
+def adapter_bytes(network: AlignedCheckpoints, rank: int) -> int:
     """The most that an adapter's weights take, in float32."""
     slots = slots_of(network)
     infos = {name: network.tensors[name] for name in slots}
@@ -69,7 +69,7 @@ def adapter_bytes(network: Network, rank: int) -> int:
     return 4 * sum(sizes)
 
 
-def _tied(network: Network, slots: Mapping[str, Slot]) -> list[str]:
+def _tied(network: AlignedCheckpoints, slots: Mapping[str, Slot]) -> list[str]:
     assert network.base is not None
     source = network.base.source
     if not output_is_tied(source.tensors, source.config):

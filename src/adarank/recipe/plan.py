@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adarank.alignment.selection import computed
-from adarank.alignment.task_vectors import Member, Network
+from adarank.alignment.task_vectors import AlignedCheckpoints, Member
 from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod
 from adarank.recipe.job import Job
@@ -54,7 +54,7 @@ def unheeded(job: Job) -> dict[str, dict[str, Any]]:
     return {"kept_though_changed": changed, "kept_though_of_other_shape": shapes}
 
 
-def _kept_of_learned(network: Network) -> list[str]:
+def _kept_of_learned(network: AlignedCheckpoints) -> list[str]:
     """Tensors that are kept from the base, buffers that models compute not among them."""
     if network.base is None:
         return []
@@ -62,7 +62,7 @@ def _kept_of_learned(network: Network) -> list[str]:
     return [name for name in kept if not computed(network.base.info(name)) and not network.unchanged(name)]
 
 
-def _owners(network: Network, name: str) -> dict[str, Member]:
+def _owners(network: AlignedCheckpoints, name: str) -> dict[str, Member]:
     """The experts that have a tensor, and not as part of their head."""
     return {t: m for t, m in network.experts.items() if name in m.names and name not in network.heads[t]}
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Network, OriginKind
+from adarank.alignment.task_vectors import AlignedCheckpoints, OriginKind
 
 _BUCKETS = 2**16
 
@@ -26,7 +26,7 @@ def kth_largest(flat: Tensor, rank: int) -> float:
 
 
 def global_thresholds(
-    network: Network,
+    network: AlignedCheckpoints,
     origin: OriginKind,
     density: float,
     device: torch.device | str,

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adarank.alignment.task_vectors import Deltas
 from adarank.io.low_rank import Factors
 from adarank.io.plugins import Registry
 from adarank.sparsify.sign_election import Agreeing
@@ -39,7 +40,6 @@ from adarank.spectral.svd import (
     spectrum_of_sum,
 )
 
-Deltas = Mapping[str, Tensor]
 COMMON = "common"
 SHARE = 0.8  # of the components that Iso-CTS gives to the common subspace
 

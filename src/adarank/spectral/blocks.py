@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Network, OriginKind
+from adarank.alignment.task_vectors import AlignedCheckpoints, OriginKind
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.svd import Spectrum, as_matrix, factors_of
 
@@ -147,7 +147,7 @@ class Blocks:
 
 
 def build_blocks(
-    network: Network,
+    network: AlignedCheckpoints,
     origin_kind: OriginKind,
     device: torch.device | str = "cpu",
     spectra: bool = True,

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 from adarank.calibration.gather import Gatherer, Sample, Store
 from adarank.data.task import Batch, TaskData
 from adarank.io.record import Note
-from adarank.methods import Informed
+from adarank.methods import CalibratedMethod
 from adarank.models import TaskModels
 from adarank.recipe.job import Job
 from adarank.workflow.build_networks import family_of
 
-M = TypeVar("M", bound=Informed)
+M = TypeVar("M", bound=CalibratedMethod)
 
 
 def with_statistics(
@@ -62,7 +62,9 @@ def with_statistics(
     return known, report
 
 
-def job_sample(method: Informed, job: Job, data: Mapping[str, TaskData], rows: Mapping[str, tuple[int, ...]]) -> Sample:
+def job_sample(
+    method: CalibratedMethod, job: Job, data: Mapping[str, TaskData], rows: Mapping[str, tuple[int, ...]]
+) -> Sample:
     """Rows of a job's tasks as a sample, inputs of like length together."""
     family, device = family_of(job), job.recipe.device
     size = method.inputs_at_once

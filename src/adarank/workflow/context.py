@@ -17,7 +17,7 @@ from adarank.adapt.history import History, Progress
 from adarank.adapt.learner import Loss, Memory
 from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.data.task import TaskData
 from adarank.io.record import Note
 from adarank.io.state import read_state
@@ -58,7 +58,7 @@ class RecipeContext(Context):
     keeps_heads: bool = False
 
     @property
-    def network(self) -> Network:
+    def network(self) -> AlignedCheckpoints:
         """The job's checkpoints, aligned."""
         return self.job.network
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adarank.alignment.adapters import with_adapter
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, MismatchError
@@ -212,7 +212,7 @@ class _Output:
     score: Callable[[Job, TaskModels, Mapping[str, TaskData], Split], dict[str, float]]
 
 
-def _opened(path: Path, network: Network, base: Checkpoint | None) -> _Output:
+def _opened(path: Path, network: AlignedCheckpoints, base: Checkpoint | None) -> _Output:
     if is_bundle(path):
         return _opened_bundle(path, network)
     model = with_adapter(base, Adapter(path)) if base is not None and is_adapter(path) else Checkpoint(path)
@@ -226,7 +226,7 @@ def _opened(path: Path, network: Network, base: Checkpoint | None) -> _Output:
     return _Output("", scored)
 
 
-def _opened_bundle(path: Path, network: Network) -> _Output:
+def _opened_bundle(path: Path, network: AlignedCheckpoints) -> _Output:
     bundle = Bundle(path)
     _refuse_lacks(path, network, bundle.about.tensors)
     missing = [task for task in network.tasks if task not in bundle.tasks]
@@ -237,7 +237,7 @@ def _opened_bundle(path: Path, network: Network) -> _Output:
     return _Output(bundle.about.kind, lambda job, models, data, split: score_bundle(job, models, data, bundle, split))
 
 
-def _refuse_lacks(path: Path, network: Network, held: Collection[str]) -> None:
+def _refuse_lacks(path: Path, network: AlignedCheckpoints, held: Collection[str]) -> None:
     lost = [name for name in network.tensors if name not in held]
     if lost:
         raise MismatchError(

@@ -91,7 +91,9 @@ class TaskReader:
 
 def load_tasks(job: Job) -> dict[str, TaskData]:
     """Every task of a job, encoded. All tasks' problems come in one error."""
-    return _each(job, lambda reader, name, spec, expert: reader.load(name, spec, expert.companions, expert.config))
+    return _each(
+        job, lambda reader, name, spec, expert: reader.load(name, spec, expert.processor_folder, expert.config)
+    )
 
 
 def check_tasks(job: Job) -> dict[str, Rows]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from adarank.data.splits import limited
 from adarank.errors import raise_together
 from adarank.method import Context, Outline, Result
-from adarank.methods.base import Method, Network, OriginKind, RecipeError, merge_tensors
+from adarank.methods.base import AlignedCheckpoints, Method, OriginKind, RecipeError, merge_tensors
 
 
 def _nothing(name: str, task: str) -> Tensor:
@@ -39,7 +39,7 @@ class Statistics:
     inputs_first: frozenset[str] = frozenset()
 
 
-M = TypeVar("M", bound="Informed")
+M = TypeVar("M", bound="CalibratedMethod")
 
 
 class Gathers(Protocol):
@@ -62,7 +62,7 @@ class Gathers(Protocol):
         ...
 
 
-class Informed(Method):
+class CalibratedMethod(Method):
     """Base of the methods that take statistics of the experts on their inputs. Tensors without one are averaged.
 
     Class attributes:
@@ -102,13 +102,13 @@ class Informed(Method):
         """Tensors that the statistics determine only in part -> "directions of so many"; grows as tensors are merged."""
         return self._undetermined
 
-    def knowing(self: M, statistics: Statistics) -> M:
+    def with_statistics(self: M, statistics: Statistics) -> M:
         """The same method with statistics."""
         known = self.model_copy()
         known._statistics, known._undetermined = statistics, {}
         return known
 
-    def prepare(self: M, network: Network, device: torch.device | str) -> M:
+    def prepare(self: M, network: AlignedCheckpoints, device: torch.device | str) -> M:
         """A copy of the method that knows what it needs of the whole model."""
         _ = self.statistics  # refused before a tensor is read
         return self

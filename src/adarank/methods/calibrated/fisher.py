@@ -23,11 +23,11 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Network
-from adarank.methods.calibrated.base import Gathers, Informed
+from adarank.methods.base import AlignedCheckpoints, Deltas
+from adarank.methods.calibrated.base import CalibratedMethod, Gathers
 
 
-class Fisher(Informed):
+class Fisher(CalibratedMethod):
     """The average, weighted entry by entry by the experts' Fisher information.
 
     Covers every merged tensor that gets a gradient: embeddings, norms and biases too; buffers are averaged.
@@ -43,7 +43,7 @@ class Fisher(Informed):
     formula: ClassVar[str] = "W = Σ_t F̂_t∘W_t / Σ_t F̂_t; F_t = mean_x E_y (∂ log p_t(y|x) / ∂W)²"
     source: ClassVar[str] = "Matena and Raffel 2022, arXiv:2111.09832"
     data: ClassVar[str] = "unlabelled inputs of each task (kind: empirical reads labels of adapt inputs)"
-    decides: ClassVar[tuple[str, ...]] = (*Informed.decides, "kind", "classes")
+    decides: ClassVar[tuple[str, ...]] = (*CalibratedMethod.decides, "kind", "classes")
 
     kind: Literal["true", "empirical"] = Field("true", description="y: drawn by the expert, or the label")
     classes: int = Field(10, ge=1, description="true: the sum over classes is exact up to so many; else so many draws")
@@ -63,9 +63,9 @@ class Fisher(Informed):
 
     def gathered(self, gathers: Gathers) -> Fisher:
         """The method with the experts' squared gradients."""
-        return self.knowing(gathers.squared_gradients(self.classes, self.seed))
+        return self.with_statistics(gathers.squared_gradients(self.classes, self.seed))
 
-    def prepare(self, network: Network, device: torch.device | str) -> Fisher:
+    def prepare(self, network: AlignedCheckpoints, device: torch.device | str) -> Fisher:
         """A copy of the method that knows what it needs of the whole model."""
         prepared = self.model_copy()
         prepared._scales = {task: self._scale(task) for task in network.tasks}

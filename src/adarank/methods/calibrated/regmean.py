@@ -25,12 +25,12 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.methods.base import Deltas
-from adarank.methods.calibrated.base import Gathers, Informed
+from adarank.methods.calibrated.base import CalibratedMethod, Gathers
 
 _NOISE = 4 * torch.finfo(torch.float32).eps  # of an entry: Gram matrices are sums in float32
 
 
-class RegMean(Informed):
+class RegMean(CalibratedMethod):
     """A least-squares fit to every expert's outputs, one linear layer at a time. All other tensors are averaged.
 
     Arguments:
@@ -52,7 +52,7 @@ class RegMean(Informed):
 
     def gathered(self, gathers: Gathers) -> RegMean:
         """The same method with its statistics."""
-        return self.knowing(gathers.gram_matrices())
+        return self.with_statistics(gathers.gram_matrices())
 
     def merge_matrix(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged matrix, by the method's formula."""

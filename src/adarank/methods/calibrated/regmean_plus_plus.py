@@ -28,4 +28,4 @@ class RegMeanPlusPlus(RegMean):
 
     def gathered(self, gathers: Gathers) -> RegMeanPlusPlus:
         """The same method with its statistics."""
-        return gathers.gram_matrices_by_block(self.knowing)
+        return gathers.gram_matrices_by_block(self.with_statistics)

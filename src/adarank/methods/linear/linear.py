@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.methods.base import (
+    AlignedCheckpoints,
     Deltas,
     Flag,
     Method,
-    Network,
     OriginKind,
     PerTensor,
     RecipeError,
@@ -52,7 +52,7 @@ class Linear(Method):
         total = weighted_sum(origin, deltas, lambda task: self.weight.of(task, name))  # the origin is zero
         return total.div_(self._total(name, deltas)) if self.normalize.of("", name) else total
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         for name in network.merged():
             if self.normalize.of("", name) and abs(self._total(name, network.experts)) < 1e-8:

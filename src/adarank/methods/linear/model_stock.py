@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Flag, Method, Network, OriginKind, RecipeError, flag, scaled_mean
+from adarank.methods.base import AlignedCheckpoints, Deltas, Flag, Method, OriginKind, RecipeError, flag, scaled_mean
 
 
 class ModelStock(Method):
@@ -42,7 +42,7 @@ class ModelStock(Method):
         share = torch.where(divisor.abs() < 1e-6, 0.0, count * cosine / divisor)
         return origin + share * (scaled_mean(origin, deltas, 1.0) - origin)
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         if len(network.experts) < 2:
             raise RecipeError(

@@ -25,10 +25,10 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.methods.base import (
+    AlignedCheckpoints,
     Deltas,
     Flag,
     Method,
-    Network,
     OriginKind,
     PerTensor,
     RecipeError,
@@ -54,7 +54,7 @@ class MultiSlerp(Method):
     normalize_weights: Flag = Field(flag(True), description="divide by the sum of the weights")
     eps: PerTensor = Field(rest(1e-8), ge=0, description="added to every length")
 
-    def origin_kind(self, network: Network) -> OriginKind:
+    def origin_kind(self, network: AlignedCheckpoints) -> OriginKind:
         """What task vectors are counted from."""
         return "zero" if network.base is None else "pretrained"
 
@@ -75,7 +75,7 @@ class MultiSlerp(Method):
         mean_length = sum(weights[task] * lengths[task] for task in deltas)
         return total.mul_(mean_length * math.cos(eps) / whole).add_(origin)
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         for name in network.merged():
             total = sum(self.weight.of(task, name) for task in network.experts)

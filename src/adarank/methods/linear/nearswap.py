@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, Network, OriginKind, PerTensor, check_one_other
+from adarank.methods.base import AlignedCheckpoints, Deltas, Method, OriginKind, PerTensor, check_one_other
 
 
 class NearSwap(Method):
@@ -34,6 +34,6 @@ class NearSwap(Method):
         limit = self.t.of("", name)
         return next(iter(deltas.values())).clamp(-limit, limit).add_(origin)
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         check_one_other(self.name, network)

@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 from adarank.methods.base import (
+    AlignedCheckpoints,
     Deltas,
     Flag,
     Method,
-    Network,
     OriginKind,
     PerTensor,
     RecipeError,
@@ -50,7 +50,7 @@ class NuSlerp(Method):
         flag(False), description="if not flat: vectors along the first dimension, else the last"
     )
 
-    def origin_kind(self, network: Network) -> OriginKind:
+    def origin_kind(self, network: AlignedCheckpoints) -> OriginKind:
         """What task vectors are counted from."""
         return "zero" if network.base is None else "pretrained"
 
@@ -69,7 +69,7 @@ class NuSlerp(Method):
         )
         return origin + share_a * a + share_b * b
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         if len(network.experts) != 2:
             raise RecipeError(

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, Network, OriginKind, PerTensor, check_one_other, length
+from adarank.methods.base import AlignedCheckpoints, Deltas, Method, OriginKind, PerTensor, check_one_other, length
 
 _PARALLEL = 0.9995
 
@@ -37,7 +37,7 @@ class Slerp(Method):
         first, second = arc(_cosine(origin, other), self.t.of("", name))
         return first * origin + second * other
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         check_one_other(self.name, network)
 

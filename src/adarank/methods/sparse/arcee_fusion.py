@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, Network, OriginKind, check_one_other
+from adarank.methods.base import AlignedCheckpoints, Deltas, Method, OriginKind, check_one_other
 
 _SMOOTHING = 1e-8
 _SPREAD = 1.5  # how many interquartile ranges above the median entries are outliers
@@ -46,7 +46,7 @@ class ArceeFusion(Method):
         low, median, high = (_quantile(importance, share) for share in (0.25, 0.5, 0.75))
         return origin + delta * (importance >= median + _SPREAD * (high - low))
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         check_one_other(self.name, network)
 

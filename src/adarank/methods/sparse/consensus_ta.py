@@ -16,7 +16,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, Network, OriginKind, PerTensor, RecipeError, rest, weighted_sum
+from adarank.methods.base import (
+    AlignedCheckpoints,
+    Deltas,
+    Method,
+    OriginKind,
+    PerTensor,
+    RecipeError,
+    rest,
+    weighted_sum,
+)
 
 
 class Consensus(Method):
@@ -39,7 +48,7 @@ class Consensus(Method):
             claims += margin(total, deltas[task], self.tall.of(task, name)) >= 0
         return claims >= self.agree
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         if self.agree > len(network.experts):  # it would return the base
             raise RecipeError(

@@ -14,7 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Flag, Network, PerTensor, RecipeError, flag, rest
+from adarank.methods.base import AlignedCheckpoints, Flag, PerTensor, RecipeError, flag, rest
 from adarank.methods.sparse.base import SparseSum
 from adarank.sparsify.drop import by_rank
 
@@ -44,7 +44,7 @@ class DellaLinear(SparseSum):
             return delta != delta
         return by_rank(delta, density, self.epsilon.of(task, name), self.seed, task, name)
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         for name in network.merged():
             for task in network.tasks:

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, Network, OriginKind
+from adarank.methods.base import AlignedCheckpoints, Deltas, Method, OriginKind
 from adarank.sparsify.sign_election import Election
 from adarank.sparsify.threshold import global_thresholds, trimmed
 
@@ -48,7 +48,7 @@ class TiesMerging(Method):
     scale: float | None = Field(None, alias="lambda", description="λ: 0.3 for sum, 1 for mean")
     _thresholds: Mapping[str, float] = PrivateAttr(default_factory=dict)
 
-    def prepare(self, network: Network, device: torch.device | str) -> TiesMerging:
+    def prepare(self, network: AlignedCheckpoints, device: torch.device | str) -> TiesMerging:
         """A copy of the method that knows what it needs of the whole model."""
         prepared = self.model_copy()
         prepared._thresholds = global_thresholds(network, "pretrained", self.density, device, self.changed)

@@ -18,7 +18,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Method, Network, OriginKind, RecipeError
+from adarank.methods.base import AlignedCheckpoints, Deltas, Method, OriginKind, RecipeError
 from adarank.sparsify.threshold import top_count
 from adarank.spectral.svd import effective_rank, low_rank_sum
 
@@ -51,14 +51,14 @@ class CART(Method):
         """One merged tensor that is not decomposed."""
         return origin
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         if self.energy is not None and "rank" in self.model_fields_set:
             raise RecipeError(
                 f"cart: rank ({self.rank}) and energy ({self.energy}) both say how many components to keep. Give one."
             )
 
-    def notes(self, network: Network) -> list[str]:
+    def notes(self, network: AlignedCheckpoints) -> list[str]:
         """A sentence where the settings change nothing: with two experts."""
         if len(network.tasks) != 2:
             return []

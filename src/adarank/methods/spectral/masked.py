@@ -17,7 +17,16 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.methods.base import Deltas, Given, Method, MismatchError, Network, OriginKind, itemise, weighted_sum
+from adarank.methods.base import (
+    AlignedCheckpoints,
+    Deltas,
+    Given,
+    Method,
+    MismatchError,
+    OriginKind,
+    itemise,
+    weighted_sum,
+)
 from adarank.spectral.blocks import task_vector_blocks
 from adarank.spectral.mask_file import MaskFile
 
@@ -59,7 +68,7 @@ class Masked(Method):
         """Every setting with its value, but for the file of masks."""
         return {"parameters": self.model_dump(by_alias=True, exclude={"masks"})}
 
-    def origin_kind(self, network: Network) -> OriginKind:
+    def origin_kind(self, network: AlignedCheckpoints) -> OriginKind:
         """What task vectors are counted from."""
         return "average" if self.masks.origin == "average" else "pretrained"
 
@@ -86,7 +95,7 @@ class Masked(Method):
         elected = 3 if self.masks.thresholds else 0  # the signs, and what trims
         return elected + (5 + 3 * tasks if decomposed else 0)  # every task's factors at once
 
-    def check(self, network: Network) -> None:
+    def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         problems = []
         if self.origin_kind(network) == "pretrained" and network.base is None:
@@ -109,7 +118,7 @@ class Masked(Method):
                 itemise("The masks file is of another merge.", problems, "Use the recipe that it was made with.", 20)
             )
 
-    def _fit(self, network: Network, name: str) -> list[str]:
+    def _fit(self, network: AlignedCheckpoints, name: str) -> list[str]:
         if name not in self.masks.lam:
             return [f"{name}: no λ in the masks file"]
         if network.choices[name].action != "decompose":

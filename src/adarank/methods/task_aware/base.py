@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Network
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import CheckpointError, RecipeError
 from adarank.io.bundle import WHOLE, PartFile, Parts, Piece, held_parts, key
 from adarank.io.checkpoint import cast, check_finite
@@ -24,7 +24,7 @@ from adarank.io.writer import Layout
 from adarank.method import Context, Outline, Result, Site, sites_of
 from adarank.methods.base import Deltas, Method
 
-__all__ = ["Part", "Site", "Slots", "Taskwise", "in_memory", "layouts", "rebuilt", "sites_of", "task_parts"]
+__all__ = ["Part", "Site", "Slots", "TaskAwareMethod", "in_memory", "layouts", "rebuilt", "sites_of", "task_parts"]
 
 Part = tuple[str | None, str, Tensor]
 """(task, or None for what is shared; name of the part; the tensor)."""
@@ -36,14 +36,14 @@ class Slots:
 
     Attributes:
         shared: parts that all tasks use.
-        own: parts that every task has for itself.
+        per_task: parts that every task has for itself.
     """
 
     shared: Layout
-    own: Layout
+    per_task: Layout
 
 
-class Taskwise(Method):
+class TaskAwareMethod(Method):
     """Base of the task-aware methods. Subclasses define `slots`, `split` and `rebuild`.
 
     A setting named in `per_model` may change the weights of its own task alone: a search tunes it task by task.
@@ -106,20 +106,20 @@ class Taskwise(Method):
         return rebuilt(cls, tensors, shared, of_task)
 
 
-def layouts(method: Taskwise, sites: Sequence[Site], tasks: Sequence[str]) -> tuple[Layout, dict[str, Layout]]:
+def layouts(method: TaskAwareMethod, sites: Sequence[Site], tasks: Sequence[str]) -> tuple[Layout, dict[str, Layout]]:
     """Layouts of the shared parts and of each task's own, from headers alone."""
     shared: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     own: dict[str, tuple[tuple[int, ...], torch.dtype]] = {key(part): ((), torch.float32) for part in method.constants}
     for site in sites:
         slots = method.slots(site) if site.merged else Slots({WHOLE: (site.shape, site.dtype)}, {})
         shared |= {key(part, site.name): spec for part, spec in slots.shared.items()}
-        own |= {key(part, site.name): spec for part, spec in slots.own.items()}
+        own |= {key(part, site.name): spec for part, spec in slots.per_task.items()}
     return shared, {task: dict(own) for task in tasks}
 
 
 @torch.no_grad()
 def task_parts(
-    method: Taskwise, network: Network, sites: Sequence[Site], device: torch.device | str = "cpu"
+    method: TaskAwareMethod, network: AlignedCheckpoints, sites: Sequence[Site], device: torch.device | str = "cpu"
 ) -> Iterator[Piece]:
     """Every part of a bundle in the order of `layouts`, one in memory at a time."""
     prepared = method.prepare(network, device)
@@ -135,7 +135,9 @@ def task_parts(
             del tensor
 
 
-def _parts(method: Taskwise, network: Network, site: Site, device: torch.device | str) -> Iterator[Part]:
+def _parts(
+    method: TaskAwareMethod, network: AlignedCheckpoints, site: Site, device: torch.device | str
+) -> Iterator[Part]:
     """The parts of one tensor, by a prepared method."""
     kind = method.origin_kind(network)
     origin = network.origin(site.name, kind, device)
@@ -143,7 +145,9 @@ def _parts(method: Taskwise, network: Network, site: Site, device: torch.device 
     yield from _not_negative(method, site.name, list(parts)) if site.name.endswith("running_var") else parts
 
 
-def rebuilt(method: type[Taskwise], tensors: Layout, shared: PartFile, own: PartFile) -> Iterator[tuple[str, Tensor]]:
+def rebuilt(
+    method: type[TaskAwareMethod], tensors: Layout, shared: PartFile, own: PartFile
+) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one task's whole network but its head, from its parts, one in memory at a time."""
     constants = own.of()
     for name, (_, dtype) in tensors.items():
@@ -152,7 +156,7 @@ def rebuilt(method: type[Taskwise], tensors: Layout, shared: PartFile, own: Part
 
 
 def in_memory(
-    method: Taskwise, network: Network, sites: Sequence[Site], device: torch.device | str = "cpu"
+    method: TaskAwareMethod, network: AlignedCheckpoints, sites: Sequence[Site], device: torch.device | str = "cpu"
 ) -> tuple[PartFile, dict[str, PartFile]]:
     """The shared parts and each task's own, held in memory: as large as the bundle."""
     return held_parts(network.tasks, task_parts(method, network, sites, device))
@@ -169,7 +173,7 @@ class _Parts(dict[str, Tensor]):
         raise CheckpointError(f"bundle: tensor {self._name!r} lacks its part {part!r}. Copy the bundle again.")
 
 
-def _tensor(method: type[Taskwise], name: str, parts: Mapping[str, Tensor]) -> Tensor:
+def _tensor(method: type[TaskAwareMethod], name: str, parts: Mapping[str, Tensor]) -> Tensor:
     if WHOLE in parts:
         return parts[WHOLE]
     wide = {
@@ -178,7 +182,7 @@ def _tensor(method: type[Taskwise], name: str, parts: Mapping[str, Tensor]) -> T
     return method.rebuild(_Parts(name, wide))
 
 
-def _not_negative(method: Taskwise, name: str, parts: list[Part]) -> Iterator[Part]:
+def _not_negative(method: TaskAwareMethod, name: str, parts: list[Part]) -> Iterator[Part]:
     """Running variances, checked: a root of a negative one would be NaN, and so every logit."""
     shared = {part: tensor for task, part, tensor in parts if task is None}
     for task in dict.fromkeys(task for task, _, _ in parts if task is not None):

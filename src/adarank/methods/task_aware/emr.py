@@ -22,11 +22,11 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from adarank.io.bits import pack, packed_size, unpack
-from adarank.methods.base import Deltas, Network, OriginKind
-from adarank.methods.task_aware.base import Part, Site, Slots, Taskwise
+from adarank.methods.base import AlignedCheckpoints, Deltas, OriginKind
+from adarank.methods.task_aware.base import Part, Site, Slots, TaskAwareMethod
 
 
-class EMR(Taskwise):
+class EMR(TaskAwareMethod):
     """One unified task vector; a mask and a rescaler per task. Needs no data and no tuning, but each input's task."""
 
     name: ClassVar[str] = "emr"
@@ -40,7 +40,7 @@ class EMR(Taskwise):
 
     _rescalers: Mapping[str, float] = PrivateAttr(default_factory=dict)
 
-    def prepare(self, network: Network, device: torch.device | str) -> EMR:
+    def prepare(self, network: AlignedCheckpoints, device: torch.device | str) -> EMR:
         """A copy of the method that knows what it needs of the whole model."""
         whole, kept = dict.fromkeys(network.tasks, 0.0), dict.fromkeys(network.tasks, 0.0)
         for name in network.merged():

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from adarank.io.bundle import WHOLE
 from adarank.methods.base import Deltas
-from adarank.methods.task_aware.base import Part, Site, Slots, Taskwise
+from adarank.methods.task_aware.base import Part, Site, Slots, TaskAwareMethod
 from adarank.spectral.svd import spectrum_of
 
 
-class LowRank(Taskwise):
+class LowRank(TaskAwareMethod):
     """Base of the two. Subclasses say how many components are kept, and λ."""
 
     spectral: ClassVar[bool] = True

@@ -23,10 +23,10 @@ from torch import Tensor
 from adarank.io.bits import pack, packed_size, unpack
 from adarank.methods.base import Deltas, OriginKind, PerTensor, rest, weighted_sum
 from adarank.methods.sparse.consensus_ta import margin
-from adarank.methods.task_aware.base import Part, Site, Slots, Taskwise
+from adarank.methods.task_aware.base import Part, Site, Slots, TaskAwareMethod
 
 
-class TallMasks(Taskwise):
+class TallMasks(TaskAwareMethod):
     """One summed task vector and a binary mask per task. Needs no data, but each input's task.
 
     Arguments:
