@@ -9,7 +9,7 @@ of 32-bit floats, which are the base plus seeded noise, part of it shared; matri
 a table of positions, a kernel. A few are made to show one thing.
 
 What is compared is the change from the base, relative to the largest change of the tensor (`peers.relative`). Where
-the two differ by more than rounding, FusionBench's rule is reckoned from its formula as well (`fusionbench_rules.py`),
+the two differ by more than rounding, FusionBench's rule is computed from its formula as well (`fusionbench_rules.py`),
 and the difference from that shows whether the explanation is the whole of it.
 """
 
@@ -257,7 +257,7 @@ def summary(row: Row, given: Mapping[str, Models], theirs: Mapping[str, tuple[Pa
 
 
 def difference(row: Row, given: Models, theirs: State) -> dict[str, Any]:
-    """Of the changes from the base; also from FusionBench's rule as reckoned here."""
+    """Of the changes from the base; also from FusionBench's rule as computed here."""
     base, experts = given
     ours, changed = changes(row.ours(base, experts), base), changes(theirs, base)
     shares: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""FusionBench's rules where they are other than adarank's, each reckoned from its formula.
+"""FusionBench's rules where they are other than adarank's, each computed from its formula.
 
 They show that a difference is explained: what FusionBench gives is what its rule gives, to rounding.
 """

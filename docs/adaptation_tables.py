@@ -69,7 +69,7 @@ CHOICES = (
     ("nothing in particular", "nothing", "objectives", "self-label"),
     ("the paper's binary masks", "`mask: binary`", "learned", "binary masks"),
     ("two to three times the time", "`batch_size: 32`", "batch", "32 inputs"),
-    ("the expert's features as well as its answers", "`objective: {self-label: 1.0, features: 0.5}`", "objectives", "self-label and features"),
+    ("the expert's features as well as its predictions", "`objective: {self-label: 1.0, features: 0.5}`", "objectives", "self-label and features"),
     ("λ alone, with the components of the start", "`learn_masks: false`", "learned", "λ alone"),
     ("no component that the start leaves out", "`returnable: false`", "learned", "top components alone"),
     ("few numbers to learn: one λ per task", "`lambda_per: task`", "λ shared", "per task"),

@@ -202,6 +202,24 @@ def test_parts_that_only_the_base_has_are_kept(prefix: str) -> None:
     assert_accounted(net)
 
 
+@pytest.mark.parametrize("task_heads", [True, False])
+def test_a_pooler_that_the_base_lacks_is_a_tasks_head(task_heads: bool) -> None:
+    """Without tasks there are no heads, and it is refused as any tensor is that the base lacks."""
+    base = encoder()
+    experts = {
+        task: {**expert, **prefixed(state(7, shapes=POOLER), "bert.")}
+        for task, expert in classifiers(base, {"a": 2, "b": 3}).items()
+    }
+    if not task_heads:
+        with pytest.raises(MismatchError, match=r"pooler\.dense\.weight"):
+            network(base, experts, task_heads=False)
+        return
+    net = network(base, experts, task_heads=True)
+    assert all(set(names) >= set(POOLER) for names in net.heads.values())
+    assert not set(POOLER) & set(net.tensors)
+    assert_accounted(net)
+
+
 def test_a_backbone_tensor_that_all_experts_lack_is_refused() -> None:
     base = encoder(extra={"encoder.layer.2.dense.weight": (6, 6)})
     with pytest.raises(MismatchError, match=r"encoder\.layer\.2\.dense\.weight"):

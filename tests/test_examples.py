@@ -17,6 +17,7 @@ import yaml
 import adarank
 from adarank.cli.main import parser
 from adarank.recipe.plan import describe
+from adarank.workflow.plan import plan
 from text_zoo import make_zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,11 @@ def test_commands_in_the_docs_parse_and_name_what_exists(page: Path, text: str) 
 @pytest.mark.parametrize("path", recipes("demo-8"))
 def test_recipes_of_the_shipped_experts_plan(path: Path) -> None:
     assert describe(adarank.open_job(adarank.load_recipe(path)))["tasks"]
+
+
+@pytest.mark.parametrize("path", recipes("layers"))
+def test_recipes_of_layers_and_stages_plan(path: Path) -> None:
+    assert plan(path)["tasks"]
 
 
 @pytest.mark.parametrize("path", recipes("text"))

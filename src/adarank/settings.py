@@ -59,8 +59,8 @@ def _sentence(kind: type[BaseModel], problem: Any) -> str:
     if problem["type"] in _PLAIN:
         return f"{path or 'value'}: {_PLAIN[problem['type']]} is needed, got {_short(problem['input'])}"
     got = "" if problem["type"] == "missing" else f" (got {_short(problem['input'])})"
-    told = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"]  # ours, without a prefix
-    return f"{path or 'value'}: {told}{got}"
+    message = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"]  # ours, without a prefix
+    return f"{path or 'value'}: {message}{got}"
 
 
 def _short(value: Any) -> str:
@@ -93,7 +93,7 @@ def _settings_named(annotation: Any, name: str) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation if annotation.__name__ == name else None
     inner = (_settings_named(argument, name) for argument in getattr(annotation, "__args__", ()))
-    return next((found for found in inner if found is not None), None)
+    return next((kind for kind in inner if kind is not None), None)
 
 
 def _settings_in(annotation: Any) -> type[BaseModel] | None:
@@ -101,4 +101,4 @@ def _settings_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     inner = (_settings_in(argument) for argument in getattr(annotation, "__args__", ()))
-    return next((found for found in inner if found is not None), None)
+    return next((kind for kind in inner if kind is not None), None)

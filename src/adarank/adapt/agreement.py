@@ -1,6 +1,7 @@
 """How near a task's predictions are to its expert's, without labels, and whether it has collapsed.
 
-The expert's predictions on the same inputs are the yardstick; what the answers are is never asked."""
+The expert's predictions on the same inputs are the reference; labels are never read.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +42,7 @@ class Signals:
 
 
 Judged = Mapping[str, Signals]
+"""task -> signals: one judgement."""
 
 
 Judge = Callable[[int], Judged]
@@ -52,45 +54,52 @@ def signals(logits: Tensor, expert: Tensor) -> Signals:
     """Compare predictions with the expert's.
 
     Arguments:
-        logits, expert: (inputs, classes), float.
+        logits, expert: (inputs, classes), float, of the same inputs in the same order.
+
+    Raises:
+        AdaptationError: there is one class, so nothing to agree on.
+
+    Example:
+        expert = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        assert signals(expert, expert).agreement == 1.0
     """
     if logits.shape[-1] < 2:
         raise AdaptationError(
             "The experts give one number for each input: there are no classes to agree on. Adaptation is of classifiers; use a method that does not adapt."
         )
-    own, wanted = logits.argmax(dim=-1), expert.argmax(dim=-1)
-    answered = ~logits.isnan().any(dim=-1)  # a network that gives no numbers agrees with nobody
-    counts, targets = (torch.bincount(y, minlength=logits.shape[-1]).double() / len(y) for y in (own, wanted))
+    predicted, wanted = logits.argmax(dim=-1), expert.argmax(dim=-1)
+    answered = ~logits.isnan().any(dim=-1)  # a prediction of NaN agrees with none
+    counts, targets = (torch.bincount(y, minlength=logits.shape[-1]).double() / len(y) for y in (predicted, wanted))
     return Signals(
-        agreement=float(((own == wanted) & answered).double().mean()),
+        agreement=float(((predicted == wanted) & answered).double().mean()),
         divergence=float(divergences(logits.double(), expert.double()).mean()),
         histogram=float((counts - targets).abs().sum() / 2),
         entropy=float(entropy(logits.double())),
         largest=float(counts.max()),
         expert_largest=float(targets.max()),
-        inputs=len(own),
+        inputs=len(predicted),
     )
 
 
 def mean_signal(judged: Judged, signal: Signal) -> float:
-    """Mean over tasks, signed so that more is better; -inf if some task's predictions are no numbers."""
-    if any(math.isnan(own.entropy) for own in judged.values()):
+    """Mean over tasks, signed so that larger is better; -inf if some task's predictions are NaN."""
+    if any(math.isnan(of_task.entropy) for of_task in judged.values()):
         return -math.inf
-    values = [own.agreement if signal == "agreement" else -own.divergence for own in judged.values()]
+    values = [of_task.agreement if signal == "agreement" else -of_task.divergence for of_task in judged.values()]
     mean = sum(values) / len(values)
     return round(mean, 12) if math.isfinite(mean) else -math.inf  # rounded, so that equal shares are equal
 
 
-def standard_error(own: Signals) -> float:
-    """Of the agreement, a share a of n inputs: √(a(1-a)/n), with one agreeing and one other input added, so that it is not 0
+def standard_error(of_task: Signals) -> float:
+    """Of the agreement, a share a of n inputs: √(a(1-a)/n), with one agreeing and one other input added, so that it is above 0
     for a task that agrees everywhere."""
-    share = (own.agreement * own.inputs + 1) / (own.inputs + 2)
-    return math.sqrt(share * (1 - share) / (own.inputs + 2))
+    share = (of_task.agreement * of_task.inputs + 1) / (of_task.inputs + 2)
+    return math.sqrt(share * (1 - share) / (of_task.inputs + 2))
 
 
 def mean_error(judged: Judged) -> float:
     """Standard error of the mean agreement over tasks."""
-    return math.sqrt(sum(standard_error(own) ** 2 for own in judged.values())) / len(judged)
+    return math.sqrt(sum(standard_error(of_task) ** 2 for of_task in judged.values())) / len(judged)
 
 
 def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
@@ -103,11 +112,11 @@ def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
 
 
 def collapsed(now: Signals, start: Signals) -> bool:
-    """True if one class took over that the expert does not give so often.
+    """True if one class took over that the expert predicts less often.
 
     What the most frequent class leaves to all others is less than half of what it left at the start and of what the
-    expert leaves, and the histogram is at least 0.05 away from the expert's. A task that is all but one class with its
-    own expert is no collapse, nor is one that was so at the start.
+    expert leaves, and the histogram is at least 0.05 away from the expert's. A task whose
+    expert gives almost one class alone has not collapsed, nor has one that was so at the start.
     """
     left = 1 - now.largest
     return left < 0.5 * min(1 - start.largest, 1 - now.expert_largest) and now.histogram >= 0.05
@@ -115,9 +124,9 @@ def collapsed(now: Signals, start: Signals) -> bool:
 
 def first_collapse(judged: Mapping[int, Judged]) -> dict[str, int]:
     """task -> the first judged step at which it had collapsed, for those that ever did."""
-    found: dict[str, int] = {}
-    for step, own in sorted(judged.items()):
-        for task, seen in own.items():
-            if collapsed(seen, judged[0][task]):
-                found.setdefault(task, step)
-    return found
+    first: dict[str, int] = {}
+    for step, judgement in sorted(judged.items()):
+        for task, of_task in judgement.items():
+            if collapsed(of_task, judged[0][task]):
+                first.setdefault(task, step)
+    return first

@@ -2,15 +2,15 @@
 
     r_t = max(0, m_t - m_t⁰) / u_t         m_t: running mean of the task's losses, m_t⁰: mean of its first ones
     u_t = max(|m_t⁰|, mean_t |m_t⁰|)
-    w_t = ½ + ½ T · softmax(κ r + d)_t     d_t: how far judgements found the task behind its start
+    w_t = ½ + ½ T · softmax(κ r + d)_t     d_t: how far judgements have the task behind its start
 
-With d = 0 the second half are the slopes of (T/κ) log Σ_t exp(κ r_t), a smooth maximum: a task that gets worse pulls the
-harder, the worse it gets, so that no task pays for the others; tasks that gain count alike, however much. Two things keep
-one task from taking all the weight: the half that is shared evenly, and the unit u_t, as a task that starts all but at its expert
-has a loss of almost nothing, which a few inputs multiply. d answers for what is promised, agreement with the expert, where
-the loss does not tell. κ = 0 is the papers' plain sum. A function of what was seen so far: no label, no state of its own.
+With d = 0 the second half is the gradient of (T/κ) log Σ_t exp(κ r_t), a smooth maximum: the worse a task gets, the more it
+counts, so that no task pays for the others; tasks that improve count equally, however much. Two things keep one task from
+taking all the weight: the half that is shared evenly, and the unit u_t, since a task that starts near its expert has a loss of
+almost 0, which a few inputs multiply. d accounts for agreement with the expert, which is what is promised, where the loss does
+not show it. κ = 0 is the papers' plain sum. The weights depend on past losses and judgements alone: no label, no hidden state.
 
-What is still behind after the last step is repaired: in the further steps, tasks with a debt weigh as much as all the others.
+Tasks that are still behind after the last step are repaired: in the further steps they weigh as much as all the others.
 
 The weights by loss are those of group DRO (Sagawa et al. 2020, arXiv:1911.08731), with progress in the place of the loss.
 """
@@ -25,7 +25,7 @@ from adarank.adapt.agreement import Judged, standard_error, worse
 
 FIRST = 8  # losses that m_t⁰ is the mean of; until then all tasks count alike
 MOMENTUM = 0.9
-EVEN = 0.5  # of the whole weight, which all tasks share alike whatever happens: none is ever left to itself
+EVEN = 0.5  # share of the whole weight that is spread evenly over the tasks, so that none is ever left out
 
 
 def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequence[float]) -> list[float]:
@@ -34,16 +34,16 @@ def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequ
     Arguments:
         losses: one sequence of past losses per task, all of one length.
         strength: κ, 0 or more.
-        debts: d_t of each task.
+        debts: d_t of each task, as `behind` gives them.
     """
-    if strength == 0 or len(losses[0]) < FIRST:  # too early to tell
+    if strength == 0 or len(losses[0]) < FIRST:  # too early to compare
         return [1.0] * len(losses)
-    starts = [sum(own[:FIRST]) / FIRST for own in losses]
+    starts = [sum(past[:FIRST]) / FIRST for past in losses]
     usual = sum(map(abs, starts)) / len(starts)
     units = [max(abs(start), usual, 1e-3) for start in starts]
     exponents = [
-        strength * max(0.0, _running(own, start) - start) / unit + debt
-        for own, start, unit, debt in zip(losses, starts, units, debts, strict=True)
+        strength * max(0.0, _running(past, start) - start) / unit + debt
+        for past, start, unit, debt in zip(losses, starts, units, debts, strict=True)
     ]
     shares = torch.tensor(exponents, dtype=torch.float64).softmax(dim=0)
     weights: list[float] = (EVEN + (1 - EVEN) * len(losses) * shares).tolist()
@@ -53,7 +53,7 @@ def task_weights(losses: Sequence[Sequence[float]], strength: float, debts: Sequ
 def repair_weights(debts: Sequence[float]) -> list[float]:
     """The weight of each task in a step of repair: those with a debt have half of the whole, in equal parts; the mean is 1.
 
-    Not those alone that were behind at the last judgement: whoever was of late would fall next.
+    A debt counts, not the last judgement alone: a task that was behind shortly before would fall behind next.
     """
     owing = sum(debt > 0 for debt in debts)
     others = len(debts) - owing
@@ -64,17 +64,17 @@ def repair_weights(debts: Sequence[float]) -> list[float]:
 
 
 def behind(tasks: Sequence[str], judged: Mapping[int, Judged]) -> list[float]:
-    """d_t of each task: what judgements so far found it behind its start, in standard errors.
+    """d_t of each task: how far judgements so far have it behind its start, in standard errors.
 
     A judgement at which it agreed less with its expert than at the start adds how many errors less, 1 to 3; any other takes
     1 off, down to 0.
     """
     debts = dict.fromkeys(tasks, 0.0)
-    for _, own in sorted(judged.items())[1:]:
-        fallen = set(worse(own, judged[0], 0.0))
-        for task in own.keys() & debts.keys():
+    for _, judgement in sorted(judged.items())[1:]:
+        fallen = set(worse(judgement, judged[0], 0.0))
+        for task in judgement.keys() & debts.keys():
             first = judged[0][task]
-            errors = (first.agreement - own[task].agreement) / standard_error(first)
+            errors = (first.agreement - judgement[task].agreement) / standard_error(first)
             debts[task] = max(0.0, debts[task] + (min(max(errors, 1.0), 3.0) if task in fallen else -1.0))
     return list(debts.values())
 

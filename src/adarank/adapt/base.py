@@ -1,4 +1,4 @@
-"""What all methods have in common that learn on unlabelled inputs: an `adapt` block, read once."""
+"""What all methods that learn on unlabelled inputs have in common: an `adapt` block, read once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import Field, PrivateAttr
 
 from adarank.adapt.settings import AdaptSettings
-from adarank.errors import RecipeError, listed
-from adarank.method import Given, MergeMethod
+from adarank.method import MergeMethod
 from adarank.settings import Settings, nearest, parse
 
 Self = TypeVar("Self", bound="Adapting")
@@ -21,12 +20,12 @@ class AdaptBlock(AdaptSettings):
     preset: str | None = Field(None, description="released settings to start from")
 
     def split(self) -> tuple[dict[str, Any], str | None]:
-        """What the block says itself, and its preset."""
+        """The settings that the block gives, and its preset."""
         return self.model_dump(exclude_unset=True, exclude={"preset"}), self.preset
 
 
 def split_block(block: Mapping[str, Any] | None, where: str) -> tuple[dict[str, Any], str | None]:
-    """What an adapt block says itself, and its preset; nothing of none.
+    """The settings that an `adapt` block gives, and its preset; ({}, None) without a block.
 
     Raises:
         RecipeError: it has settings that do not fit.
@@ -39,6 +38,7 @@ class Adapting(MergeMethod):
 
     data: ClassVar[str] = "unlabelled inputs of each task"
     use: ClassVar[str] = "adapts on"
+    of_classes: ClassVar[bool] = True
     adapt_block: ClassVar[type[Settings] | None] = AdaptSettings
     not_searched: ClassVar[str] = "learns what it writes"
 
@@ -57,20 +57,19 @@ class Adapting(MergeMethod):
 
     @classmethod
     def needs(cls) -> str:
+        """Models and data: a base, experts and unlabelled inputs."""
         return f"base, experts and {cls.data}; no labels"
 
     @classmethod
     def passes_over(cls) -> str:
-        return "the checkpoints to start and to merge; each expert's inputs once for its answers; a batch of each task every step, forward and backward"
+        """How often checkpoints and inputs are gone through."""
+        return "the checkpoints to start and to merge; each expert's inputs once for its predictions; a batch of each task every step, forward and backward"
 
-    @classmethod
-    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
-        try:
-            objectives = cls.resolve(given).settings.objectives
-        except RecipeError as error:
-            return listed(error)
-        unknown = [task for task in objectives if task not in tasks]
+    def check_recipe(self, tasks: Collection[str]) -> list[str]:
+        """Objectives of tasks that the recipe has not, one sentence each."""
+        unknown = [task for task in self.settings.objectives if task not in tasks]
         return [f"adapt.objectives: unknown task '{task}'.{nearest(task, tasks)}" for task in unknown]
 
     def in_force(self) -> dict[str, Any]:
+        """Every setting of the method and of its loop with its value, as a record has them."""
         return {**super().in_force(), "adapt": self.settings.model_dump(mode="json")}

@@ -18,12 +18,12 @@ class BatchInputs:
     """One task's batches. Predictions are looked up by (held out or not, place of the batch).
 
     Arguments:
-        batches: what is adapted on: step i takes batch i, from the start again when they are used up.
+        batches: what is adapted on: step i takes batch i modulo their number.
         held_out: what steps are judged on; with none it is `batches`.
-        learns_head: the task's head is learned, from all batches: experts predict those, too, that no step will see.
+        learns_head: the task's head is learned from all batches, so that experts predict those, too, that no step will use.
 
     Attributes:
-        size: how many inputs the first of the judged batches has; known once there are predictions.
+        size: inputs in the first of the judged batches; known once there are predictions.
     """
 
     batches: Sequence[Any]

@@ -18,7 +18,7 @@ class Choice:
         step: how many steps had been taken; 0 is the start.
         why: in words.
         rolled_back: steps were taken, and the start is kept.
-        share: of the way from the start to that step.
+        share: of the way from the start to that step, in (0, 1].
     """
 
     step: int
@@ -32,7 +32,7 @@ class LinePoint:
     """A point on the line from the start to a judged step, and how it was judged.
 
     Attributes:
-        step, share: what it lies between, as in `Choice`.
+        step, share: where it lies, as in `Choice`.
     """
 
     step: int
@@ -42,12 +42,12 @@ class LinePoint:
 
 def best_step(judged: Mapping[int, Judged], signal: Signal, tolerance: float) -> int:
     """Of the judged steps at which no task is `worse` than at the start, the one with the best mean
-    signal; the earlier one of equals. The start always qualifies, so it is the answer when nothing is better.
+    signal; of equals the earliest. The start always qualifies, so it is kept when nothing is better.
 
-    Whether a step qualifies depends on it and the start alone, so the answer changes only to the step judged last.
+    Whether a step qualifies depends on it and the start alone, so the result changes only to the step judged last.
     """
     start = judged[0]
-    fit = [step for step, own in sorted(judged.items()) if step == 0 or not worse(own, start, tolerance)]
+    fit = [step for step, judgement in sorted(judged.items()) if step == 0 or not worse(judgement, start, tolerance)]
     return max(fit, key=lambda step: (mean_signal(judged[step], signal), -step))
 
 
@@ -61,11 +61,11 @@ def choose_best(
     for point in line_points:
         if fits(point, judged, tolerance) and mean_signal(point.judged, signal) > mean_signal(kept.judged, signal):
             kept = point
-    start, found = (sign * mean_signal(own, signal) for own in (judged[0], kept.judged))
+    at_start, at_kept = (sign * mean_signal(judgement, signal) for judgement in (judged[0], kept.judged))
     within = f" by more than {tolerance:g} standard error(s)" if tolerance else ""
-    later = {s: worse(own, judged[0], tolerance) for s, own in judged.items() if s > 0}
+    later = {s: worse(judgement, judged[0], tolerance) for s, judgement in judged.items() if s > 0}
     if kept.step > 0:
-        why = f"mean {signal} with the experts {found:.4f}, {start:.4f} at the start; no task agrees less{within}"
+        why = f"mean {signal} with the experts {at_kept:.4f}, {at_start:.4f} at the start; no task agrees less{within}"
         return Choice(kept.step, why, share=kept.share)
     if not later:
         return Choice(0, "no step was taken")
@@ -74,7 +74,7 @@ def choose_best(
     names = ", ".join(f"{task} at {times}" for task, times in fell.most_common(3))
     least = f"; at {refused} of them a task agreed less with its expert{within} ({names})" if refused else ""
     points = f" and {len(line_points)} points on the line to it" if line_points else ""
-    why = f"none of {len(later)} judged steps{points} was better than the start (mean {signal} {start:.4f}){least}"
+    why = f"none of {len(later)} judged steps{points} was better than the start (mean {signal} {at_start:.4f}){least}"
     return Choice(0, why + _forgone(judged, signal), rolled_back=True)
 
 
@@ -84,11 +84,11 @@ def fits(point: LinePoint, judged: Mapping[int, Judged], tolerance: float) -> bo
 
 
 def _forgone(judged: Mapping[int, Judged], signal: Signal) -> str:
-    """The step that a larger tolerance would keep, in words; nothing where none is better than the start."""
+    """The step that a larger tolerance would keep, in words; empty where none is better than the start."""
     start = judged[0]
-    step = max(judged, key=lambda own: (mean_signal(judged[own], signal), -own))
+    step = max(judged, key=lambda s: (mean_signal(judged[s], signal), -s))
     if step == 0:
         return ""
     errors = max((first.agreement - judged[step][t].agreement) / standard_error(first) for t, first in start.items())
-    found = (1 if signal == "agreement" else -1) * mean_signal(judged[step], signal)
-    return f"; step {step}, at {found:.4f}, would be kept with tolerance: {math.ceil(10 * errors) / 10:g}"
+    value = (1 if signal == "agreement" else -1) * mean_signal(judged[step], signal)
+    return f"; step {step}, at {value:.4f}, would be kept with tolerance: {math.ceil(10 * errors) / 10:g}"

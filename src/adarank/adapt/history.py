@@ -25,11 +25,11 @@ class History:
         losses: task -> loss at each step.
         kept: share of components kept after each step, if that is learned.
         seconds: time spent in steps, over all the runs that a resumed adaptation took.
-        resumed_from: steps at which runs took up a saved state.
+        resumed_from: steps at which runs continued from a saved state.
         judged: step -> task -> signals, without labels.
         judging_seconds: time spent in judging.
         choice: which step's weights were kept, once adaptation is over.
-        starts: the starts that were looked at, if there was a choice.
+        starts: the starts that were compared, if there was a choice.
         ended: steps taken before any repair, once they are.
         line_points: points on the line to the start that were judged.
     """
@@ -47,11 +47,11 @@ class History:
 
     @property
     def judged_kept(self) -> Mapping[str, Signals]:
-        """How what is kept was judged; of a last step that is kept unasked too."""
+        """task -> signals of the weights that are kept."""
         assert self.choice is not None  # adaptation is over
         share, step = self.choice.share, self.choice.step
-        found = [own.judged for own in self.line_points if (own.step, own.share) == (step, share)]
-        return found[0] if found else self.judged[step]
+        at_point = [point.judged for point in self.line_points if (point.step, point.share) == (step, share)]
+        return at_point[0] if at_point else self.judged[step]
 
     @property
     def step(self) -> int:

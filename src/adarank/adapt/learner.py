@@ -19,15 +19,15 @@ class Learner(Protocol):
         ...
 
     def learned(self) -> Mapping[str, Tensor]:
-        """Everything that a step changes, by name: what a state holds and what the best step's copy is made of."""
+        """Everything that a step changes, by name: what a saved state and the best step's copy hold."""
         ...
 
     def reset(self, scale: float, rank: float) -> None:
-        """Go to a start of a grid of λ and rank. Only asked of what has such starts."""
+        """Go to a start of a grid of λ and rank. Called only if there is such a grid."""
         ...
 
     def write(self) -> None:
-        """Bring the networks to the numbers of this moment."""
+        """Write the current numbers into the networks."""
         ...
 
     def zero_grad(self) -> None:
@@ -45,7 +45,10 @@ class Learner(Protocol):
 
 def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """The point at that share of the way from start to end. Whole numbers, such as counters, are those of the end."""
-    return {name: torch.lerp(start[name], own, share) if own.is_floating_point() else own for name, own in end.items()}
+    return {
+        name: torch.lerp(start[name], tensor, share) if tensor.is_floating_point() else tensor
+        for name, tensor in end.items()
+    }
 
 
 class Parameters:
@@ -59,7 +62,7 @@ class Parameters:
 
     def __init__(self, tensors: Mapping[str, Tensor], lr: float) -> None:
         self._tensors, self.lr = dict(tensors), lr
-        self.parameters = [own for own in self._tensors.values() if isinstance(own, nn.Parameter)]
+        self.parameters = [tensor for tensor in self._tensors.values() if isinstance(tensor, nn.Parameter)]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
 

@@ -34,7 +34,7 @@ class Learn:
         per: what has a λ of its own.
         returnable: components pruned at the start may come back. If not, their logits have no gradient.
         mask: `binary` or `soft`, where masks are learned.
-        unit: of soft masks, what a step moves alike for all components of a matrix and task: `weights` or `mask`.
+        unit: for soft masks, what a step changes equally for all components of a matrix and task: `weights` or `mask`.
     """
 
     masks: bool = True
@@ -55,7 +55,7 @@ class LiveWeights:
         blocks: the same names -> origin, task vectors and spectra, on the parameter's device.
         scale: λ at the start, for every task and tensor.
         rank: share of components kept at the start; their logits are +`logit`, all others -`logit`.
-        basis: what the blocks are of.
+        basis: how task vectors are decomposed into blocks.
 
     Attributes:
         lam: the coefficients, on the CPU: (tensors, tasks), or fewer rows and columns where they are tied.
@@ -83,9 +83,8 @@ class LiveWeights:
         self._logit = logit
         self._pace = self._paces() if self.mask_kind == "soft" and learn.unit == "weights" else None
         self.reset(scale, rank)
-        for (
-            parameter
-        ) in self.parameters.values():  # buffers such as running statistics are written, but have no gradient
+        # buffers such as running statistics are written, but have no gradient
+        for parameter in self.parameters.values():
             parameter.requires_grad_(isinstance(parameter, nn.Parameter))
 
     def optimiser(self, settings: AdaptSettings) -> torch.optim.Optimizer:
@@ -101,7 +100,7 @@ class LiveWeights:
         return torch.optim.Adam(groups, betas=settings.betas)
 
     def learned(self) -> dict[str, Tensor]:
-        """λ and mask logits, the ones that are not learned too."""
+        """λ and mask logits, also those that are not learned."""
         return {"lam": self.lam, "logits": self.logits}
 
     @torch.no_grad()
@@ -133,9 +132,9 @@ class LiveWeights:
             grad = self.parameters[name].grad
             if grad is None:  # the tensor takes no part in any task's output
                 continue
-            found = self.blocks[name].gradient(grad, lam[row], mask, self.learn.masks)
-            grad_lam[row] = found.lam
-            slots[row].copy_(found.mask)
+            gradient = self.blocks[name].gradient(grad, lam[row], mask, self.learn.masks)
+            grad_lam[row] = gradient.lam
+            slots[row].copy_(gradient.mask)
         self._set_gradients(grad_lam.cpu(), grad_mask.cpu())
 
     def zero_grad(self) -> None:
@@ -159,7 +158,7 @@ class LiveWeights:
         return self.learn.mask if self.learn.masks else "binary"
 
     def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile:
-        """The masks and λ of this moment, as the file that the method `masked` applies."""
+        """The current masks and λ, as the file that the method `masked` applies."""
         lam = dict(zip(self.blocks, self.used_lam().detach().float().clone(), strict=True))
         sizes = {name: block.sizes for name, block in self.blocks.items() if block.components}
         masks = {name: mask.clone() for name, mask in self.masks().items() if name in sizes}
@@ -171,11 +170,11 @@ class LiveWeights:
         return float(hard(self._used_logits()).double().mean()) if self.logits.numel() else 1.0
 
     def _used_logits(self) -> Tensor:
-        """What masks are made of. At the start exactly the logits, so that what is 0 or 1 there stays so."""
+        """The logits that masks are made of. At the start exactly `logits`, so that masks of 0 and 1 stay exact."""
         return self.logits if self._pace is None else self._start + (self.logits - self._start) * self._pace
 
     def _paces(self) -> Tensor:
-        parts = [pace(own) for block in self.blocks.values() for own in block.s.split(block.sizes)]
+        parts = [pace(values) for block in self.blocks.values() for values in block.s.split(block.sizes)]
         return torch.cat(parts).to(self.logits)
 
     def _set_gradients(self, grad_lam: Tensor, grad_mask: Tensor) -> None:

@@ -9,8 +9,10 @@ continues exactly where it was.
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,6 @@ from adarank.adapt.balance import behind, repair_weights, task_weights
 from adarank.adapt.choice import Choice, LinePoint, best_step, choose_best, fits
 from adarank.adapt.history import History, Progress
 from adarank.adapt.learner import Learner, Loss, Memory, between
-from adarank.adapt.resume import stop_on_signal
 from adarank.adapt.schedule import Schedule
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import Grid, Tried, best_of, find_start
@@ -49,11 +50,12 @@ def adapt(
     Arguments:
         live: what is learned, such as the λ and masks of live merged weights.
         losses: task -> loss of a step. Their gradients add up, weighted as `settings.balance` says.
-        state: file in which the state is kept, and from which an interrupted run continues.
+        state: file in which the state is kept, and from which an interrupted run continues; None keeps none.
         fingerprint: identifies inputs and settings; a state with another one is refused.
         judge: called at the start, every `check_every` steps and at the end. Without one the last step is kept.
+        progress: called after each step.
         memory: what the losses remember; filled from the state when a run continues.
-        grid: starts to choose from before the first step. Without one the live weights start as they are.
+        grid: starts of λ and rank to choose from before the first step. Without one the live weights start as they are.
         quick_check: a judge that chooses among them; by default the judge itself.
         one_pass: steps after which the task with the fewest inputs has seen each of them, for `check_every: auto`.
 
@@ -87,6 +89,29 @@ def adapt(
     return run.history
 
 
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """A list that is no longer empty once SIGINT or SIGTERM came; a second one interrupts at once."""
+    caught: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[int(number)] = signal.signal(number, note)
+    except ValueError:  # not in the main thread: handlers stay as they are
+        pass
+    try:
+        yield caught
+    finally:
+        for caught_number, handler in previous.items():
+            signal.signal(caught_number, handler)
+
+
 @dataclass
 class _Run:
     """An optimiser over the live weights, with its state on disk."""
@@ -101,7 +126,7 @@ class _Run:
     memory: Memory
     start: dict[str, Tensor] = field(default_factory=dict)  # what is learned, as it was before the first step
     best: dict[str, Tensor] = field(default_factory=dict)  # at the judged step that would be kept
-    source: dict[str, Tensor] = field(default_factory=dict)  # and at the one that a repair would go on from
+    source: dict[str, Tensor] = field(default_factory=dict)  # and at the one that a repair would start from
 
     def __post_init__(self) -> None:
         self.optimiser = self.live.optimiser(self.settings)
@@ -122,11 +147,11 @@ class _Run:
             value = loss(step)
             (weight * value).backward()
             values.append(value.detach())
-        found = dict(zip(losses, torch.stack(values).tolist(), strict=True))
-        self._check(found)
+        step_losses = dict(zip(losses, torch.stack(values).tolist(), strict=True))
+        self._check(step_losses)
         self.live.pull_back()
         self._check_gradients()
-        for task, value in found.items():
+        for task, value in step_losses.items():
             self.history.losses[task].append(value)
         for group in self.optimiser.param_groups:
             group["lr"] = group["start"] * self.schedule.factor(step, judged)
@@ -137,7 +162,7 @@ class _Run:
             self.history.kept.append(share)
 
     def judge_if_due(self) -> None:
-        """Judge the weights of this moment, and remember what was learned if they are the best so far."""
+        """Judge the current weights, and copy what was learned if they are the best so far."""
         step, judged = self.history.step, self.history.judged
         if self.judge is None or step in judged or not self.schedule.due(step, judged):
             return
@@ -209,8 +234,8 @@ class _Run:
             self.live.write()
 
     def _now(self) -> dict[str, Tensor]:
-        """A copy of what is learned, as it is at this moment; on the CPU, as what a state holds is."""
-        return {name: own.detach().to("cpu", copy=True) for name, own in self.live.learned().items()}
+        """A copy of what is learned now; on the CPU, as saved states are."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.live.learned().items()}
 
     def _best(self) -> int:
         return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
@@ -219,7 +244,7 @@ class _Run:
         return choose_best(self.history.judged, self.settings.signal, self.settings.tolerance, self.history.line_points)
 
     def _begin_repair(self) -> None:
-        """Go back to where it goes on from, with an optimiser that knows nothing of later steps."""
+        """Return to the step that the repair starts from, with a new optimiser if that is not the last step."""
         if self.schedule.source(self.history.judged) != self.history.step:
             self._set(self.source)
             self.live.write()
@@ -262,32 +287,38 @@ class _Run:
             "kept": self.history.kept,
             "seconds": self.history.seconds,
             "resumed_from": self.history.resumed_from,
-            "judged": {step: {t: asdict(own) for t, own in seen.items()} for step, seen in self.history.judged.items()},
+            "judged": {
+                step: {task: asdict(signals) for task, signals in judgement.items()}
+                for step, judgement in self.history.judged.items()
+            },
             "judging_seconds": self.history.judging_seconds,
             "start": self.start,
             "best": self.best,
             "source": self.source,
-            "starts": [asdict(own) for own in self.history.starts],
-            "memory": {name: own.cpu() for name, own in self.memory.items()},
+            "starts": [asdict(tried) for tried in self.history.starts],
+            "memory": {name: tensor.cpu() for name, tensor in self.memory.items()},
         }
         write_state(self.state, content, "the state")
 
     def restore(self) -> bool:
-        """Take up the saved state; False if there is none."""
+        """Continue from the saved state; False if there is none."""
         if self.state is None or not self.state.exists():
             return False
         content = read_state(self.state, self.fingerprint)
-        starts = [Tried(**own) for own in content["starts"]]
-        if starts:  # which components may return depends on the start
+        starts = [Tried(**tried) for tried in content["starts"]]
+        if starts:  # which components may come back depends on the start
             self.live.reset(best_of(starts).scale, best_of(starts).rank)
         self._set(content["learned"])
         self.optimiser.load_state_dict(content["optimiser"])
-        own, *others = content["rng"]
-        torch.set_rng_state(own)
-        if others and len(others) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(others)
+        cpu, *devices = content["rng"]
+        torch.set_rng_state(cpu)
+        if devices and len(devices) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(devices)
         past = [*content["resumed_from"], len(next(iter(content["losses"].values())))]
-        judged = {step: {t: Signals(**own) for t, own in seen.items()} for step, seen in content["judged"].items()}
+        judged = {
+            step: {task: Signals(**signals) for task, signals in judgement.items()}
+            for step, judgement in content["judged"].items()
+        }
         self.history = History(
             content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
         )
@@ -299,5 +330,5 @@ class _Run:
 
     @torch.no_grad()
     def _set(self, numbers: Mapping[str, Tensor]) -> None:
-        for name, own in self.live.learned().items():
-            own.copy_(numbers[name])
+        for name, tensor in self.live.learned().items():
+            tensor.copy_(numbers[name])

@@ -5,7 +5,7 @@ adamerging++   λ only, on what TIES leaves of them       W = W₀ + Σ_t λ_t �
 cart++         λ only, on CART                           W = W̄ + Σ_t λ_t SVD_k(W_t - W̄)
 adarank        λ and masks, about either origin          W = W_o + Σ_t λ_t U_t diag(b_t∘s_t) V_tᵀ
 
-λ_t has a value of its own in every tensor, or in every layer, or one for the model (`lambda_per`).
+Every tensor, layer or task has its λ, or the model has one (`lambda_per`).
 """
 
 from __future__ import annotations
@@ -66,12 +66,11 @@ class AdaptiveMethod(Adapting):
 
     Arguments:
         origin: what task vectors are counted from: `pretrained` (the base) or `average` (the experts' mean).
-        rank: share of singular components kept at the start, in (0, 1]; `auto`: found without labels.
-        scale: λ at the start, for every task and tensor; `auto`: found without labels.
-        lambda_per: what has a λ of its own: every `tensor` of every task (what the papers call layer-wise); every
+        rank: share of singular components kept at the start, in (0, 1]; `auto`: searched for without labels.
+        scale: λ at the start, for every task and tensor; `auto`: searched for without labels.
+        lambda_per: what has its λ: every `tensor` of every task (what the papers call layer-wise); every
             `layer` of every task, as tensors' names number them; every `task`; or only the `model`.
         learn_masks, learn_lambda: the two switches.
-
     """
 
     fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks"})
@@ -89,7 +88,7 @@ class AdaptiveMethod(Adapting):
 
     @classmethod
     def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What the method's paper starts from, beside the settings given: every setting, so that no preset has one from a default.
+        """What the method's paper starts from, beside the settings given: every setting, so that no preset depends on a default.
 
         Arguments:
             given: what a recipe says itself.
@@ -111,16 +110,23 @@ class AdaptiveMethod(Adapting):
 
     @classmethod
     def resolve(cls: type[A], given: Given) -> A:
+        """The method with its settings and those of its loop: the preset's, then those that are given.
+
+        Raises:
+            RecipeError: an unknown preset, or settings that do not fit.
+        """
         method, settings = with_preset(cls, given.parameters, given.adapt or {}, given.preset)
         return method.with_settings(settings)
 
     @classmethod
     def memory(cls) -> str:
+        """What is held at a time: all merged tensors, since networks are run."""
         parts = "spectra" if cls().spectra else "task vectors"
         return f"all merged tensors, their origins and gradients, their experts' {parts}, and one task's batch"
 
     @property
     def decomposes(self) -> bool:
+        """Whether it decomposes matrices, as `spectra` says."""
         return self.spectra
 
     def held_bytes(self, outline: Outline) -> int:
@@ -141,10 +147,11 @@ class AdaptiveMethod(Adapting):
         return min(rows, columns) * (rows + columns)
 
     def run(self, context: Context) -> Result:
+        """Adapt, from a saved state if there is one. Reads no label."""
         return context.adapted(self)
 
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
-        """What the blocks are of. May read every tensor, one at a time."""
+        """How task vectors are decomposed into blocks. May read every tensor, one at a time."""
         return BASES["task_vectors"]
 
     def learn(self, settings: AdaptSettings) -> Learn:
@@ -175,7 +182,7 @@ class AdaRank(AdaptiveMethod):
     """Learns which singular components to keep, and λ, by test-time adaptation.
 
     Arguments:
-        basis: what the components are of. The bases of TSV-M, Iso-C and Iso-CTS are about the base, and start with
+        basis: what is decomposed into components. The bases of TSV-M, Iso-C and Iso-CTS are about the base, and start with
             all components, as their static methods do.
         returnable: components that are pruned at the start may come back. If not, adaptation chooses among the top
             ones that are kept there (the paper's ablation).
@@ -224,16 +231,20 @@ class AdaRank(AdaptiveMethod):
 
     @property
     def grid(self) -> Grid:
+        """The starts that are left open; with a basis of another method the climb begins at that method's settings."""
         return grid_of(self.rank, self.scale, (1.0, 1.0)) if self.basis != "task_vectors" else super().grid
 
     @property
     def spectra(self) -> bool:
+        """False if nothing needs decomposing; bases of other methods always do."""
         return super().spectra or self.basis != "task_vectors"
 
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
+        """The basis that the settings name."""
         return BASES[self.basis]
 
     def learn(self, settings: AdaptSettings) -> Learn:
+        """What is learned: also which kind of mask, and whether pruned components may come back."""
         return replace(super().learn(settings), returnable=self.returnable, mask=self.mask, unit=settings.step_unit)
 
 
@@ -248,6 +259,7 @@ class AdaMerging(AdaptiveMethod):
 
     @classmethod
     def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """λ 0.3 about the base, without masks."""
         return {**super().paper(given), "learn_masks": False}
 
 
@@ -267,9 +279,11 @@ class AdaMergingPP(AdaMerging):
 
     @classmethod
     def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As AdaMerging's, with the entries that TIES keeps."""
         return {**super().paper(given), "density": 0.2}
 
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
+        """Task vectors above the magnitudes that leave `density` of the model's entries. Reads every tensor, one at a time."""
         thresholds = global_thresholds(network, self.origin, self.density, device)
         return replace(BASES["task_vectors"], thresholds=thresholds)
 

@@ -2,6 +2,8 @@
 
     θ, h = argmin mean_t mean_(x, y) of t  -log p(y | x; θ, h_t)        starting from θ = W₀
 
+Of tasks with several labels an input, or with numbers, -log p is the loss that `transformers` has for them.
+
 Every step takes one batch of every task. AdamW on all of the body and on each task's head, its step size rising and then
 falling linearly to zero; the last step is kept, so no label but those trained on is ever read.
 
@@ -11,22 +13,22 @@ Caruana 1997, "Multitask Learning"; the row "traditional MTL" of AdaMerging (arX
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from adarank.adapt.history import History
 from adarank.adapt.learner import Loss, Parameters
 from adarank.adapt.loop import adapt
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.data.labels import Label
+from adarank.data.metrics import loss as label_loss
 from adarank.data.task import TaskData
-from adarank.errors import RecipeError, listed
-from adarank.method import Context, Given, MergeMethod, Outline, Result, changed_tensors
+from adarank.method import Context, MergeMethod, Outline, Result, changed_tensors
 from adarank.models import TaskModels
 
 
@@ -34,7 +36,7 @@ class Multitask(MergeMethod):
     """A reference, not a merge: trains the base on all tasks together, with the labels of their adapt split.
 
     Arguments:
-        heads: `fresh` ones, drawn as the architecture does from the seed, owe nothing to the experts. `expert` starts from
+        heads: `fresh` ones, drawn from the seed as the architecture draws them, do not depend on the experts. `expert` starts from
             the experts' heads; `fixed` uses these and never changes them, for experts whose own heads were fixed, as the
             zero-shot heads of CLIP are.
         weight_decay: of matrices and kernels; biases and norms have none.
@@ -61,30 +63,21 @@ class Multitask(MergeMethod):
 
     @classmethod
     def needs(cls) -> str:
+        """Models and data, and that labels are read."""
         return f"base, experts (their heads and configurations) and labelled inputs: reads {cls.labels}"
 
     @classmethod
     def passes_over(cls) -> str:
+        """How often checkpoints and inputs are gone through."""
         return "the base to start; a batch of each task every step, forward and backward"
 
     @classmethod
     def memory(cls) -> str:
+        """What is held at a time."""
         return "all weights, their gradients and AdamW's two moments, and one task's batch"
 
-    @classmethod
-    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
-        problems = []
-        if protocol == "transductive":
-            problems.append(
-                f"data.protocol: '{cls.name}' reads labels, and under 'transductive' they would be those that are scored. Use disjoint."
-            )
-        try:
-            cls.resolve(given)
-        except RecipeError as error:
-            problems += listed(error)
-        return problems
-
     def action(self, chosen: str) -> str:
+        """What happens to a tensor: `keep` or `train`."""
         return chosen if chosen == "keep" else "train"
 
     def held_bytes(self, outline: Outline) -> int:
@@ -119,14 +112,13 @@ class Multitask(MergeMethod):
         heads = {task: _head(context.network, models, task) for task in data}
         return Result(tensors, heads=heads, block="training", report=self._report(history, data))
 
-    def _loss(self, context: Context, models: TaskModels, data: TaskData, labels: Mapping[int, int]) -> Loss:
+    def _loss(self, context: Context, models: TaskModels, data: TaskData, labels: Mapping[int, Label]) -> Loss:
         family, module, device = context.family, models.modules[data.name], context.device
 
         def loss(step: int) -> Tensor:
             rows = data.adapt_rows(step, self.batch_size)
             batch = {k: v.to(device) for k, v in data.examples.batch(rows).items()}
-            targets = torch.tensor([labels[row] for row in rows], device=device)
-            return cross_entropy(family.logits(module, batch), targets)
+            return label_loss([labels[row] for row in rows], family.logits(module, batch), data.problem)
 
         return loss
 
@@ -158,7 +150,7 @@ class Multitask(MergeMethod):
 
 
 class JointTraining(Parameters):
-    """A network's own weights as what the loop learns, by the mean over tasks of their losses.
+    """A network's weights as what the loop learns, by the mean over tasks of their losses.
 
     Arguments:
         tensors: name -> every tensor that a step may change: parameters, and buffers such as running statistics.
@@ -171,12 +163,12 @@ class JointTraining(Parameters):
 
     def optimiser(self, settings: AdaptSettings) -> torch.optim.Optimizer:
         """AdamW; what has fewer than two dimensions does not decay."""
-        matrices = [own for own in self.parameters if own.dim() > 1]
-        others = [own for own in self.parameters if own.dim() < 2]
+        matrices = [tensor for tensor in self.parameters if tensor.dim() > 1]
+        others = [tensor for tensor in self.parameters if tensor.dim() < 2]
         groups = [
-            {"params": own, "lr": self.lr, "start": self.lr, "weight_decay": decay}
-            for decay, own in ((self._decay, matrices), (0.0, others))
-            if own
+            {"params": tensors, "lr": self.lr, "start": self.lr, "weight_decay": decay}
+            for decay, tensors in ((self._decay, matrices), (0.0, others))
+            if tensors
         ]
         return torch.optim.AdamW(groups, betas=settings.betas)
 
@@ -187,8 +179,8 @@ class JointTraining(Parameters):
                 parameter.grad /= self._tasks
 
 
-def _labels(data: TaskData) -> dict[int, int]:
-    """Row -> class number, of the adapt split. Rows of other splits are not in it."""
+def _labels(data: TaskData) -> dict[int, Label]:
+    """Row -> label, of the adapt split. Rows of other splits are not in it."""
     data.adapt_rows(0, 1)  # refuses an empty split
     rows = data.splits.rows["adapt"]
     return dict(zip(rows, data.targets(rows), strict=True))

@@ -1,7 +1,7 @@
 """What adaptation minimises: pure functions of a batch's logits. The engine knows none of them.
 
 entropy             mean entropy of the predictions                                       (AdaMerging, AdaRank)
-self-label          divergence from the expert's own predictions on the same inputs       (distillation without labels)
+self-label          divergence from the expert's predictions on the same inputs           (distillation without labels)
 infomax             mean entropy minus the entropy of the mean prediction                 (SHOT)
 filtered-entropy    entropy of the inputs that are reliable and not redundant             (EATA, SAR)
 features            distance to the expert's last hidden representation                   (Surgery)
@@ -108,7 +108,7 @@ def self_label(
         hard    mean_x -log p(argmax_c q(c|x) | x)
 
     Unlike entropy it cannot be lowered by predicting one class always, nor by one task at another's cost: soft, it is 0
-    only where the merged model says what the expert says. Needs no labels, and one pass of each expert over its inputs.
+    only where the merged model predicts what the expert predicts. Needs no labels, and one pass of each expert over its inputs.
 
     Arguments:
         logits, expert: (batch, classes), float.
@@ -130,12 +130,12 @@ def divergences(logits: Tensor, expert: Tensor) -> Tensor:
     """(batch,) Kullback-Leibler divergence of each prediction from the expert's, in nats: Σ_c q (log q - log p)."""
     log_q = expert.log_softmax(dim=-1)
     apart = log_q - logits.log_softmax(dim=-1)
-    # what the expert never says counts nothing, even where both logits are -∞, as those of classes that a head masks
+    # classes of probability 0 by the expert count nothing, even where both logits are -∞, as those that a head masks
     return (log_q.exp() * apart.where(log_q.exp() > 0, 0.0)).sum(dim=-1)
 
 
 def infomax(logits: Tensor, mean: Tensor) -> Tensor:
-    """Mean entropy minus the entropy of the mean prediction, in nats: sure of each input, of no one class overall.
+    """Mean entropy minus the entropy of the mean prediction, in nats: low if each prediction is sure and the classes are balanced.
 
         L = mean_x H(p(·|x)) - H(m)        m: running mean of the predictions, this batch included
 
@@ -171,16 +171,16 @@ def filtered_entropy(logits: Tensor, mean: Tensor, margin: float = 0.4, redundan
     is over kept ones; the margin is also SAR's (Niu et al. 2023, arXiv:2302.12400).
     """
     each = _entropies(logits)
-    own = each.detach()
+    detached = each.detach()
     limit = margin * math.log(logits.shape[-1])
     p = logits.detach().softmax(dim=-1)
     cosine = (p @ mean) / (p.norm(dim=-1) * mean.norm()).clamp_min(1e-12)
-    kept = (own < limit) & (cosine.clamp_max(1.0) <= redundancy)
-    return _mean_where(each * (limit - own).exp(), kept)
+    kept = (detached < limit) & (cosine.clamp_max(1.0) <= redundancy)
+    return _mean_where(each * (limit - detached).exp(), kept)
 
 
 def feature_distance(features: Tensor, expert: Tensor) -> Tensor:
-    """Squared distance to the expert's features, as a share of their own size: 0 where they agree, 1 for features of 0.
+    """Squared distance to the expert's features, relative to theirs: 0 where they agree, 1 for features of 0.
 
         D = Σ_x ‖f(x) - g(x)‖² / Σ_x ‖g(x)‖²
 
@@ -193,9 +193,9 @@ def feature_distance(features: Tensor, expert: Tensor) -> Tensor:
 
 
 def running_mean(logits: Tensor, past: Tensor | None, momentum: float) -> Tensor:
-    """(classes,) mean prediction over the batches so far, without a graph: the batch's own if there was none before."""
-    own = logits.detach().softmax(dim=-1).mean(dim=0)
-    return own if past is None else momentum * past.to(own) + (1 - momentum) * own
+    """(classes,) mean prediction over the batches so far, without a graph: the batch's mean if there was none before."""
+    of_batch = logits.detach().softmax(dim=-1).mean(dim=0)
+    return of_batch if past is None else momentum * past.to(of_batch) + (1 - momentum) * of_batch
 
 
 Weights = dict[str, float]
@@ -203,16 +203,16 @@ Weights = dict[str, float]
 
 
 def _given(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None  # whoever makes a View asks `needs` first
+    assert tensor is not None  # a View has what `needs` names
     return tensor
 
 
 Loss = Callable[[View, SelfLabel, Filter], Tensor]
 _BUILT_IN: dict[str, Loss] = {
-    "self-label": lambda v, own, _: self_label(v.logits, _given(v.expert), **own.model_dump()),
+    "self-label": lambda v, labels, _: self_label(v.logits, _given(v.expert), **labels.model_dump()),
     "entropy": lambda v, *_: entropy(v.logits),
     "infomax": lambda v, *_: infomax(v.logits, _given(v.mean)),
-    "filtered-entropy": lambda v, _, own: filtered_entropy(v.logits, _given(v.mean), **own.model_dump()),
+    "filtered-entropy": lambda v, _, kept: filtered_entropy(v.logits, _given(v.mean), **kept.model_dump()),
     "features": lambda v, *_: feature_distance(_given(v.features), _given(v.expert_features)),
 }
 _NEEDS = {"self-label": "expert", "infomax": "mean", "filtered-entropy": "mean", "features": "features"}

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 A = TypeVar("A", bound="AdaptiveMethod")
 
-# What all the papers do: entropy, constant step sizes, as many steps as were asked for, the last one kept. Everything that
-# the result depends on is written down, so that a default that changes changes no preset. How many steps neither paper
-# says; `logit` is the released code's, τ, Adam's rates, step size and batch size are of AdaRank's Appendix A.
+# What all the papers do: entropy, constant step sizes, all the steps that are set, the last one kept. Everything that
+# the result depends on is written down, so that a default that changes changes no preset. Neither paper says how many
+# steps; `logit` is the released code's, τ, Adam's rates, step size and batch size are of AdaRank's Appendix A.
 _PAPER: dict[str, Any] = {
     "objective": "entropy", "objectives": {}, "schedule": "constant", "warmup": 0.0, "keep": "last", "patience": None,
     "repair": 0, "retreat": 0, "lr_masks": 1e-3, "lr_lambda": 1e-3, "betas": [0.9, 0.999], "balance": 0.0,

@@ -40,11 +40,11 @@ class Lookup(Protocol):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network says of a task's inputs.
+    """A network's predictions for a task's inputs.
 
     Attributes:
         logits: (inputs, classes) of some inputs.
-        features: (inputs, width) of what the task's head is given, if that was to be kept.
+        features: (inputs, width) of what the task's head is given, if it was to be kept.
     """
 
     logits: Lookup
@@ -53,7 +53,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class BatchPredictions:
-    """What a network says of one batch; on the CPU. The attributes are as in `Predictions`."""
+    """A network's predictions for one batch, on the CPU. The attributes are as in `Predictions`."""
 
     logits: Tensor
     features: Tensor | None
@@ -86,7 +86,7 @@ class Inputs(Protocol):
         ...
 
     def judged_on(self, most: int | None = None) -> Iterable[Chunk]:
-        """What steps are judged on: held out if there is such, `check_inputs` at most.
+        """What steps are judged on: held out if there are such inputs, `check_inputs` at most.
 
         Arguments:
             most: only so many of these, spread evenly.
@@ -94,11 +94,11 @@ class Inputs(Protocol):
         ...
 
     def predictions(self, predict: Predict, adapted_on: bool) -> Predictions:
-        """What a network says of the inputs that steps are judged on.
+        """A network's predictions for the inputs that steps are judged on.
 
         Arguments:
             predict: runs the network.
-            adapted_on: predict those that are adapted on, too.
+            adapted_on: also predict those that are adapted on.
         """
         ...
 
@@ -138,7 +138,7 @@ class Problem:
         return {task: self._loss(task) for task in self.inputs}
 
     def judge(self, most: int | None = None) -> Judge:
-        """Compares what the networks say now with the experts' predictions. Reads no label.
+        """Compares the networks' current predictions with the experts'. Reads no label.
 
         Arguments:
             most: look at so many inputs per task.

@@ -1,7 +1,9 @@
-"""How a run goes: steps, until they are used up or bring nothing nearer to the experts, then rounds of repair, then a line search towards the start.
+"""How a run proceeds: steps, then rounds of repair, then a line search towards the start.
 
-All of it is a function of the settings and of what was judged, so of the saved state: an interrupted run goes on as it
-would have gone.
+Steps end at the last one, or once they no longer come nearer to the experts.
+
+All of it is a function of the settings and of what was judged, so of the saved state: an interrupted run continues as it
+would have.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from adarank.adapt.choice import best_step
 from adarank.adapt.settings import AUTO, AdaptSettings
 
 EVERY = 40  # steps between two judgements, at most
-PASSES = 2  # over the inputs of the task that has fewest: what is learned from few is learned, and overdone, sooner
+PASSES = 2  # over the inputs of the task that has fewest: from few inputs a model learns, and overfits, sooner
 SHORTEST = 5  # steps between two judgements, and steps of a round, at least
 REPAIR_FACTOR = 0.2  # of the step sizes: enough to move a task by some inputs, too little to undo the others
 Seen = Mapping[int, Judged]
@@ -62,7 +64,7 @@ class Schedule:
         return (step - ended) % self.round == 0
 
     def ended(self, judged: Seen) -> int | None:
-        """The judged step after which no further ones but those of a repair are taken; None while there are some to take."""
+        """The judged step after which only steps of a repair are taken; None while other steps remain."""
         patience = self.settings.patience if self.settings.patience and self.settings.keep == "best" else math.inf
         leader, since = 0, 0
         for step in sorted(judged):
@@ -73,12 +75,12 @@ class Schedule:
         return None
 
     def leader(self, judged: Seen) -> int:
-        """Of the judged steps before any repair, the one nearest to the experts, whoever fell behind; of equals the earlier."""
+        """Of the judged steps before any repair, the one nearest to the experts, whichever tasks fell behind; of equals the earliest."""
         ended = self.ended(judged)
         return max((s for s in judged if ended is None or s <= ended), key=lambda s: (self._value(judged[s]), -s))
 
     def source(self, judged: Seen) -> int:
-        """The judged step that a repair goes on from: the latest that is as near to the experts as the leader, but for noise.
+        """The judged step that a repair starts from: the latest that is as near to the experts as the leader, within noise.
 
         Later ones have settled more. Noise is one standard error of the leader's mean agreement. Once a step is the
         source, only a later one can take its place.
@@ -86,7 +88,11 @@ class Schedule:
         ended, leader = self.ended(judged), judged[self.leader(judged)]
         noise = mean_error(leader) if self.settings.signal == "agreement" else 0.0
         near = self._value(leader) - noise
-        return max(s for s, own in judged.items() if (ended is None or s <= ended) and self._value(own) >= near)
+        return max(
+            step
+            for step, judgement in judged.items()
+            if (ended is None or step <= ended) and self._value(judgement) >= near
+        )
 
     def over(self, step: int, judged: Seen) -> bool:
         """True if nothing is left to do after so many steps."""
@@ -101,7 +107,7 @@ class Schedule:
         """(step, share of the way to it from the start): the points to judge once a run is over, the farthest first.
 
         Lines lead to where the repair began and to where it ended, if they are nearer to the experts than what would be
-        kept. There are none where a repair did.
+        kept. There are none if a repair succeeded.
         """
         ended, last = self.ended(judged) if judged else None, max(judged, default=0)
         if ended is None or self.settings.keep != "best" or (last > ended and not self._fallen(judged, last)):
@@ -125,10 +131,12 @@ class Schedule:
     def counts(self, judged: Seen) -> Seen:
         """The judgements that the weights of this moment come from."""
         ended, source = self.ended(judged), self.source(judged) if judged else 0
-        return {step: own for step, own in judged.items() if ended is None or step <= source or step > ended}
+        return {
+            step: judgement for step, judgement in judged.items() if ended is None or step <= source or step > ended
+        }
 
     def _in_need_of_repair(self, judged: Seen, ended: int) -> bool:
-        """True if what a round would go on from is nearer to the experts than what would be kept, but leaves a task behind."""
+        """True if the step that a round would start from is nearer to the experts than the kept one, but leaves a task behind."""
         now = self.source(judged) if max(judged) == ended else max(judged)
         best = best_step(judged, self.settings.signal, self.settings.tolerance)
         return self._fallen(judged, now) and self._value(judged[now]) > self._value(judged[best])
@@ -137,5 +145,5 @@ class Schedule:
         """True if some task is behind its start there."""
         return bool(worse(judged[step], judged[0], self.settings.tolerance))
 
-    def _value(self, own: Judged) -> float:
-        return mean_signal(own, self.settings.signal)
+    def _value(self, judgement: Judged) -> float:
+        return mean_signal(judgement, self.settings.signal)

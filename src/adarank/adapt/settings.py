@@ -34,10 +34,10 @@ class AdaptSettings(Settings):
         step_unit: for soft masks, what a step changes equally for all components of a matrix and task: the `weights`, in units
             of the root mean square of the singular values; or the `mask`, which changes weights less along small components.
         objective: what every task minimises: a name, or a mapping from names to weights.
-        objectives: task -> its own objective, instead of `objective`.
+        objectives: task -> its objective, instead of `objective`.
         self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
-        learn_heads: learn each task's head, too, once masks and λ are: towards its expert's predictions, kept where it then
-            agrees with the expert more often on inputs held out. `auto`: where the task's objective looks at the expert.
+        learn_heads: learn each task's head, too, after masks and λ: towards its expert's predictions, kept if it then agrees
+            with the expert more often on inputs held out. `auto`: where the task's objective compares with the expert.
         balance: κ: how much more a task's loss counts, the more it has risen since the start; 0 is the papers' sum.
         momentum: of the running mean prediction that `infomax` and `filtered-entropy` look at.
         schedule: `cosine` or `linear` down to zero, or `constant` (the papers').
@@ -56,9 +56,9 @@ class AdaptSettings(Settings):
             whatever their number of classes, and does not depend on how sure predictions are; `divergence` is finer.
         tolerance: how many standard errors a task's agreement may fall below the start's; with 0 it may not fall at all.
         patience: stop after so many judgements in a row that are no nearer to the experts; `keep: last` takes all steps.
-        repair: rounds of further steps, each of a quarter of `check_every` (at least 5 steps, if that has as many). They start at
-            the latest judged step that is as near to the experts as any, if it leaves some task behind its start; tasks left
-            behind count most.
+        repair: rounds of further steps, each of a quarter of `check_every` (at least 5 steps, but no more than
+            `check_every`). They start at the latest judged step that is as near to the experts as any, if it leaves some
+            task behind its start; tasks left behind count most.
         retreat: points of the line search towards the start, if the repair fails: on the lines from the start to that step and
             to the end of the repair. 4 are 0.8, 0.6, 0.4 and 0.2 of the way; the first that leaves no task behind ends it.
 
@@ -128,9 +128,9 @@ class AdaptSettings(Settings):
     @field_validator("objectives", mode="before")
     @classmethod
     def _objectives(cls, given: Any) -> Any:
-        for task, own in given.items() if isinstance(given, dict) else ():
+        for task, objective in given.items() if isinstance(given, dict) else ():
             try:
-                check_objective(own)
+                check_objective(objective)
             except ValueError as error:
                 raise ValueError(f"task '{task}': {error}") from None
         return given

@@ -1,15 +1,15 @@
-"""Where adaptation starts, found without labels: the rank and λ at which merged model and experts agree best.
+"""Where adaptation starts, searched for without labels: the rank and λ at which merged model and experts agree best.
 
     (k, λ) = argmax mean_t agreement of f(W_o + λ Σ_t top_k(δ_t)) with expert t, on unlabelled inputs
 
-A climb on a grid: from one point to its best neighbour, until no neighbour is better. A point costs one composition of the
+Hill climbing on a grid: from one point to its best neighbour, until no neighbour is better. A point costs one composition of the
 weights and one quick check, a judgement on fewer inputs; nothing is decomposed anew, and nothing is learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from adarank.adapt.agreement import Judge, Signal, mean_signal
@@ -24,7 +24,7 @@ QUICK_CHECK = 64  # inputs per task, at most: all starts are seen on the same on
 
 @dataclass(frozen=True)
 class Tried:
-    """One start that was looked at: share of components kept, λ, and the mean signal there (more is better)."""
+    """One start that was tried: share of components kept, λ, and the mean signal there (more is better)."""
 
     rank: float
     scale: float
@@ -32,8 +32,7 @@ class Tried:
 
     def named(self) -> dict[str, float]:
         """As recipes and records name it."""
-        own = asdict(self)
-        return {"rank": own["rank"], "lambda": own["scale"], "value": own["value"]}
+        return {"rank": self.rank, "lambda": self.scale, "value": self.value}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Grid:
     """The starts that are open: one value where rank or λ is given.
 
     Attributes:
-        ranks, scales: what may be tried, in ascending order.
+        ranks, scales: values that may be tried, in ascending order.
         first: index into each, where the climb begins.
     """
 
@@ -76,7 +75,7 @@ def _place(values: tuple[float, ...], usual: float) -> int:
 
 
 def climb(grid: Grid, value: Callable[[float, float], float]) -> list[Tried]:
-    """All points that were looked at, in order. The best, of equals the earlier, has no better neighbour."""
+    """All points that were tried, in order. The best, of equals the earliest, has no better neighbour."""
     seen: dict[tuple[int, int], Tried] = {}
 
     def look(at: tuple[int, int]) -> float:
@@ -95,8 +94,8 @@ def climb(grid: Grid, value: Callable[[float, float], float]) -> list[Tried]:
 
 
 def best_of(tried: list[Tried]) -> Tried:
-    """The start that was found: the first of equals."""
-    return max(tried, key=lambda own: own.value)
+    """The best start; of equals the first."""
+    return max(tried, key=lambda start: start.value)
 
 
 def find_start(live: Learner, grid: Grid, quick_check: Judge, signal: Signal) -> list[Tried]:

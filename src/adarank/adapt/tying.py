@@ -1,4 +1,4 @@
-"""λ per tensor, layer, task or model: which entries of the (tensors, tasks) matrix of coefficients are one number.
+"""λ per tensor, layer, task or model: which entries of the (tensors, tasks) matrix of coefficients share one number.
 
     tensor   λ_t of every tensor          AdaMerging's and CART++'s "layer-wise", AdaRank
     layer    λ_t of every layer
@@ -50,7 +50,7 @@ class Tying:
 
 
 def tie(names: Sequence[str], tasks: int, per: LambdaPer) -> Tying:
-    """The tying of so many tasks over the tensors of these names."""
+    """The tying of `tasks` tasks over the tensors of these names."""
     owners = {"tensor": names, "layer": layer_groups(names)}.get(per, [""] * len(names))
     places = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
     columns = torch.zeros(tasks, dtype=torch.long) if per == "model" else torch.arange(tasks)

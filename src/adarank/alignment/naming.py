@@ -107,7 +107,7 @@ def _meaningful(strip: str, add: str, generic: frozenset[str] = _GENERIC) -> boo
     Arguments:
         generic: parts that name nothing.
 
-    Two prefixes that end in the same part are a shorter rule, told of fewer names.
+    Two prefixes that end in the same part are a shorter rule, derived from fewer names.
     """
     first, second = strip.split(".")[:-1], add.split(".")[:-1]
     if first and second and first[-1] == second[-1]:

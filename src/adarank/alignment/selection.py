@@ -28,7 +28,7 @@ Action = Literal["decompose", "scale", "keep", "head"]
 
 _EMBEDDING = ("embed", "wte", "wpe", "shared.weight")
 _TOKENS = re.compile(r"embed|wte|shared\.weight|lm_head|tok_")
-_NO_TOKENS = re.compile(r"posit|wpe|type|patch|proj|norm|rel")
+_NO_TOKENS = re.compile(r"posit|wpe|type|patch|proj|norm|rel|lm_head\.dense")
 _TABLE = "position_bias_table"  # of Swin and its kin: two-dimensional, but a list of biases
 _HEADS = ("classifier", "pre_classifier", "score", "head", "heads", "lm_head", "logits_proj", "classification_head")
 

@@ -158,14 +158,14 @@ class Gatherer:
         return known
 
     def _part(
-        self, key: str, task: str, what: str, own: list[str] | None, measure: Callable[[], dict[str, Tensor]]
+        self, key: str, task: str, what: str, names: list[str] | None, measure: Callable[[], dict[str, Tensor]]
     ) -> Mapping[str, Tensor]:
-        """A part of the store, measured if it is not there, with the task's own tensors (`own`; None: all) in the networks."""
+        """A part of the store, measured if it is not there, with the expert's tensors (of `names`; None: all) in the networks."""
         part = self.store.part(key)
         if part is not None:
             return part
         self.note(f"{what} on {task}")
-        self.models.fill(member_tensors(self.network, self.network.experts[task], own))
+        self.models.fill(member_tensors(self.network, self.network.experts[task], names))
         tensors = measure()
         for name, tensor in tensors.items():
             check_finite(tensor, name, f"statistics of task '{task}'")

@@ -1,4 +1,4 @@
-"""Single files beside and of checkpoints: JSON, safetensors headers, hashes. What is wrong with one is told in a sentence."""
+"""Single files beside and of checkpoints: JSON, safetensors headers, hashes. What is wrong with one is said in a sentence."""
 
 from __future__ import annotations
 

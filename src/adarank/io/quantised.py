@@ -1,4 +1,4 @@
-"""How quantised weights are told: by the configuration, by files beside it, by names and dtypes.
+"""How quantised weights are recognised: by the configuration, by files beside it, by names and dtypes.
 
 A quantised weight is a tensor of codes and one or more of scales, apart: merged tensor by tensor, codes of one model would
 come under scales of others. So they are refused by name, or turned into floats first (`io/dequantise.py`).
@@ -66,7 +66,7 @@ def method_beside(folder: Path) -> str | None:
 
 
 def quantised_file(file: Path) -> str | None:
-    """The format of a file that holds quantised weights alone, told by its name."""
+    """The format of a file that holds quantised weights alone, by its name."""
     if file.suffix.lower() in (".gguf", ".ggml"):
         return file.suffix[1:].upper()
     return "HQQ" if file.name == "qmodel.pt" else None

@@ -158,7 +158,13 @@ class ZeroShotExpert(Checkpoint):
     """
 
     def __init__(
-        self, expert: Checkpoint, base: Checkpoint, heads: ZeroShotHeads, task: str, names: Sequence[str]
+        self,
+        expert: Checkpoint,
+        base: Checkpoint,
+        heads: ZeroShotHeads,
+        task: str,
+        names: Sequence[str],
+        templates: Sequence[str],
     ) -> None:
         self.__dict__.update(expert.__dict__)
         self._expert, self._base, self._heads, self._task = expert, base, heads, task
@@ -174,7 +180,7 @@ class ZeroShotExpert(Checkpoint):
         infos[HEAD] = TensorInfo(HEAD, shape, torch.float32, f"the head made of task '{task}''s classes")
         self.tensors = {stored: TensorInfo(stored, info.shape, info.dtype, info.file) for stored, info in infos.items()}
         self.aliases = {}
-        self.config = _configuration(expert.config or base.config, names, heads.width)
+        self.config = _configuration(expert.config or base.config, names, templates, heads.width)
 
     def read(self, name: str) -> Tensor:
         """The tensor of this name; those that no file holds are made."""
@@ -228,7 +234,9 @@ class ZeroShotExpert(Checkpoint):
         return self._expert.folder if any(file.exists() for file in files) else self._base.folder
 
 
-def _configuration(config: Mapping[str, Any], classes: Sequence[str], width: int) -> dict[str, Any]:
+def _configuration(
+    config: Mapping[str, Any], classes: Sequence[str], templates: Sequence[str], width: int
+) -> dict[str, Any]:
     """The `config.json` of a task's classifier, from that of a vision tower or of a whole CLIP."""
     settings = dict(config.get("vision_config") or config)
     labels = {str(number): name for number, name in enumerate(classes)}
@@ -241,6 +249,8 @@ def _configuration(config: Mapping[str, Any], classes: Sequence[str], width: int
         "projection_dim": width,
         "id2label": labels,
         "label2id": {name: int(number) for number, name in labels.items()},
+        "prompt_templates": list(templates),
+        "problem_type": "single_label_classification",  # of one class, too
     }
 
 
@@ -249,6 +259,7 @@ class ZeroShotImageClassifiers(ImageClassifiers):
 
     kind = "zero-shot-image-classification"
     architectures = ("CLIPVisionModel", "CLIPModel")
+    head_apart = True
 
     def auto_class(self) -> Any:
         """The class of `transformers` that loads these models."""
@@ -285,7 +296,10 @@ class ZeroShotImageClassifiers(ImageClassifiers):
             for task, each in names.items()
         }
         heads = ZeroShotHeads(base, prompts)
-        made = {task: ZeroShotExpert(expert, base, heads, task, names[task]) for task, expert in experts.items()}
+        made = {
+            task: ZeroShotExpert(expert, base, heads, task, names[task], templates[task])
+            for task, expert in experts.items()
+        }
         kept = {f"{part}*": "the base's text tower, which heads are made by" for part in TEXT}
         if not any(expert.projected for expert in made.values()):
             kept[PROJECTION] = "no expert has a projection of its own"

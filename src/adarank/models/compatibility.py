@@ -16,7 +16,7 @@ from adarank.alignment.selection import is_table
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import MismatchError, itemise
 from adarank.io.checkpoint import Checkpoint
-from adarank.io.vocabulary import Vocabulary, comparable, files_of, fingerprint, read_vocabulary
+from adarank.io.vocabulary import Vocabulary, VocabularyReader, comparable, files_of
 from adarank.models.configurations import compare_configurations, compare_processors, few
 
 Member = TypeVar("Member")
@@ -25,9 +25,17 @@ _RESERVED = re.compile(r"^[<\[]\|?(un_?used|reserved|place_?holder|dummy|control
 
 
 def check_compatible(
-    network: AlignedCheckpoints, base: Checkpoint | None, experts: Mapping[str, Checkpoint]
+    network: AlignedCheckpoints,
+    base: Checkpoint | None,
+    experts: Mapping[str, Checkpoint],
+    by_token: bool = False,
+    reader: VocabularyReader | None = None,
 ) -> list[str]:
     """Compare vocabularies and configurations wherever two members have them; returns notes on harmless differences.
+
+    Arguments:
+        by_token: tables have been brought to one vocabulary, so that the files' ids are not theirs.
+        reader: what has read vocabularies already.
 
     Raises:
         MismatchError: ids stand for different tokens, or a setting that decides what shared tensors compute differs.
@@ -39,7 +47,9 @@ def check_compatible(
     )
     folders = {name: member.folder for name, member in members.items() if member.path.is_dir()}
     holders, rows = _tables(network)
-    of_tokens, more = compare_vocabularies({name: folder for name, folder in folders.items() if name in holders}, rows)
+    of_tokens, more = compare_vocabularies(
+        {} if by_token else {name: folder for name, folder in folders.items() if name in holders}, rows, reader
+    )
     _refuse(of_settings, of_tokens)
     return [*notes, *more, *compare_processors(folders)]
 
@@ -125,12 +135,15 @@ class _Tokens:
         return [f"{token!r} ({row})" for token, row in new.items() if not _RESERVED.match(token)]
 
 
-def compare_vocabularies(folders: Mapping[str, Path], rows: int) -> tuple[list[str], list[str]]:
+def compare_vocabularies(
+    folders: Mapping[str, Path], rows: int, reader: VocabularyReader | None = None
+) -> tuple[list[str], list[str]]:
     """Problems and notes, in sentences, of the tokenizers in some folders; folders without one are left out.
 
     Arguments:
         folders: what to call a model -> where its tokenizer's files are.
         rows: how many ids the embedding table has; tokens beyond them are no matter.
+        reader: what has read vocabularies already.
     """
     holders, shared = comparable(folders)
     if rows == 0 or len(holders) < 2:
@@ -138,11 +151,12 @@ def compare_vocabularies(folders: Mapping[str, Path], rows: int) -> tuple[list[s
     if shared is None:
         listed = ", ".join(f"{name} has {' and '.join(files_of(folders[name]))}" for name in holders)
         return [], [f"Vocabularies were not compared: their files are of different kinds ({listed})."]
-    marks = {name: fingerprint(folders[name]) for name in holders}
+    reader = reader or VocabularyReader()
+    marks = {name: reader.mark(folders[name]) for name in holders}
     distinct = [name for number, name in enumerate(marks) if marks[name] not in list(marks.values())[:number]]
     if len(distinct) < 2:
         return [], []
-    read = {name: vocabulary for name in distinct if (vocabulary := read_vocabulary(folders[name], shared)) is not None}
+    read = {name: vocabulary for name in distinct if (vocabulary := reader.read(folders[name], shared)) is not None}
     return _differences(read, rows)
 
 

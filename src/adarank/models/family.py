@@ -29,6 +29,7 @@ class Family(Protocol):
         token_budget: padded tokens (or their like) in one batch when scoring.
         mlps: what the two linear layers of a block's MLP are called in checkpoints, after the block's own name.
         expanded: parameters of shape (1, ...) that networks of the family expand over the batch.
+        head_apart: no class of `transformers` has a task's head, so that an ordinary folder holds it beside the base's class.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Family(Protocol):
     token_budget: int
     mlps: tuple[tuple[str, str], ...]
     expanded: tuple[str, ...]
+    head_apart: bool = False
 
     def auto_class(self) -> Any:
         """The class of `transformers` that finds a model's own class by its configuration."""

@@ -34,7 +34,7 @@ class Entry:
     Attributes:
         needs: models and data, and whether labels are read.
         reads: how often checkpoints and inputs are gone through.
-        memory: what is held at a time; `adarank plan` reckons the bytes for a recipe.
+        memory: what is held at a time; `adarank plan` estimates the bytes for a recipe.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from adarank.alignment.adapters import with_adapter
@@ -16,16 +16,21 @@ from adarank.io.quantised import quantisation, refuse_quantised
 from adarank.recipe.schema import Recipe
 
 
-def open_checkpoints(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+def open_checkpoints(
+    recipe: Recipe, stages: Mapping[str, Checkpoint]
+) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
     """The recipe's base and experts, which are not quantised, or turned into floats.
 
     A folder of an adapter alone is an adapter of the base. A model under several adapters is opened once, so that what
     an adapter over the base adds to it is known as factors.
 
+    Arguments:
+        stages: name -> what an earlier stage of the recipe gave, which models may be called by.
+
     Raises:
         CheckpointError: some cannot be read; all are named.
     """
-    opener = _Opener(recipe)
+    opener = _Opener(recipe, stages)
     base = opener.base()
     experts = {task: opener.expert(entry.model) for task, entry in recipe.experts.items()}
     if opener.problems:
@@ -60,8 +65,8 @@ def _last(reference: str) -> str:
 class _Opener:
     """Opens references, each model once. Attributes: problems, in sentences."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, stages: Mapping[str, Checkpoint]) -> None:
+        self._recipe, self._stages = recipe, stages
         self._models: dict[Path, Checkpoint] = {}
         self._base: Checkpoint | None = None
         self.problems: list[str] = []
@@ -81,8 +86,8 @@ class _Opener:
             model, adapter = split_adapter(reference, self._recipe.folder)
             if adapter is not None:
                 return with_adapter(self._model(model), Adapter(self._place(adapter, adapter=True)), reference)
-            place = self._place(model)
-            return self._over_base(place, reference) if is_adapter(place) else self._model(model)
+            place = None if model in self._stages else self._place(model)
+            return self._over_base(place, reference) if place is not None and is_adapter(place) else self._model(model)
         except AdaRankError as error:
             self.problems.append(str(error))
             return None
@@ -103,6 +108,8 @@ class _Opener:
         return resolve(reference, self._recipe.folder, adapter)
 
     def _model(self, reference: str) -> Checkpoint:
+        if reference in self._stages:
+            return self._stages[reference]
         place = self._place(reference).resolve()
         if place not in self._models:
             checkpoint = Checkpoint(self._place(reference), reference)

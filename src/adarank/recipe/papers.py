@@ -29,7 +29,7 @@ class PaperRow:
 
     Attributes:
         name: as AdaRank's tables call it, or CART's where it is there alone.
-        recipe: `merge_method`, `parameters` and `adapt` of what makes it; empty for what `adarank evaluate` shows unasked.
+        recipe: `merge_method`, `parameters` and `adapt` of what makes it; empty for rows that `adarank evaluate` always shows.
         hint: what to choose otherwise for other models, or where to look.
         figures: key of `SETTINGS` -> the paper's figure, per cent.
     """

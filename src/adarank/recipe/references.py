@@ -18,9 +18,9 @@ def reference(given: Any) -> Any:
     """
     if not isinstance(given, dict):
         return given
-    strangers = sorted(str(key) for key in given.keys() - _KEYS)
-    if strangers:
-        raise ValueError(f"a model is given by path and revision, and has no {', '.join(strangers)}")
+    unknown = sorted(str(key) for key in given.keys() - _KEYS)
+    if unknown:
+        raise ValueError(f"a model is given by path and revision, and has no {', '.join(unknown)}")
     if ("model" in given) == ("path" in given):
         raise ValueError("a model needs one of model and path")
     place, revision = reference(given.get("model", given.get("path"))), given.get("revision")

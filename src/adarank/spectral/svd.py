@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adarank.alignment.task_vectors import Deltas as KnownDeltas
+from adarank.alignment.task_vectors import TaskVectors
 from adarank.errors import AdaptationError
 from adarank.io.low_rank import Factors, stacked
 
@@ -130,7 +130,7 @@ def spectrum_of_sum(deltas: Mapping[str, Tensor], name: str) -> Spectrum:
 
 def factors_of(deltas: Mapping[str, Tensor], task: str) -> Factors | None:
     """A task's vector as factors; None where only the whole is known."""
-    return deltas.factors(task) if isinstance(deltas, KnownDeltas) else None
+    return deltas.factors(task) if isinstance(deltas, TaskVectors) else None
 
 
 def decompose_factors(factors: Factors, name: str = "matrix") -> Spectrum:

@@ -87,7 +87,7 @@ def report(
     start, kept = history.judged[0], kept or history.judged_kept
     return {
         "protocol": job.recipe.data.protocol,
-        "starts": [own.named() for own in history.starts],
+        "starts": [tried.named() for tried in history.starts],
         "steps": history.step,
         "stopped_early": (history.ended or 0) < settings.steps,
         "repair_steps": history.step - (history.ended or 0),
@@ -102,18 +102,19 @@ def report(
         "judged_on": {task: inputs.judged[1] for task, inputs in table_inputs(job, data, settings).items()},
         "judged": {str(step): _rounded(seen) for step, seen in history.judged.items()},
         "way_back": [
-            {"step": own.step, "share": own.share, "judged": _rounded(own.judged)} for own in history.line_points
+            {"step": point.step, "share": point.share, "judged": _rounded(point.judged)}
+            for point in history.line_points
         ],
         "largest_class_share": {
-            task: {"before": start[task].largest, "after": own.largest, "expert": own.expert_largest}
-            for task, own in kept.items()
+            task: {"before": start[task].largest, "after": signals.largest, "expert": signals.expert_largest}
+            for task, signals in kept.items()
         },
-        "collapsed": [task for task, own in kept.items() if collapsed(own, start[task])],
+        "collapsed": [task for task, signals in kept.items() if collapsed(signals, start[task])],
         "collapse_seen": first_collapse(history.judged),
-        "splits": {task: {split: len(rows) for split, rows in own.splits.rows.items()} for task, own in data.items()},
-        "notes": [f"{task}: {text}" for task, own in data.items() for text in own.notes],
+        "splits": {task: {split: len(rows) for split, rows in of.splits.rows.items()} for task, of in data.items()},
+        "notes": [f"{task}: {text}" for task, of in data.items() for text in of.notes],
     }
 
 
 def _rounded(seen: Judged) -> dict[str, dict[str, float]]:
-    return {task: {name: round(value, 5) for name, value in asdict(own).items()} for task, own in seen.items()}
+    return {task: {name: round(value, 5) for name, value in asdict(signals).items()} for task, signals in seen.items()}

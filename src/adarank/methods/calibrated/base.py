@@ -1,4 +1,4 @@
-"""What methods from statistics have in common: how many inputs they look at, and where the statistics are found.
+"""What methods from statistics have in common: how many inputs they look at, and where the statistics are kept.
 
 A statistic is a tensor about one tensor of one expert, taken on that expert's own inputs before anything is merged
 (`calibration/gather.py`). What such a method does with them is a function of one tensor at a time, as of every method.
@@ -26,7 +26,7 @@ def _nothing(name: str, task: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics by tensor and task, each read when it is asked for.
+    """Statistics by tensor and task, each read when it is looked up.
 
     Attributes:
         names: tensors that every task has a statistic of.
@@ -66,7 +66,7 @@ class CalibratedMethod(Method):
     """Base of the methods that take statistics of the experts on their inputs. Tensors without one are averaged.
 
     Class attributes:
-        decides: the settings that the statistics hang on; the others may change and the statistics serve again.
+        decides: the settings that the statistics depend on; when others change, the statistics are used again.
     """
 
     origin: ClassVar[OriginKind] = "average"
@@ -114,7 +114,7 @@ class CalibratedMethod(Method):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The method's name and the settings that its statistics hang on."""
+        """The method's name and the settings that its statistics depend on."""
         return {"method": self.name, **self.model_dump(include=set(self.decides))}
 
     def held(self, shape: tuple[int, ...], decomposed: bool) -> int:

@@ -95,10 +95,10 @@ class TaskAwareMethod(Method):
     def run(self, context: Context) -> Result:
         """The parts of a bundle, made one at a time as they are written."""
         outline = context.outline()
-        shared, own = self.output_layouts(outline)
+        shared, per_task = self.output_layouts(outline)
         pieces = task_parts(self, context.network, outline.sites(), context.device)
         settings = self.model_dump(mode="json", by_alias=True)
-        return Result(parts=Parts(self.name, settings, shared, own, pieces))
+        return Result(parts=Parts(self.name, settings, shared, per_task, pieces))
 
     @classmethod
     def task_tensors(cls, tensors: Layout, shared: PartFile, of_task: PartFile) -> Iterator[tuple[str, Tensor]]:
@@ -109,12 +109,14 @@ class TaskAwareMethod(Method):
 def layouts(method: TaskAwareMethod, sites: Sequence[Site], tasks: Sequence[str]) -> tuple[Layout, dict[str, Layout]]:
     """Layouts of the shared parts and of each task's own, from headers alone."""
     shared: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    own: dict[str, tuple[tuple[int, ...], torch.dtype]] = {key(part): ((), torch.float32) for part in method.constants}
+    per_task: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        key(part): ((), torch.float32) for part in method.constants
+    }
     for site in sites:
         slots = method.slots(site) if site.merged else Slots({WHOLE: (site.shape, site.dtype)}, {})
         shared |= {key(part, site.name): spec for part, spec in slots.shared.items()}
-        own |= {key(part, site.name): spec for part, spec in slots.per_task.items()}
-    return shared, {task: dict(own) for task in tasks}
+        per_task |= {key(part, site.name): spec for part, spec in slots.per_task.items()}
+    return shared, {task: dict(per_task) for task in tasks}
 
 
 @torch.no_grad()
@@ -146,12 +148,12 @@ def _parts(
 
 
 def rebuilt(
-    method: type[TaskAwareMethod], tensors: Layout, shared: PartFile, own: PartFile
+    method: type[TaskAwareMethod], tensors: Layout, shared: PartFile, of_task: PartFile
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of one task's whole network but its head, from its parts, one in memory at a time."""
-    constants = own.of()
+    constants = of_task.of()
     for name, (_, dtype) in tensors.items():
-        merged = _tensor(method, name, {**constants, **shared.of(name), **own.of(name)})
+        merged = _tensor(method, name, {**constants, **shared.of(name), **of_task.of(name)})
         yield name, cast(merged, dtype, name, "Give base and experts in a wider dtype, such as bfloat16.")
 
 
@@ -163,7 +165,7 @@ def in_memory(
 
 
 class _Parts(dict[str, Tensor]):
-    """The parts of one tensor by name. One that a bundle lacks is told as such, and no other error of a method is."""
+    """The parts of one tensor by name. One that a bundle lacks is named in an error; errors of the method itself pass through."""
 
     def __init__(self, name: str, parts: Mapping[str, Tensor]) -> None:
         super().__init__(parts)
@@ -187,8 +189,8 @@ def _not_negative(method: TaskAwareMethod, name: str, parts: list[Part]) -> Iter
     shared = {part: tensor for task, part, tensor in parts if task is None}
     for task in dict.fromkeys(task for task, _, _ in parts if task is not None):
         constants = {part: torch.tensor(method.constant(part, task)) for part in method.constants}
-        own = {part: tensor for owner, part, tensor in parts if owner == task}
-        if bool((_tensor(type(method), name, {**constants, **shared, **own}) < 0).any()):
+        of_task = {part: tensor for owner, part, tensor in parts if owner == task}
+        if bool((_tensor(type(method), name, {**constants, **shared, **of_task}) < 0).any()):
             raise RecipeError(
                 f"{name}: '{method.name}' gives task '{task}' negative variances. Keep the base's by select: keep: ['*.running_*']."
             )
