@@ -106,7 +106,7 @@ class LiveWeights:
     @torch.no_grad()
     def reset(self, scale: float, rank: float) -> None:
         """Go back to a start: λ `scale` everywhere, the first `rank` of each matrix's and task's components kept."""
-        kept = torch.cat([top_mask(block.sizes, rank) for block in self.blocks.values()])
+        kept = torch.cat([top_mask(block.sizes, rank, block.counts) for block in self.blocks.values()])
         self.lam.fill_(scale)
         self.logits.fill_(-self._logit)
         self.logits[kept] = self._logit

@@ -27,6 +27,8 @@ from adarank.settings import Settings
 Action = Literal["decompose", "scale", "keep", "head"]
 
 _EMBEDDING = ("embed", "wte", "wpe", "shared.weight")
+_TOKENS = re.compile(r"embed|wte|shared\.weight|lm_head|tok_")
+_NO_TOKENS = re.compile(r"posit|wpe|type|patch|proj|norm|rel|lm_head\.dense")
 _TABLE = "position_bias_table"  # of Swin and its kin: two-dimensional, but a list of biases
 _HEADS = ("classifier", "pre_classifier", "score", "head", "heads", "lm_head", "logits_proj", "classification_head")
 
@@ -158,6 +160,11 @@ def is_mask(info: TensorInfo) -> bool:
 def is_embedding(name: str) -> bool:
     """True if a tensor is called as embedding tables are."""
     return any(part in name.lower() for part in _EMBEDDING)
+
+
+def is_table(name: str) -> bool:
+    """True if a matrix of this name has a row for each token: an embedding table, or a language model's layer of output."""
+    return bool(_TOKENS.search(name)) and not _NO_TOKENS.search(name)
 
 
 def is_head_name(name: str) -> bool:

@@ -88,9 +88,19 @@ def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
         head(folder, f"{written}: {bundle_size(record['bundle'])}")
         write(METHODS[record["plan"]["merge_method"]].in_use)
     else:
-        head(folder, f"{written}, {size(record['plan']['output_bytes'])}")
+        of_lora = record.get("lora")
+        head(folder, f"{written}, {size(of_lora['bytes'] if of_lora else record['plan']['output_bytes'])}")
+        if of_lora:
+            write(of_adapter(of_lora))
     if record["plan"]["kind"] and "stages" not in record:  # of tasks: there is something to score
         write(f"next: adarank evaluate {recipe} {folder}", style="dim")
+
+
+def of_adapter(lora: Mapping[str, Any]) -> str:
+    """How near an output that is an adapter comes to the merged model, in a sentence."""
+    worst = max(lora["relative_errors"], key=lora["relative_errors"].__getitem__)
+    error, of_worst = lora["relative_error"], lora["relative_errors"][worst]
+    return f"adapter of rank {lora['rank']}: {error:.2%} of the merged task vector is lost, at most {of_worst:.2%} of one tensor ({worst})"
 
 
 def remarks(

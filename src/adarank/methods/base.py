@@ -194,12 +194,15 @@ def merge_tensors(
 
 @torch.no_grad()
 def merge_tensor(method: Method, network: AlignedCheckpoints, name: str, device: torch.device | str = "cpu") -> Tensor:
-    """One tensor of the merged model, by a prepared method."""
+    """One tensor of the merged model, by a prepared method. One that no adapter changes stays the base's, as stored."""
     action = network.choices[name].action
     if action not in ("decompose", "scale"):
         return network.kept(name)
-    origin = network.origin(name, method.origin_kind(network), device)
-    deltas = network.deltas(name, origin)
+    kind = method.origin_kind(network)
+    if kind != "zero" and network.unchanged(name):
+        return network.kept(name)
+    origin = network.origin(name, kind, device)
+    deltas = network.deltas(name, origin, kind)
     merged = (
         method.merge_matrix(name, origin, deltas) if action == "decompose" else method.merge_other(name, origin, deltas)
     )

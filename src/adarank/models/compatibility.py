@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from adarank.alignment.selection import is_table
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import MismatchError, itemise
 from adarank.io.checkpoint import Checkpoint
@@ -19,8 +20,6 @@ from adarank.io.vocabulary import Vocabulary, VocabularyReader, comparable, file
 from adarank.models.configurations import compare_configurations, compare_processors, few
 
 Member = TypeVar("Member")
-_TABLE = re.compile(r"embed|wte|shared\.weight|lm_head|tok_")
-_NO_TABLE = re.compile(r"posit|wpe|type|patch|proj|norm|rel|lm_head\.dense")
 # Tokens that stand for nothing until a fine-tuning gives them a meaning.
 _RESERVED = re.compile(r"^[<\[]\|?(un_?used|reserved|place_?holder|dummy|control_\d|extra_\d)", re.IGNORECASE)
 
@@ -86,11 +85,6 @@ def check_modules(network: AlignedCheckpoints, base: object, experts: Mapping[st
     }
     configs = {name: read() for name, read in readers.items() if read is not None}
     _refuse(compare_configurations(configs, _tied(network))[0], [])
-
-
-def is_table(name: str) -> bool:
-    """Whether a matrix of this name has a row for each token."""
-    return bool(_TABLE.search(name)) and not _NO_TABLE.search(name)
 
 
 def labelled(base: Member | None, experts: Mapping[str, Member]) -> dict[str, Member]:

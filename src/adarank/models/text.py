@@ -66,7 +66,7 @@ class TextClassifiers(Family):
         module = super().load(expert)
         config: Any = module.config
         if config.pad_token_id is None:  # models without padding, such as GPT-2, find an input's end by this id
-            config.pad_token_id = tokenizer_of(expert.folder).pad_token_id
+            config.pad_token_id = tokenizer_of(expert.processor_folder).pad_token_id
         return module
 
     def check_folder(self, folder: Path) -> None:

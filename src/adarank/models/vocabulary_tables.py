@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from adarank.alignment.layers import layer_number
+from adarank.alignment.selection import is_table
 from adarank.io.checkpoint import Source
-from adarank.models.compatibility import is_table
 
 # Names that no other tensor has: such a matrix of another number of rows is one that cannot be told.
 _SURE = re.compile(

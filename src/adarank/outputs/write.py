@@ -19,6 +19,7 @@ from adarank.io.side_files import tokenizer_files
 from adarank.io.writer import write_folders, write_json, write_tensors
 from adarank.method import Result
 from adarank.models.union import save_tokenizer
+from adarank.outputs.adapter import write_adapter
 from adarank.outputs.template import write_template
 from adarank.recipe.job import Job
 
@@ -133,14 +134,22 @@ def write_result(folder: Path, job: Job, result: Result) -> dict[str, Any]:
         write(folder / name)
     if result.parts is not None:
         return {"bundle": write_bundle(folder, job, result.parts, result.heads)}
-    paths = [module.path for module in job.root.modules]
-    write_folders(folder, job.layout(), iter(result.tensors), paths, job.recipe.max_shard_size)
-    write_root_files(folder, job)
+    of_adapter: dict[str, Any] = {}
+    if job.recipe.output.lora is not None:
+        settings, base = job.recipe.output.lora, job.recipe.base_model or ""
+        of_adapter["lora"] = write_adapter(folder, job.network, job.layout(), result.tensors, settings.rank, base)
+        for file in tokenizer_files(_root_files(job)):
+            shutil.copy(file, folder / file.name)  # with its permissions
+        write_template(folder, job.chat_template)
+    else:
+        paths = [module.path for module in job.root.modules]
+        write_folders(folder, job.layout(), iter(result.tensors), paths, job.recipe.max_shard_size)
+        write_root_files(folder, job)
     for task, names in job.network.heads.items():
         if names:
             write_head(folder / "heads" / task, job, task, result.heads.get(task))
             _write_side_files(folder / "heads" / task, job, task)
-    return {}
+    return of_adapter
 
 
 def write_bundle(

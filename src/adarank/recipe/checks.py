@@ -127,7 +127,9 @@ def _of_output(recipe: Recipe) -> list[str]:
         for key in ("chat_template", "max_shard_size")
         if kind.in_use and getattr(recipe, key) is not None
     ]
-    return problems + (wrong_template(recipe.chat_template) if recipe.chat_template is not None else [])
+    if recipe.chat_template is not None:
+        problems += wrong_template(recipe.chat_template)
+    return problems + _of_lora_output(recipe)
 
 
 def _of_heads(recipe: Recipe) -> list[str]:
@@ -139,6 +141,29 @@ def _of_heads(recipe: Recipe) -> list[str]:
         return [f"heads: '{kind.name}' adapts, and learns heads as adapt: learn_heads says. Remove heads."]
     if "heads" in kind.model_fields:
         return [f"heads: '{kind.name}' writes heads of its own; learn is for its experts' heads. Remove heads."]
+    return []
+
+
+def _of_lora_output(recipe: Recipe) -> list[str]:
+    """Whether the output can be an adapter."""
+    if recipe.output.lora is None:
+        return []
+    kind = recipe.kind
+    if recipe.slices:
+        return ["output.lora: an adapter changes the layers that its base has, and slices put them into a new order. Remove output."]  # fmt: skip
+    if recipe.max_shard_size is not None:
+        return ["output.lora: an adapter is written as one file, and max_shard_size is for whole models. Remove it."]
+    if kind.in_use:
+        return [
+            f"output.lora: '{kind.name}' writes a network for each task, and an adapter is one model's. Remove output."
+        ]
+    if recipe.base_model is None or kind.merges_base:
+        why = (
+            f"'{kind.name}' merges base_model as one of the models"
+            if kind.merges_base
+            else "the recipe names no base_model"
+        )
+        return [f"output.lora: an adapter changes a base, and {why}. Use a method about a base, or remove output."]
     return []
 
 

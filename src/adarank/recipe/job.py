@@ -23,7 +23,8 @@ from adarank.models import Family
 from adarank.models.compatibility import check_apart, check_compatible
 from adarank.recipe.chat_templates import ChatTemplate, choose_template
 from adarank.recipe.draft import METHOD, Draft, with_models
-from adarank.recipe.opening import open_checkpoints
+from adarank.recipe.lora_output import adapter_bytes, slots_of
+from adarank.recipe.opening import adapter_notes, open_checkpoints
 from adarank.recipe.schema import Recipe
 from adarank.recipe.slices import Slices, open_slices, sliced
 from adarank.recipe.task_kinds import check_bodies, family_of_tasks
@@ -80,10 +81,13 @@ class Job:
 
     def outline(self) -> Outline:
         """What headers tell of the merge."""
-        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, self.recipe.dequantize)
+        made = self.recipe.dequantize or not all(expert.in_one_folder for expert in self.experts.values())
+        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, made)
 
     def output_bytes(self) -> int:
-        """Size of the output's tensors, heads not among them."""
+        """Size of the output's tensors, heads not among them; of an adapter the most that it can be."""
+        if self.recipe.output.lora is not None:
+            return adapter_bytes(self.network, self.recipe.output.lora.rank)
         shared, of_tasks = self.method.output_layouts(self.outline())
         return layout_bytes(shared) + sum(layout_bytes(layout) for layout in of_tasks.values())
 
@@ -187,6 +191,7 @@ class _Opening:
         self.recipe = draft.recipe if self.whole else recipe
         self.family: Family | None = None
         self.reader = VocabularyReader()
+        self.of_adapters = adapter_notes(base, self.experts)
 
     def job(self) -> Job | None:
         """The job, if nothing is wrong."""
@@ -198,13 +203,16 @@ class _Opening:
                 self.family = family_of_tasks(self.recipe, self.experts)
             return None
         self.base, self.experts = tokens.base, tokens.experts
+        if tokens.aligned and self.recipe.output.lora is not None:
+            text = "output.lora: an adapter changes tables as its base has them, and rows of tokens would be brought together. Give models of one vocabulary, or remove output."
+            self.problems.errors.append(RecipeError(text))
         template = self._chat_template(tokens)
         if self.recipe.slices or any(entry.layer_range is not None for entry in self.recipe.models):
             if not self._takes_slices():
                 return None
             if self.recipe.slices:
                 return self._sliced(tokens, template)
-        network, notes = self._network(), _notes(tokens, template)
+        network, notes = self._network(), [*self.of_adapters, *_notes(tokens, template)]
         with self.problems.noted():
             if network is None:
                 check_apart(self.base, self.experts, tokens.aligned)
@@ -213,8 +221,7 @@ class _Opening:
         if network is None or not self.whole or not self.draft.sound:
             return None
         with self.problems.noted():
-            method = self.recipe.method(network.merged())
-            method.check(network)
+            method = _method(self.recipe, network)
             return Job(
                 self.recipe, self.base, self.experts, network, self.family, method, tuple(notes), tokens.tokenizer, template
             )  # fmt: skip
@@ -272,7 +279,7 @@ class _Opening:
             check_modules({checkpoint.label: checkpoint.modules for checkpoint in named.values()})
             slices = open_slices(self.recipe, self.base or next(iter(self.experts.values())), named)
             _note_unused(slices.network, self.base, self.experts)
-            notes = _notes(tokens, template)
+            notes = [*self.of_adapters, *_notes(tokens, template)]
             notes += check_compatible(slices.network, self.base, self.experts, tokens.aligned, self.reader)
             return Job(
                 self.recipe, self.base, self.experts, slices.network, None, slices.method, tuple(notes), tokens.tokenizer, template, slices
@@ -315,6 +322,15 @@ class _Opening:
         network = align(self.base, self.experts, select, keep_embeddings, family is not None, kept)
         _note_unused(network, self.base, self.experts)
         return network
+
+
+def _method(recipe: Recipe, network: AlignedCheckpoints) -> MergeMethod:
+    """The recipe's method, checked against the network, as is the form of its output: before anything is computed."""
+    method = recipe.method(network.merged())
+    method.check(network)
+    if recipe.output.lora is not None:
+        slots_of(network)
+    return method
 
 
 def _notes(tokens: Tokens, template: ChatTemplate | None) -> list[str]:

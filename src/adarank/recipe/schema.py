@@ -40,6 +40,15 @@ class ModelEntry(Settings):
 
     _as_text = field_validator("model", mode="before")(reference)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_adapter(cls, given: Any) -> Any:
+        """`lora` beside `model` is the model's adapter, as it is inside of it."""
+        if not isinstance(given, dict) or "lora" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "lora"}
+        return {**rest, "model": reference({"model": given.get("model"), "lora": given["lora"]})}
+
     model: str
     layer_range: tuple[int, int] | None = None  # of a slice: from the first number to before the second
     parameters: dict[str, Any] = Field({}, description="settings")
@@ -115,6 +124,18 @@ class TokenizerSettings(Settings):
     pad_to_multiple_of: int | None = Field(None, ge=0)
 
 
+class LoraOutput(Settings):
+    """The output as a LoRA adapter of the base. Attributes: rank, r of every layer."""
+
+    rank: int = Field(ge=1)
+
+
+class OutputSettings(Settings):
+    """In what form the merged model is written; a whole model if nothing is said."""
+
+    lora: LoraOutput | None = None
+
+
 class Recipe(Settings):
     """A whole recipe. `folder` is where its relative paths count from."""
 
@@ -139,6 +160,7 @@ class Recipe(Settings):
     max_shard_size: int | None = None
     adapt: AdaptBlock | None = None
     heads: Literal["expert", "learn"] = "expert"
+    output: OutputSettings = OutputSettings()
     data: DataSettings = DataSettings()
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank.alignment.adapters import with_adapter
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, MismatchError, Problems
+from adarank.io.adapter import Adapter, is_adapter
 from adarank.io.bundle import held_parts, is_bundle
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import read_json
@@ -71,7 +73,7 @@ def evaluate(
         with problems.noted():
             local_path(path)
             if opened and opened.job:
-                rows[_row(path, opened.recipe)] = _opened(path, opened.job.network)
+                rows[_row(path, opened.recipe)] = _opened(path, opened.job.network, opened.job.base)
     job = whole(opened, problems)
     recipe, models = job.recipe, build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
@@ -275,10 +277,10 @@ class _Output:
     score: Callable[[Scoring], dict[str, TaskScore]]
 
 
-def _opened(path: Path, network: AlignedCheckpoints) -> _Output:
+def _opened(path: Path, network: AlignedCheckpoints, base: Checkpoint | None) -> _Output:
     if is_bundle(path):
         return _opened_bundle(path, network)
-    model = Checkpoint(path)
+    model = with_adapter(base, Adapter(path)) if base is not None and is_adapter(path) else Checkpoint(path)
     _refuse_lacks(path, network, model.tensors)
 
     def scored(scoring: Scoring) -> dict[str, TaskScore]:

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +19,14 @@ import yaml
 from adarank.data.metrics import LOSS
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.errors import DataError, OutputError, Problems, RecipeError, itemise
+from adarank.errors import DataError, OutputError, Problems, RecipeError
 from adarank.io.hub import local_path
 from adarank.io.lock import resolved
-from adarank.io.output_folder import check_ours, is_as_listed, read_list, remove_ours, sha256
+from adarank.io.output_folder import remove_ours
 from adarank.io.parsing import parse_json, parse_yaml, repetition
 from adarank.io.progress import advance, stage
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import json_text, locked, state_folder, write_json, write_text
+from adarank.io.writer import locked, state_folder, write_json
 from adarank.method import MergeMethod
 from adarank.models import TaskModels
 from adarank.recipe.job import Job
@@ -42,10 +41,10 @@ from adarank.workflow.evaluate import score_result
 from adarank.workflow.left_over import state_of_search
 from adarank.workflow.load_tasks import load_opened
 from adarank.workflow.prepare import check_labels, open_recipe, whole
+from adarank.workflow.search_files import Written
 
 SPLIT: Split = "select"
 _MOST = 100_000
-_JOURNAL = "replacing.json"
 
 
 @dataclass(frozen=True)
@@ -200,62 +199,6 @@ def _search(
         files.write(_best_text(path, recipe, ranked[0], files.record), record)
     remove_ours(files.state)
     return ranked, record
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a search writes: the best recipe, its record, and the folder that an interrupted search goes on from.
-
-    The two files are replaced one after the other. What they may replace is noted in the state first, so that the same
-    command completes what a kill between them left.
-    """
-
-    best: Path
-    record: Path
-    state: Path
-
-    def check(self, force: bool) -> None:
-        """Refuse to overwrite what is there, before any work is done.
-
-        Raises:
-            OutputError: something is, and `force` is not given; or no search wrote it as it is; or what is kept of an
-                interrupted search is not adarank's.
-        """
-        check_ours(self.state)
-        there = [file for file in (self.best, self.record) if os.path.lexists(file) and not self._begun(file)]
-        if there and not force:
-            names = ", ".join(map(str, there))
-            raise OutputError(f"{names}: already exists. Give another name, or --force to replace it.")
-        listed = read_list(self.record) or {}
-        changed = [
-            f"{file}: is not as a search wrote it"
-            for file in there
-            if not (is_as_listed(file, listed.get(file.name, {})) if file == self.best else listed)
-        ]
-        if changed:
-            remedy = "Move it, or give another name."
-            raise OutputError(itemise("--force replaces only what adarank search wrote:", changed, remedy))
-
-    def write(self, text: str, record: dict[str, Any]) -> None:
-        """Write the best recipe, and the record, which lists it."""
-        content = text.encode()
-        record["files"] = {self.best.name: {"bytes": len(content), "sha256": sha256(content)}}
-        texts = {self.record: json_text(record), self.best: text}
-        known = {
-            file.name: [sha256(new.encode()), *([sha256(file.read_bytes())] if file.exists() else [])]
-            for file, new in texts.items()
-        }
-        write_json(self.state / _JOURNAL, known)
-        for file, new in texts.items():
-            write_text(file, new, self.state)
-
-    def _begun(self, file: Path) -> bool:
-        """True for a file that an interrupted search was about to replace, or had written."""
-        journal = self.state / _JOURNAL
-        if not journal.is_file() or not file.is_file():
-            return False
-        known = json.loads(journal.read_text(encoding="utf-8"))
-        return sha256(file.read_bytes()) in known.get(file.name, ())
 
 
 def try_points(
