@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import adarank
@@ -214,8 +216,9 @@ def test_nothing_is_downloaded_for_a_recipe_that_is_wrong(zoo: Path, monkeypatch
     def download(*_: object, **__: object) -> str:
         raise AssertionError("a model was downloaded")
 
-    monkeypatch.setattr("adarank.io.hub._download", download)
-    monkeypatch.setattr("adarank.io.hub._listed", lambda name, revision: ["model.safetensors"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: ["model.safetensors"])
     path = write(zoo, wrong_key, lost_column)
     path.write_text(path.read_text().replace("models/base", "org/base"))
     with pytest.raises(AdaRankError) as caught:

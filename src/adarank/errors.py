@@ -59,7 +59,7 @@ class OutputError(AdaRankError):
 
 
 class Problems:
-    """What independent checks refuse, gathered so that all of it is told at once.
+    """What independent checks refuse, gathered so that all of it comes at once.
 
     Attributes:
         errors: what was noted, in order.

@@ -59,7 +59,7 @@ class Prepared:
 
 def prepare(draft: Draft, problems: Problems) -> Prepared:
     """Open a recipe's stages. What is wrong is noted; of one stage alone all is checked that it leaves possible."""
-    if not draft.recipe.stages:
+    if not (draft.recipe.stages or draft.recipe.unread):
         opened = open_draft(draft, problems)
         return Prepared(Stages({}, opened.job) if opened.job else None, opened)
     with problems.noted():
