@@ -39,6 +39,7 @@ from adarank.methods.spectral.masked import Masked
 from adarank.methods.spectral.star import STAR
 from adarank.methods.spectral.svd_k import SVDk
 from adarank.methods.spectral.tsv_m import TSVM
+from adarank.methods.spectral.wudi import SWUDI, WUDI, ACTMat
 from adarank.methods.task_aware.cart_indexing import CARTIndexing
 from adarank.methods.task_aware.emr import EMR
 from adarank.methods.task_aware.tall_masks import TallMasks
@@ -76,6 +77,9 @@ ALL: tuple[type[Method], ...] = (
     IsoC,
     IsoCTS,
     CART,
+    WUDI,
+    SWUDI,
+    ACTMat,
     Fisher,
     RegMean,
     RegMeanPlusPlus,
