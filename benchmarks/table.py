@@ -100,6 +100,8 @@ STATIC: dict[str, tuple[str, Grid, int]] = {
     "TSV-M": ("tsv_m", {"lambda": _WHOLE}, 1),
     "Iso-C": ("iso_c", {"lambda": _WHOLE}, 1),
     "Iso-CTS": ("iso_cts", {"lambda": _WHOLE}, 1),
+    "SVC": ("svc", {"lambda": [0.3, 0.5, 0.8]}, 1),
+    "DC-Merge": ("dc_merge", {"lambda": [0.5, 1.0, 2.0]}, 1),
     "WUDI": ("wudi", {"lambda": [0.3, 0.5, 0.8]}, 1),
     "SWUDI": ("swudi", {"lambda": [0.1, 0.2, 0.4]}, 1),
     "ACTMat": ("actmat", {"lambda": [0.3, 0.5, 0.8]}, 1),

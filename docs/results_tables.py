@@ -33,6 +33,8 @@ ROWS = [
     "TSV-M",
     "Iso-C",
     "Iso-CTS",
+    "SVC",
+    "DC-Merge",
     "WUDI",
     "SWUDI",
     "ACTMat",

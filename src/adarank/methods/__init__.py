@@ -33,10 +33,12 @@ from adarank.methods.sparse.sce import SCE
 from adarank.methods.sparse.ties import Ties
 from adarank.methods.sparse.ties_merging import TiesMerging
 from adarank.methods.spectral.cart import CART
+from adarank.methods.spectral.dc_merge import DCMerge
 from adarank.methods.spectral.iso_c import IsoC
 from adarank.methods.spectral.iso_cts import IsoCTS
 from adarank.methods.spectral.masked import Masked
 from adarank.methods.spectral.star import STAR
+from adarank.methods.spectral.svc import SVC
 from adarank.methods.spectral.svd_k import SVDk
 from adarank.methods.spectral.tsv_m import TSVM
 from adarank.methods.spectral.wudi import SWUDI, WUDI, ACTMat
@@ -76,6 +78,8 @@ ALL: tuple[type[Method], ...] = (
     TSVM,
     IsoC,
     IsoCTS,
+    DCMerge,
+    SVC,
     CART,
     WUDI,
     SWUDI,

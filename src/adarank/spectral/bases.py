@@ -69,14 +69,14 @@ def tsv_m(deltas: Deltas, name: str) -> list[Spectrum]:
     parts = []
     for task in deltas:  # one whole SVD in memory at a time, and one task vector: values() would hold two
         spectrum = decompose(deltas[task], name)
-        parts.append(_top(spectrum, max(1, spectrum.s.numel() // len(deltas))))
-    return _together(parts)
+        parts.append(top(spectrum, max(1, spectrum.s.numel() // len(deltas))))
+    return together(parts)
 
 
 def iso_c(deltas: Deltas, name: str) -> list[Spectrum]:
     """No block per task, and a common one: the summed task vector with all its singular values made equal."""
     shared = decompose(_sum(deltas), name)
-    return [*(_top(shared, 0) for _ in deltas), _flat([_top(shared, shared.s.numel())])[0]]
+    return [*(top(shared, 0) for _ in deltas), _flat([top(shared, shared.s.numel())])[0]]
 
 
 def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
@@ -87,15 +87,15 @@ def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
     """
     shared = decompose(_sum(deltas), name)
     each = own_components(shared.s.numel(), len(deltas), common)
-    first = _top(shared, shared.s.numel() - each * len(deltas))
+    first = top(shared, shared.s.numel() - each * len(deltas))
     parts = []
     for task in deltas:
         matrix = as_matrix(deltas[task])
         rest = decompose(matrix - first.u @ (first.u.T @ matrix), name)
         # beside the task vector, not beside itself: all of it may lie in the common subspace. The projection rounds too.
-        parts.append(_top(rest, each, 4 * torch.linalg.matrix_norm(matrix)))
+        parts.append(top(rest, each, 4 * torch.linalg.matrix_norm(matrix)))
     # the common ones come first where vectors are made orthogonal, as the paper lays them
-    shared_first = _together([first, *parts])
+    shared_first = together([first, *parts])
     return _flat([*shared_first[1:], shared_first[0]])
 
 
@@ -135,13 +135,13 @@ def _sum(deltas: Deltas) -> Tensor:
     return total
 
 
-def _top(spectrum: Spectrum, count: int, largest: Tensor | None = None) -> Spectrum:
+def top(spectrum: Spectrum, count: int, largest: Tensor | None = None) -> Spectrum:
     """The first components, those that are rounding beside the largest set to zero."""
     there = determined(spectrum.s, largest)[:count]
     return Spectrum(spectrum.u[:, :count] * there, spectrum.s[:count] * there, spectrum.v[:, :count] * there)
 
 
-def _together(parts: Sequence[Spectrum]) -> list[Spectrum]:
+def together(parts: Sequence[Spectrum]) -> list[Spectrum]:
     """The same blocks with the nearest vectors that are orthonormal over all of them.
 
     With more components than dimensions (more tasks than the rank has room for) the first ones fill it.
