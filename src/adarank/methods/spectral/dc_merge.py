@@ -51,10 +51,12 @@ class DCMerge(Method):
         cover = together(parts)
         u, v = (torch.cat([getattr(part, key) for part in cover], dim=1) for key in "uv")
         count = max(1, int(self.density * min(u.shape[0], v.shape[0]) ** 2))
-        coordinates = torch.stack([_largest((u.T @ (part.u * part.s)) @ (part.v.T @ v), count) for part in parts])
-        elected = _elected_mean(coordinates)
-        blocks = torch.block_diag(*(torch.ones(part.s.numel(), part.s.numel()) for part in cover)).to(elected)
-        return origin + self.scale * (u @ (elected * blocks) @ v.T).reshape(origin.shape)
+        blocks = torch.block_diag(*(torch.ones(part.s.numel(), part.s.numel()) for part in cover)).bool()
+        blocks = blocks.to(origin.device)
+        kept = [_largest((u.T @ (part.u * part.s)) @ (part.v.T @ v), count)[blocks] for part in parts]
+        core = torch.zeros(blocks.shape, dtype=origin.dtype, device=origin.device)
+        core[blocks] = _elected_mean(torch.stack(kept))
+        return origin + self.scale * (u @ core @ v.T).reshape(origin.shape)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged tensor that is not decomposed."""
@@ -62,7 +64,9 @@ class DCMerge(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 8 + 2 * tasks if decomposed else 0  # an SVD, all tasks' top factors twice, each task's coordinates
+        return (
+            12 if decomposed else 0
+        )  # an SVD, all tasks' top factors, the cover, one task's coordinates, what is kept
 
 
 def _largest(matrix: Tensor, count: int) -> Tensor:
