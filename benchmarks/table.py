@@ -105,6 +105,7 @@ STATIC: dict[str, tuple[str, Grid, int]] = {
     "WUDI": ("wudi", {"lambda": [0.3, 0.5, 0.8]}, 1),
     "SWUDI": ("swudi", {"lambda": [0.1, 0.2, 0.4]}, 1),
     "ACTMat": ("actmat", {"lambda": [0.3, 0.5, 0.8]}, 1),
+    "ESM": ("esm", {"lambda": [0.3, 0.5, 0.8]}, 1),
     "CART, energy": ("cart", {"energy": [0.3, 0.5], "lambda": [0.7, 1.0, 1.3]}, 1),
 }
 # Task-aware rows, each a bundle: (method, what is tried on select). TALL-masks' α is chosen task by task, as in its paper.

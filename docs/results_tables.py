@@ -44,6 +44,7 @@ ROWS = [
     "Fisher, empirical",
     "RegMean",
     "RegMean++",
+    "ESM",
     "AdaMerging, task-wise",
     "AdaMerging",
     "AdaMerging++",
