@@ -131,6 +131,8 @@ STATISTICS: dict[str, tuple[str, dict[str, Any]]] = {
     "Fisher, empirical": ("fisher", {"kind": "empirical"}),
     "RegMean": ("regmean", {}),
     "RegMean++": ("regmean++", {}),
+    "FeatCal": ("featcal", {}),
+    "FeatCal, from the average": ("featcal", {"start": "average"}),
 }
 MINILM = Bed(
     "minilm-8",
@@ -263,13 +265,14 @@ class Bench:
         """Merge by a method that looks at inputs; where adapt inputs have no labels, at labelled ones of `--labelled`."""
         name, parameters = STATISTICS[row]
         chosen, data = "nothing to choose", self.data
-        if parameters and self.bed is DEMO:  # empirical
+        method = parse(METHODS[name], {**parameters, "seed": seed}, name)
+        if method.reads_labels and self.bed is DEMO:
             if self.labelled is None:
                 print(f"{row}: left out; give --labelled", flush=True)
                 return
             data = load_tasks(open_job(self.recipe({"merge_method": "average", "models": self._labelled_models()})))
             chosen += "; labels of the experts' training rows"
-        self.static(row, parse(METHODS[name], {**parameters, "seed": seed}, name), chosen, seed, data)
+        self.static(row, method, chosen, seed, data)
 
     def static(
         self, row: str, method: Method, chosen: str, seed: int = 0, data: Mapping[str, TaskData] | None = None

@@ -44,6 +44,8 @@ ROWS = [
     "Fisher, empirical",
     "RegMean",
     "RegMean++",
+    "FeatCal",
+    "FeatCal, from the average",
     "ESM",
     "AdaMerging, task-wise",
     "AdaMerging",

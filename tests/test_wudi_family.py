@@ -60,19 +60,19 @@ def test_swudi_is_the_flow_from_the_summed_task_vectors(shape, tasks: int, seed:
     system[:width, :width], system[width:, :width] = -gram, cross
     flow = torch.matrix_exp(time / (gram.trace() / width) * system)
     wanted = sum(deltas.values()) @ flow[:width, :width] + flow[width:, :width]
-    found = merged("swudi", deltas, {"time": time, "rank": 1.0})
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    result = merged("swudi", deltas, {"time": time, "rank": 1.0})
+    torch.testing.assert_close(result, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_swudi_leaves_the_sum_where_eigenvalues_are_small() -> None:
     deltas = task_vectors((7, 6), 3, 1)
     gram = sum(d.T @ d / d.square().sum() for d in deltas.values())
     values, vectors = np.linalg.eigh(gram.numpy())
-    total, found = sum(deltas.values()), merged("swudi", deltas, {"rank": 0.5, "time": 1e9})
+    total, result = sum(deltas.values()), merged("swudi", deltas, {"rank": 0.5, "time": 1e9})
     small, large = (torch.from_numpy(vectors[:, part]) for part in (slice(0, 3), slice(3, 6)))
     assert values[2] < values[3]
-    torch.testing.assert_close(found @ small, total @ small)
-    torch.testing.assert_close(found @ large, least_squares(deltas, True) @ large)
+    torch.testing.assert_close(result @ small, total @ small)
+    torch.testing.assert_close(result @ large, least_squares(deltas, True) @ large)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,11 +103,11 @@ def test_a_turn_of_the_coordinates_turns_the_merge(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_order_and_unmoved_experts_change_nothing(name: str) -> None:
     deltas = task_vectors((6, 5), 3, 5)
-    found = merged(name, deltas)
-    torch.testing.assert_close(merged(name, dict(reversed(deltas.items()))), found)
-    torch.testing.assert_close(merged(name, deltas, {"lambda": 0.5}), 0.5 * found)
+    result = merged(name, deltas)
+    torch.testing.assert_close(merged(name, dict(reversed(deltas.items()))), result)
+    torch.testing.assert_close(merged(name, deltas, {"lambda": 0.5}), 0.5 * result)
     still = {**deltas, "still": torch.zeros(6, 5, dtype=torch.float64)}
-    torch.testing.assert_close(merged(name, still), found)
+    torch.testing.assert_close(merged(name, still), result)
     assert not merged(name, {"a": torch.zeros(6, 5)}).any()
 
 

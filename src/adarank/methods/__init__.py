@@ -5,6 +5,7 @@ from __future__ import annotations
 from adarank.methods.base import Method, merge_tensor, merge_tensors
 from adarank.methods.calibrated.base import CalibratedMethod
 from adarank.methods.calibrated.esm import ESM
+from adarank.methods.calibrated.featcal import FeatCal
 from adarank.methods.calibrated.fisher import Fisher
 from adarank.methods.calibrated.regmean import RegMean
 from adarank.methods.calibrated.regmean_plus_plus import RegMeanPlusPlus
@@ -88,6 +89,7 @@ ALL: tuple[type[Method], ...] = (
     Fisher,
     RegMean,
     RegMeanPlusPlus,
+    FeatCal,
     ESM,
     Masked,
     TallMasks,

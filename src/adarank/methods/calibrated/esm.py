@@ -79,7 +79,7 @@ class ESM(CalibratedMethod):
 
     def gathered(self, gathers: Gathers) -> ESM:
         """The same method with the experts' Gram matrices."""
-        return self.with_statistics(gathers.gram_matrices())
+        return self.with_statistics(gathers.gram_matrices(torch.float64))
 
     def prepare(self, network: AlignedCheckpoints, device: torch.device | str) -> ESM:
         """The method with the scale of each matrix beside the others of its kind. Merges every matrix once."""
@@ -109,7 +109,7 @@ class ESM(CalibratedMethod):
 
     def held(self, shape: tuple[int, ...], decomposed: bool) -> int:
         """Numbers of four bytes held for a tensor while its statistics are taken."""
-        return shape[1] ** 2 if decomposed and len(shape) == 2 else 0
+        return 2 * shape[1] ** 2 if decomposed and len(shape) == 2 else 0
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
@@ -145,7 +145,7 @@ class ESM(CalibratedMethod):
         values, vectors = torch.linalg.eigh(delta @ gram @ delta.T)
         count = max(1, len(values) // tasks)
         values, vectors = values.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count]
-        there = values > len(delta) * torch.finfo(values.dtype).eps * values[0]
+        there = determined(values.sqrt().float())  # singular values of the shift, of activations in float32
         if not there.any():
             return torch.zeros_like(vectors), torch.zeros_like(delta[:count])
         scale = (values / values.mean()) ** self.spread * there
