@@ -47,7 +47,6 @@ from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.recipe.schema import Recipe
 from adarank.settings import parse
 from adarank.spectral.mask_file import FILE, MaskFile
-from adarank.spectral.masks import random_mask
 from adarank.workflow import demo
 from adarank.workflow.build_networks import build_models, network_tensors
 from adarank.workflow.context import RecipeContext
@@ -444,9 +443,7 @@ class Bench:
     def random_masks(self, row: str, of: str, seed: int) -> None:
         """The learned λ with masks of the same density in random places."""
         learned = MaskFile.load(self.output(of, 0) / FILE)
-        generator = torch.Generator().manual_seed(seed)
-        shuffled = {n: random_mask(m, learned.sizes[n], generator) for n, m in learned.masks.items()}
-        method = Masked(masks=replace(learned, masks=shuffled))
+        method = Masked(masks=learned, shuffled=True, seed=seed)
         self.models.fill(merge_tensors(method, self.job.network))
         self.record(
             row,

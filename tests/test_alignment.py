@@ -292,6 +292,11 @@ def test_a_bin_with_shared_storage_pairs_with_one_stored_once(tmp_path: Path, fo
     ("embeddings.word.weight", (9, 3), torch.float32, True, "keep"), ("wte.weight", (9, 3), torch.float32, True, "keep"),
     ("embeddings.word.weight", (9, 3), torch.float32, False, "scale"),
     ("embeddings.LayerNorm.bias", (3,), torch.float32, True, "scale"),
+    ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 4), torch.float32, True, "scale"),
+    ("layers.0.blocks.1.attn.relative_position_bias_table", (49, 4), torch.float32, False, "scale"),
+    ("visual_projection.weight", (4, 6), torch.float32, False, "scale"), ("visual.proj", (6, 4), torch.float32, False, "scale"),
+    ("text_projection", (6, 4), torch.float32, False, "scale"), ("text_projection.weight", (4, 6), torch.float32, False, "scale"),
+    ("mm_projector.weight", (6, 4), torch.float32, False, "decompose"),
     ("position_ids", (1, 9), torch.int64, True, "keep"), ("mask", (4, 4), torch.bool, False, "keep"),
 ])  # fmt: skip
 def test_the_default_action_is_read_off_the_tensor(
@@ -305,6 +310,7 @@ def test_the_default_action_is_read_off_the_tensor(
     (Select(keep=("*.bias",)), "layer.1.dense.bias", "keep"),
     (Select(decompose=("conv.*",)), "conv.weight", "decompose"),
     (Select(decompose=("embed*",)), "embeddings.word_embeddings.weight", "decompose"),
+    (Select(average=("embed*", "layer.1.*")), "embeddings.word_embeddings.weight", "average"),
     (Select(keep=("layer.[1-9].*",)), "layer.1.dense.weight", "keep"),
 ])  # fmt: skip
 def test_a_pattern_overrides_the_default(select: Select, name: str, action: str) -> None:
@@ -336,7 +342,7 @@ def test_every_pattern_that_matches_nothing_is_named() -> None:
     assert "'layer.0.*'" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("select", "name"), [(Select(scale=("position_ids",)), BUFFER), (Select(decompose=(BUFFER,)), BUFFER),
+@pytest.mark.parametrize(("select", "name"), [(Select(scale=("position_ids",)), BUFFER), (Select(decompose=(BUFFER,)), BUFFER), (Select(average=(BUFFER,)), BUFFER),
                                               (Select(decompose=("norm.*",)), "norm.weight")])  # fmt: skip
 def test_an_action_that_the_tensor_cannot_take_is_refused(select: Select, name: str) -> None:
     base, experts = family(2)

@@ -35,7 +35,13 @@ def say(first: object, rest: str, style: str = "bold") -> None:
 def plan(described: Mapping[str, Any], verbose: bool) -> None:
     """What a merge will do."""
     actions = described["actions"]
-    words = {"decompose": "decomposed", "scale": "merged by λ·delta", "train": "trained", "keep": "kept from the base"}
+    words = {
+        "decompose": "decomposed",
+        "scale": "merged by λ·delta",
+        "train": "trained",
+        "average": "averaged",
+        "keep": "kept from the base",
+    }
     if not described["decomposes"]:
         words |= {"decompose": "merged as matrices", "scale": "merged, other than matrices"}
     of = "tasks" if described["reads"] else "experts"

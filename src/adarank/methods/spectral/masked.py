@@ -29,6 +29,7 @@ from adarank.methods.base import (
 )
 from adarank.spectral.blocks import task_vector_blocks
 from adarank.spectral.mask_file import MaskFile
+from adarank.spectral.masks import scattered
 
 
 class Masked(Method):
@@ -36,6 +37,8 @@ class Masked(Method):
 
     Arguments:
         masks: the masks file of an adapted output (a path in a recipe).
+        shuffled: put each task's and matrix's mask in random places, as dense as it is: a control. λ stays.
+        seed: of the places; by default the recipe's.
     """
 
     name: ClassVar[str] = "masked"
@@ -44,6 +47,8 @@ class Masked(Method):
     spectral: ClassVar[bool] = True
 
     masks: MaskFile = Field(description="masks file of an adapted output")
+    shuffled: bool = Field(False, description="each mask in random places, as dense as it is")
+    seed: int = Field(0, description="of the places; by default the recipe's seed")
 
     @classmethod
     def resolve(cls, given: Given) -> Masked:
@@ -81,7 +86,7 @@ class Masked(Method):
             raise MismatchError(
                 f"{name}: {self.masks.sizes[name]} components in the masks file, {blocks.sizes} here. Use the recipe that it was made with."
             )
-        return blocks.compose(self.masks.lam[name], self.masks.masks[name])
+        return blocks.compose(self.masks.lam[name], self._mask(name))
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged tensor that is not decomposed."""
@@ -117,6 +122,10 @@ class Masked(Method):
             raise MismatchError(
                 itemise("The masks file is of another merge.", problems, "Use the recipe that it was made with.", 20)
             )
+
+    def _mask(self, name: str) -> Tensor:
+        mask = self.masks.masks[name]
+        return scattered(mask, self.masks.sizes[name], self.seed, name) if self.shuffled else mask
 
     def _fit(self, network: AlignedCheckpoints, name: str) -> list[str]:
         if name not in self.masks.lam:
