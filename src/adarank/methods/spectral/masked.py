@@ -29,7 +29,6 @@ from adarank.methods.base import (
 )
 from adarank.spectral.blocks import task_vector_blocks
 from adarank.spectral.mask_file import MaskFile
-from adarank.spectral.masks import scattered
 
 
 class Masked(Method):
@@ -86,7 +85,8 @@ class Masked(Method):
             raise MismatchError(
                 f"{name}: {self.masks.sizes[name]} components in the masks file, {blocks.sizes} here. Use the recipe that it was made with."
             )
-        return blocks.compose(self.masks.lam[name], self._mask(name))
+        mask = self.masks.shuffled(name, self.seed) if self.shuffled else self.masks.masks[name]
+        return blocks.compose(self.masks.lam[name], mask)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged tensor that is not decomposed."""
@@ -122,10 +122,6 @@ class Masked(Method):
             raise MismatchError(
                 itemise("The masks file is of another merge.", problems, "Use the recipe that it was made with.", 20)
             )
-
-    def _mask(self, name: str) -> Tensor:
-        mask = self.masks.masks[name]
-        return scattered(mask, self.masks.sizes[name], self.seed, name) if self.shuffled else mask
 
     def _fit(self, network: AlignedCheckpoints, name: str) -> list[str]:
         if name not in self.masks.lam:
