@@ -347,7 +347,8 @@ def trained(report: Mapping[str, Any]) -> None:
 def calibrated(report: Mapping[str, Any]) -> None:
     """What statistics a merge took, and where they left something open."""
     out.print(f"{_statistics_read(report)}, in {clock(report['seconds'])}")
-    out.print(f"{report['tensors_with_statistics']} tensors merged by them, {report['tensors_averaged']} averaged")
+    without = f"{report['tensors_without_statistics']} {report['merged_without']}"
+    out.print(f"{report['tensors_with_statistics']} tensors merged by them, {without}")
     if report["undetermined"]:
         out.print(
             f"{len(report['undetermined'])} tensors are not determined in all directions by so few inputs (the record names them)",

@@ -129,16 +129,18 @@ class Gathers(Protocol):
 
 
 class CalibratedMethod(Method):
-    """Base of the methods that take statistics of the experts on their inputs. Tensors without one are averaged.
+    """Base of the methods that take statistics of the experts on their inputs.
 
     Class attributes:
         decides: the settings that the statistics depend on; when others change, the statistics are used again.
+        rest: what happens to tensors without statistics, in a word or two.
     """
 
     origin: ClassVar[OriginKind] = "average"
     data: ClassVar[str] = "unlabelled inputs of each task"
     use: ClassVar[str] = "takes statistics of"
     decides: ClassVar[tuple[str, ...]] = ("examples", "seed")
+    rest: ClassVar[str] = "averaged"
 
     examples: int = Field(256, ge=1, description="inputs of each task's adapt split that are looked at, at most")
     seed: int = Field(0, description="of the choice of inputs, and of draws; by default the recipe's seed")

@@ -63,6 +63,7 @@ class ESM(CalibratedMethod):
     source: ClassVar[str] = "arXiv:2602.20208, as released"
     spectral: ClassVar[bool] = True
     passes: ClassVar[int] = 2
+    rest: ClassVar[str] = "as tsv_m, or by the mean task vector"
 
     examples: int = Field(32, ge=1, description="inputs of each task's adapt split that are looked at, at most")
     spread: float = Field(0.15, ge=0, description="exponent of the eigenvalues")

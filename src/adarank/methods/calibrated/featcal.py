@@ -59,8 +59,9 @@ class FeatCal(CalibratedMethod):
         "(Σ_t C_t/n_t + λ) Wᵀ = Σ_t (R_t/n_t) W_tᵀ + λ (ρ W_m + (1 - ρ) W₀)ᵀ, block by block; biases and norms alike"
     )
     source: ClassVar[str] = "arXiv:2605.13030"
+    rest: ClassVar[str] = "as in the merge before"
     decides: ClassVar[tuple[str, ...]] = (
-        *CalibratedMethod.decides, "start", "target", "anchor", "ridge", "positions", "batch_size",
+        *CalibratedMethod.decides, "start", "target", "anchor", "ridge", "positions",
     )  # fmt: skip
 
     start: Annotated[float | Literal["average"], BeforeValidator(_number_or_average)] = Field(

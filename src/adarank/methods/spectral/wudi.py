@@ -79,7 +79,7 @@ class WUDI(Method):
             gram, cross, total = gram + part, cross + delta @ part, total + delta
         start = self._start(total)
         values, vectors = torch.linalg.eigh(gram)
-        solved = start + ((cross - start @ gram) @ vectors * self._inverse(values)) @ vectors.T
+        solved: Tensor = start + ((cross - start @ gram) @ vectors * self._inverse(values)) @ vectors.T
         return origin + self.scale * (solved.T if turned else solved).reshape(origin.shape).to(origin.dtype)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
