@@ -1,7 +1,7 @@
 """adarank beside mergekit: the same recipe file, unchanged, merged by both, compared tensor by tensor.
 
     python benchmarks/mergekit_compare.py --venv VENV [--records FILE]
-    python benchmarks/mergekit_compare.py --venv VENV --values tests/test_mergekit_values.py
+    python benchmarks/mergekit_compare.py --venv VENV --values tests/mergekit_zoo.py
 
 VENV is an environment of its own; it is made, with torch and mergekit from the registry, if it is not there yet.
 mergekit's command `mergekit-yaml` is called there once for every recipe, all calls in one process, because loading it
@@ -26,7 +26,7 @@ import runpy
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -87,13 +87,15 @@ def write_recipes(folder: Path, recipes: Mapping[str, dict[str, Any]]) -> dict[s
     return files
 
 
-def mergekit(python: Path, files: Mapping[str, Path], out: str) -> dict[str, str | None]:
+def mergekit(
+    python: Path, files: Mapping[str, Path], out: str, options: Sequence[str] = ("--no-copy-tokenizer",)
+) -> dict[str, str | None]:
     """Call mergekit's command on every recipe, in the recipes' folder, as their relative paths need.
 
     Each result lies beside its recipe, in a folder of the recipe's name and the suffix `out`; returned are the errors.
     """
     folder = next(iter(files.values())).parent
-    calls = [[file.name, file.with_suffix(out).name, "--quiet", "--no-copy-tokenizer"] for file in files.values()]
+    calls = [[file.name, file.with_suffix(out).name, "--quiet", *options] for file in files.values()]
     errors = last_line([str(python), "-c", DRIVER, json.dumps(calls)], folder)
     return dict(zip(files, errors, strict=True))
 
@@ -212,9 +214,10 @@ def _summary(recipes: list[dict[str, Any]]) -> dict[str, Any]:
     return {"max_relative_difference_by_output_dtype": spread, "refused": refused, "recipes": recipes}
 
 
-def print_values(test: Path, python: Path) -> None:
-    """mergekit's numbers for the models and recipes of a test, in the form that the test holds them."""
-    module = runpy.run_path(str(test))
+def print_values(zoo: Path, python: Path) -> None:
+    """mergekit's numbers for the models and recipes of a file, in the form that the test holds them."""
+    sys.path.insert(0, str(zoo.parent))  # what tests share
+    module = runpy.run_path(str(zoo))
     with tempfile.TemporaryDirectory() as temporary:
         module["write_models"](Path(temporary))
         files = write_recipes(Path(temporary), module["RECIPES"])
@@ -227,7 +230,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, required=True, help="mergekit's environment; made if it is not there")
     parser.add_argument("--records", type=Path, metavar="FILE", default=FOLDER / "peers.jsonl")
-    parser.add_argument("--values", type=Path, help="print expected values for this test file instead")
+    parser.add_argument(
+        "--values", type=Path, help="print expected values for the models and recipes of this file instead"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

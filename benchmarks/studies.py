@@ -27,7 +27,8 @@ wait_passively()  # before PyTorch is loaded
 import torch
 from records import FOLDER, SIGNALS, Record, Records, columns
 from scipy.stats import spearmanr
-from table import BEDS, Bench
+from table_bench import Bench
+from table_rows import BEDS
 
 from adarank.adapt.agreement import Judged, first_collapse, worse
 from adarank.adapt.choice import LinePoint

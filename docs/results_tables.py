@@ -329,6 +329,18 @@ def peers() -> list[str]:
     return lines
 
 
+def vocabularies() -> list[str]:
+    """Largest relative differences from mergekit where models have other vocabularies, rows paired by token."""
+    record = record_of("peers", "peer", "mergekit, vocabularies")
+    lines = ["| recipe | method | rows | output table stored | tied |", "|---|---|---|---|---|"]
+    for stored, tied in zip(record["untied"], record["tied"], strict=True):
+        cells = [f"{each['max_relative_difference']:.1e}" for each in (stored, tied)]
+        lines.append(
+            f"| {stored['name']} | {stored['recipe']['merge_method']} | {stored['rows']} | {' | '.join(cells)} |"
+        )
+    return lines
+
+
 def fusion_bench() -> list[str]:
     """Largest relative differences from FusionBench, method by method, and why they are what they are."""
     record = record_of("peers", "peer", "FusionBench")

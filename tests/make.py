@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -194,6 +198,22 @@ def models_on_disk(folder: Path, names: tuple[str, ...] = ("a", "b")) -> Path:
     for name, own in zip(names, experts.values(), strict=True):
         save(folder / "experts" / name, own)
     return folder
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """From now on a file that is opened to write bytes takes `room` of them, and then the disk is full."""
+    opened = Path.open
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data) or 0
+
+    def full(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        return io.BufferedWriter(Full(path, mode), 16) if mode == "wb" else opened(path, mode, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", full)
 
 
 def merged(method: Method, net: AlignedCheckpoints) -> State:

@@ -37,6 +37,19 @@ def nets(classes: dict[str, int]) -> tuple[Net, dict[str, Net]]:
     return base, experts
 
 
+@torch.no_grad()
+def opposed(base: Net, experts: dict[str, Net]) -> tuple[Net, dict[str, Net]]:
+    """What brings the weights nearer to `a` changes answers of `b`, which is the base, and all but uniform."""
+    for name, origin in base.named_parameters():
+        if not name.startswith("head"):
+            far = experts["a"].get_parameter(name)
+            far.add_(far - origin, alpha=9)
+            experts["b"].get_parameter(name).copy_(origin)
+    for parameter in experts["b"].head.parameters():
+        parameter.mul_(0.01)
+    return base, experts
+
+
 @pytest.fixture
 def problem() -> tuple[Net, dict[str, Net], dict[str, list[Tensor]]]:
     base, experts = nets({"a": 3, "b": 5})
@@ -54,12 +67,14 @@ def test_merge_takes_modules_and_state_dicts_alike(problem) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 7, 20])
-def test_a_repair_takes_batches_as_other_steps_do(problem, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    base, experts, _ = problem
-    batches = {task: [torch.randn(8, 8) for _ in range(count)] for task in experts}
-    monkeypatch.setattr(Schedule, "_in_need_of_repair", lambda *given: True)
-    settings = adarank.AdaptSettings(steps=3, check_every=2, repair=4)  # rounds of two steps
-    history = adarank.adapt(base, experts, batches, settings=settings).history
+def test_a_repair_takes_batches_as_other_steps_do(problem, count: int) -> None:
+    base, experts = opposed(*problem[:2])
+    batches = {task: [torch.randn(32, 8) for _ in range(count)] for task in experts}
+    settings = adarank.AdaptSettings(
+        steps=3, check_every=2, repair=4, signal="divergence", tolerance=0, lr_lambda=0.1
+    )  # rounds of two steps
+    start = {"rank": 1.0, "lambda": 0.02}
+    history = adarank.adapt(base, experts, batches, parameters=start, settings=settings).history
     assert history.step == Schedule(settings).longest == 11
     assert list(history.judged) == [0, 2, 3, 5, 7, 9, 11]
 
@@ -287,7 +302,7 @@ def test_what_float16_cannot_hold_is_refused(call) -> None:
         call(base, experts)
 
 
-ALONE = ("masked", "slerp", "nearswap", "arcee_fusion")  # takes no experts, or one
+ALONE = ("masked", "passthrough", "slerp", "nearswap", "arcee_fusion")  # takes no experts, or one
 OF_STATES = [name for name, kind in METHODS.items() if name not in ALONE and not issubclass(kind, CalibratedMethod)]
 
 

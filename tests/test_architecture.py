@@ -8,6 +8,8 @@ import inspect
 import re
 import sys
 import tokenize
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -120,9 +122,16 @@ def test_only_the_command_line_prints(path: Path) -> None:
     assert "print" not in calls or path.is_relative_to(SOURCE / "cli")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+WRITTEN = [
+    path
+    for folder in ("src", "tests", "benchmarks", "docs", "zoo", "examples", "scripts")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_readable(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
 @pytest.mark.parametrize("name", adarank.__all__)
@@ -177,7 +186,46 @@ def test_everything_public_has_a_docstring(package: str) -> None:
     assert not any(names.values()), names
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda p: p.stem)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+REACHING = {"getattr", "setattr", "delattr", "hasattr", "patch"}
+
+
+def private(dotted: str) -> bool:
+    """Some part of a dotted name begins with one underscore."""
+    return any(part.startswith("_") and not part.startswith("__") for part in dotted.split("."))
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """What a program imports, takes of an object or has replaced that is private; also in a program that it has as text."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        match node:
+            case ast.Attribute():
+                names = [node.attr]
+            case ast.Import() | ast.ImportFrom():
+                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in REACHING:
+                given = [part.value for part in node.args if isinstance(part, ast.Constant)]
+                names = [text for text in given if isinstance(text, str)]
+            case ast.Constant(value=str(text)) if "import " in text and "\n" in text:
+                with suppress(SyntaxError):
+                    yield from private_names(ast.parse(text))
+        yield from filter(private, names)
+
+
+@pytest.mark.parametrize("text", ["x._y", "from a import _b", "from a._b import c", "import a._b", "m.setattr(x, '_y', 1)",
+                                  "m.setattr('a._b.c', 1)", "getattr(x, '_y')", "RUN = 'import a\\na._b()'"])  # fmt: skip
+def test_private_names_are_seen(text: str) -> None:
+    assert len(list(private_names(ast.parse(text)))) == 1
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT / "tests")))
+def test_tests_touch_nothing_private(path: Path) -> None:
+    """Names of two underscores are the language's, and `os._exit` is the standard library's."""
+    assert set(private_names(ast.parse(path.read_text(encoding="utf-8")))) <= {"_exit"}
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: p.stem)
 def test_names_of_tests_are_short(path: Path) -> None:
     defined = [
         node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)

@@ -17,7 +17,7 @@ import adarank
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import CheckpointError, RecipeError
-from adarank.models.clip import ZeroShotHeads, classifier_class
+from adarank.models.clip import classifier_class
 from adarank.recipe.job import open_job
 from adarank.recipe.plan import describe
 from adarank.recipe.reader import load_recipe
@@ -153,7 +153,9 @@ def test_planning_reads_headers_alone_and_tells_what_is_not_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_zoo(tmp_path, "CLIPModel")
-    monkeypatch.setattr(ZeroShotHeads, "_tower", lambda self: pytest.fail("a text tower was loaded"))
+    monkeypatch.setattr(
+        transformers.CLIPTextModelWithProjection, "from_pretrained", lambda *_, **__: pytest.fail("a tower was loaded")
+    )
     described = describe(open_job(load_recipe(recipe(folder))))
     assert described["kind"] == "zero-shot-image-classification"
     tower = whole(folder, "base").text_model.state_dict().values()

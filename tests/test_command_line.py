@@ -177,3 +177,11 @@ def test_help_and_version_load_no_pytorch(arguments: list[str]) -> None:
 def test_the_package_is_a_command_too() -> None:
     done = subprocess.run([sys.executable, "-m", "adarank", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"adarank {adarank.__version__}\n")
+
+
+def test_merge_takes_a_size_of_files_before_the_recipes(zoo: Path, tmp_path: Path) -> None:
+    path = recipe(zoo, merge_method="average", max_shard_size="1GB")
+    assert main(["merge", str(path), str(tmp_path / "out"), "--max-shard-size", "8KB"]) == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert main(["merge", str(path), str(tmp_path / "other"), "--max-shard-size", "8"]) == 1
+    assert main(["merge", str(path), str(tmp_path / "other"), "--max-shard-size", "huge"]) == 1

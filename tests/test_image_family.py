@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 import adarank
 from adarank.cli.main import main
 from adarank.errors import DataError, RecipeError
-from adarank.models import FAMILIES, image, kind_of
+from adarank.models import FAMILIES, kind_of
+from adarank.models.image import ImageClassifiers
 from adarank.models.predict import predict
 from adarank.recipe.reader import load_recipe
 from adarank.spectral.mask_file import FILE
@@ -339,7 +340,7 @@ def test_each_mistake_is_one_sentence_and_nothing_left(
 def test_a_broken_image_is_refused_before_adaptation(
     zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(ImageClassifiers, "kept_bytes", 0)
     folder = shutil.copytree(zoo, tmp_path / "zoo")
     no_image(folder)
     with pytest.raises(DataError, match=r"row 2: .*b\.png: no readable image"):

@@ -20,7 +20,8 @@ from PIL import Image
 from adarank.data.spec import Columns, DataSettings, HubData, SplitData, TaskSpec
 from adarank.data.task import TaskData
 from adarank.errors import DataError
-from adarank.models import FAMILIES, image
+from adarank.models import FAMILIES
+from adarank.models.image import ImageClassifiers
 from adarank.workflow.load_tasks import TaskReader
 from image_zoo import SIZE, image_folder, pictures, processor
 
@@ -191,12 +192,18 @@ def test_more_images_than_are_kept_give_the_same_batches(tmp_path: Path, monkeyp
     images = pictures(30)
     np.savez(tmp_path / "rows.npz", image=np.stack(images), label=np.arange(30) % 2)
     whole = load(tmp_path, "rows.npz")
-    made: list[int] = []
-    process = image.ImageExamples._processed
-    monkeypatch.setattr(image, "_KEPT_BYTES", 7 * 3 * SIZE * SIZE * 4)
-    monkeypatch.setattr(image.ImageExamples, "_processed", lambda self, row: [made.append(row), process(self, row)][1])
+    made: list[Any] = []
+    kind = type(processor())
+    preprocess = kind.preprocess
+
+    def counted(self: Any, images: Any, *rest: Any, **named: Any) -> Any:
+        made.extend(images)
+        return preprocess(self, images, *rest, **named)
+
+    monkeypatch.setattr(kind, "preprocess", counted)
+    monkeypatch.setattr(ImageClassifiers, "kept_bytes", 7 * 3 * SIZE * SIZE * 4)
     part = load(tmp_path, "rows.npz")
-    assert made == list(range(7))
+    assert [array.tolist() for array in made] == [array.tolist() for array in images[:7]]
     assert torch.equal(pixels(part), pixels(whole))
     for step in range(4):
         assert torch.equal(part.adapt_batch(step, 4)["pixel_values"], whole.adapt_batch(step, 4)["pixel_values"])

@@ -191,7 +191,7 @@ def test_the_gradient_of_a_tied_lambda_is_autograds(per: str, learn_masks: bool,
         == len(toy.leaves)
         == {"tensor": 16, "layer": 10, "shared-layer": 5, "task": 2, "model": 1}[per] + (2 if per == "tensor" else 0)
     )
-    found = toy.live._tying.spread(toy.live.lam.grad)
+    found = tie(list(toy.origin), 2, per).spread(toy.live.lam.grad)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-4
     torch.testing.assert_close(found, toy.matrix(wanted), rtol=tolerance, atol=tolerance)
     assert (found.abs().max() > 1e-3) == (clamp != (0.4, 1.0))

@@ -155,11 +155,10 @@ def test_windows_have_their_inputs_weights_others_are_refused() -> None:
 
 
 @pytest.mark.parametrize("held", [1, 10**9])
-def test_a_layers_gradients_are_those_of_autograd(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layers_gradients_are_those_of_autograd(held: int) -> None:
     """For input and weights, however few matrices are held at a time."""
-    monkeypatch.setattr("adarank.modular.layers._HELD_BYTES", held)
     net = stirred(Net(nn.Linear(5, 4)))
-    delta, keys, route = randn(2, 3, 4, 5, dtype=torch.float64), {"layer.weight": "layer.weight"}, Route()
+    delta, keys, route = randn(2, 3, 4, 5, dtype=torch.float64), {"layer.weight": "layer.weight"}, Route(held)
     mounted(net, keys, {"layer.weight": StackedDeltas(delta)}, route, ()).attach(net, keys)
     x = randn(3, 6, 7, 5, dtype=torch.float64).requires_grad_()
     weights = randn(4, 6, 3, dtype=torch.float64).requires_grad_()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from adarank.cli.main import main
@@ -94,3 +95,14 @@ def test_the_command_line_shows_it(method: str, text: Path, tmp_path: Path, caps
     assert "unlabelled inputs" in page
     assert "adapt.steps" in page
     assert "lr_masks" not in page
+
+
+def test_a_starts_list_over_the_layers_is_that_of_its_method(text: Path, tmp_path: Path) -> None:
+    ties = {"merge_method": "ties", "parameters": {"density": [0.2, 0.9]}}
+    merge(load_recipe(write(text, **ties)), tmp_path / "ties")
+    merge(load_recipe(write(text, **of("surgery", start=ties))), tmp_path / "out")
+    merge(load_recipe(write(text, **of("surgery", start={"merge_method": "ties"}))), tmp_path / "plain")
+    wanted, body, plain = (load_file(tmp_path / name) for name in ("ties/model.safetensors", "out/shared.safetensors", "plain/shared.safetensors"))  # fmt: skip
+    of_body = {name: next(tensor for key, tensor in body.items() if key.endswith(name)) for name in wanted}
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in of_body.items())
+    assert any(not torch.equal(tensor, plain[name]) for name, tensor in body.items())

@@ -11,12 +11,14 @@ import torch
 import yaml
 
 import adarank
+import text_zoo
 from adarank.adapt import ADAPTIVE, AdaptiveMethod
 from adarank.errors import CheckpointError, RecipeError
 from adarank.methods import METHODS, Linear, TaskArithmetic
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.recipe.schema import Recipe
+from adarank.settings import Settings
 from make import models_on_disk
 
 NAMES = ["encoder.layer.0.weight", "encoder.layer.1.weight", "encoder.layer.1.mlp.weight"]
@@ -112,10 +114,7 @@ def test_a_global_weight_is_the_default_of_models_that_give_none() -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "remedy"), [
-    ("slices", [{"sources": [{"model": "a", "layer_range": [i, i + 2]}]} for i in (0, 2)], "list whole models under models"),
-    ("slices", [], "list whole models under models"),
     ("modules", {"text_decoder": {"slices": []}}, "list whole models under models"),
-    ("chat_template", "auto", "Edit tokenizer_config.json"),
 ])  # fmt: skip
 def test_what_mergekit_has_and_this_has_not_is_refused_by_name(key: str, value: Any, remedy: str) -> None:
     text = message({**plain(), key: value})
@@ -129,16 +128,9 @@ def test_keys_of_mergekit_without_a_value_ask_for_nothing(key: str) -> None:
     assert parsed(plain(**{key: None})).tokenizer_source is None
 
 
-def test_mergekits_passthrough_is_refused_with_a_remedy() -> None:
-    text = message(plain("passthrough"))
-    assert "mergekit's merge_method 'passthrough' is not here" in text
-    assert "copy the model, or use mergekit" in text
-
-
 def test_all_of_mergekits_unsupported_keys_come_at_once() -> None:
-    text = message({**plain(), "slices": [], "chat_template": "auto"})
-    assert "slices" in text
-    assert "chat_template" in text
+    text = message({**plain(), "modules": {"text_decoder": {"slices": []}}})
+    assert "'modules'" in text
 
 
 @pytest.mark.parametrize("names", [["a", "a"], ["a", "a", "b", "a"], ["a", "a", "a-1"], ["a-2", "a", "a"]])
@@ -346,3 +338,40 @@ def test_wrong_kinds_are_told_in_a_users_words(tmp_path: Path) -> None:
         parse_recipe({"merge_method": "average", "models": "a"}, tmp_path)
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         adarank.load_task(tmp_path / "nowhere", "a")
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "kinds"),
+    [
+        ("cart", {}, ["CART"]),
+        ("regmean", {}, ["RegMean"]),
+        ("adarank", {"adapt": {"steps": 1}}, ["AdaRank", "AdaptSettings"]),
+        ("multitask", {"parameters": {"steps": 1}}, ["Multitask"]),
+        (
+            "surgery",
+            {"parameters": {"start": {"merge_method": "adarank", "adapt": {"steps": 1}}}},
+            ["Surgery", "AdaptSettings", "AdaptBlock", "AdaRank", "AdaptSettings"],
+        ),
+    ],
+)
+def test_settings_are_parsed_once(
+    text: Path, monkeypatch: pytest.MonkeyPatch, method: str, given: dict[str, Any], kinds: list[str]
+) -> None:
+    seen: list[str] = []
+    validate = Settings.model_validate.__func__  # type: ignore[attr-defined]
+
+    def counted(kind: type[Settings], values: Any) -> Settings:
+        seen.append(kind.__name__)
+        return validate(kind, values)
+
+    monkeypatch.setattr(Settings, "model_validate", classmethod(counted))
+    open_job(load_recipe(text_zoo.recipe(text, "once.yaml", merge_method=method, **given)))
+    assert sorted(seen) == sorted(["Recipe", *kinds])
+
+
+def test_a_changed_recipe_has_settings_of_its_own() -> None:
+    recipe = parsed(ADAPTIVE_RECIPE)
+    before = recipe.method()
+    assert recipe.method() is before
+    assert recipe.model_copy(update={"parameters": {"rank": 0.5}}).method().rank == 0.5 != before.rank
+    assert recipe.method() is before

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import adarank
 from adarank.cli.main import main
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError
 from adarank.methods import METHODS
+from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe
-from adarank.spectral import svd as spectrum
 from adarank.spectral.svd import decompose, stored_spectra
 from adarank.workflow.evaluate import evaluate, score_result
 from adarank.workflow.merge import merge
@@ -96,12 +96,19 @@ def test_every_point_scores_as_its_own_merge(zoo: Path, tmp_path: Path) -> None:
 
 
 def test_each_matrix_is_decomposed_once_whatever_the_grid(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    plain = spectrum._svd
-    monkeypatch.setattr(spectrum, "_svd", lambda flat, name: (seen.append(name), plain(flat, name))[1])
-    search(recipe(zoo, "once.yaml"), zoo / "once.best.yaml", AXES)
-    assert seen
-    assert max(seen.count(name) for name in seen) == 2  # two experts
+    seen: list[bytes] = []
+    plain = torch.linalg.svd
+
+    def counted(matrix: torch.Tensor, **named: Any) -> Any:
+        seen.append(matrix.numpy().tobytes())
+        return plain(matrix, **named)
+
+    monkeypatch.setattr(torch.linalg, "svd", counted)
+    path = recipe(zoo, "once.yaml")
+    network = open_job(load_recipe(path)).network
+    matrices = [name for name, choice in network.choices.items() if choice.action == "decompose"]
+    search(path, zoo / "once.best.yaml", AXES)
+    assert len(set(seen)) == len(seen) == 2 * len(matrices) > 0  # of two experts
 
 
 def test_a_search_that_was_cut_off_goes_on(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +210,7 @@ def test_a_stored_spectrum_is_the_one_that_was_stored(tmp_path_factory, rows: in
 
 
 def test_a_search_in_which_nothing_changes_has_no_edge() -> None:
-    kind = adarank.api.METHODS["cart"]
+    kind = METHODS["cart"]
     same, other = ([Point({"rank": r}, {"a": s}) for r, s in zip((0.1, 0.2, 0.4), scores, strict=True)]
                    for scores in ((50.0, 50.0, 50.0), (50.0, 51.0, 52.0)))  # fmt: skip
     assert level(same)

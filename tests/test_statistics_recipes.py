@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +263,15 @@ def test_the_command_line_tells_what_was_looked_at(zoo: Path, tmp_path: Path, ca
 
 def test_a_search_measures_once_where_statistics_serve_again(zoo: Path, monkeypatch) -> None:
     path = text_zoo.recipe(zoo, "grid.yaml", merge_method="regmean", parameters=FEW)
-    calls: list[str] = []
-    plain = statistics.Gatherer._measured
-    monkeypatch.setattr(statistics.Gatherer, "_measured", lambda self, task, *rest, **named: (calls.append(task), plain(self, task, *rest, **named))[1])  # fmt: skip
+    kept: list[str] = []
+    keep = statistics.Store.keep
+    monkeypatch.setattr(
+        statistics.Store, "keep", lambda self, key, tensors: (kept.append(key), keep(self, key, tensors))[1]
+    )
     best = zoo / "grid.best.yaml"
     ranked, _ = search(path, best, [parse_axis("off_diagonal=0.5,0.9,1.0")])
     assert len(ranked) == 3
-    assert calls == list(text_zoo.TASKS)
+    assert kept == list(text_zoo.TASKS)
     assert set(yaml.safe_load(best.read_text())["parameters"]) == {"examples", "off_diagonal"}
 
 
@@ -284,8 +286,11 @@ def test_passes_that_end_early_measure_what_whole_ones_do(zoo: Path, monkeypatch
         return {n: known.statistics.read(n, "mood") for n in sorted(known.statistics.names)}
 
     early = found()
-    monkeypatch.setattr(statistics.Grams, "begin", lambda self, batch: (setattr(self, "_mask", batch["attention_mask"]), setattr(self, "_stop", frozenset())))  # fmt: skip
+    grams = statistics.Grams
+    stops: list[Collection[str]] = []
+    monkeypatch.setattr(statistics, "Grams", lambda stop=(): (stops.append(stop), grams())[1])  # ends no pass early
     whole = found()
+    assert any(stops) == (name == "regmean++")  # the passes of regmean are whole ones
     assert early.keys() == whole.keys()
     assert all(torch.equal(own, whole[key]) for key, own in early.items())
 

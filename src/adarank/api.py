@@ -21,6 +21,8 @@ from adarank.alignment.align import align
 from adarank.alignment.selection import Select
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.calibration.batches import Batches
+from adarank.data.labels import known_labels, read_labels
+from adarank.data.metrics import chosen_metric, problem_by_labels, score
 from adarank.errors import DataError, RecipeError, itemise
 from adarank.io.bundle import held_parts
 from adarank.io.checkpoint import MemorySource, cast, check_any
@@ -30,7 +32,6 @@ from adarank.models.compatibility import check_modules
 from adarank.models.predict import Forward
 from adarank.recipe.registry import METHODS, method_class
 from adarank.settings import nearest
-from adarank.workflow.scores import score
 
 State = Mapping[str, Tensor]
 Objective = Callable[[Tensor], Tensor] | str | Mapping[str, float]
@@ -288,23 +289,26 @@ def _block(
 @torch.no_grad()
 def evaluate(
     modules: Mapping[str, nn.Module],
-    labelled: Mapping[str, Sequence[tuple[Any, Sequence[int]]]],
+    labelled: Mapping[str, Sequence[tuple[Any, Sequence[Any]]]],
     forward: Forward | None = None,
-    metric: str = "accuracy",
+    metric: str | Mapping[str, str] | None = None,
 ) -> dict[str, float]:
     """Score each task's module on labelled batches.
 
     Arguments:
         modules: task -> module, for instance `Adapted.modules`.
-        labelled: task -> pairs of (batch, labels); labels are class numbers, as many as the batch has inputs.
+        labelled: task -> pairs of (batch, labels), as many labels as the batch has inputs: class numbers; lists of all
+            classes that an input has; numbers, where the module has one output.
         forward: as for `adapt`: (module, batch) -> logits of shape (batch, classes).
-        metric: `accuracy` or `matthews`, Matthews' correlation coefficient, as scikit-learn computes them.
+        metric: of all tasks, or {task: metric}. Of one class an input `accuracy` (the default), `f1`, `macro_f1`, `matthews`;
+            of several `micro_f1` (the default), `macro_f1`, `exact_match`; of numbers `pearson` (the default), `spearman`; of any
+            `loss`, as transformers trains by.
 
     Returns:
-        task -> score ×100.
+        task -> score in per cent, as scikit-learn and SciPy compute it; a loss as it is, so that less is better.
 
     Raises:
-        DataError: a module gives something other than logits of shape (batch, classes).
+        DataError: a module gives something other than logits of shape (batch, outputs), or the metric is not for such labels.
 
     Example:
         module, inputs = torch.nn.Linear(8, 4), torch.randn(16, 8)
@@ -313,9 +317,13 @@ def evaluate(
     call = forward or _call
     scores = {}
     for task, pairs in labelled.items():
-        labels = [int(label) for _, of_batch in pairs for label in of_batch]
-        predictions = [number for batch, _ in pairs for number in call(modules[task], batch).argmax(dim=-1).tolist()]
-        scores[task] = score(labels, predictions, metric)
+        given = [label.tolist() if isinstance(label, Tensor) else label for _, of_batch in pairs for label in of_batch]
+        logits = torch.cat([call(modules[task], batch).float().cpu() for batch, _ in pairs])
+        problem, outputs = problem_by_labels(given, logits.shape[1]), logits.shape[1]
+        wanted = metric.get(task) if isinstance(metric, Mapping) else metric
+        chosen = chosen_metric(wanted, problem, outputs, f"task '{task}'")
+        labels = read_labels(given, {"problem_type": problem, "num_labels": outputs}, task)
+        scores[task] = score(known_labels(labels, task, "Take them out."), logits, chosen, problem)
     return scores
 
 

@@ -8,8 +8,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import Field, PrivateAttr
 
 from adarank.adapt.settings import AdaptSettings
-from adarank.errors import RecipeError, listed
-from adarank.method import Given, MergeMethod
+from adarank.method import MergeMethod
 from adarank.settings import Settings, nearest, parse
 
 Self = TypeVar("Self", bound="Adapting")
@@ -39,6 +38,7 @@ class Adapting(MergeMethod):
 
     data: ClassVar[str] = "unlabelled inputs of each task"
     use: ClassVar[str] = "adapts on"
+    of_classes: ClassVar[bool] = True
     adapt_block: ClassVar[type[Settings] | None] = AdaptSettings
     not_searched: ClassVar[str] = "learns what it writes"
 
@@ -65,14 +65,9 @@ class Adapting(MergeMethod):
         """How often checkpoints and inputs are gone through."""
         return "the checkpoints to start and to merge; each expert's inputs once for its predictions; a batch of each task every step, forward and backward"
 
-    @classmethod
-    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
-        """What is wrong with the settings, and objectives of tasks that the recipe has not; one sentence each."""
-        try:
-            objectives = cls.resolve(given).settings.objectives
-        except RecipeError as error:
-            return listed(error)
-        unknown = [task for task in objectives if task not in tasks]
+    def check_recipe(self, tasks: Collection[str]) -> list[str]:
+        """Objectives of tasks that the recipe has not, one sentence each."""
+        unknown = [task for task in self.settings.objectives if task not in tasks]
         return [f"adapt.objectives: unknown task '{task}'.{nearest(task, tasks)}" for task in unknown]
 
     def in_force(self) -> dict[str, Any]:

@@ -109,9 +109,8 @@ class LiveWeights:
     @torch.no_grad()
     def reset(self, scale: float, rank: float) -> None:
         """Go back to a start: λ `scale` everywhere, `rank` of each matrix's and task's components kept."""
-        kept = torch.cat(
-            [first_mask(b.sizes, rank, self.learn.first, self.learn.seed, name) for name, b in self.blocks.items()]
-        )
+        first, seed = self.learn.first, self.learn.seed
+        kept = torch.cat([first_mask(b.sizes, rank, first, seed, name, b.counts) for name, b in self.blocks.items()])
         self.lam.fill_(scale)
         self.logits.fill_(-self._logit)
         self.logits[kept] = self._logit

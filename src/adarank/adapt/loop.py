@@ -9,8 +9,10 @@ continues exactly where it was.
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,6 @@ from adarank.adapt.balance import behind, repair_weights, task_weights
 from adarank.adapt.choice import Choice, LinePoint, best_step, choose_best, fits
 from adarank.adapt.history import History, Progress
 from adarank.adapt.learner import Learner, Loss, Memory, between
-from adarank.adapt.resume import stop_on_signal
 from adarank.adapt.schedule import Schedule
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import Grid, Tried, best_of, find_start
@@ -86,6 +87,29 @@ def adapt(
         run.search_line(stopped)
     run.keep()
     return run.history
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """A list that is no longer empty once SIGINT or SIGTERM came; a second one interrupts at once."""
+    caught: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[int(number)] = signal.signal(number, note)
+    except ValueError:  # not in the main thread: handlers stay as they are
+        pass
+    try:
+        yield caught
+    finally:
+        for caught_number, handler in previous.items():
+            signal.signal(caught_number, handler)
 
 
 @dataclass

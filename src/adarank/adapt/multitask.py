@@ -2,6 +2,8 @@
 
     θ, h = argmin mean_t mean_(x, y) of t  -log p(y | x; θ, h_t)        starting from θ = W₀
 
+Of tasks with several labels an input, or with numbers, -log p is the loss that `transformers` has for them.
+
 Every step takes one batch of every task. AdamW on all of the body and on each task's head, its step size rising and then
 falling linearly to zero; the last step is kept, so no label but those trained on is ever read.
 
@@ -11,22 +13,22 @@ Caruana 1997, "Multitask Learning"; the row "traditional MTL" of AdaMerging (arX
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from adarank.adapt.history import History
 from adarank.adapt.learner import Loss, Parameters
 from adarank.adapt.loop import adapt
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.data.labels import Label
+from adarank.data.metrics import loss as label_loss
 from adarank.data.task import TaskData
-from adarank.errors import RecipeError, listed
-from adarank.method import Context, Given, MergeMethod, Outline, Result, changed_tensors
+from adarank.method import Context, MergeMethod, Outline, Result, changed_tensors
 from adarank.models import TaskModels
 
 
@@ -74,20 +76,6 @@ class Multitask(MergeMethod):
         """What is held at a time."""
         return "all weights, their gradients and AdamW's two moments, and one task's batch"
 
-    @classmethod
-    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
-        """What is wrong with the settings or with the protocol: labels that are trained on must not be scored."""
-        problems = []
-        if protocol == "transductive":
-            problems.append(
-                f"data.protocol: '{cls.name}' reads labels, and under 'transductive' they would be those that are scored. Use disjoint."
-            )
-        try:
-            cls.resolve(given)
-        except RecipeError as error:
-            problems += listed(error)
-        return problems
-
     def action(self, chosen: str) -> str:
         """What happens to a tensor: `keep` or `train`."""
         return chosen if chosen in ("keep", "average") else "train"
@@ -124,14 +112,13 @@ class Multitask(MergeMethod):
         heads = {task: _head(context.network, models, task) for task in data}
         return Result(tensors, heads=heads, block="training", report=self._report(history, data))
 
-    def _loss(self, context: Context, models: TaskModels, data: TaskData, labels: Mapping[int, int]) -> Loss:
+    def _loss(self, context: Context, models: TaskModels, data: TaskData, labels: Mapping[int, Label]) -> Loss:
         family, module, device = context.family, models.modules[data.name], context.device
 
         def loss(step: int) -> Tensor:
             rows = data.adapt_rows(step, self.batch_size)
             batch = {k: v.to(device) for k, v in data.examples.batch(rows).items()}
-            targets = torch.tensor([labels[row] for row in rows], device=device)
-            return cross_entropy(family.logits(module, batch), targets)
+            return label_loss([labels[row] for row in rows], family.logits(module, batch), data.problem)
 
         return loss
 
@@ -192,8 +179,8 @@ class JointTraining(Parameters):
                 parameter.grad /= self._tasks
 
 
-def _labels(data: TaskData) -> dict[int, int]:
-    """Row -> class number, of the adapt split. Rows of other splits are not in it."""
+def _labels(data: TaskData) -> dict[int, Label]:
+    """Row -> label, of the adapt split. Rows of other splits are not in it."""
     data.adapt_rows(0, 1)  # refuses an empty split
     rows = data.splits.rows["adapt"]
     return dict(zip(rows, data.targets(rows), strict=True))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -17,6 +19,46 @@ def layer_number(name: str) -> int | None:
     """The number of the layer that a tensor is in; None outside of layers. In networks of stages it is the stage's."""
     match = _NUMBER.search(name)
     return int(match.group(1)) if match else None
+
+
+@dataclass(frozen=True)
+class Span:
+    """The layers that lists over the layers run over, and what models call the tensors where that is not the output's name.
+
+    Attributes:
+        first, last: numbers of layers in the output.
+        called: model -> name in the output -> name in the model's own file, which the filters of its settings see.
+    """
+
+    first: int
+    last: int
+    called: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def position(self, name: str) -> float:
+        """Where in the layers a tensor is: 0 in the first and outside of them, 1 in the last."""
+        layer = layer_number(name)
+        if layer is None:
+            return 0.0
+        return (layer - self.first) / (self.last - self.first) if self.last > self.first else 1.0
+
+    def seen(self, model: str, name: str) -> str:
+        """The name that filters of a model's settings are compared with."""
+        return self.called.get(model, {}).get(name, name)
+
+
+def whole_span(names: Sequence[str]) -> Span:
+    """All layers from the first."""
+    return Span(0, max((layer_number(name) or 0 for name in names), default=0))
+
+
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What configurations call the number of layers."""
+
+
+def depth(config: Mapping[str, Any]) -> int | None:
+    """How many layers a configuration says that there are."""
+    known = (config.get(key) for key in DEPTHS)
+    return next((number for number in known if isinstance(number, int)), None)
 
 
 def layer_groups(names: Sequence[str]) -> list[str]:

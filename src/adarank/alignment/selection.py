@@ -28,6 +28,8 @@ from adarank.settings import Settings
 Action = Literal["decompose", "scale", "average", "keep", "head"]
 
 _EMBEDDING = ("embed", "wte", "wpe", "shared.weight")
+_TOKENS = re.compile(r"embed|wte|shared\.weight|lm_head|tok_")
+_NO_TOKENS = re.compile(r"posit|wpe|type|patch|proj|norm|rel|lm_head\.dense")
 # Of Swin and its kin, and of T5 and its kin: two-dimensional, but lists of biases.
 _TABLES = ("position_bias_table", "relative_attention_bias.weight")
 # Of CLIP, in transformers and in open_clip, from a tower into the space of both: both papers' released code decomposes none.
@@ -166,6 +168,11 @@ def is_mask(info: TensorInfo) -> bool:
 def is_embedding(name: str) -> bool:
     """True if a tensor is called as embedding tables are."""
     return any(part in name.lower() for part in _EMBEDDING)
+
+
+def is_table(name: str) -> bool:
+    """True if a matrix of this name has a row for each token: an embedding table, or a language model's layer of output."""
+    return bool(_TOKENS.search(name)) and not _NO_TOKENS.search(name)
 
 
 def is_head_name(name: str) -> bool:

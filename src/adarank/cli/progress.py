@@ -32,7 +32,7 @@ class Searching:
 
     def __call__(self, point: Point, done: int, total: int) -> None:
         self._bar.update(self._task, completed=done, total=total)
-        if self._best is None or point.mean > self._best.mean:
+        if self._best is None or point.worth > self._best.worth:
             self._best = point
             settings = ", ".join(f"{name} {value}" for name, value in point.settings.items())
             err.print(f"point {done}/{total}: {settings}: mean {point.mean:.2f}", style="dim")

@@ -11,6 +11,10 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from adarank.cli.console import clock, err, out, recent, size
+from adarank.cli.formats import Sheet
+from adarank.cli.formats import grid as grid_of
+from adarank.cli.sheets import cell, head, title_of
+from adarank.data.metrics import LOSS
 from adarank.io.bundle import About
 from adarank.recipe.catalogue import Entry
 from adarank.recipe.registry import METHODS
@@ -33,7 +37,12 @@ def say(first: object, rest: str, style: str = "bold") -> None:
 
 
 def plan(described: Mapping[str, Any], verbose: bool) -> None:
-    """What a merge will do."""
+    """What a merge will do, stage by stage."""
+    for name, stage in described.get("stages", {}).items():
+        out.print(f"stage {name}:", style="dim")
+        plan(stage, verbose)
+    if described.get("stages"):
+        out.print("the output:", style="dim")
     actions = described["actions"]
     words = {
         "decompose": "decomposed",
@@ -51,6 +60,8 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     for action, word in words.items():
         if actions.get(action):
             out.print(f"  {actions[action]:5d} tensors {word}")
+    for row in described["slices"]:
+        out.print(f"        {_layers(row)}")
     for names, tasks in _same_heads(described["heads"]).items():
         out.print(f"        head of {tasks}: {', '.join(names)}")
     for member, dropped in described["dropped"].items():
@@ -80,6 +91,18 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     out.print(f"  output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}")
 
 
+def _layers(row: Mapping[str, Any]) -> str:
+    """Where some layers of the output come from."""
+
+    def numbers(first: int, after: int) -> str:
+        return (
+            f"layers {first} to {after - 1}" if after - first > 1 else f"layer {first}" if after > first else "no layer"
+        )
+
+    of = ", ".join(f"{source['model']} ({numbers(*source['layers'])})" for source in row["of"])
+    return f"{numbers(*row['layers'])}: {of}"
+
+
 def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
     """What a merge came to, and what comes next."""
     for block, shown in _OF_BLOCK.items():
@@ -94,9 +117,19 @@ def merged(record: Mapping[str, Any], recipe: str, folder: Path) -> None:
         say(folder, f"{written}: {bundle_size(record['bundle'])}")
         out.print(METHODS[record["plan"]["merge_method"]].in_use)
     else:
-        say(folder, f"{written}, {size(record['plan']['output_bytes'])}")
-    if record["plan"]["kind"]:  # of tasks: there is something to score
+        of_lora = record.get("lora")
+        say(folder, f"{written}, {size(of_lora['bytes'] if of_lora else record['plan']['output_bytes'])}")
+        if of_lora:
+            out.print(of_adapter(of_lora))
+    if record["plan"]["kind"] and "stages" not in record:  # of tasks: there is something to score
         out.print(f"next: adarank evaluate {recipe} {folder}", style="dim")
+
+
+def of_adapter(lora: Mapping[str, Any]) -> str:
+    """How near an output that is an adapter comes to the merged model, in a sentence."""
+    worst = max(lora["relative_errors"], key=lora["relative_errors"].__getitem__)
+    error, of_worst = lora["relative_error"], lora["relative_errors"][worst]
+    return f"adapter of rank {lora['rank']}: {error:.2%} of the merged task vector is lost, at most {of_worst:.2%} of one tensor ({worst})"
 
 
 def remarks(
@@ -147,6 +180,17 @@ def bundle(about: About, sizes: Mapping[str, Any]) -> None:
     out.print(grid)
 
 
+def extracted(record: Mapping[str, Any], output: Path, folder: Path) -> None:
+    """What was written of one task, and what was left out."""
+    about = record["extracted"]
+    say(folder, f" written: task {about['task']} of {output}")
+    if about["left_out"]:
+        count, first = len(about["left_out"]), about["left_out"][0]
+        out.print(f"{count} tensor(s) left out that its architecture has no place for, such as {first}", style="dim")
+    for text in record["notes"]:
+        say("note:", f" {text}", "bold yellow")
+
+
 def _same_heads(heads: Mapping[str, list[str]]) -> dict[tuple[str, ...], str]:
     """Tensor names -> the tasks whose head they are: "each task" when all agree."""
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -159,22 +203,19 @@ def _same_heads(heads: Mapping[str, list[str]]) -> dict[tuple[str, ...], str]:
 def scores(table: Table) -> None:
     """Models by tasks, with mean and normalised score."""
     tasks = list(table.counts)
-    title = f"{table.split} split, scores ×100, {table.protocol} protocol"
-    if table.protocol == "transductive":
-        title += " (adapted on the very inputs that are scored)"
-    grid = Grid(title=title, title_justify="left", title_style="", box=None, header_style="bold",
+    grid = Grid(title=title_of(table), title_justify="left", title_style="", box=None, header_style="bold",
                 pad_edge=False, padding=(0, 0, 0, 1))  # fmt: skip
     first = min(20, max((len(row) for row in table.rows), default=1))
     grid.add_column("model", overflow="fold", min_width=first)
-    for name in ("mean", "norm.", *_broken(tasks, out.width - first - 12)):
+    for name in ("mean", "norm.", *_broken([head(t, table.metric(t)) for t in tasks], out.width - first - 12)):
         grid.add_column(name, justify="right", no_wrap=True)
     for row, values in table.rows.items():
         normal = table.normalised(row)
         grid.add_row(
             f"{row} (task-aware)" if row in table.bundles else row,
-            f"{table.mean(row):.1f}",
+            str(cell(table.mean(row), table.metric(table.averaged()[0]))),
             f"{normal:.1f}" if normal is not None else "",
-            *(f"{values[t]:.1f}" for t in tasks),
+            *(str(cell(values[t], table.metric(t))) for t in tasks),
         )
     grid.add_row("inputs", "", "", *(str(table.counts[t]) for t in tasks), style="dim")
     out.print(grid)
@@ -190,16 +231,24 @@ def _broken(names: Sequence[str], room: int) -> list[str]:
     return ["\n".join(wrap(name, most)) for name in names]
 
 
-def points(ranked: Sequence[Point], most: int = 10) -> None:
+def sheet(content: Sheet) -> None:
+    """A table that has no layout of its own."""
+    out.print(grid_of(content))
+    for text in content.notes:
+        out.print(text, style="dim")
+
+
+def points(ranked: Sequence[Point], metrics: Mapping[str, str], most: int = 10) -> None:
     """The best points of a search."""
     first = ranked[0]
     grid = Grid(title=f"select split, with labels: the best of {len(ranked)} points", title_justify="left",
                 title_style="", box=None, header_style="bold", pad_edge=False)  # fmt: skip
-    for name in (*first.settings, "mean", *first.scores):
+    for name in (*first.settings, "mean", *(head(task, metrics[task]) for task in first.scores)):
         grid.add_column(name, justify="right")
     for point in ranked[:most]:
         cells = [str(value) for value in point.settings.values()]
-        grid.add_row(*cells, f"{point.mean:.2f}", *(f"{score:.1f}" for score in point.scores.values()))
+        mean = cell(point.mean, LOSS if point.losses else "", 2)
+        grid.add_row(*cells, str(mean), *(str(cell(score, metrics[task])) for task, score in point.scores.items()))
     out.print(grid)
 
 
@@ -212,7 +261,7 @@ def tensors(rows: list[TensorRow]) -> None:
     for name in ("norm", "‖τ‖/‖W₀‖", "rank for 95%"):
         grid.add_column(name, justify="right")
     for row in rows:
-        share = "" if row.delta is None else f"{row.delta:.4f}"
+        share = "" if row.delta is None else f"{100 * row.delta:.2f}%"
         rank = "" if row.rank95 is None else f"{row.rank95} of {row.rank}"
         grid.add_row(row.name, "×".join(map(str, row.shape)), row.dtype, f"{row.norm:.4g}", share, rank)
     out.print(grid)

@@ -43,7 +43,9 @@ class MergeMethod(Settings):
         data: what it reads of the tasks' data, in words; empty if it reads none.
         use: what it does with them, for errors: "adapts on", "takes statistics of".
         labels: the labels that it cannot do without, in words; empty if it can.
+        of_classes: True if it reads what networks give as shares of classes, so that of other outputs nothing can be learned.
         in_use: what whoever uses the output must know of every input, a sentence; empty for one model for all.
+        by_tensor: its settings may differ by tensor, so that they are parsed when the network's names are known.
         per_model: settings that each model of a recipe may carry.
         adapt_block: the settings that a recipe's `adapt` block holds; None if it takes no such block.
         unused: settings of that block that mean nothing here. `defaults`: values of those whose default is another here.
@@ -60,7 +62,9 @@ class MergeMethod(Settings):
     data: ClassVar[str] = ""
     use: ClassVar[str] = "reads"
     labels: ClassVar[str] = ""
+    of_classes: ClassVar[bool] = False
     in_use: ClassVar[str] = ""
+    by_tensor: ClassVar[bool] = False
     per_model: ClassVar[tuple[str, ...]] = ()
     adapt_block: ClassVar[type[Settings] | None] = None
     unused: ClassVar[frozenset[str]] = frozenset()
@@ -98,6 +102,11 @@ class MergeMethod(Settings):
         return True
 
     @classmethod
+    def takes_slices(cls) -> bool:
+        """Whether some layers can be merged apart from the others."""
+        return False
+
+    @classmethod
     def of_one_task(cls) -> tuple[str, ...]:
         """Settings that, given for one model, change the weights of its task alone: a search tunes them task by task."""
         return ()
@@ -113,21 +122,23 @@ class MergeMethod(Settings):
         """
         return parse(cls, given.parameters, f"parameters of '{cls.name}'")
 
-    @classmethod
-    def check_recipe(cls, given: Given, tasks: Collection[str], protocol: str) -> list[str]:
+    def over(self: Self, given: Given) -> Self:
+        """The same method where the tensors' names are known, as `given.names` has them.
+
+        Raises:
+            RecipeError: settings that do not fit them.
+        """
+        return self
+
+    def check_recipe(self, tasks: Collection[str]) -> list[str]:
         """What is wrong with the settings, as far as a recipe alone tells; problems that need its files come later.
 
         Arguments:
             tasks: the recipe's.
-            protocol: of its data block.
-
-        Raises:
-            RecipeError: settings that do not fit.
         """
         return []
 
-    @classmethod
-    def put_on(cls, given: Given) -> Another | None:
+    def put_on(self) -> Another | None:
         """The method that this one is put on, if there is one: its part of the recipe is checked as a recipe is."""
         return None
 

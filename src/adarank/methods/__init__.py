@@ -16,6 +16,7 @@ from adarank.methods.linear.model_stock import ModelStock
 from adarank.methods.linear.multislerp import MultiSlerp
 from adarank.methods.linear.nearswap import NearSwap
 from adarank.methods.linear.nuslerp import NuSlerp
+from adarank.methods.linear.passthrough import Passthrough
 from adarank.methods.linear.slerp import Slerp
 from adarank.methods.linear.task_arithmetic import TaskArithmetic
 from adarank.methods.sparse.arcee_fusion import ArceeFusion
@@ -52,6 +53,7 @@ from adarank.methods.task_aware.tsv_c import TSVC
 ALL: tuple[type[Method], ...] = (
     WeightAverage,
     Linear,
+    Passthrough,
     Slerp,
     NuSlerp,
     MultiSlerp,

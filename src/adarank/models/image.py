@@ -24,21 +24,20 @@ from adarank.models.depth import bits_per_channel
 from adarank.models.family import Family
 from adarank.models.loading import LOCALLY, loading
 
-_KEPT_BYTES = 128 * 2**20  # processed images that a task keeps in memory; the rest are processed anew for each batch
 _LEAST = 2**13  # pixels that a small image counts as: batches of more than 128 are slower on a CPU, not faster
 
 
 class ImageExamples:
     """Images, brought to the model's input when a batch is formed.
 
-    As many as fit into a fixed amount of memory are processed once and kept. Of the others at least the header is
+    As many as fit into `kept_bytes` are processed once and kept. Of the others at least the header is
     read at once, so that what is no image is found before anything is spent.
     """
 
-    def __init__(self, task: str, processor: Any, mode: str, images: Sequence[Any]) -> None:
+    def __init__(self, task: str, processor: Any, mode: str, images: Sequence[Any], kept_bytes: int) -> None:
         self._task, self._processor, self._mode, self._images = task, processor, mode, images
         first = self._processed(0)
-        count = min(len(images), max(1, _KEPT_BYTES // max(1, first.nbytes)))
+        count = min(len(images), max(1, kept_bytes // max(1, first.nbytes)))
         self._kept = torch.empty((count, *first.shape))
         self._kept[0] = first
         for row in range(1, count):
@@ -92,13 +91,18 @@ class ImageExamples:
 
 
 class ImageClassifiers(Family):
-    """The family of `AutoModelForImageClassification`."""
+    """The family of `AutoModelForImageClassification`.
+
+    Attributes:
+        kept_bytes: processed images that a task keeps in memory; the rest are processed anew for each batch.
+    """
 
     kind = "image-classification"
     architectures: tuple[str, ...] = ("ForImageClassification",)
     keep_embeddings = False
     paths = True
     token_budget = 2**20  # pixels: about 20 images of 224×224
+    kept_bytes = 128 * 2**20
     # ViT and Swin as they are stored; as some versions name them, DINOv2 and CLIP; ConvNeXt
     mlps: tuple[tuple[str, str], ...] = (
         ("intermediate.dense", "output.dense"),
@@ -127,7 +131,7 @@ class ImageClassifiers(Family):
         if len(images) == 0:
             raise DataError(f"task '{spec.name}': no inputs.")
         mode = "L" if read_json(folder / "config.json").get("num_channels") == 1 else "RGB"
-        return ImageExamples(spec.name or "", _processor(folder), mode, images), []
+        return ImageExamples(spec.name or "", _processor(folder), mode, images, self.kept_bytes), []
 
     def logits(self, module: nn.Module, batch: Batch) -> Tensor:
         """(inputs, classes) float32: what the network gives for a batch."""

@@ -65,7 +65,7 @@ class TextClassifiers(Family):
         module = super().load(expert)
         config: Any = module.config
         if config.pad_token_id is None:  # models without padding, such as GPT-2, find an input's end by this id
-            config.pad_token_id = tokenizer_of(expert.folder).pad_token_id
+            config.pad_token_id = tokenizer_of(expert.processor_folder).pad_token_id
         return module
 
     def columns(self, spec: TaskSpec) -> list[str]:
@@ -137,6 +137,18 @@ def _length(file: Path, key: str, value: Any, least: int = 1) -> int:
 
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer beside a model's weights, with a token to pad by."""
+    tokenizer = stored_tokenizer(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def stored_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a model's weights as its files have it.
+
+    Raises:
+        CheckpointError: none of its files is there, or they cannot be used.
+    """
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -148,6 +160,4 @@ def tokenizer_of(folder: Path) -> Any:
         raise CheckpointError(
             f"{folder}: no usable tokenizer (none of {', '.join(sorted(files))} is there). Copy the tokenizer's files beside the weights."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from adarank.adapt.base import Adapting, split_block
+from adarank.adapt.base import AdaptBlock, Adapting
 from adarank.adapt.presets import PRESETS
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import AlignedCheckpoints
@@ -36,6 +36,7 @@ __all__ = [
     "OF_COMPONENTS",
     "OF_LOGITS",
     "WHOLE",
+    "AdaptBlock",
     "AlignedCheckpoints",
     "Another",
     "Built",
@@ -61,7 +62,6 @@ __all__ = [
     "parse",
     "pooled",
     "settled",
-    "split_block",
     "top_count",
     "whole",
 ]

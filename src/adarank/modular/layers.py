@@ -22,18 +22,18 @@ from torch.nn.functional import layer_norm, linear
 
 from adarank.errors import MismatchError
 
-_HELD_BYTES = 2**26  # of the matrices of single inputs
-
 
 class Route:
     """The weights of one forward pass's inputs.
 
     Attributes:
         weights: (batch, tasks) λ; None where the shared weights alone are meant.
+        held_bytes: of the matrices of single inputs, at most so many are in memory at a time, but always one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held_bytes: int = 2**26) -> None:
         self.weights: Tensor | None = None
+        self.held_bytes = held_bytes
 
     def over(self, x: Tensor) -> Tensor | None:
         """λ as (rows, 1, …, 1, tasks), to be multiplied with what a layer gives; None for the shared weights.
@@ -125,7 +125,8 @@ class _Linear(_Merge):
             out = out + linear(inner * weights.repeat_interleave(inner.shape[-1] // weights.shape[-1], dim=-1), up)
         if matrix is not None:
             x = given[0].reshape(len(weights), -1, matrix.shape[-1])
-            product: Tensor = _InputMatrix.apply(x, weights.reshape(len(weights), -1), matrix)  # type: ignore[no-untyped-call]
+            held = self.route.held_bytes
+            product: Tensor = _InputMatrix.apply(x, weights.reshape(len(weights), -1), matrix, held)  # type: ignore[no-untyped-call]
             out = out + product.reshape(out.shape)
         return out if bias is None else out + weights @ bias
 
@@ -134,24 +135,25 @@ class _InputMatrix(torch.autograd.Function):
     """y_i = x_i (Σ_t λ_it τ_t)ᵀ, with gradients for x and λ. The matrices are formed for a few inputs at a time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, matrix: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Tensor, matrix: Tensor, held_bytes: int) -> Tensor:
         """(rows, positions, in), (rows, tasks) and (tasks, out, in) -> (rows, positions, out)."""
         ctx.save_for_backward(x, weights, matrix)
+        ctx.held_bytes = held_bytes
         out = x.new_empty(*x.shape[:2], matrix.shape[1])
-        for rows in _chunks(x, matrix):
+        for rows in _chunks(x, matrix, held_bytes):
             torch.bmm(x[rows], _matrices(weights[rows], matrix).mT, out=out[rows])
         return out
 
     @staticmethod
-    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weights, matrix = ctx.saved_tensors
         grad = given[0]
         grad_x, grad_weights = torch.empty_like(x), torch.empty_like(weights)
-        for rows in _chunks(x, matrix):
+        for rows in _chunks(x, matrix, ctx.held_bytes):
             torch.bmm(grad[rows], _matrices(weights[rows], matrix), out=grad_x[rows])
             slope = torch.bmm(grad[rows].mT, x[rows])  # of each input's matrix
             grad_weights[rows] = slope.flatten(1) @ matrix.flatten(1).T
-        return grad_x, grad_weights, None
+        return grad_x, grad_weights, None, None
 
 
 def _matrices(weights: Tensor, matrix: Tensor) -> Tensor:
@@ -159,9 +161,9 @@ def _matrices(weights: Tensor, matrix: Tensor) -> Tensor:
     return (weights @ matrix.flatten(1)).reshape(-1, *matrix.shape[1:])
 
 
-def _chunks(x: Tensor, matrix: Tensor) -> list[slice]:
-    """Rows whose matrices fit into a fixed amount of memory together."""
-    count = max(1, _HELD_BYTES // (matrix[0].numel() * matrix.element_size()))
+def _chunks(x: Tensor, matrix: Tensor, held_bytes: int) -> list[slice]:
+    """Rows whose matrices fit into so much memory together."""
+    count = max(1, held_bytes // (matrix[0].numel() * matrix.element_size()))
     return [slice(i, i + count) for i in range(0, len(x), count)]
 
 

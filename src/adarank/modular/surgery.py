@@ -12,7 +12,7 @@ Yang et al., "Representation Surgery for Multi-Task Model Merging", arXiv:2402.0
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from adarank.modular.base import (
     OF_COMPONENTS,
     OF_LOGITS,
+    AdaptBlock,
     AlignedCheckpoints,
     Another,
     Built,
@@ -43,7 +44,6 @@ from adarank.modular.base import (
     head_of,
     key,
     parse,
-    split_block,
     whole,
 )
 from adarank.modular.layers import carry
@@ -79,6 +79,7 @@ class Surgery(Modular):
     rank: int = Field(16, ge=1, description="width r of each adapter")
     start: Start = Start()
     _start: MergeMethod | None = PrivateAttr(default=None)
+    _start_block: AdaptBlock | None = PrivateAttr(default=None)
 
     @classmethod
     def resolve(cls, given: Given) -> Surgery:
@@ -91,21 +92,30 @@ class Surgery(Modular):
         if given.find is None:
             raise RecipeError("surgery: what it is put on is found by its name, in a recipe alone.")
         start = method.start
-        block, preset = split_block(start.adapt, "parameters.start.adapt")
+        if start.adapt is not None:
+            method._start_block = parse(AdaptBlock, start.adapt, "parameters.start.adapt")
         kind = given.find(start.merge_method, "parameters.start: unknown merge_method")
         if kind.in_use or kind.labels:
             raise RecipeError(f"parameters.start: '{start.merge_method}' gives no single merged model.")
+        return method._started(given, kind.resolve)
+
+    def over(self, given: Given) -> Surgery:
+        """The same, put on the start's method over these tensors."""
+        return self._started(given, self._put_on().over)
+
+    def _started(self, given: Given, resolve: Callable[[Given], MergeMethod]) -> Surgery:
+        adapt, preset = self._start_block.split() if self._start_block else ({}, None)
+        changed = self.model_copy()
         try:
-            method._start = kind.resolve(replace(given, parameters=start.parameters, adapt=block, preset=preset))
+            changed._start = resolve(replace(given, parameters=self.start.parameters, adapt=adapt, preset=preset))
         except RecipeError as error:
             raise RecipeError(f"parameters.start: {error}") from None
-        return method
+        return changed
 
-    @classmethod
-    def put_on(cls, given: Given) -> Another | None:
+    def put_on(self) -> Another | None:
         """The method that gives the start, as `parameters.start` names it."""
-        start = parse(cls, given.parameters, f"parameters of '{cls.name}'").start
-        return Another("parameters.start", start.merge_method, start.parameters, start.adapt)
+        start = self.start
+        return Another("parameters.start", start.merge_method, start.parameters, self._start_block, self._put_on())
 
     def check(self, network: AlignedCheckpoints) -> None:
         """Raise a `RecipeError` if the start's method cannot merge this network."""

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from adarank.alignment.align import align
 from adarank.alignment.task_vectors import AlignedCheckpoints
-from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
-from adarank.io.checkpoint import Checkpoint, check_any
-from adarank.io.dequantise import Dequantised
-from adarank.io.hub import resolve
-from adarank.io.quantised import quantisation, refuse_quantised
+from adarank.errors import RecipeError, itemise
+from adarank.io.checkpoint import Checkpoint
 from adarank.io.sentence import check_modules
+from adarank.io.vocabulary import VocabularyReader
 from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod, Outline
 from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
 from adarank.models.compatibility import check_compatible
+from adarank.recipe.chat_templates import ChatTemplate, choose_template
 from adarank.recipe.checks import different_kinds
+from adarank.recipe.lora_output import adapter_bytes, slots_of
+from adarank.recipe.opening import adapter_notes, open_checkpoints
 from adarank.recipe.schema import Recipe
-from adarank.recipe.tokenizers import tokenizer_source
+from adarank.recipe.slices import Slices, open_slices, sliced
+from adarank.recipe.tokenizers import OutputTokenizer, Tokens, settle_tokens
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Job:
         family: the kind of model, if the recipe's models have tasks.
         method: the method with all its settings, checked against the network.
         notes: how the models differ where that stops no merge, in sentences.
-        tokenizer: the model whose tokenizer's files are written, where the recipe names one; else they are the root's.
+        tokenizer: what is written where the recipe names a tokenizer; else the root's files are.
+        chat_template: what is written as such; None where it is the tokenizer's.
+        slices: where the layers come from, if not from whole models.
     """
 
     recipe: Recipe
@@ -43,7 +48,19 @@ class Job:
     family: Family | None
     method: MergeMethod
     notes: tuple[str, ...] = ()
-    tokenizer: Checkpoint | None = None
+    tokenizer: OutputTokenizer | None = None
+    chat_template: ChatTemplate | None = None
+    slices: Slices | None = None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The output's configuration, but for its dtype."""
+        return self.slices.config if self.slices else self.root.config
+
+    @property
+    def networks(self) -> list[AlignedCheckpoints]:
+        """The network, slice by slice if it has slices."""
+        return [part.network for part in self.slices.method.parts] if self.slices else [self.network]
 
     @property
     def root(self) -> Checkpoint:
@@ -60,10 +77,13 @@ class Job:
 
     def outline(self) -> Outline:
         """What headers tell of the merge."""
-        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, self.recipe.dequantize)
+        made = self.recipe.dequantize or not all(expert.in_one_folder for expert in self.experts.values())
+        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, made)
 
     def output_bytes(self) -> int:
-        """Size of the output's tensors, heads not among them."""
+        """Size of the output's tensors, heads not among them; of an adapter the most that it can be."""
+        if self.recipe.output.lora is not None:
+            return adapter_bytes(self.network, self.recipe.output.lora.rank)
         shared, of_tasks = self.method.output_layouts(self.outline())
         return layout_bytes(shared) + sum(layout_bytes(layout) for layout in of_tasks.values())
 
@@ -73,11 +93,12 @@ class Job:
         return {name: checkpoint.sha256() for name, checkpoint in checkpoints.items()}
 
 
-def open_job(recipe: Recipe) -> Job:
+def open_job(recipe: Recipe, stages: Mapping[str, Checkpoint] | None = None) -> Job:
     """Open and align everything that a recipe names. Reads headers, integers, and tables that may be tied.
 
     Arguments:
         recipe: what `load_recipe` returns.
+        stages: name -> what an earlier stage of the recipe gave. A recipe of one stage needs none.
 
     Returns:
         The recipe with its opened checkpoints, its method, and what happens to each tensor (`job.network.choices`).
@@ -90,10 +111,25 @@ def open_job(recipe: Recipe) -> Job:
         for name, choice in job.network.choices.items():
             print(name, choice.action, choice.reason)
     """
-    base, opened = _open(recipe)
-    if recipe.layer_range is not None:
-        _check_layers(recipe.layer_range, [*([base] if base else []), *opened.values()])
-    tokenizer = tokenizer_source(recipe, base, opened)
+    if recipe.stages and stages is None:
+        raise RecipeError(
+            f"recipe: it has {len(recipe.stages) + 1} stages, and only plan and merge take several. Give each a file of its own, and name its folder in the next."
+        )
+    base, opened = open_checkpoints(recipe, stages or {})
+    of_adapters = adapter_notes(base, opened)
+    reader = VocabularyReader()
+    tokens = settle_tokens(recipe, base, opened, reader)
+    base, opened = tokens.base, tokens.experts
+    if tokens.aligned and recipe.output.lora is not None:
+        raise RecipeError(
+            "output.lora: an adapter changes tables as its base has them, and rows of tokens would be brought together. Give models of one vocabulary, or remove output."
+        )
+    template = _chat_template(recipe, tokens)
+    by_name = {entry.model: opened[task] for task, entry in recipe.experts.items()}
+    by_name |= {recipe.base_model: base} if recipe.base_model and base else {}
+    recipe = sliced(recipe, by_name)
+    if recipe.slices:
+        return _open_sliced(recipe, tokens, template, by_name, reader, of_adapters)
     family = _family(recipe, opened)
     if family is not None and recipe.dequantize:
         raise RecipeError(
@@ -108,30 +144,59 @@ def open_job(recipe: Recipe) -> Job:
             {checkpoint.label: checkpoint.modules for checkpoint in [*([base] if base else []), *opened.values()]}
         )
     network = align(base, opened, recipe.select, keep_embeddings, family is not None, kept)
-    for task, member in network.experts.items():
-        member.dropped.update(opened[task].unused)
-    if base is not None and network.base is not None:
-        network.base.dropped.update(base.unused)
+    _note_unused(network, base, opened)
     _check_bodies(recipe, opened, network)
-    notes = check_compatible(network, base, opened)
+    compatibility = check_compatible(network, base, opened, tokens.aligned, reader)
+    notes = _notes(tokens, template, [*of_adapters, *compatibility])
+    method = _method(recipe, network)
+    return Job(recipe, base, opened, network, family, method, notes, tokens.tokenizer, template)
+
+
+def _method(recipe: Recipe, network: AlignedCheckpoints) -> MergeMethod:
+    """The recipe's method, checked against the network, as is the form of its output: before anything is computed."""
     method = recipe.method(network.merged())
     method.check(network)
-    return Job(recipe, base, opened, network, family, method, tuple(notes), tokenizer)
+    if recipe.output.lora is not None:
+        slots_of(network)
+    return method
 
 
-def _check_layers(wanted: tuple[int, int], opened: Sequence[Checkpoint]) -> None:
-    """One slice stands for whole models if it has all their layers."""
-    problems = []
-    for checkpoint in opened:
-        known = (checkpoint.config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
-        count = next((number for number in known if number is not None), None)
-        if count is None or tuple(wanted) != (0, count):
-            has = f"{count} layers" if count is not None else "a number of layers that its config.json does not tell"
-            problems.append(f"{checkpoint.label}: layer_range {list(wanted)} was given, and it has {has}.")
-    if problems:
-        raise RecipeError(
-            itemise("slices: only whole models merge here. List them under models, without slices.", problems)
-        )
+def _notes(tokens: Tokens, template: ChatTemplate | None, compatibility: Iterable[str]) -> tuple[str, ...]:
+    return (*tokens.notes, *(template.notes if template else ()), *compatibility)
+
+
+def _chat_template(recipe: Recipe, tokens: Tokens) -> ChatTemplate | None:
+    """The chat template that the recipe asks for."""
+    if recipe.chat_template is None:
+        return None
+    models = [*([tokens.base] if tokens.base else []), *tokens.experts.values()]
+    written = tokens.tokenizer.source if tokens.tokenizer else models[0]
+    return choose_template(recipe.chat_template, models, written, tokens.output_tokens)
+
+
+def _open_sliced(
+    recipe: Recipe,
+    tokens: Tokens,
+    template: ChatTemplate | None,
+    by_name: Mapping[str, Checkpoint],
+    reader: VocabularyReader,
+    of_adapters: Iterable[str],
+) -> Job:
+    base, experts = tokens.base, tokens.experts
+    check_modules({checkpoint.label: checkpoint.modules for checkpoint in by_name.values()})
+    slices = open_slices(recipe, base or next(iter(experts.values())), by_name)
+    _note_unused(slices.network, base, experts)
+    compatibility = check_compatible(slices.network, base, experts, tokens.aligned, reader)
+    notes = _notes(tokens, template, [*of_adapters, *compatibility])
+    return Job(recipe, base, experts, slices.network, None, slices.method, notes, tokens.tokenizer, template, slices)
+
+
+def _note_unused(network: AlignedCheckpoints, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> None:
+    """What is in the files and not among their tensors, with what alignment does not use."""
+    for task, member in network.experts.items():
+        member.dropped.update(experts[task].unused)
+    if base is not None and network.base is not None:
+        network.base.dropped.update(base.unused)
 
 
 def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
@@ -153,28 +218,6 @@ def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
     known = {kind for kind in kinds.values() if kind}
     _refuse([*problems, *([different_kinds(known)] if len(known) > 1 else [])])
     return FAMILIES[known.pop()] if known else None
-
-
-def _open(recipe: Recipe) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
-    """The recipe's base and experts, which are not quantised, or turned into floats. All problems at once."""
-    problems: list[str] = []
-
-    def opened(reference: str) -> list[Checkpoint]:
-        try:
-            checkpoint = Checkpoint(resolve(reference, recipe.folder), reference)
-            check_any(checkpoint)
-            return [Dequantised(checkpoint) if recipe.dequantize and quantisation(checkpoint) else checkpoint]
-        except AdaRankError as error:
-            problems.append(str(error))
-            return []
-
-    base = opened(recipe.base_model) if recipe.base_model else []
-    experts = {task: opened(entry.model) for task, entry in recipe.experts.items()}
-    if problems:
-        heading = f"{len(problems)} checkpoints cannot be read:"
-        raise CheckpointError(problems[0] if len(problems) == 1 else itemise(heading, problems))
-    refuse_quantised([*base, *(checkpoint for each in experts.values() for checkpoint in each)])
-    return next(iter(base), None), {task: each[0] for task, each in experts.items()}
 
 
 def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: AlignedCheckpoints) -> None:

@@ -11,11 +11,13 @@ import yaml
 
 from adarank.errors import RecipeError, itemise
 from adarank.io.hub import local_path
-from adarank.io.parsing import parse_yaml
+from adarank.io.parsing import parse_documents
 from adarank.recipe.checks import check
-from adarank.recipe.mergekit import NOT_DONE, NOT_HERE, whole_models
+from adarank.recipe.mergekit import NOT_DONE, whole_models
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
+from adarank.recipe.sizes import shard_bytes
+from adarank.recipe.stages import parse_stages
 from adarank.settings import parse
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
@@ -44,28 +46,31 @@ def load_recipe(given: RecipeLike) -> Recipe:
         return parse_recipe(given, Path.cwd())
     path = Path(given)
     local_path(path, kind=RecipeError)
-    values = _read_yaml(path, ())
-    return parse_recipe(values, path.resolve().parent, str(path))
+    documents = [_extended(path, values, ()) for values in _read_yaml(path, ())]
+    folder = path.resolve().parent
+    if len(documents) == 1:
+        return parse_recipe(documents[0], folder, str(path))
+    return parse_stages(documents, lambda values, where: parse_recipe(values, folder, where), str(path))
 
 
-def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in a recipe file. `extends: other.yaml` gives the keys that the file itself does not."""
+def _read_yaml(path: Path, inside: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """The mappings in a recipe file: one, or one for each stage."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe. Give a YAML file.")
     if path.resolve() in inside:
         raise RecipeError(f"{path}: extends itself, by way of {inside[-1]}. Remove one of the extends lines.")
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except yaml.composer.ComposerError as error:
-        if "single document" not in str(error.context):
-            raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
-        raise RecipeError(
-            f"{path}: several documents, and a recipe is one. Merge each in a file of its own, and name its folder in the next."
-        ) from None
+        documents = parse_documents(path.read_text(encoding="utf-8")) or [None]
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise RecipeError(f"{path}: not readable YAML ({' '.join(str(error).split())}).") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a mapping of settings was needed, got {type(values).__name__}.")
+    for values in documents:
+        if not isinstance(values, dict):
+            raise RecipeError(f"{path}: a mapping of settings was needed, got {type(values).__name__}.")
+    return documents
+
+
+def _extended(path: Path, values: dict[str, Any], inside: tuple[Path, ...]) -> dict[str, Any]:
+    """What a file says; `extends: other.yaml` gives the keys that it does not have itself."""
     parent = values.pop("extends", None)
     if parent is None:
         return values
@@ -75,12 +80,17 @@ def _read_yaml(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
         or (path.parent / parent).resolve().parent != path.resolve().parent
     ):
         raise RecipeError(f"{path}: extends must name a recipe in the same folder, got {parent!r}.")
-    return {**_read_yaml(path.parent / parent, (*inside, path.resolve())), **values}
+    further = (*inside, path.resolve())
+    of_parent = _read_yaml(path.parent / parent, further)
+    if len(of_parent) > 1:
+        raise RecipeError(f"{path}: extends {parent}, which has {len(of_parent)} stages. Only a recipe of one is extended.")  # fmt: skip
+    return {**_extended(path.parent / parent, of_parent[0], further), **values}
 
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
-    values = whole_models({key: value for key, value in values.items() if value is not None or key not in NOT_DONE})
+    asks_nothing = {*NOT_DONE, "slices", "models"}
+    values = whole_models({key: value for key, value in values.items() if value is not None or key not in asks_nothing})
     refused = [f"'{key}' is not supported. {reason}" for key, reason in NOT_DONE.items() if key in values]
     if refused:
         raise RecipeError(f"{where}: {refused[0]}" if len(refused) == 1 else itemise(f"{where}:", refused))
@@ -89,13 +99,26 @@ def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe")
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
     else:
         _check_device(recipe.device, where)
-    if recipe.merge_method in NOT_HERE:
-        raise RecipeError(
-            f"{where}: mergekit's merge_method '{recipe.merge_method}' is not here. {NOT_HERE[recipe.merge_method]}"
-        )
     METHODS.named(recipe.merge_method, f"{where}: unknown merge_method")
     check(recipe, where)
     return recipe
+
+
+def with_shards(given: RecipeLike, size: str | None) -> Recipe:
+    """A recipe with another `max_shard_size`, where one is given.
+
+    Raises:
+        RecipeError: as `load_recipe`, and of a size that is none.
+    """
+    recipe = load_recipe(given)
+    if size is None:
+        return recipe
+    try:
+        changed = recipe.model_copy(update={"max_shard_size": shard_bytes(int(size) if size.isdigit() else size)})
+    except ValueError as error:
+        raise RecipeError(f"--max-shard-size: {error} (got '{size}').") from None
+    check(changed, str(given))
+    return changed
 
 
 def _check_device(name: str, where: str) -> None:

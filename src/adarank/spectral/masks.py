@@ -27,19 +27,28 @@ First = Literal["top", "random"]
 MOST = 20.0  # of a component's pace
 
 
-def top_mask(sizes: tuple[int, ...], share: float) -> Tensor:
-    """(K,) bool: the first `top_count(share, r)` of each task's r components."""
-    parts = [torch.arange(size) < top_count(share, size) for size in sizes if size]
+def top_mask(sizes: tuple[int, ...], share: float, counts: tuple[int, ...] | None = None) -> Tensor:
+    """(K,) bool: the first `top_count(share, r)` of each task's r components.
+
+    Arguments:
+        sizes: how many components of each task there are.
+        counts: the r of each task, where zero components are not there; by default `sizes`.
+    """
+    pairs = zip(sizes, counts or sizes, strict=True)
+    parts = [torch.arange(size) < top_count(share, count) for size, count in pairs if size]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
 
 
-def first_mask(sizes: tuple[int, ...], share: float, first: First, seed: int, name: str) -> Tensor:
+def first_mask(
+    sizes: tuple[int, ...], share: float, first: First, seed: int, name: str, counts: tuple[int, ...] | None = None
+) -> Tensor:
     """(K,) bool: as many of each task's components as `top_mask` keeps, its top ones or any.
 
     Arguments:
         seed, name: of the random choice, which is another for every matrix.
+        counts: as for `top_mask`.
     """
-    top = top_mask(sizes, share)
+    top = top_mask(sizes, share, counts)
     if first == "top":
         return top
     return scattered(top, sizes, seed, name)

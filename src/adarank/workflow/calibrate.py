@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adarank.calibration.gather import Gatherer, Sample, Store
+from adarank.data.labels import Label
 from adarank.data.task import Batch, TaskData
 from adarank.io.record import Note
 from adarank.methods import CalibratedMethod
@@ -79,6 +80,11 @@ def job_sample(
 
     def singles(task: str) -> Iterator[tuple[Batch, int | None]]:
         labels = data[task].labels
-        return ((encoded(task, [row]), labels[row] if method.reads_labels else None) for row in rows[task])
+        return ((encoded(task, [row]), _class(labels[row]) if method.reads_labels else None) for row in rows[task])
 
     return Sample(family.logits, batches, singles)
+
+
+def _class(label: Label | None) -> int | None:
+    """A label of a task of classes, as `of_classes` lets in no other."""
+    return label if isinstance(label, int) else None

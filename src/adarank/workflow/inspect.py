@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from adarank.alignment.adapters import with_adapter
 from adarank.alignment.align import align
+from adarank.io.adapter import Adapter, is_adapter
 from adarank.io.checkpoint import Checkpoint, check_finite
 from adarank.io.writer import RECORD
 from adarank.spectral.mask_file import FILE, MaskFile
@@ -45,11 +47,12 @@ class LayerRow:
 
 
 def inspect_checkpoint(path: Path, base: Path | None = None) -> list[TensorRow]:
-    """Every tensor of a checkpoint, one in memory at a time; with a base, its task vector too."""
-    checkpoint = Checkpoint(path)
-    if base is None:
+    """Every tensor of a checkpoint, one in memory at a time; with a base, its task vector too. Of an adapter only with its base."""
+    start = Checkpoint(base) if base is not None else None
+    checkpoint = with_adapter(start, Adapter(path)) if start is not None and is_adapter(path) else Checkpoint(path)
+    if start is None:
         return [_plain(checkpoint, name) for name in checkpoint.tensors]
-    network = align(Checkpoint(base), {"checkpoint": checkpoint}, task_heads=True)
+    network = align(start, {"checkpoint": checkpoint}, task_heads=True)
     member = network.experts["checkpoint"]
     rows = []
     for name in network.tensors:

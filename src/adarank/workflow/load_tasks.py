@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from adarank.data.labels import Label, Problem, class_names, problem_of, read_labels
+from adarank.data.metrics import chosen_metric
 from adarank.data.read import Table, read_table
 from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
 from adarank.data.splits import Splits, by_file, by_fraction, limited
@@ -24,8 +26,11 @@ class Rows:
     """A task's table, checked but not yet encoded."""
 
     table: Table
-    labels: tuple[int | None, ...]
+    labels: tuple[Label | None, ...]
     splits: Splits
+    problem: Problem
+    classes: tuple[str, ...]
+    metric: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class TaskReader:
         Raises:
             DataError: a file, column or label is unusable.
         """
-        columns = self.family.columns(spec)
+        columns, problem, classes = self.family.columns(spec), problem_of(config), class_names(config, name)
+        metric = chosen_metric(spec.metric, problem, len(classes), f"task '{name}'")
         tables = self._tables(name, spec, columns)
         table: Table = {c: [value for part in tables.values() for value in part[c]] for c in columns}
         labels = tuple(label for part in tables.values() for label in _labels(part, spec, config, name))
@@ -59,7 +65,8 @@ class TaskReader:
         counts = {split: len(part[columns[0]]) for split, part in tables.items()}
         whole = not isinstance(spec.data, SplitData)
         splits = by_fraction(keys, self.settings) if whole else by_file(keys, counts, self.settings)
-        return Rows(table, labels, limited(splits, spec.limit, self.settings.split_seed))
+        chosen = limited(splits, spec.limit, self.settings.split_seed)
+        return Rows(table, labels, chosen, problem, classes, metric)
 
     def load(self, name: str, spec: TaskSpec, expert: Path, config: Mapping[str, Any]) -> TaskData:
         """Read a task and encode its inputs with the tokenizer or processor in the expert's folder."""
@@ -69,7 +76,8 @@ class TaskReader:
         dropped = [
             f"{n} {split} input(s) left out: they are in a later split too" for split, n in rows.splits.dropped.items()
         ]
-        return TaskData(name, spec.metric, examples, rows.labels, rows.splits, self.seed, (*notes, *dropped))
+        remarks = (*notes, *dropped)
+        return TaskData(name, rows.metric, examples, rows.labels, rows.splits, self.seed, remarks, rows.problem, rows.classes)  # fmt: skip
 
     def _tables(self, name: str, spec: TaskSpec, columns: list[str]) -> dict[Split, Table]:
         """The task's tables by split; a single file counts as `adapt` until it is split."""
@@ -116,50 +124,33 @@ def _each(job: Job, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) ->
     return loaded
 
 
-def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[int | None]:
-    """Class numbers: integers as they are, names through the expert's label2id."""
-    count = len(next(iter(table.values())))
-    if config.get("num_labels") == 1 or config.get("problem_type") in ("regression", "multi_label_classification"):
-        kind = config.get("problem_type") or "a model of one output"
-        raise DataError(
-            f"task '{name}': its expert is no classifier of one class per input ({kind}). Such tasks can be merged, but neither adapted on nor scored: leave their data out."
-        )
+def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[Label | None]:
     if spec.columns.label not in table:
-        return [None] * count
-    by_name, classes = _classes(config, name)
-    numbers: list[int | None] = []
-    for row, stored in enumerate(table[spec.columns.label], start=1):
-        value = stored.tolist() if hasattr(stored, "tolist") else stored  # of NumPy's numbers and arrays plain ones
-        if (
-            value is None or value != value or str(value).strip() in ("-1", "")
-        ):  # how files say that a label is withheld
-            numbers.append(None)
-            continue
-        named = by_name.get(value) if isinstance(value, str) else None
-        number = int(value) if named is None and _is_integer(value) else named
-        if number is None or not 0 <= number < classes:
-            known = ", ".join(by_name) or f"0 to {classes - 1}"
-            raise DataError(
-                f"task '{name}': row {row} has label {value!r}; the expert knows {known}. Use its class numbers or names."
-            )
-        numbers.append(number)
-    return numbers
+        return [None] * len(next(iter(table.values())))
+    return read_labels(table[spec.columns.label], config, name)
 
 
-def _classes(config: Mapping[str, Any], task: str) -> tuple[dict[str, int], int]:
-    """Class name -> number, and how many classes there are, by an expert's `config.json`."""
-    try:
-        by_name = {str(label): int(number) for label, number in (config.get("label2id") or {}).items()}
-        # a configuration that names no classes has transformers' default of two
-        return by_name, len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(
-            f"task '{task}': config.json of its expert names no classes that can be read (label2id, id2label or num_labels: {error}). Mend it."
-        ) from None
+def refuse_without_classes(job: Job) -> None:
+    """Refuse tasks whose outputs are no classes, where the recipe has what networks give read as shares of classes.
+
+    Raises:
+        DataError: there are such tasks; all are named.
+    """
+    if job.method.of_classes:
+        who = f"'{job.method.name}'"
+    elif job.recipe.heads == "learn":
+        who = "heads: learn"
+    else:
+        return
+    raise_together(
+        [
+            f"task '{task}': its expert is no classifier of one class per input ({_called(expert.config)}), and {who} reads its outputs as shares of classes. "
+            "Merge by a method that does not, such as cart, ties or regmean; the task is scored all the same."
+            for task, expert in job.experts.items()
+            if problem_of(expert.config) != "single_label_classification"
+        ]
+    )
 
 
-def _is_integer(value: Any) -> bool:
-    try:
-        return float(value) == int(value)
-    except (TypeError, ValueError, OverflowError):
-        return False
+def _called(config: Mapping[str, Any]) -> str:
+    return str(config.get("problem_type") or "a model of one output")

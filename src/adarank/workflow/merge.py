@@ -6,8 +6,9 @@ All that can be checked is checked before anything is spent.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from adarank.data.task import TaskData
 from adarank.errors import OutputError
 from adarank.io.output_folder import check_outside, remove_ours
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import atomic_folder, claimed, state_folder, write_record
+from adarank.io.writer import atomic_folder, check_shards, claimed, state_folder, write_record
 from adarank.outputs.write import check_side_files, write_result
 from adarank.recipe.job import Job, open_job
-from adarank.recipe.paths import portable, read_paths
-from adarank.recipe.plan import describe, settings_in_force, unheeded
+from adarank.recipe.paths import read_paths
+from adarank.recipe.plan import describe, unheeded
+from adarank.recipe.planned import open_stages
 from adarank.recipe.reader import RecipeLike, load_recipe
 from adarank.recipe.schema import Recipe
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
-from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.load_tasks import load_tasks, refuse_without_classes
+from adarank.workflow.stages import beginning, going_on, merged_stages, state_of, worth_keeping
 
 
 def merge(
@@ -74,24 +77,53 @@ def _merge(
 ) -> dict[str, Any]:
     """What `merge` does, once the output is this run's alone."""
     clock = Clock()
-    job = open_job(recipe)
-    check_outside(out, read_paths(job))
-    check_side_files(job)
-    _check_disk(job, out)
+    stages = open_stages(recipe)
+    for job in stages.jobs:
+        check_outside(out, read_paths(job))
+        check_side_files(job)
+        refuse_without_classes(job)
+    _check_disk(stages.jobs, out)
+    if recipe.max_shard_size is not None:
+        check_shards(stages.output.layout(), recipe.max_shard_size)
+    of_tasks = {name: _data(job) for name, job in stages.before.items()}
+    data = _data(stages.output) if data is None else data
+    stages.output.method.of_data(data)
+    state = state_of(out)
+    with going_on(state, note) if stages.before else nullcontext():
+        made = merged_stages(recipe, state, of_tasks, partial(_run, force=True, note=note, progress=progress), note)
+        job = open_job(recipe, made.folders) if stages.before else stages.output
+        record = _run(job, out, data, clock, force, note, progress, made.recorded())
+    remove_ours(state)
+    return record
+
+
+def _data(job: Job) -> Mapping[str, TaskData]:
+    """The tasks' data that a job's method reads; what it cannot use is refused before anything is computed."""
+    data = load_tasks(job) if job.method.data or job.recipe.heads == "learn" else {}
+    job.method.of_data(data)
+    return data
+
+
+def _run(
+    job: Job,
+    out: Path,
+    data: Mapping[str, TaskData],
+    clock: Clock,
+    force: bool,
+    note: Note,
+    progress: Progress | None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One stage, checked, to its folder.
+
+    Arguments:
+        more: what the record has beside what is of the stage itself.
+    """
+    recipe = job.recipe
     torch.manual_seed(recipe.seed)
-    if data is None:
-        data = load_tasks(job) if job.method.data or recipe.heads == "learn" else {}
-    job.method.of_data(data)  # refused here, before anything is computed
     note("Hashing the inputs")
-    record: dict[str, Any] = {
-        "recipe": portable(recipe),
-        "settings": settings_in_force(job),
-        "seed": recipe.seed,
-        "versions": versions(),
-        "machine": machine(recipe.device),
-        "inputs": job.inputs(),
-    }
-    state = out.parent / f".{out.name}.state"
+    record = {**beginning(job), "versions": versions(), "machine": machine(recipe.device), **(more or {})}
+    state = state_of(out)
     with _kept(state) if data else nullcontext():
         context = RecipeContext(job, data, record, state / "state.pt", note, progress)
         result = job.method.run(context)
@@ -103,7 +135,6 @@ def _merge(
         record |= write_result(folder, job, result)
         record |= {**result.recorded(), **unheeded(job), "plan": describe(job), **clock.spent()}
         write_record(folder, record)
-    remove_ours(state)
     return record
 
 
@@ -114,15 +145,15 @@ def _kept(state: Path) -> Iterator[None]:
         try:
             yield
         except Exception:  # of whatever kind
-            if not any(state.rglob("state.pt")):  # of a start that is adapted itself, too
+            if not worth_keeping(state):
                 remove_ours(state)
             raise
 
 
-def _check_disk(job: Job, out: Path) -> None:
+def _check_disk(jobs: Sequence[Job], out: Path) -> None:
     parent = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
     free = shutil.disk_usage(parent).free
-    needed = job.output_bytes()
+    needed = sum(job.output_bytes() for job in jobs)
     if needed > free:
         raise OutputError(
             f"{out}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free. Free space or give another path."

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from adarank.errors import DataError
-from adarank.recipe.job import Job, open_job
+from adarank.recipe.job import Job
 from adarank.recipe.plan import describe
+from adarank.recipe.planned import open_stages
 from adarank.recipe.reader import RecipeLike, load_recipe
-from adarank.workflow.load_tasks import check_tasks
+from adarank.workflow.load_tasks import check_tasks, refuse_without_classes
 
 
 def plan(recipe: RecipeLike) -> dict[str, Any]:
@@ -23,9 +24,17 @@ def plan(recipe: RecipeLike) -> dict[str, Any]:
     Example:
         adarank.workflow.plan.plan("recipe.yaml")["peak_bytes"]
     """
-    job = open_job(load_recipe(recipe))
+    stages = open_stages(load_recipe(recipe))
+    described = _described(stages.output)
+    if stages.before:
+        described["stages"] = {name: _described(job) for name, job in stages.before.items()}
+    return described
+
+
+def _described(job: Job) -> dict[str, Any]:
+    refuse_without_classes(job)
     described = describe(job)
-    if job.method.data:
+    if job.method.data or job.recipe.heads == "learn":
         described |= _of_data(job)
     elif any(entry.task and entry.task.data for entry in job.recipe.experts.values()):
         try:  # merging reads none of it, but evaluation will

@@ -17,9 +17,10 @@ from typing import Any
 
 import yaml
 
+from adarank.data.metrics import LOSS
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.errors import OutputError, RecipeError, itemise
+from adarank.errors import DataError, OutputError, RecipeError, itemise
 from adarank.io.hub import local_path
 from adarank.io.lock import resolved
 from adarank.io.output_folder import check_ours, is_as_listed, read_list, remove_ours, sha256
@@ -55,15 +56,29 @@ class Axis:
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the grid and its scores ×100 on the select split."""
+    """A point of the grid and its scores on the select split, in per cent, a loss as it is.
+
+    Attributes:
+        losses: the scores are losses, so that less is better.
+    """
 
     settings: Mapping[str, Any]
     scores: Mapping[str, float]
+    losses: bool = False
 
     @property
     def mean(self) -> float:
         """Mean score over tasks."""
         return sum(self.scores.values()) / len(self.scores)
+
+    @property
+    def worth(self) -> float:
+        """What points are ranked by: more is better."""
+        return -self.mean if self.losses else self.mean
+
+    def of_task(self, task: str) -> float:
+        """One task's score, turned so that more is better."""
+        return -self.scores[task] if self.losses else self.scores[task]
 
 
 def parse_axis(text: str) -> Axis:
@@ -139,22 +154,29 @@ def _search(
     data = load_tasks(job)
     for of in data.values():
         of.targets(of.splits.rows[SPLIT])
+    _check_metrics(data)
     for method in methods:
         method.of_data(data)
+    if recipe.heads == "learn":
+        note("Points are compared with the experts' heads; heads are learned when the best recipe is merged")
     note("Hashing the inputs")
     inputs = job.inputs()
     prints = {task: of.fingerprint() for task, of in data.items()}
-    identity = json.dumps([recipe.merge_method, recipe.parameters, inputs, prints], sort_keys=True, default=str)
+    metrics = {task: of.metric for task, of in data.items()}
+    identity = json.dumps(
+        [recipe.merge_method, recipe.parameters, inputs, prints, metrics], sort_keys=True, default=str
+    )
     note("Loading the networks")
     models = build_models(job)
     with state_folder(files.state):
         state = files.state / hashlib.sha256(identity.encode()).hexdigest()[:16]
         tried = try_points(job, models, data, list(zip(points, methods, strict=True)), state, progress)
         tried += each_tasks_best(recipe.kind, tried)
-        ranked = sorted(tried, key=lambda point: -point.mean)  # stable: of equals the first of the grid
+        ranked = sorted(tried, key=lambda point: -point.worth)  # stable: of equals the first of the grid
         record = {
             "split": f"{SPLIT}, with labels; the test split was not read",
             "method": recipe.merge_method,
+            "metrics": metrics,
             "axes": {axis.name: list(axis.values) for axis in axes},
             "best": {"settings": dict(ranked[0].settings), "mean": ranked[0].mean, "scores": dict(ranked[0].scores)},
             "at_the_edge": {axis: at for axis, (at, _) in edges(recipe.kind, tried).items()},
@@ -242,6 +264,7 @@ def try_points(
         state: folder of the spectra, of statistics, and of the points done: those are not tried again.
     """
     tried: list[Point] = []
+    losses = all(of.metric == LOSS for of in data.values())
     with stored_spectra(state / "spectra"):
         for number, (settings, method) in enumerate(points, start=1):
             kept = state / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}.json"
@@ -252,7 +275,7 @@ def try_points(
                 )
                 scores = score_result(run.job, models, data, method.run(run), SPLIT)
                 write_json(kept, scores)
-            tried.append(Point(settings, scores))
+            tried.append(Point(settings, scores, losses))
             progress(tried[-1], number, len(points))
     return tried
 
@@ -279,9 +302,9 @@ def each_tasks_best(kind: type[MergeMethod], points: Sequence[Point]) -> list[Po
     axes = list(points[0].settings)
     if not set(axes) <= set(kind.of_one_task()):
         return []
-    best = {task: max(points, key=lambda point: point.scores[task]) for task in points[0].scores}
+    best = {task: max(points, key=lambda point: point.of_task(task)) for task in points[0].scores}
     settings = {axis: {task: point.settings[axis] for task, point in best.items()} for axis in axes}
-    return [Point(settings, {task: point.scores[task] for task, point in best.items()})]
+    return [Point(settings, {task: point.scores[task] for task, point in best.items()}, points[0].losses)]
 
 
 def level(points: Sequence[Point]) -> bool:
@@ -295,7 +318,7 @@ def edges(kind: type[MergeMethod], points: Sequence[Point]) -> dict[str, tuple[f
     Returns:
         Axis -> (the best, the next one beyond it by the ratio of the last two), where the method allows that.
     """
-    best = max(points, key=lambda point: point.mean).settings
+    best = max(points, key=lambda point: point.worth).settings
     at_the_edge: dict[str, tuple[float, float]] = {}
     if level(points):
         return at_the_edge
@@ -317,6 +340,15 @@ def _allowed(kind: type[MergeMethod], axis: str, value: float) -> bool:
     except RecipeError:
         return False
     return True
+
+
+def _check_metrics(data: Mapping[str, TaskData]) -> None:
+    """Refuse to rank by a mean of shares and losses."""
+    losses = [task for task, of in data.items() if of.metric == LOSS]
+    if losses and len(losses) < len(data):
+        raise DataError(
+            f"metric: of {', '.join(map(repr, losses))} it is a loss, of which less is better, and of the other tasks it is not, so that no mean ranks the points. Give 'loss' to all tasks or to none."
+        )
 
 
 def _check_place(path: Path, best: Path) -> None:

@@ -130,13 +130,8 @@ class Masked(Method):
             return [f"{name}: decomposed in the masks file, scaled here"] if name in self.masks.sizes else []
         if not self.masks.sizes:  # adapted without spectra: λ is all there is
             return []
-        shape = network.tensors[name].shape
         if self.masks.basis != "task_vectors":  # how many components a basis gives is compared when they are there
             return []
-        rank = min(shape[0], network.tensors[name].numel // shape[0])
-        sizes = self.masks.sizes.get(name, ())
-        return (
-            []
-            if sizes == (rank,) * len(network.experts)
-            else [f"{name}: {sizes} components per task in the masks file, {rank} here"]
-        )
+        here = network.components(name, self.origin_kind(network))
+        sizes = self.masks.sizes.get(name, (0,) * len(here))
+        return [] if sizes == here else [f"{name}: {sizes} components per task in the masks file, {here} here"]
