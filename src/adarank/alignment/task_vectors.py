@@ -85,6 +85,10 @@ class AlignedCheckpoints:
         """Names of the tensors that a method merges, in the base's order."""
         return [n for n, c in self.choices.items() if c.action in ("decompose", "scale")]
 
+    def averages(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what is the experts' mean, whatever the method."""
+        return ((n, self.kept(n)) for n, c in self.choices.items() if c.action == "average")
+
     def reference(self) -> Member:
         """The base, or the first expert when there is no base: it gives names, dtypes and kept tensors."""
         return self.base or next(iter(self.experts.values()))
@@ -154,7 +158,9 @@ class AlignedCheckpoints:
         return tuple(most if rank is None or kind == "zero" else min(rank, most) for rank in ranks)
 
     def kept(self, name: str) -> Tensor:
-        """A tensor kept from the base, as stored."""
+        """A tensor that no method merges: the base's as stored, or the experts' mean in float32 where it is averaged."""
+        if self.choices[name].action == "average":
+            return self.origin(name, "average")
         member = self.reference()
         info = member.info(name)
         return check_finite(member.source.read(info.name), info.name, info.file)

@@ -24,7 +24,13 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
     if described.get("stages"):
         write("the output:", style="dim")
     actions = described["actions"]
-    words = {"decompose": "decomposed", "scale": "merged by λ·delta", "train": "trained", "keep": "kept from the base"}
+    words = {
+        "decompose": "decomposed",
+        "scale": "merged by λ·delta",
+        "train": "trained",
+        "average": "averaged",
+        "keep": "kept from the base",
+    }
     if not described["decomposes"]:
         words |= {"decompose": "merged as matrices", "scale": "merged, other than matrices"}
     of = "tasks" if described["reads"] else "experts"
@@ -313,7 +319,8 @@ def trained(report: Mapping[str, Any]) -> None:
 def calibrated(report: Mapping[str, Any]) -> None:
     """What statistics a merge took, and where they left something open."""
     write(f"{_statistics_read(report)}, in {clock(report['seconds'])}")
-    write(f"{report['tensors_with_statistics']} tensors merged by them, {report['tensors_averaged']} averaged")
+    without = f"{report['tensors_without_statistics']} {report['merged_without']}"
+    write(f"{report['tensors_with_statistics']} tensors merged by them, {without}")
     if report["undetermined"]:
         write(
             f"{len(report['undetermined'])} tensors are not determined in all directions by so few inputs (the record names them)",

@@ -80,14 +80,14 @@ def tsv_m(deltas: Deltas, name: str) -> list[Spectrum]:
     parts = []
     for task in deltas:  # one whole SVD in memory at a time, and one task vector: values() would hold two
         spectrum = spectrum_of(deltas, task, name)
-        parts.append(_top(spectrum, max(1, spectrum.count // len(deltas))))
-    return _together(parts)
+        parts.append(top(spectrum, max(1, spectrum.count // len(deltas))))
+    return together(parts)
 
 
 def iso_c(deltas: Deltas, name: str) -> list[Spectrum]:
     """No block per task, and a common one: the summed task vector with all its singular values made equal."""
     shared = spectrum_of_sum(deltas, name)
-    return [*(_top(shared, 0) for _ in deltas), _flat([_top(shared, shared.count)])[0]]
+    return [*(top(shared, 0) for _ in deltas), _flat([top(shared, shared.count)])[0]]
 
 
 def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
@@ -98,14 +98,14 @@ def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
     """
     shared = spectrum_of_sum(deltas, name)
     each = own_components(shared.count, len(deltas), common)
-    first = _top(shared, shared.count - each * len(deltas))
+    first = top(shared, shared.count - each * len(deltas))
     parts = []
     for task in deltas:
         rest, length = _outside(first.u, deltas, task, name)
         # beside the task vector, not beside itself: all of it may lie in the common subspace. The projection rounds too.
-        parts.append(_top(rest, each, 4 * length))
+        parts.append(top(rest, each, 4 * length))
     # the common ones come first where vectors are made orthogonal, as the paper lays them
-    shared_first = _together([first, *parts])
+    shared_first = together([first, *parts])
     return _flat([*shared_first[1:], shared_first[0]])
 
 
@@ -151,14 +151,14 @@ def _outside(columns: Tensor, deltas: Deltas, task: str, name: str) -> tuple[Spe
     return decompose_factors(Factors(outside, factors.core, factors.right), name), factors.norm()
 
 
-def _top(spectrum: Spectrum, count: int, largest: Tensor | None = None) -> Spectrum:
+def top(spectrum: Spectrum, count: int, largest: Tensor | None = None) -> Spectrum:
     """The first components, those that are rounding beside the largest set to zero."""
     there = determined(spectrum.s, largest)[:count]
     u, v = (part[:, :count] * there for part in (spectrum.u, spectrum.v))
     return Spectrum(u, spectrum.s[:count] * there, v, max(0, count - there.numel()))
 
 
-def _together(parts: Sequence[Spectrum]) -> list[Spectrum]:
+def together(parts: Sequence[Spectrum]) -> list[Spectrum]:
     """The same blocks with the nearest vectors that are orthonormal over all of them.
 
     With more components than dimensions (more tasks than the rank has room for) the first ones fill it.

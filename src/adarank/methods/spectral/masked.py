@@ -36,6 +36,8 @@ class Masked(Method):
 
     Arguments:
         masks: the masks file of an adapted output (a path in a recipe).
+        shuffled: put each task's and matrix's mask in random places, as dense as it is: a control. λ stays.
+        seed: of the places; by default the recipe's.
     """
 
     name: ClassVar[str] = "masked"
@@ -44,6 +46,8 @@ class Masked(Method):
     spectral: ClassVar[bool] = True
 
     masks: MaskFile = Field(description="masks file of an adapted output")
+    shuffled: bool = Field(False, description="each mask in random places, as dense as it is")
+    seed: int = Field(0, description="of the places; by default the recipe's seed")
 
     @classmethod
     def resolve(cls, given: Given) -> Masked:
@@ -81,7 +85,8 @@ class Masked(Method):
             raise MismatchError(
                 f"{name}: {self.masks.sizes[name]} components in the masks file, {blocks.sizes} here. Use the recipe that it was made with."
             )
-        return blocks.compose(self.masks.lam[name], self.masks.masks[name])
+        mask = self.masks.shuffled(name, self.seed) if self.shuffled else self.masks.masks[name]
+        return blocks.compose(self.masks.lam[name], mask)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged tensor that is not decomposed."""
