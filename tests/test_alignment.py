@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adarank.alignment.align import align
-from adarank.alignment.selection import Select, choose
+from adarank.alignment.selection import Select
 from adarank.errors import MismatchError, RecipeError
-from adarank.io.checkpoint import Checkpoint, MemorySource, Source, TensorInfo
+from adarank.io.checkpoint import Checkpoint, MemorySource, Source
 from make import (
     BUFFER,
     State,
@@ -202,6 +202,24 @@ def test_parts_that_only_the_base_has_are_kept(prefix: str) -> None:
     assert_accounted(net)
 
 
+@pytest.mark.parametrize("task_heads", [True, False])
+def test_a_pooler_that_the_base_lacks_is_a_tasks_head(task_heads: bool) -> None:
+    """Without tasks there are no heads, and it is refused as any tensor is that the base lacks."""
+    base = encoder()
+    experts = {
+        task: {**expert, **prefixed(state(7, shapes=POOLER), "bert.")}
+        for task, expert in classifiers(base, {"a": 2, "b": 3}).items()
+    }
+    if not task_heads:
+        with pytest.raises(MismatchError, match=r"pooler\.dense\.weight"):
+            network(base, experts, task_heads=False)
+        return
+    net = network(base, experts, task_heads=True)
+    assert all(set(names) >= set(POOLER) for names in net.heads.values())
+    assert not set(POOLER) & set(net.tensors)
+    assert_accounted(net)
+
+
 def test_a_backbone_tensor_that_all_experts_lack_is_refused() -> None:
     base = encoder(extra={"encoder.layer.2.dense.weight": (6, 6)})
     with pytest.raises(MismatchError, match=r"encoder\.layer\.2\.dense\.weight"):
@@ -284,40 +302,6 @@ def test_a_bin_with_shared_storage_pairs_with_one_stored_once(tmp_path: Path, fo
 # What happens to each tensor
 
 
-@pytest.mark.parametrize(("name", "shape", "dtype", "text", "action"), [
-    ("layer.weight", (4, 3), torch.float32, True, "decompose"),
-    ("layer.weight", (4, 3), torch.float32, False, "decompose"),
-    ("layer.bias", (4,), torch.float32, True, "scale"), ("conv.weight", (4, 3, 2, 2), torch.float32, True, "scale"),
-    ("layer.weight", (1, 3), torch.float32, True, "scale"), ("factor", (), torch.bfloat16, True, "scale"),
-    ("embeddings.word.weight", (9, 3), torch.float32, True, "keep"), ("wte.weight", (9, 3), torch.float32, True, "keep"),
-    ("embeddings.word.weight", (9, 3), torch.float32, False, "scale"),
-    ("embeddings.LayerNorm.bias", (3,), torch.float32, True, "scale"),
-    ("position_ids", (1, 9), torch.int64, True, "keep"), ("mask", (4, 4), torch.bool, False, "keep"),
-])  # fmt: skip
-def test_the_default_action_is_read_off_the_tensor(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, text: bool, action: str
-) -> None:
-    assert choose(TensorInfo(name, shape, dtype, "f"), Select(), text).action == action
-
-
-@pytest.mark.parametrize(("select", "name", "action"), [
-    (Select(scale=("layer.0.*",)), "layer.0.dense.weight", "scale"),
-    (Select(keep=("*.bias",)), "layer.1.dense.bias", "keep"),
-    (Select(decompose=("conv.*",)), "conv.weight", "decompose"),
-    (Select(decompose=("embed*",)), "embeddings.word_embeddings.weight", "decompose"),
-    (Select(keep=("layer.[1-9].*",)), "layer.1.dense.weight", "keep"),
-])  # fmt: skip
-def test_a_pattern_overrides_the_default(select: Select, name: str, action: str) -> None:
-    base, experts = family(2)
-    net = network(base, experts, select, text_tasks=True)
-    assert net.choices[name].action == action
-    assert "recipe" in net.choices[name].reason
-    others = network(base, experts, text_tasks=True).choices
-    changed = {n for n in others if others[n].action != net.choices[n].action}
-    assert all(net.choices[n].action == action for n in changed)
-    assert_accounted(net)
-
-
 @pytest.mark.parametrize("actions", [("keep", "decompose"), ("keep", "scale"), ("scale", "decompose"), ("keep", "head"),
                                      ("head", "scale")])  # fmt: skip
 def test_patterns_that_contradict_each_other_are_refused(actions: tuple[str, str]) -> None:
@@ -327,16 +311,7 @@ def test_patterns_that_contradict_each_other_are_refused(actions: tuple[str, str
         network(base, experts, select)
 
 
-def test_every_pattern_that_matches_nothing_is_named() -> None:
-    base, experts = family(2)
-    select = Select(keep=("layr.*", "layer.0.*"), scale=("Norm.*",), head=("clasifier.*",))
-    with pytest.raises(RecipeError) as caught:
-        network(base, experts, select)
-    assert all(part in str(caught.value) for part in ("'layr.*'", "'Norm.*'", "'clasifier.*'"))
-    assert "'layer.0.*'" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("select", "name"), [(Select(scale=("position_ids",)), BUFFER), (Select(decompose=(BUFFER,)), BUFFER),
+@pytest.mark.parametrize(("select", "name"), [(Select(scale=("position_ids",)), BUFFER), (Select(decompose=(BUFFER,)), BUFFER), (Select(average=(BUFFER,)), BUFFER),
                                               (Select(decompose=("norm.*",)), "norm.weight")])  # fmt: skip
 def test_an_action_that_the_tensor_cannot_take_is_refused(select: Select, name: str) -> None:
     base, experts = family(2)

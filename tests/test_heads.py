@@ -8,17 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adarank
 import clip_zoo
 import image_zoo
+import modular_zoo
 import text_zoo
 from adarank.adapt import ADAPTIVE, PRESETS
-from adarank.adapt.heads import HeadExamples, fit_head
+from adarank.adapt.head_functions import HeadExamples
+from adarank.adapt.heads import fit_head
 from adarank.adapt.presets import with_preset
+from adarank.models.predict import predict
 from adarank.recipe.reader import load_recipe
+from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.plan import plan
 
 
 def net(seed: int) -> nn.Sequential:
@@ -140,10 +145,18 @@ def texts(architecture: str) -> Any:
     return lambda folder, **changes: text_zoo.recipe(text_zoo.make_zoo(folder, architecture), **changes)
 
 
+def with_poolers(folder: Path, **changes: Any) -> Path:
+    """Experts with a pooler that the base lacks, so that it is part of their heads."""
+    file = text_zoo.make_zoo(folder) / "models" / "base" / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "pooler" not in name}, file, {"format": "pt"})
+    return text_zoo.recipe(folder, **changes)
+
+
 ZOOS = {name: texts(name) for name in ("bert", "roberta", "distilbert", "gpt2")} | {
     "vit": lambda folder, **changes: image_zoo.recipe(image_zoo.make_zoo(folder), **changes),
     "resnet": lambda folder, **changes: image_zoo.recipe(image_zoo.make_zoo(folder, "resnet"), **changes),
     "clip": lambda folder, **changes: clip_zoo.recipe(clip_zoo.make_zoo(folder), **changes),
+    "pooler": with_poolers,
 }
 
 
@@ -166,11 +179,108 @@ def test_heads_are_learned_after_any_merge_of_any_family(tmp_path: Path, zoo: st
     assert adarank.evaluate_recipe(load_recipe(path), [tmp_path / "out"]).rows
 
 
+BUNDLES: dict[str, dict[str, Any]] = {
+    "tsv_c": {"merge_method": "tsv_c", "parameters": {"rank": 0.01}},
+    "surgery": modular_zoo.of("surgery", 4),
+    "wemoe": modular_zoo.of("wemoe", 4),
+    "twin_merging": modular_zoo.of("twin_merging", 4, rank=0.01),
+}
+
+
+def far_experts(folder: Path) -> Path:
+    """A zoo whose experts are so far from the base that some head brings something."""
+    text_zoo.make_zoo(folder)
+    base = load_file(folder / "models" / "base" / "model.safetensors")
+    for task in text_zoo.TASKS:
+        file = folder / "models" / task / "model.safetensors"
+        moved = load_file(file)
+        for name, tensor in base.items():
+            moved[f"bert.{name}"] = tensor + 8 * (moved[f"bert.{name}"] - tensor)
+        save_file(moved, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("method", BUNDLES)
+def test_heads_of_a_bundle_are_learned_on_each_tasks_network(tmp_path: Path, method: str) -> None:
+    """Its parts are those of the method alone. What the record says of a head is what the bundle's own network does."""
+    far_experts(tmp_path)
+    adarank.merge_recipe(text_zoo.recipe(tmp_path, **BUNDLES[method]), tmp_path / "plain")
+    path = text_zoo.recipe(tmp_path, heads="learn", **BUNDLES[method])
+    fits = adarank.merge_recipe(path, tmp_path / "out")["learned_heads"]["heads"]
+    job = adarank.open_job(load_recipe(path))
+    assert set(fits) == set(text_zoo.TASKS)
+    assert any(fit["kept"] for fit in fits.values())
+    for file in ("shared.safetensors", *(f"tasks/{task}/own.safetensors" for task in fits)):
+        parts = [load_file(tmp_path / out / file) for out in ("plain", "out")]
+        assert all(torch.equal(tensor, parts[1][name]) for name, tensor in parts[0].items())
+    for task, data in load_tasks(job).items():
+        expert = predict(job.family, job.family.load(job.experts[task]), data, "select")[1].argmax(1)
+        agreement = [
+            float((predict(job.family, adarank.from_bundle(tmp_path / out, task), data, "select")[1].argmax(1) == expert).double().mean())
+            for out in ("plain", "out")
+        ]  # fmt: skip
+        assert agreement == pytest.approx(
+            [fits[task]["agreement"][0], fits[task]["agreement"][fits[task]["kept"]]], abs=1e-4
+        )
+
+
+def test_a_bundle_is_scored_with_its_own_heads(tmp_path: Path) -> None:
+    text_zoo.make_zoo(tmp_path)
+    path = text_zoo.recipe(tmp_path, heads="learn", merge_method="emr")
+    adarank.merge_recipe(path, tmp_path / "out")
+    rows, job = adarank.evaluate_recipe(path, [tmp_path / "out"]).rows, adarank.open_job(load_recipe(path))
+    for task, data in load_tasks(job).items():
+        numbers, logits = predict(job.family, adarank.from_bundle(tmp_path / "out", task), data, "test")
+        right = logits.argmax(1) == torch.tensor(data.targets(numbers))
+        assert rows[str(tmp_path / "out")][task] == pytest.approx(100 * float(right.double().mean()))
+    assert rows["experts"] == adarank.evaluate_recipe(path).rows["experts"]
+
+
+def test_a_plan_counts_what_learning_heads_holds(tmp_path: Path) -> None:
+    """All that is written, and the networks."""
+    text_zoo.make_zoo(tmp_path)
+    for method in ("average", "emr"):
+        plain = plan(text_zoo.recipe(tmp_path, merge_method=method))
+        learned = plan(text_zoo.recipe(tmp_path, merge_method=method, heads="learn"))
+        body = sum(torch.Size(tensor["shape"]).numel() for tensor in plain["tensors"].values())
+        assert learned["peak_bytes"] >= plain["peak_bytes"] + plain["output_bytes"] + 4 * body
+        assert learned["splits"]["mood"]["adapt"] > 0
+
+
+class Pooled(nn.Module):
+    """A head of two layers, which the network's own code joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.pooler, self.classifier = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(nn.Tanh()(self.pooler(torch.relu(self.body(x)))))
+
+
+@pytest.mark.parametrize(("count", "layers"), [(4, ("classifier",)), (400, ("classifier", "pooler"))])
+def test_a_head_of_two_layers_is_learned_whole_or_not(count: int, layers: tuple[str, ...]) -> None:
+    """On a body whose units are exchanged only both together can say what the expert says; a few inputs do for the last alone."""
+    torch.manual_seed(0)
+    base, expert, order = Pooled(), Pooled(), torch.randperm(16)
+    with torch.no_grad():
+        expert.pooler.weight *= 4
+        expert.classifier.weight *= 8
+    merged = state(expert)
+    merged |= {name: merged[name][order] for name in ("body.weight", "body.bias")}
+    select, held_out = adarank.Select(head=("pooler.*", "classifier.*")), {"a": inputs(2)}
+    given = (base, {"a": expert}, merged, {"a": inputs(3, count)})
+    modules, heads = adarank.learn_heads(*given, select=select, held_out=held_out)
+    learned = {name for name, tensor in modules["a"].state_dict().items() if not torch.equal(tensor, merged[name])}
+    assert learned == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert heads["a"].layers == len(layers)
+    assert heads["a"].agreement[1] > (0.95 if count > 4 else heads["a"].agreement[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"merge_method": "adarank"}, "heads: 'adarank' adapts, and learns heads as adapt: learn_heads says"),
-        ({"merge_method": "emr"}, "heads: 'emr' writes a network for each task"),
         ({"merge_method": "multitask"}, "heads: 'multitask' writes heads of its own"),
         ({"merge_method": "average", "models": [{"model": "models/mood"}, {"model": "models/colour"}]},
          "models: 'mood' has no task with data, and heads: learn reads its inputs"),

@@ -1,114 +1,66 @@
-"""The commands that look back at outputs: `report` and `verify`."""
+"""The catalogue on the terminal: all methods, one method's page, the rows of the papers' tables."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from adarank.errors import AdaRankError
+from adarank.cli.console import head, write
+from adarank.cli.tables import fit, lines, print_lines
+from adarank.recipe.catalogue import Entry
 
-
-def add_no_report(command: argparse.ArgumentParser) -> None:
-    """The switch of the commands that write a page beside their output."""
-    command.add_argument("--no-report", action="store_true", help="write no page (OUT.html) beside the output")
+if TYPE_CHECKING:
+    from adarank.recipe.papers import PaperRow
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse a page that may not be written, before anything is spent; what is wrong with the output comes first."""
-    if options.no_report or (os.path.exists(options.out) and not options.force):
+def methods(entries: Mapping[str, Entry]) -> None:
+    """The catalogue: a line each where there is room, else a method's formula beneath its name."""
+    whole = lines([["method", "formula", "needs"], *([e.name, e.formula, e.needs] for e in entries.values())])
+    if fit(whole):
+        print_lines(whole)
         return
-    from adarank.report.page import check_page, page_of
-
-    page = page_of(options.out)
-    if os.path.lexists(page):
-        check_page(page, options.force)
-
-
-def write(options: argparse.Namespace, scores: Mapping[str, Any] | None = None) -> Path | None:
-    """The page of a command's output; None if it is not wanted."""
-    if options.no_report:
-        return None
-    from adarank.cli import show
-    from adarank.report.page import page_of, write_report
-
-    page = page_of(options.out)
-    try:
-        return write_report([options.out], page, scores, options.force)
-    except (AdaRankError, OSError) as error:  # the output is there: a page that cannot be written is a note
-        show.note(f"No page was written: {error}")
-        return None
+    for entry in entries.values():
+        head(entry.name, f"  {entry.needs}", hang=2)
+        write(entry.formula, 2, 4)
+    write("A method's settings: adarank methods NAME", style="dim")
 
 
-def name(page: Path | None) -> None:
-    """Say where the page is."""
-    from adarank.cli import show
-
-    if page is not None:
-        show.say(page, " shows it in a browser")
-
-
-def add(commands: Any, common: argparse.ArgumentParser) -> None:
-    """The two commands' parsers, among the others."""
-    report = commands.add_parser(
-        "report", parents=[common], help="one HTML page of outputs: what was merged, learned and kept, and at what cost"
-    )
-    report.add_argument("outputs", nargs="+", type=Path, metavar="out", help="folders written by merge")
-    report.add_argument("--to", type=Path, metavar="PAGE", help="file to write (default: OUT.html beside the first)")
-    report.add_argument(
-        "--scores", type=Path, metavar="FILE", help="what adarank evaluate --json printed, for a table of scores"
-    )
-    report.add_argument("--force", action="store_true", help="replace an existing page of adarank")
-    report.set_defaults(run=_report)
-
-    verify = commands.add_parser(
-        "verify", parents=[common], help="hash an output and its inputs again, merge again, and compare"
-    )
-    verify.add_argument("out", type=Path, help="folder written by merge")
-    verify.add_argument(
-        "--from",
-        dest="folder",
-        type=Path,
-        metavar="FOLDER",
-        help="where the recipe's paths count from (default: the working folder, then the output's parent)",
-    )
-    verify.set_defaults(run=_verify)
+def method(entry: Entry) -> None:
+    """One method's page."""
+    head(entry.name, f"  {entry.summary}", hang=2)
+    write("")
+    write(entry.formula, 2, 4)
+    write("")
+    for label in ("needs", "reads", "memory", "source"):
+        write(f"{label:6}  {getattr(entry, label)}", 0, 8)
+    if entry.settings:
+        write("")
+        write("settings", style="bold")
+    for setting in entry.settings:
+        parts = [setting.default if setting.default == "required" else f"default {setting.default}", setting.allowed]
+        head(setting.name, "  " + "; ".join(filter(None, parts)), indent=2, hang=6)
+        if setting.meaning:
+            write(setting.meaning, 6)
 
 
-def _report(options: argparse.Namespace) -> None:
-    from adarank.cli import console, show
-    from adarank.io.files import check_file, read_json
-    from adarank.report.page import write_report
+def papers(rows: Sequence[PaperRow]) -> None:
+    """The papers' rows, each with its figures and beneath them its recipe."""
+    from adarank.recipe.papers import SETTINGS  # the tables of the papers are made when it is imported
 
-    if options.scores is not None:
-        check_file(options.scores)
-    scores = None if options.scores is None else read_json(options.scores)
-    page = write_report(options.outputs, options.to, scores, options.force)
-    if options.json:
-        console.out.print(json.dumps({"page": str(page)}))
-    else:
-        show.say(page, f" written: {len(options.outputs)} output(s), {console.size(page.stat().st_size)}")
-
-
-def _verify(options: argparse.Namespace) -> int:
-    from adarank.cli import console, show
-    from adarank.workflow.verify import verify
-
-    verified = verify(options.out, options.folder, show.note)
-    if options.json:
-        console.out.print(json.dumps({"ok": verified.ok, **dataclasses.asdict(verified)}, indent=1, ensure_ascii=False))
-        return int(not verified.ok)
-    for text in verified.notes:
-        show.say("note:", f" {text}", "bold yellow")
-    for text in verified.problems:
-        show.say("differs:", f" {text}", "bold red")
-    if verified.problems:
-        show.say(options.out, f" is not as it was recorded: {len(verified.problems)} problem(s)")
-        return 1
-    remade = f", and merging again gave {len(verified.remade)} of them byte for byte" if verified.remade else ""
-    show.say(options.out, f" is as it was recorded: {verified.files} files{remade}; {verified.inputs} files of inputs")
-    return 0
+    write("Figures of the papers, mean over tasks in percent, and the recipe of each row; none is a result of adarank.")
+    titles = [title.split(", ") for title in SETTINGS.values()]
+    cells = [[row.name, *(row.shown(key) for key in SETTINGS)] for row in rows]
+    heads = [["", *(paper for paper, _ in titles)], ["row", *(model for _, model in titles)]]
+    whole = lines([*heads, *cells], right=range(1, len(titles) + 1), gap=" ")
+    beside = fit(whole)
+    if beside:
+        print_lines(whole[:2], heads=2)
+    for row, line in zip(rows, whole[2:], strict=True):
+        if beside:
+            print_lines([line])
+        else:
+            shown = [f"{title} {row.shown(key)}" for key, title in SETTINGS.items() if row.shown(key)]
+            head(row.name, "  " + "; ".join(shown), hang=4)
+        for part in (row.yaml() if row.recipe else "", row.hint):
+            if part:
+                write(part, 4, 6)

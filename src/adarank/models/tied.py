@@ -58,8 +58,7 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints) -
         held = held_tensors(module)
         body = [name for name in network.tensors if name not in network.heads[task]]
         keys = module_keys(network, task, body, module, held)
-        own_keys = module_keys(network, task, network.heads[task], module, held)
-        heads[task] = {network.experts[task].names[name]: held[key] for name, key in own_keys.items()}
+        heads[task] = head_tensors(network, task, module)
         for name in body:
             key = keys.get(name)
             kept, shape = network.choices[name].action == "keep", network.tensors[name].shape
@@ -80,7 +79,9 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints) -
         raise MismatchError(itemise("Checkpoints and architecture do not fit:", problems, remedy, 20))
     for name, tensor in shared.items():
         tensor.requires_grad_(
-            tensor.is_floating_point() and network.choices[name].action != "keep" and isinstance(tensor, nn.Parameter)
+            tensor.is_floating_point()
+            and network.choices[name].action in ("decompose", "scale")
+            and isinstance(tensor, nn.Parameter)
         )
     shared_ids = {id(tensor) for tensor in shared.values()}
     for module in modules.values():
@@ -88,6 +89,13 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints) -
             if id(parameter) not in shared_ids:
                 parameter.requires_grad_(False)
     return TaskModels(modules, shared, heads)
+
+
+def head_tensors(network: AlignedCheckpoints, task: str, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a task's head in its module, under the names that the expert's own files use."""
+    held = held_tensors(module)
+    keys = module_keys(network, task, network.heads[task], module, held)
+    return {network.experts[task].names[name]: held[key] for name, key in keys.items()}
 
 
 def module_keys(
