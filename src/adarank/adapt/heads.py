@@ -5,9 +5,9 @@
 What the head is given is computed once. Of a head of one layer the problem is convex; L-BFGS solves it. Of a head of several
 layers all are learned, from the expert's head on, or the last alone. Which of both, and the pull, is what gives the least
 divergence on inputs that are held out, or by cross-validation where none are: pulls are tried from the strongest on, each from
-the head of the one before, until the divergence rises. A task keeps its expert's head unless the learned one agrees with the
-expert on more of these inputs, by more than one standard error of that difference: where a body is almost right, few inputs
-overfit a wide head.
+the head of the one before, until the divergence rises. A task keeps its expert's head unless the learned one
+diverges less on these inputs, by more than one standard error of the differences, and agrees with the expert on no fewer, up to
+one standard error: where a body is almost right, few inputs overfit a wide head.
 
 Heads alone: SyMerge (arXiv:2412.19098) finds that they carry label-free adaptation at many tasks, learned together with λ.
 """
