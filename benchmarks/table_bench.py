@@ -88,7 +88,7 @@ class Bench:
             "scores": table.rows[row],
             **content,
             "rows_per_split": counts,
-            "command": self.command,
+            "command": self.command + " --heads learn" * (kind == LEARNED_HEADS),
             "inputs": self.inputs,
             "versions": versions(),
             "machine": machine(self.job.recipe.device),

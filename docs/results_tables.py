@@ -87,7 +87,7 @@ def table(bed: str, rows: list[str], costs: bool = False) -> list[str]:
     """Mean over seeds, and ± the sample standard deviation of the mean score where there are several.
 
     "gap" is the share of the way from the weight average to the experts; "learned heads" the mean where heads were learned
-    too, empty where there is no record of that. All else is with the experts' heads.
+    too, empty where there is no record of that, left out if no row has one. All else is with the experts' heads.
 
     Arguments:
         costs: with the seconds and the peak memory of each row's merge.
@@ -95,15 +95,16 @@ def table(bed: str, rows: list[str], costs: bool = False) -> list[str]:
     tasks = TASKS[bed]
     experts, average = (load(bed, row)[0] for row in ("experts", "weight average"))
     more = ["s", "GB"] if costs else []
-    names = ["", "mean", "norm.", "gap", "learned heads", *tasks, *more, "seeds"]
+    learned = {row: records for row in rows if (records := load(bed, row, "learned heads"))}
+    column = ["learned heads"] if learned else []
+    names = ["", "mean", "norm.", "gap", *column, *tasks, *more, "seeds"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in rows:
         records = load(bed, row)
         if not records:
             continue
-        learned = load(bed, row, "learned heads")
-        more = [_gap(records, average, experts), _spread(learned) if learned else ""]
-        lines.append(_row(bed, row, records, more, costs))
+        means = [_spread(learned[row]) if row in learned else ""] if learned else []
+        lines.append(_row(bed, row, records, [_gap(records, average, experts), *means], costs))
     return lines
 
 
