@@ -76,6 +76,8 @@ def selecting() -> dict[str, dict[str, Any]]:
         "ram, defaults": recipe("ram", [None] * 3),
         "ramplus_tl": recipe("ramplus_tl", [None] * 3, {"epsilon": [0.01, 0.03]}),
         "ramplus_tl, r and alpha": recipe("ramplus_tl", [None] * 3, {"epsilon": 0.02, "r": [0.1, 0.9], "alpha": 3.0}),
+        "ties, slices": _slices()["task_arithmetic, slices"]
+        | {"merge_method": "ties", "parameters": {"density": [0.3, 0.8]}},
         "sce, a third selected": recipe("sce", [None] * 3, {"select_topk": 0.3, "int8_mask": True}),
     }
 
@@ -101,6 +103,7 @@ def _others(plain: list[float]) -> dict[str, dict[str, Any]]:
         "task_arithmetic, lambda as gradient": recipe("task_arithmetic", plain, {"lambda": [0.2, 1.0]}),
         **_on_the_sphere(plain),
         **_switches(plain),
+        **_slices(),
     }
 
 
@@ -139,6 +142,46 @@ def _switches(plain: list[float]) -> dict[str, dict[str, Any]]:
         "model_stock, filter_wise over the layers": recipe("model_stock", [None] * 3, {"filter_wise": [True, False]}),
         "multislerp, normalize_weights by filter": recipe("multislerp", plain, {"normalize_weights": switch}),
     }
+
+
+def _slice(*sources: tuple[str, int, int, dict[str, Any] | None], **more: Any) -> dict[str, Any]:
+    """A slice of (model, first layer, the one after the last, parameters)."""
+    entries = [{"model": f"./{model}", "layer_range": [start, stop], **({"parameters": given} if given else {})}
+               for model, start, stop, given in sources]  # fmt: skip
+    return {"sources": entries, **more}
+
+
+def _slices() -> dict[str, dict[str, Any]]:
+    """Layers of models of four, put in another order, copied or merged."""
+    still = [{"filter": "o_proj", "value": 0.0}, {"filter": "down_proj", "value": 0.0}, {"value": 1.0}]
+    by_filter = [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"filter": "mlp", "value": [1, 0.5]}, {"value": 0.5}]
+    passthrough: dict[str, Any] = {"merge_method": "passthrough"}
+    weights = [{"weight": value} for value in (GRADIENT, [{"filter": "layers.2.", "value": 0.3}], 0.5)]
+    halves = [
+        _slice(("base", 0, 2, None), ("code", 0, 2, weights[0]), ("chat", 1, 3, weights[2])),
+        _slice(
+            ("base", 2, 4, None), ("code", 2, 4, weights[1]), ("maths", 1, 3, weights[0]), parameters={"weight": 0.7}
+        ),
+    ]
+    return {
+        "passthrough": passthrough | {"models": [{"model": "./code"}]},
+        "passthrough, scaled": passthrough | {"models": [{"model": "./code", "parameters": {"scale": GRADIENT}}]},
+        "passthrough, slices of two models": passthrough | {"slices": [_slice(("code", 0, 3, None)), _slice(("chat", 2, 4, None))]},
+        "passthrough, layers that change nothing": passthrough | {"slices": [
+            _slice(("code", 0, 3, None)), _slice(("code", 2, 4, {"scale": still}))]},
+        "passthrough, a slice of no layers": passthrough | {"slices": [
+            _slice(("chat", 0, 0, None)), _slice(("code", 0, 4, None)), _slice(("maths", 4, 4, None))]},
+        "linear, slices": {"merge_method": "linear", "parameters": {"normalize": [True, False]}, "slices": [
+            _slice(("code", 0, 2, weights[0]), ("chat", 2, 4, weights[2])),
+            _slice(("maths", 1, 3, weights[1]), ("code", 0, 2, weights[2]), parameters={"weight": 0.2})]},
+        "slerp, slices": {"merge_method": "slerp", "base_model": "./code", "parameters": {"t": by_filter}, "slices": [
+            _slice(("code", 0, 3, None), ("chat", 1, 4, None)),
+            _slice(("maths", 2, 4, None), ("code", 1, 3, None), base_model="./maths", parameters={"t": [0.1, 0.6]})]},
+        "task_arithmetic, slices": {"merge_method": "task_arithmetic", "base_model": "./base", "slices": halves,
+                                    "parameters": {"lambda": [0.5, 1.0], "normalize": [False, True]}},
+        "nuslerp, slices": {"merge_method": "nuslerp", "slices": [
+            _slice(("code", 0, 2, weights[0]), ("chat", 2, 4, weights[2])), _slice(("maths", 2, 4, weights[2]), ("code", 2, 4, weights[0]))]},
+    }  # fmt: skip
 
 
 def dialect() -> dict[str, dict[str, Any]]:

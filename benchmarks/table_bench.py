@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from records import Records, summary
 from table_rows import (
     ADAPTED,
@@ -38,7 +37,6 @@ from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.recipe.schema import Recipe
 from adarank.settings import parse
 from adarank.spectral.mask_file import FILE, MaskFile
-from adarank.spectral.masks import random_mask
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import heads_of, score_all, score_bundle
@@ -112,13 +110,14 @@ class Bench:
         """Merge by a method that looks at inputs; where adapt inputs have no labels, at labelled ones of `--labelled`."""
         name, parameters = STATISTICS[row]
         chosen, data = "nothing to choose", self.data
-        if parameters and self.bed is DEMO:  # empirical
+        method = parse(METHODS[name], {**parameters, "seed": seed}, name)
+        if method.reads_labels and self.bed is DEMO:
             if self.labelled is None:
                 print(f"{row}: left out; give --labelled", flush=True)
                 return
             data = load_tasks(open_job(self.recipe({"merge_method": "average", "models": self._labelled_models()})))
             chosen += "; labels of the experts' training rows"
-        self.static(row, parse(METHODS[name], {**parameters, "seed": seed}, name), chosen, seed, data)
+        self.static(row, method, chosen, seed, data)
 
     def static(
         self, row: str, method: Method, chosen: str, seed: int = 0, data: Mapping[str, TaskData] | None = None
@@ -315,9 +314,7 @@ class Bench:
     def random_masks(self, row: str, of: str, seed: int) -> None:
         """The learned λ with masks of the same density in random places."""
         learned = MaskFile.load(self.output(of, 0) / FILE)
-        generator = torch.Generator().manual_seed(seed)
-        shuffled = {n: random_mask(m, learned.sizes[n], generator) for n, m in learned.masks.items()}
-        method = Masked(masks=replace(learned, masks=shuffled))
+        method = Masked(masks=learned, shuffled=True, seed=seed)
         self.models.fill(merge_tensors(method, self.job.network))
         self.record(
             row,

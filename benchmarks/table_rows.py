@@ -52,6 +52,12 @@ STATIC: dict[str, tuple[str, Grid, int]] = {
     "TSV-M": ("tsv_m", {"lambda": _WHOLE}, 1),
     "Iso-C": ("iso_c", {"lambda": _WHOLE}, 1),
     "Iso-CTS": ("iso_cts", {"lambda": _WHOLE}, 1),
+    "SVC": ("svc", {"lambda": [0.3, 0.5, 0.8]}, 1),
+    "DC-Merge": ("dc_merge", {"lambda": [0.5, 1.0, 2.0]}, 1),
+    "WUDI": ("wudi", {"lambda": [0.3, 0.5, 0.8]}, 1),
+    "SWUDI": ("swudi", {"lambda": [0.1, 0.2, 0.4]}, 1),
+    "ACTMat": ("actmat", {"lambda": [0.3, 0.5, 0.8]}, 1),
+    "ESM": ("esm", {"lambda": [0.3, 0.5, 0.8]}, 1),
     "CART, energy": ("cart", {"energy": [0.3, 0.5], "lambda": [0.7, 1.0, 1.3]}, 1),
 }
 # Task-aware rows, each a bundle: (method, what is tried on select). TALL-masks' α is chosen task by task, as in its paper.
@@ -77,6 +83,8 @@ STATISTICS: dict[str, tuple[str, dict[str, Any]]] = {
     "Fisher, empirical": ("fisher", {"kind": "empirical"}),
     "RegMean": ("regmean", {}),
     "RegMean++": ("regmean++", {}),
+    "FeatCal": ("featcal", {}),
+    "FeatCal, from the average": ("featcal", {"start": "average"}),
 }
 MINILM = Bed(
     "minilm-8",

@@ -33,12 +33,20 @@ ROWS = [
     "TSV-M",
     "Iso-C",
     "Iso-CTS",
+    "SVC",
+    "DC-Merge",
+    "WUDI",
+    "SWUDI",
+    "ACTMat",
     "CART",
     "CART, energy",
     "Fisher",
     "Fisher, empirical",
     "RegMean",
     "RegMean++",
+    "FeatCal",
+    "FeatCal, from the average",
+    "ESM",
     "AdaMerging, task-wise",
     "AdaMerging",
     "AdaMerging++",
@@ -322,6 +330,18 @@ def peers() -> list[str]:
         ]
         count = sum(len(own) for (stored, _), own in kinds.items() if stored == "float32")
         lines.append(f"| {method} | {count} | {' | '.join(cells)} |")
+    return lines
+
+
+def vocabularies() -> list[str]:
+    """Largest relative differences from mergekit where models have other vocabularies, rows paired by token."""
+    record = record_of("peers", "peer", "mergekit, vocabularies")
+    lines = ["| recipe | method | rows | output table stored | tied |", "|---|---|---|---|---|"]
+    for stored, tied in zip(record["untied"], record["tied"], strict=True):
+        cells = [f"{each['max_relative_difference']:.1e}" for each in (stored, tied)]
+        lines.append(
+            f"| {stored['name']} | {stored['recipe']['merge_method']} | {stored['rows']} | {' | '.join(cells)} |"
+        )
     return lines
 
 

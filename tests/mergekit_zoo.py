@@ -319,6 +319,24 @@ parameters:
 dtype: float32
 """,
 }
+FILES["passthrough"] = """
+slices:
+  - sources:
+      - model: ./a
+        layer_range: [0, 2]
+  - sources:
+      - model: ./a
+        layer_range: [1, 3]
+        parameters:
+          scale:
+            - filter: o_proj
+              value: 0.0
+            - filter: down_proj
+              value: 0.5
+            - value: 1.0
+merge_method: passthrough
+dtype: float32
+"""
 RECIPES: dict[str, dict[str, Any]] = {
     **{name: yaml.safe_load(text) for name, text in FILES.items()},
     "linear-weights": {"merge_method": "linear", "models": entries(0.2, 0.5, 1.0)},

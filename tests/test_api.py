@@ -302,7 +302,7 @@ def test_what_float16_cannot_hold_is_refused(call) -> None:
         call(base, experts)
 
 
-ALONE = ("masked", "slerp", "nearswap", "arcee_fusion")  # takes no experts, or one
+ALONE = ("masked", "passthrough", "slerp", "nearswap", "arcee_fusion")  # takes no experts, or one
 OF_STATES = [name for name, kind in METHODS.items() if name not in ALONE and not issubclass(kind, CalibratedMethod)]
 
 

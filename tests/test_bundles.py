@@ -28,7 +28,7 @@ from adarank.io.writer import BUNDLE
 from adarank.methods import METHODS
 from adarank.recipe.reader import load_recipe
 from adarank.workflow.search import Axis, search
-from make import FLOATS, identical, randn, read_all
+from make import FLOATS, identical, randn, read_all, same
 from test_end_to_end import KILLED
 
 NAMES = [name for name, kind in METHODS.items() if kind.in_use]
@@ -291,9 +291,9 @@ def test_a_task_is_loaded_from_its_own_files_and_the_shared_ones(zoo: Path, tmp_
         adarank.load_bundle(out).check()
 
 
-def test_the_one_model_loader_says_what_a_bundle_is(emr: Path) -> None:
-    with pytest.raises(CheckpointError, match="from_bundle"):
-        adarank.load_task(emr, "mood")
+def test_one_loader_serves_bundles_too(emr: Path) -> None:
+    first, second = (load(emr, "mood").state_dict() for load in (adarank.load_task, adarank.from_bundle))
+    assert same(first, second)
 
 
 @pytest.mark.parametrize("stop", [9, 60])

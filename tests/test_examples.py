@@ -17,6 +17,7 @@ import yaml
 import adarank
 from adarank.cli.main import parser
 from adarank.recipe.plan import describe
+from adarank.workflow.plan import plan
 from text_zoo import make_zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,13 +90,18 @@ def test_recipes_of_the_shipped_experts_plan(path: Path) -> None:
     assert describe(adarank.open_job(adarank.load_recipe(path)))["tasks"]
 
 
+@pytest.mark.parametrize("path", recipes("layers"))
+def test_recipes_of_layers_and_stages_plan(path: Path) -> None:
+    assert plan(path)["tasks"]
+
+
 @pytest.mark.parametrize("path", recipes("text"))
 def test_recipes_of_a_users_text_models_plan(path: Path, user_folder: Path) -> None:
     job = adarank.open_job(adarank.load_recipe(user_folder / path.name))
     assert set(describe(job)["tasks"]) <= set(TEXT_TASKS)
 
 
-@pytest.mark.parametrize("path", [*recipes("clip"), *recipes("minilm-8")])
+@pytest.mark.parametrize("path", [*recipes("clip"), *recipes("minilm-8"), *recipes("adapters")])
 def test_recipes_of_other_models_load(path: Path) -> None:
     assert adarank.load_recipe(path).experts
 

@@ -118,7 +118,7 @@ def test_keys_that_mergekit_has_not_stay_errors(values: dict[str, Any], text: st
 
 def test_the_list_of_mergekits_settings_is_that_of_its_methods() -> None:
     assert {name for name, kind in METHODS.items() if "mergekit" in kind.source} | {"task_arithmetic"} == SHARED
-    assert {key for name in SHARED for key in keys(METHODS[name])} - {"seed"} == SETTINGS - {"scale"}
+    assert {key for name in SHARED for key in keys(METHODS[name])} - {"seed"} == SETTINGS
 
 
 def sources(**more: Any) -> list[dict[str, Any]]:
@@ -185,13 +185,24 @@ def test_a_slash_does_not_make_the_base_an_expert() -> None:
         assert list(parse_recipe(recipe("ties", models) | {"base_model": base}, Path()).experts) == ["task0", "task1"]
 
 
-def test_several_documents_are_refused_with_the_way_out(folder: Path) -> None:
-    stages = folder / "stages.yaml"
-    stages.write_text(
-        "name: first\nmerge_method: linear\nmodels: []\n---\nmerge_method: ties\nmodels: [{model: first}]\n"
-    )
-    with pytest.raises(RecipeError, match=r"several documents.*file of its own.*name its folder in the next"):
-        load_recipe(stages)
-    stages.write_text("models: *nowhere")
+def test_an_undefined_alias_is_no_readable_yaml(folder: Path) -> None:
+    (folder / "alias.yaml").write_text("models: *nowhere")
     with pytest.raises(RecipeError, match=r"not readable YAML.*undefined alias"):
-        load_recipe(stages)
+        load_recipe(folder / "alias.yaml")
+
+
+def test_the_seed_of_model_cards_is_the_seed() -> None:
+    assert parse_recipe(recipe("dare_ties", random_seed=3), Path()).seed == 3
+    with pytest.raises(RecipeError, match="random_seed: unknown key"):
+        parse_recipe(recipe("dare_ties", random_seed=3, seed=4), Path())
+
+
+@pytest.mark.parametrize("kind", ["models", "slices"])
+def test_what_inner_filters_leave_out_is_the_outer_setting(kind: str, folder: Path) -> None:
+    inside = {"parameters": {"weight": [{"filter": "bias", "value": 0.5}]}}
+    inside |= {"models": MODELS} if kind == "models" else {"slices": sources()}
+    for entry in inside["slices"][0]["sources"] if kind == "slices" else ():
+        entry.pop("parameters", None)
+    values = {"merge_method": "task_arithmetic", "base_model": "start", "parameters": {"weight": 2.0}}
+    wanted = recipe("task_arithmetic", parameters={"weight": [{"filter": "bias", "value": 0.5}, {"value": 2.0}]})
+    assert same(merged({**values, "modules": {"default": inside}}, folder)[0], merged(wanted, folder)[0])

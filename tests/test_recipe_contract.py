@@ -114,10 +114,7 @@ def test_a_global_weight_is_the_default_of_models_that_give_none() -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "remedy"), [
-    ("slices", [{"sources": [{"model": "a", "layer_range": [i, i + 2]}]} for i in (0, 2)], "list whole models under models"),
-    ("slices", [], "list whole models under models"),
     ("modules", {"text_decoder": {"slices": []}}, "list whole models under models"),
-    ("chat_template", "auto", "Edit tokenizer_config.json"),
 ])  # fmt: skip
 def test_what_mergekit_has_and_this_has_not_is_refused_by_name(key: str, value: Any, remedy: str) -> None:
     text = message({**plain(), key: value})
@@ -131,16 +128,9 @@ def test_keys_of_mergekit_without_a_value_ask_for_nothing(key: str) -> None:
     assert parsed(plain(**{key: None})).tokenizer_source is None
 
 
-def test_mergekits_passthrough_is_refused_with_a_remedy() -> None:
-    text = message(plain("passthrough"))
-    assert "mergekit's merge_method 'passthrough' is not here" in text
-    assert "copy the model, or use mergekit" in text
-
-
 def test_all_of_mergekits_unsupported_keys_come_at_once() -> None:
-    text = message({**plain(), "slices": [], "chat_template": "auto"})
-    assert "slices" in text
-    assert "chat_template" in text
+    text = message({**plain(), "modules": {"text_decoder": {"slices": []}}})
+    assert "'modules'" in text
 
 
 @pytest.mark.parametrize("names", [["a", "a"], ["a", "a", "b", "a"], ["a", "a", "a-1"], ["a-2", "a", "a"]])

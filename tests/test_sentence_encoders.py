@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import adarank
+from adarank import extract
 from adarank.errors import AdaRankError, CheckpointError, MismatchError
 from adarank.io.checkpoint import Checkpoint
-from adarank.outputs.bundle import extract
 from adarank.recipe.reader import parse_recipe
 from make import State, close, identical, near, randn, save
 from text_zoo import make_zoo, recipe

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from adarank.alignment.selection import Select
     from adarank.api import adapt, evaluate, learn_heads, merge, merge_each
     from adarank.errors import AdaRankError
-    from adarank.outputs.bundle import Bundle, extract, from_bundle, load_bundle
+    from adarank.outputs.bundle import Bundle, from_bundle, load_bundle
+    from adarank.outputs.extract import extract
     from adarank.outputs.merged import load_task
     from adarank.recipe.job import open_job
     from adarank.recipe.reader import load_recipe
@@ -60,7 +61,7 @@ _HOMES = {
     "adapt": "api:adapt",
     "evaluate": "api:evaluate",
     "evaluate_recipe": "workflow.evaluate:evaluate",
-    "extract": "outputs.bundle:extract",
+    "extract": "outputs.extract:extract",
     "from_bundle": "outputs.bundle:from_bundle",
     "learn_heads": "api:learn_heads",
     "load_bundle": "outputs.bundle:load_bundle",

@@ -2,6 +2,8 @@
 
     θ, h = argmin mean_t mean_(x, y) of t  -log p(y | x; θ, h_t)        starting from θ = W₀
 
+Of tasks with several labels an input, or with numbers, -log p is the loss that `transformers` has for them.
+
 Every step takes one batch of every task. AdamW on all of the body and on each task's head, its step size rising and then
 falling linearly to zero; the last step is kept, so no label but those trained on is ever read.
 
@@ -17,13 +19,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from adarank.adapt.history import History
 from adarank.adapt.learner import Loss, Parameters
 from adarank.adapt.loop import adapt
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.data.labels import Label
+from adarank.data.metrics import loss as label_loss
 from adarank.data.task import TaskData
 from adarank.method import Context, MergeMethod, Outline, Result, changed_tensors
 from adarank.models import TaskModels
@@ -75,7 +78,7 @@ class Multitask(MergeMethod):
 
     def action(self, chosen: str) -> str:
         """What happens to a tensor: `keep` or `train`."""
-        return chosen if chosen == "keep" else "train"
+        return chosen if chosen in ("keep", "average") else "train"
 
     def held_bytes(self, outline: Outline) -> int:
         """Weights, gradients and AdamW's two moments; what is kept once; a second network while one is loaded."""
@@ -109,14 +112,13 @@ class Multitask(MergeMethod):
         heads = {task: _head(context.network, models, task) for task in data}
         return Result(tensors, heads=heads, block="training", report=self._report(history, data))
 
-    def _loss(self, context: Context, models: TaskModels, data: TaskData, labels: Mapping[int, int]) -> Loss:
+    def _loss(self, context: Context, models: TaskModels, data: TaskData, labels: Mapping[int, Label]) -> Loss:
         family, module, device = context.family, models.modules[data.name], context.device
 
         def loss(step: int) -> Tensor:
             rows = data.adapt_rows(step, self.batch_size)
             batch = {k: v.to(device) for k, v in data.examples.batch(rows).items()}
-            targets = torch.tensor([labels[row] for row in rows], device=device)
-            return cross_entropy(family.logits(module, batch), targets)
+            return label_loss([labels[row] for row in rows], family.logits(module, batch), data.problem)
 
         return loss
 
@@ -177,8 +179,8 @@ class JointTraining(Parameters):
                 parameter.grad /= self._tasks
 
 
-def _labels(data: TaskData) -> dict[int, int]:
-    """Row -> class number, of the adapt split. Rows of other splits are not in it."""
+def _labels(data: TaskData) -> dict[int, Label]:
+    """Row -> label, of the adapt split. Rows of other splits are not in it."""
     data.adapt_rows(0, 1)  # refuses an empty split
     rows = data.splits.rows["adapt"]
     return dict(zip(rows, data.targets(rows), strict=True))
@@ -199,9 +201,9 @@ def _draw_heads(models: TaskModels, seed: int) -> None:
 
 
 def _trained(network: AlignedCheckpoints, models: TaskModels, heads_fixed: bool) -> dict[str, Tensor]:
-    """What training may change: all of the body that is not kept, counters of batch norms too, and perhaps heads."""
+    """What training may change: all of the body that is neither kept nor averaged, counters of batch norms too, and perhaps heads."""
     body = {name: tensor for name, tensor in models.shared.items()
-            if network.choices[name].action != "keep" or name.endswith("num_batches_tracked")}  # fmt: skip
+            if network.choices[name].action not in ("keep", "average") or name.endswith("num_batches_tracked")}  # fmt: skip
     if heads_fixed:
         return body
     heads = {f"heads/{task}/{name}": tensor for task, head in models.heads.items() for name, tensor in head.items()}

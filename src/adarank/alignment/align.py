@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -39,6 +40,7 @@ def align(
     text_tasks: bool = False,
     task_heads: bool = False,
     kept: Mapping[str, str] | None = None,
+    called: Called | None = None,
 ) -> AlignedCheckpoints:
     """Pair the tensors of base and experts by name. Reads headers, integer tensors, and tables that may be tied.
 
@@ -51,6 +53,7 @@ def align(
         task_heads: find task heads by themselves: tensors outside the backbone that the base lacks, that
             differ in shape, or that carry a head's usual name.
         kept: pattern -> why the tensors of the base that it matches stay as they are, whatever else is asked.
+        called: of slices, what stored tensors stand for; by default each for itself.
 
     Raises:
         CheckpointError: inputs are quantised; all are named.
@@ -63,9 +66,12 @@ def align(
         raise RecipeError("models: no expert is given. A merge needs at least one.")
     refuse_quantised([*([base] if base else []), *experts.values()])
     root = base or next(iter(experts.values()))
-    shapes = {n: i.shape for n, i in root.tensors.items() if n not in root.aliases}
-    base_member = Member(base, {n: n for n in shapes}, _aliases(base)) if base else None
-    members = {task: _member(source, shapes) for task, source in experts.items()}
+    called = called or Called()
+    names = called.of(base, None) if base else called.of(root, next(iter(experts)))
+    shapes = {name: root.tensors[n].shape for n, name in names.items() if n not in root.aliases}
+    real = {name: n for n, name in names.items() if name in shapes}
+    base_member = Member(base, real, _aliases(base)) if base else None
+    members = {task: _member(source, shapes, called.of(source, task)) for task, source in experts.items()}
     aligner = _Aligner(base_member, members, select, task_heads, kept or {})
     aligner.run()
     missed = unmatched(select, [*aligner.seen])
@@ -82,15 +88,34 @@ def align(
     )
 
 
+@dataclass(frozen=True)
+class Called:
+    """What stored tensors stand for, where it is not what they are called: layers of a model in other places.
+
+    Attributes:
+        base: name in the base's file -> name in the output; None: all of them, as they are. Those not named are left out.
+        experts: task -> the same of its expert.
+    """
+
+    base: Mapping[str, str] | None = None
+    experts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def of(self, source: Source, task: str | None) -> Mapping[str, str]:
+        """Stored name -> name in the output, of an expert, or of the base where no task is given."""
+        named = self.base if task is None else self.experts.get(task)
+        return {name: name for name in source.tensors} if named is None else named
+
+
 def _aliases(source: Source) -> dict[str, str]:
     return {name: f"tied to {first}" for name, first in source.aliases.items()}
 
 
-def _member(source: Source, root: Shapes) -> Member:
+def _member(source: Source, root: Shapes, called: Mapping[str, str]) -> Member:
     """A checkpoint with its tensors named as in the base. Of the names of one tensor the base's is the real one."""
-    naming = named_as({n: i.shape for n, i in source.tensors.items()}, root, source.label)
+    naming = named_as({called[n]: i.shape for n, i in source.tensors.items() if n in called}, root, source.label)
+    naming = Naming({n: naming.names[name] for n, name in called.items()}, naming.prefix)
     groups: dict[str, list[str]] = {}
-    for name in source.tensors:
+    for name in called:
         groups.setdefault(source.aliases.get(name, name), []).append(name)
     names: dict[str, str] = {}
     dropped: dict[str, str] = {}
@@ -186,7 +211,7 @@ class _Aligner:
 
     def _computed(self, name: str) -> str | None:
         """Why nothing was learned in a tensor, unless the recipe says what happens to it."""
-        if self._picked(name, "head", "decompose", "scale"):
+        if self._picked(name, "head", "decompose", "scale", "average"):
             return None
         return computed(self._holders(name)[0].info(name))
 

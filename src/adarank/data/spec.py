@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from adarank.data.metrics import Metric
 from adarank.settings import Settings
 
 Split = Literal["adapt", "select", "test"]
@@ -46,7 +47,9 @@ class TaskSpec(Settings):
         kind: the family of models and data; if it is not given, the expert's config.json tells it.
         data: one file or dataset, split by fractions, or one per split.
         columns: where inputs and labels are.
-        metric: `accuracy` or `matthews` (Matthews correlation), both ×100 in tables.
+        metric: what the task is scored by. Of one class an input `accuracy` (if not given), `f1`, `macro_f1`, `matthews`;
+            of several `micro_f1` (if not given), `macro_f1`, `exact_match`; of numbers `pearson` (if not given), `spearman`;
+            of any `loss`. All are per cent but the loss, of which less is better.
         max_length: tokens per input at most; longer inputs are cut, and their number is reported.
         limit: use at most this many rows (a seeded choice).
         classes: of zero-shot tasks: the classes' names in the order of the labels, or a text file with one on each line.
@@ -57,7 +60,7 @@ class TaskSpec(Settings):
     kind: Literal["text-classification", "image-classification", "zero-shot-image-classification"] | None = None
     data: str | HubData | SplitData | None = None
     columns: Columns = Columns()
-    metric: Literal["accuracy", "matthews"] = "accuracy"
+    metric: Metric | None = None
     max_length: int = Field(128, ge=2)
     limit: int | None = Field(None, ge=1)
     classes: tuple[str, ...] | str | None = None

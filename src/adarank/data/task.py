@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from adarank.data.labels import Label, Problem, known_labels
 from adarank.data.spec import Split
 from adarank.data.splits import Splits
 from adarank.errors import DataError
@@ -41,18 +42,23 @@ class TaskData:
     """A task's inputs, labels and splits.
 
     Attributes:
-        labels: class number of each row, or None where the file gives none; read for scoring and for the reference
-            that is trained.
+        metric: what it is scored by, one of `data.metrics`.
+        labels: of each row its class number (or its classes' numbers, or its number, as `problem` says), or None where
+            the file gives none; read for scoring and for the reference that is trained.
         notes: sentences about what was cut, dropped or odd, for the plan and the record.
+        problem: what the network's outputs are.
+        classes: the classes' names in the order of their numbers.
     """
 
     name: str
     metric: str
     examples: Examples
-    labels: tuple[int | None, ...]
+    labels: tuple[Label | None, ...]
     splits: Splits
     seed: int
     notes: tuple[str, ...] = ()
+    problem: Problem = "single_label_classification"
+    classes: tuple[str, ...] = ()
 
     def adapt_batch(self, step: int, size: int) -> Batch:
         """The inputs of an adaptation step: a pure function of (seed, step), so a resumed run sees the same ones.
@@ -105,20 +111,28 @@ class TaskData:
         digest.update(self.examples.content())
         return digest.hexdigest()
 
-    def targets(self, rows: Sequence[int]) -> list[int]:
+    def filled(self, split: Split) -> tuple[int, ...]:
+        """The rows of a split.
+
+        Raises:
+            DataError: it is empty.
+        """
+        rows = self.splits.rows[split]
+        if not rows:
+            raise DataError(
+                f"task '{self.name}': its {split} split is empty. Give its data a {split} file, or a larger {split} fraction."
+            )
+        return rows
+
+    def targets(self, rows: Sequence[int]) -> list[Label]:
         """Labels of some rows.
 
         Raises:
             DataError: the data has no labels to score with.
         """
         labels = [self.labels[row] for row in rows]
-        unlabelled = sum(label is None for label in labels)
-        if unlabelled:
-            rest = "" if unlabelled == len(labels) else ", or take the rows with label -1 out"
-            raise DataError(
-                f"task '{self.name}': {unlabelled} of {len(labels)} rows carry no labels, so they can be neither scored nor trained on. Name the label column under task: columns{rest}."
-            )
-        return [label for label in labels if label is not None]
+        rest = "" if all(label is None for label in labels) else ", or take the rows with label -1 out"
+        return known_labels(labels, self.name, f"Name the label column under task: columns{rest}.")
 
 
 @lru_cache(maxsize=64)

@@ -18,6 +18,7 @@ from torch import Tensor
 from adarank.errors import CheckpointError, OutputError, RecipeError, itemise, reading
 from adarank.io.files import file_sha256, open_safetensors, read_json
 from adarank.io.hub import local_path
+from adarank.io.low_rank import Factors
 from adarank.io.pickled import LEGACY, check_members, load_pickled, shared_storage
 from adarank.io.quantised import DEQUANTISE, FLOAT8, method_beside, method_in, quantised_file
 from adarank.io.sentence import Module, modules_of
@@ -70,24 +71,38 @@ class Source(Protocol):
     @property
     def config(self) -> Mapping[str, Any]:
         """The configuration of the architecture, as far as it is known."""
-        ...
 
     @property
     def quantisation(self) -> str | None:
         """The method by which the configuration says that weights are quantised."""
-        ...
 
     @property
     def modules(self) -> Sequence[Module]:
         """What comes after the transformer in a sentence encoder's folder."""
-        ...
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored. It may be a view of a mapped file: never write to it."""
-        ...
+
+    def change(self, name: str, start: Source, stored: str) -> Factors | None:
+        """What is added to tensor `stored` of `start`, as factors, where this is `start` with an adapter; else None."""
+
+    def change_rank(self, name: str, start: Source, stored: str) -> int | None:
+        """The most that the rank of `change` can be, from headers alone; None where that is None."""
 
 
-class MemorySource:
+class _Whole:
+    """What is no adapter, so that nothing is known of how it came from another model."""
+
+    def change(self, name: str, start: Source, stored: str) -> Factors | None:
+        """None: it is no adapter."""
+        return None
+
+    def change_rank(self, name: str, start: Source, stored: str) -> int | None:
+        """None: it is no adapter."""
+        return None
+
+
+class MemorySource(_Whole):
     """A state dict as a `Source`."""
 
     def __init__(self, state: Mapping[str, Tensor], label: str) -> None:
@@ -104,7 +119,7 @@ class MemorySource:
         return self._state[name].detach()
 
 
-class Checkpoint:
+class Checkpoint(_Whole):
     """A checkpoint on disk as a `Source`.
 
     Arguments:
@@ -130,6 +145,7 @@ class Checkpoint:
         self.aliases: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         self._inside: dict[str, str] = {}  # name -> name in its file, where that is another
+        self._sha256: dict[str, str] = {}
         self._unchecked: set[str] = set()  # archives whose tensors' bytes have not been compared with their CRC-32
         for file in self.files:
             self._open(file)
@@ -174,6 +190,11 @@ class Checkpoint:
         return self.folder
 
     @property
+    def in_one_folder(self) -> bool:
+        """Whether `folder` holds all of it, so that the loaders of `transformers` find it there."""
+        return True
+
+    @property
     def making_bytes(self) -> int:
         """Memory that tensors take to be made which are in no file."""
         return 0
@@ -184,10 +205,12 @@ class Checkpoint:
         return {}
 
     def sha256(self) -> dict[str, str]:
-        """File name -> SHA-256, for every weights file and the configuration."""
+        """File name -> SHA-256, for every weights file and the configuration. Many adapters may share a model: read once."""
         config = self.folder / "config.json"
         files = [*self.files, *([config] if self.path.is_dir() and config.exists() else [])]
-        return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in files}
+        if not self._sha256:
+            self._sha256 = {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in files}
+        return dict(self._sha256)
 
     def side_files(self) -> list[Path]:
         """What a loadable copy of the folder needs beside weights; of a single file there is nothing."""
@@ -277,7 +300,7 @@ def _weight_files(path: Path) -> list[Path]:
             return [path / f"{stem}.{suffix}"]
     if (path / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{path}: an adapter (adapter_config.json) without the model that it changes. Merge it into its model first, with peft's merge_and_unload, and give the folder that save_pretrained writes then."
+            f"{path}: an adapter (adapter_config.json) without the model that it changes. Give 'MODEL+ADAPTER', or the model as base_model of a recipe."
         )
     kinds = {kind for file in path.iterdir() if (kind := quantised_file(file))}
     if kinds:

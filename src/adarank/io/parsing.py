@@ -7,7 +7,7 @@ The standard readers keep the last of two values without a word, and end nesting
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import yaml
@@ -51,8 +51,18 @@ def parse_yaml(text: str) -> Any:
             or another value that is no plain data, or aliases that stand for too much.
         yaml.YAMLError: no YAML.
     """
+    return _checked(lambda: yaml.load(text, Loader=_Loader))
+
+
+def parse_documents(text: str) -> list[Any]:
+    """The values of a YAML text of one document or several, empty ones left out. Raises what `parse_yaml` raises."""
+    documents = _checked(lambda: list(yaml.load_all(text, Loader=_Loader)))
+    return [document for document in documents if document is not None]
+
+
+def _checked(read: Callable[[], Any]) -> Any:
     try:
-        content = yaml.load(text, Loader=_Loader)
+        content = read()
         _check_plain(content)
     except RecursionError:
         raise ValueError("nested too deeply") from None

@@ -43,6 +43,7 @@ class MergeMethod(Settings):
         data: what it reads of the tasks' data, in words; empty if it reads none.
         use: what it does with them, for errors: "adapts on", "takes statistics of".
         labels: the labels that it cannot do without, in words; empty if it can.
+        of_classes: True if it reads what networks give as shares of classes, so that of other outputs nothing can be learned.
         in_use: what whoever uses the output must know of every input, a sentence; empty for one model for all.
         by_tensor: its settings may differ by tensor, so that they are parsed when the network's names are known.
         per_model: settings that each model of a recipe may carry.
@@ -61,6 +62,7 @@ class MergeMethod(Settings):
     data: ClassVar[str] = ""
     use: ClassVar[str] = "reads"
     labels: ClassVar[str] = ""
+    of_classes: ClassVar[bool] = False
     in_use: ClassVar[str] = ""
     by_tensor: ClassVar[bool] = False
     per_model: ClassVar[tuple[str, ...]] = ()
@@ -98,6 +100,11 @@ class MergeMethod(Settings):
     def needs_base(cls) -> bool:
         """Whether it needs the model that the experts were fine-tuned from."""
         return True
+
+    @classmethod
+    def takes_slices(cls) -> bool:
+        """Whether some layers can be merged apart from the others."""
+        return False
 
     @classmethod
     def of_one_task(cls) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adarank.alignment.layers import Span
 from adarank.alignment.selection import Action
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io.writer import Layout
@@ -73,7 +74,7 @@ class Outline:
         layout: the tensors of one merged model, heads not among them.
         floats: dtype of computed parts, if the recipe says.
         family: the kind of models, if they have tasks.
-        dequantised: codes of the inputs become floats as they are read.
+        dequantised: tensors of the inputs are made as they are read: of codes and scales, or of a model and an adapter.
     """
 
     network: AlignedCheckpoints
@@ -113,6 +114,7 @@ class Given:
         seed: the recipe's; None from Python, where a method's default stands.
         folder: where relative paths count from.
         find: name -> method, for methods that are put on another.
+        span: the layers that lists over the layers run over, where these are a slice.
     """
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +125,7 @@ class Given:
     seed: int | None = None
     folder: Path = Path(".")
     find: Callable[[str, str], type[MergeMethod]] | None = None
+    span: Span | None = None
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Method(MergeMethod):
     @classmethod
     def resolve(cls: type[M], given: Given) -> M:
         """The method with the settings of a recipe, checked."""
-        values = resolve(cls, given.parameters, given.models, given.names)
+        values = resolve(cls, given.parameters, given.models, given.names, given.span)
         if given.seed is not None and "seed" in cls.model_fields:
             values.setdefault("seed", given.seed)
         return parse(cls, values, f"parameters of '{cls.name}'")
@@ -94,6 +94,11 @@ class Method(MergeMethod):
     def over(self: M, given: Given) -> M:
         """The method resolved anew: its settings may differ by tensor."""
         return type(self).resolve(given)
+
+    @classmethod
+    def takes_slices(cls) -> bool:
+        """Whether it merges each tensor from that tensor alone."""
+        return cls.passes == 1 and not cls.data and not cls.in_use
 
     @classmethod
     def needs_base(cls) -> bool:
@@ -189,12 +194,15 @@ def merge_tensors(
 
 @torch.no_grad()
 def merge_tensor(method: Method, network: AlignedCheckpoints, name: str, device: torch.device | str = "cpu") -> Tensor:
-    """One tensor of the merged model, by a prepared method."""
+    """One tensor of the merged model, by a prepared method. One that no adapter changes stays the base's, as stored."""
     action = network.choices[name].action
     if action not in ("decompose", "scale"):
         return network.kept(name)
-    origin = network.origin(name, method.origin_kind(network), device)
-    deltas = network.deltas(name, origin)
+    kind = method.origin_kind(network)
+    if kind != "zero" and network.unchanged(name):
+        return network.kept(name)
+    origin = network.origin(name, kind, device)
+    deltas = network.deltas(name, origin, kind)
     merged = (
         method.merge_matrix(name, origin, deltas) if action == "decompose" else method.merge_other(name, origin, deltas)
     )

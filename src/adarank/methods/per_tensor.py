@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, PlainSerializer
 from pydantic.fields import FieldInfo
 
-from adarank.alignment.layers import layer_number
+from adarank.alignment.layers import Span, whole_span
 from adarank.errors import RecipeError
 from adarank.settings import Settings
 
@@ -35,6 +35,7 @@ class TensorWeights:
             outside the layers take a gradient's first value.
         key: what recipes call the setting, for errors.
         rest: where nothing is given. None: 1 if nothing is given at all, an error if filters leave a tensor out.
+        span: the layers that gradients run over, if not all.
     """
 
     _wanted = "a number, a list of numbers"
@@ -46,9 +47,10 @@ class TensorWeights:
         fallback: Any = None,
         key: str = "weight",
         rest: float | None = None,
+        span: Span | None = None,
     ) -> None:
         self._settings, self._fallback, self._key, self._rest = settings, fallback, key, rest
-        self._last = max((layer_number(name) or 0 for name in names), default=0)
+        self._span = span or whole_span(names)
         self._values = {self.of(task, name) for task in settings or ("",) for name in names}
 
     def of(self, task: str, name: str) -> float:
@@ -112,20 +114,15 @@ class TensorWeights:
             wanted = entry.get("filter")
             if not isinstance(wanted, str | None):
                 raise RecipeError(f"{self._where(task)}: a filter is a part of tensors' names, got {wanted!r}.")
-            if wanted is None or wanted == "*" or wanted in name:
+            if wanted is None or wanted == "*" or wanted in self._span.seen(task, name):
                 return self._value(task, entry["value"], name)
         return None
 
     def _gradient(self, values: list[float], name: str) -> float:
-        scaled = self._position(name) * (len(values) - 1)
+        scaled = self._span.position(name) * (len(values) - 1)
         low = int(scaled)
         high = min(low + 1, len(values) - 1)
         return (1 - (scaled - low)) * values[low] + (scaled - low) * values[high]
-
-    def _position(self, name: str) -> float:
-        """Where in the network a tensor is: 0 in the first layer and outside the layers, 1 in the last."""
-        layer = layer_number(name)
-        return 0.0 if layer is None else layer / self._last if self._last else 1.0
 
     @staticmethod
     def _number(value: Any) -> float | None:
@@ -150,7 +147,7 @@ class TensorFlags(TensorWeights):
         return bool(given) if isinstance(given, float) else given
 
     def _gradient(self, values: list[float], name: str) -> float:
-        return values[int(self._position(name) * (len(values) - 1))]
+        return values[int(self._span.position(name) * (len(values) - 1))]
 
     @staticmethod
     def _number(value: Any) -> float | None:
@@ -194,7 +191,11 @@ Flag = Annotated[TensorFlags, BeforeValidator(_switch), PlainSerializer(TensorWe
 
 
 def resolve(
-    kind: type[Settings], parameters: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]], names: Sequence[str]
+    kind: type[Settings],
+    parameters: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, Any]],
+    names: Sequence[str],
+    span: Span | None = None,
 ) -> dict[str, Any]:
     """`parameters` with every `PerTensor` setting of `kind` made a `TensorWeights` over `names`.
 
@@ -202,6 +203,7 @@ def resolve(
         parameters: setting -> value for all models, or {model: value}.
         models: model -> its own settings. They go first.
         names: every merged tensor's name.
+        span: the layers that gradients run over, if not all.
 
     Raises:
         RecipeError: a value is not a number, a gradient or a list of filters that covers every tensor.
@@ -220,7 +222,7 @@ def resolve(
             of_models, shared = {**shared, **of_models}, None
         if of_models or shared is not None:
             default = field.default if isinstance(field.default, TensorWeights) else TensorWeights({}, ())
-            values[key] = type(default)(of_models, names, shared, key, default._rest)
+            values[key] = type(default)(of_models, names, shared, key, default._rest, span)
     return values
 
 

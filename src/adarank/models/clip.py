@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from adarank.data.spec import TaskSpec
 from adarank.errors import RecipeError, itemise
-from adarank.io.checkpoint import Checkpoint, TensorInfo
+from adarank.io.checkpoint import Checkpoint, Source, TensorInfo
 from adarank.io.hub import local_path
+from adarank.io.low_rank import Factors
 from adarank.models.image import ImageClassifiers
 from adarank.models.loading import LOCALLY, loading
 from adarank.models.text import tokenizer_of
@@ -157,7 +158,13 @@ class ZeroShotExpert(Checkpoint):
     """
 
     def __init__(
-        self, expert: Checkpoint, base: Checkpoint, heads: ZeroShotHeads, task: str, names: Sequence[str]
+        self,
+        expert: Checkpoint,
+        base: Checkpoint,
+        heads: ZeroShotHeads,
+        task: str,
+        names: Sequence[str],
+        templates: Sequence[str],
     ) -> None:
         self.__dict__.update(expert.__dict__)
         self._expert, self._base, self._heads, self._task = expert, base, heads, task
@@ -173,7 +180,7 @@ class ZeroShotExpert(Checkpoint):
         infos[HEAD] = TensorInfo(HEAD, shape, torch.float32, f"the head made of task '{task}''s classes")
         self.tensors = {stored: TensorInfo(stored, info.shape, info.dtype, info.file) for stored, info in infos.items()}
         self.aliases = {}
-        self.config = _configuration(expert.config or base.config, names, heads.width)
+        self.config = _configuration(expert.config or base.config, names, templates, heads.width)
 
     def read(self, name: str) -> Tensor:
         """The tensor of this name; those that no file holds are made."""
@@ -182,6 +189,31 @@ class ZeroShotExpert(Checkpoint):
         if name == PROJECTION:
             return (self._expert if self.projected else self._base).read(PROJECTION)
         return self._expert.read(self._stored[name])
+
+    def change(self, name: str, start: Source, stored: str) -> Factors | None:
+        """What the expert adds to `start` there, where it is an adapter."""
+        return self._expert.change(self._stored[name], start, stored) if name in self._stored else None
+
+    def change_rank(self, name: str, start: Source, stored: str) -> int | None:
+        """The rank of that."""
+        return self._expert.change_rank(self._stored[name], start, stored) if name in self._stored else None
+
+    def sha256(self) -> dict[str, str]:
+        """Of the expert's files."""
+        return self._expert.sha256()
+
+    def check_bytes(self) -> None:
+        """Compare the bytes of the expert's tensors with their checksums."""
+        self._expert.check_bytes()
+
+    def side_files(self) -> list[Path]:
+        """The expert's."""
+        return self._expert.side_files()
+
+    @property
+    def in_one_folder(self) -> bool:
+        """Whether the expert is."""
+        return self._expert.in_one_folder
 
     @property
     def making_bytes(self) -> int:
@@ -202,7 +234,9 @@ class ZeroShotExpert(Checkpoint):
         return self._expert.folder if any(file.exists() for file in files) else self._base.folder
 
 
-def _configuration(config: Mapping[str, Any], classes: Sequence[str], width: int) -> dict[str, Any]:
+def _configuration(
+    config: Mapping[str, Any], classes: Sequence[str], templates: Sequence[str], width: int
+) -> dict[str, Any]:
     """The `config.json` of a task's classifier, from that of a vision tower or of a whole CLIP."""
     settings = dict(config.get("vision_config") or config)
     labels = {str(number): name for number, name in enumerate(classes)}
@@ -215,6 +249,8 @@ def _configuration(config: Mapping[str, Any], classes: Sequence[str], width: int
         "projection_dim": width,
         "id2label": labels,
         "label2id": {name: int(number) for number, name in labels.items()},
+        "prompt_templates": list(templates),
+        "problem_type": "single_label_classification",  # of one class, too
     }
 
 
@@ -223,6 +259,7 @@ class ZeroShotImageClassifiers(ImageClassifiers):
 
     kind = "zero-shot-image-classification"
     architectures = ("CLIPVisionModel", "CLIPModel")
+    head_apart = True
 
     def auto_class(self) -> Any:
         """The class of `transformers` that loads these models."""
@@ -259,7 +296,10 @@ class ZeroShotImageClassifiers(ImageClassifiers):
             for task, each in names.items()
         }
         heads = ZeroShotHeads(base, prompts)
-        made = {task: ZeroShotExpert(expert, base, heads, task, names[task]) for task, expert in experts.items()}
+        made = {
+            task: ZeroShotExpert(expert, base, heads, task, names[task], templates[task])
+            for task, expert in experts.items()
+        }
         kept = {f"{part}*": "the base's text tower, which heads are made by" for part in TEXT}
         if not any(expert.projected for expert in made.values()):
             kept[PROJECTION] = "no expert has a projection of its own"

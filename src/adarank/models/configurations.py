@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adarank.alignment.layers import depth
 from adarank.errors import CheckpointError
 from adarank.io.hub import configuration_errors
 from adarank.io.parsing import parse_json
@@ -50,7 +51,7 @@ _DECIDES = frozenset(_words("""
 """))  # fmt: skip
 _ACTIVATIONS = frozenset(_words("hidden_act activation_function hidden_activation activation act_fn"))
 _IGNORED = frozenset(_words("""
-    architectures auto_map id2label label2id num_labels problem_type finetuning_task task_specific_params
+    architectures auto_map id2label label2id prompt_templates num_labels problem_type finetuning_task task_specific_params
     transformers_version torch_dtype dtype use_cache torchscript return_dict use_return_dict use_bfloat16
     gradient_checkpointing chunk_size_feed_forward pretraining_tp is_encoder_decoder tie_encoder_decoder
     add_cross_attention cross_attention_hidden_size tokenizer_class prefix model_type bos_token_id eos_token_id
@@ -119,9 +120,10 @@ class _Difference:
 
     def __init__(self, kind: str, first: Mapping[str, Any], other: Mapping[str, Any], output_head: bool) -> None:
         self._kind, self._output_head, self._filled = kind, output_head, False
+        self._depths = (depth(first), depth(other))
         self.keys = _differing(first, other)
         if any(value is None or value is _ABSENT for pair in self.keys.values() for value in pair):
-            one, two = _with_defaults(kind, first), _with_defaults(kind, other)
+            one, two = with_defaults(kind, first), with_defaults(kind, other)
             if one is not None and two is not None:
                 self._filled, self.keys = True, _differing(one, two)
 
@@ -135,7 +137,13 @@ class _Difference:
             return self._kind in AFTER_PADDING  # positions are counted from it
         if last == "tie_word_embeddings":
             return self._output_head
+        if self._of_other_depths(key):
+            return False
         return any(part in _DECIDES for part in key.split("."))
+
+    def _of_other_depths(self, key: str) -> bool:
+        """True of lists with an entry for each layer, of models of different depths: layers are compared one by one."""
+        return all(isinstance(value, list) and len(value) == count for value, count in zip(self.keys[key], self._depths, strict=True))  # fmt: skip
 
     def matters(self, key: str) -> bool:
         """True unless the one value is what leaving the setting out means, as far as that is known."""
@@ -179,7 +187,7 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other) or (one in (None, _ABSENT) and other in (None, _ABSENT))
 
 
-def _with_defaults(kind: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def with_defaults(kind: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """A configuration as `transformers` reads it; None if it knows no such model type, or refuses the configuration."""
     from transformers import CONFIG_MAPPING  # imported on use: it is slow, and most configurations tell the same keys
 

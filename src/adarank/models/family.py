@@ -29,6 +29,7 @@ class Family(Protocol):
         token_budget: padded tokens (or their like) in one batch when scoring.
         mlps: what the two linear layers of a block's MLP are called in checkpoints, after the block's own name.
         expanded: parameters of shape (1, ...) that networks of the family expand over the batch.
+        head_apart: no class of `transformers` has a task's head, so that an ordinary folder holds it beside the base's class.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Family(Protocol):
     token_budget: int
     mlps: tuple[tuple[str, str], ...]
     expanded: tuple[str, ...]
+    head_apart: bool = False
 
     def auto_class(self) -> Any:
         """The class of `transformers` that finds a model's own class by its configuration."""
@@ -64,7 +66,14 @@ class Family(Protocol):
     def load(self, expert: Checkpoint) -> nn.Module:
         """A model with its head, in float32 and evaluation mode."""
         expert.check_bytes()
-        return load_quietly(self.auto_class(), expert.folder)
+        if expert.in_one_folder:
+            return load_quietly(self.auto_class(), expert.folder)
+        state = {name: expert.read(name) for name in expert.tensors}
+        return load_made(self.auto_class(), expert.config, state, expert.label)
+
+    def check_folder(self, folder: Path) -> None:
+        """Raise a `CheckpointError` if a folder has no file of what encodes a task's inputs. Loads nothing."""
+        ...
 
     def columns(self, spec: TaskSpec) -> list[str]:
         """The input columns that the task needs."""
@@ -93,5 +102,23 @@ def load_quietly(auto_class: Any, folder: Path) -> nn.Module:
     with loading(folder, f"cannot be loaded as {auto_class.__name__}", "Check config.json and the weights."):
         module, report = auto_class.from_pretrained(str(folder), output_loading_info=True, **LOCALLY)
     refuse_missing(module, report["missing_keys"], str(folder))
+    made: nn.Module = module.to(torch.float32).eval()
+    return made
+
+
+def load_made(auto_class: Any, config: Mapping[str, Any], state: Mapping[str, Tensor], label: str) -> nn.Module:
+    """A model whose tensors are in no folder of its own, in float32 and evaluation mode.
+
+    Raises:
+        CheckpointError: config and tensors make no model of this class, or not a whole one.
+    """
+    from transformers import AutoConfig
+
+    with loading(Path(label), f"cannot be loaded as {auto_class.__name__}", "Check config.json and the weights."):
+        settings = AutoConfig.for_model(**config)
+        module, report = auto_class._model_mapping[type(settings)].from_pretrained(
+            None, config=settings, state_dict=dict(state), dtype=torch.float32, output_loading_info=True, **LOCALLY
+        )
+    refuse_missing(module, report["missing_keys"], label)
     made: nn.Module = module.to(torch.float32).eval()
     return made

@@ -51,6 +51,18 @@ def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
     Its loader renames tensors of some architectures. To learn how, it is given a checkpoint in which every tensor
     is filled with a number of its own; where these numbers come out is where the tensors went.
     """
+    return loader_report(module, shapes)[0]
+
+
+def loader_report(
+    module: nn.Module, shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """What the loader of `transformers` would do with a checkpoint of these tensors: as `loaded_names`, and what it lacks.
+
+    Returns:
+        Name in the checkpoint -> name in the module; names of the module's tensors that the checkpoint does not give;
+        names that the loader has no place for, as it calls them.
+    """
     first = 1000  # no constant that fresh weights are filled with
     numbered = dict(enumerate(shapes, first))
     probe = {name: torch.tensor(float(i)).expand(tuple(shapes[name])) for i, name in numbered.items()}
@@ -58,13 +70,15 @@ def loaded_names(module: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
     folder = Path(getattr(module.config, "name_or_path", "") or type(module).__name__)
     with loading(folder, "no usable configuration", "Check config.json."), torch.random.fork_rng():
         loader: Any = type(module)
-        tried = loader.from_pretrained(None, config=module.config, state_dict=probe, dtype=torch.float32, **LOCALLY)
+        tried, report = loader.from_pretrained(
+            None, config=module.config, state_dict=probe, dtype=torch.float32, output_loading_info=True, **LOCALLY
+        )
     for key, tensor in tried.state_dict().items():
         number = float(tensor.flatten()[0]) if tensor.is_floating_point() and tensor.numel() else 0.0
         name = numbered.get(int(number)) if math.isfinite(number) else None
         if name and tuple(tensor.shape) == tuple(shapes[name]) and bool((tensor == number).all()):
             keys[name] = key
-    return keys
+    return keys, sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
 
 
 @contextmanager

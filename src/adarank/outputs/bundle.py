@@ -1,23 +1,19 @@
-"""Bundles in use: the whole state of one task, tensor by tensor; a working module; an ordinary checkpoint."""
+"""Bundles in use: the whole state of one task, tensor by tensor, and a working module."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from adarank.errors import CheckpointError
-from adarank.io.bundle import BundleFolder
+from adarank.io.bundle import HEAD, BundleFolder
 from adarank.io.checkpoint import check_finite
 from adarank.io.files import read_json
-from adarank.io.lock import resolved
-from adarank.io.output_folder import check_outside
-from adarank.io.record import versions
-from adarank.io.writer import BUNDLE, Layout, atomic_folder, write_folders, write_record
-from adarank.outputs.merged import empty, filled
+from adarank.io.writer import BUNDLE, Layout
+from adarank.outputs.network import empty, filled
 from adarank.outputs.write import CONFIG
 from adarank.recipe.registry import METHODS
 from adarank.settings import nearest
@@ -85,6 +81,42 @@ class Bundle(BundleFolder):
         }
         return body | {name: (info.shape, info.dtype) for name, info in (head.tensors if head else {}).items()}
 
+    def checkpoint(self, task: str) -> tuple[Layout, Iterator[tuple[str, Tensor]], list[str]]:
+        """A task's whole network as its expert's files would hold it: `layout`, `state`, and nothing that is left out.
+
+        Raises:
+            CheckpointError: no such task, or its network is more than weights.
+        """
+        if self.kind.dress:
+            raise CheckpointError(
+                f"{self.folder}: networks of '{self.about.kind}' are more than their weights, so no ordinary folder holds one. Use adarank.load_task('{self.folder}', '{task}') in Python."
+            )
+        return self.layout(task), self.state(task), []
+
+    def layout_in_base(self) -> Layout:
+        """(shape, dtype) of all that `tensors` yields, in its order."""
+        return self.about.tensors
+
+    def head_file(self, task: str) -> Path:
+        """The file of a task's head, checked as files are that are read from."""
+        self.head(task)
+        return self.of_task(task) / HEAD
+
+    def config(self, task: str) -> Mapping[str, Any]:
+        """The `config.json` of a task's expert."""
+        config: dict[str, Any] = read_json(self.of_task(task) / CONFIG)
+        return config
+
+    @property
+    def models(self) -> str | None:
+        """What the networks do, such as `image-classification`; None if the recipe did not say."""
+        return self.about.models
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a record says of where a task of it came from."""
+        return {"method": self.about.kind, "settings": dict(self.about.settings)}
+
     def module(self, task: str) -> nn.Module:
         """A module of `transformers` with the task's weights and head, in float32 and evaluation mode.
 
@@ -140,50 +172,3 @@ def from_bundle(folder: str | Path, task: str) -> nn.Module:
         logits = model(input_ids=torch.tensor([[2, 5, 6, 3]])).logits  # (1, classes)
     """
     return load_bundle(folder).module(task)
-
-
-def extract(folder: str | Path, task: str, out: Path, force: bool = False) -> dict[str, Any]:
-    """Write one task of a bundle as an ordinary checkpoint, whose tensors have the names that its expert's have.
-
-    Arguments:
-        folder: what `adarank merge` wrote with a task-aware method.
-        task: one of its tasks.
-        out: the folder to write.
-        force: replace `out` if adarank wrote it.
-
-    Returns:
-        The record that lies in `out`: bundle, task, kind, settings, versions.
-
-    Raises:
-        CheckpointError: no such bundle or task, a damaged file, or a kind whose networks are more than a checkpoint.
-        OutputError: `out` exists, or cannot be written.
-
-    Example:
-        from pathlib import Path
-
-        adarank.extract("bundle", "sentiment", Path("sentiment-alone"))
-    """
-    bundle = load_bundle(folder)
-    if bundle.kind.dress:
-        raise CheckpointError(
-            f"{bundle.folder}: networks of '{bundle.about.kind}' are more than their weights. Use adarank.from_bundle."
-        )
-    layout, files = bundle.layout(task), bundle.side_files(task)
-    check_outside(resolved(out), [bundle.folder])
-    with atomic_folder(out, force) as target:
-        write_folders(target, layout, bundle.state(task), bundle.module_paths())
-        for file in files:
-            shutil.copy(file, target / file.name)  # with its permissions
-        for file in bundle.module_files():
-            place = target / file.relative_to(bundle.folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, place)
-        origin = {
-            "bundle": bundle.folder.resolve().name,
-            "task": task,
-            "kind": bundle.about.kind,
-            "settings": dict(bundle.about.settings),
-        }
-        record = {"extracted": origin, "versions": versions()}
-        write_record(target, record)
-    return record

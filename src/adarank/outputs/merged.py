@@ -1,35 +1,165 @@
-"""A merged output, loaded for one of its tasks: body, the task's head and its configuration in one module."""
+"""A merged output: one body, and for each task its head and its configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from adarank.errors import CheckpointError
+from adarank.io.bundle import HEAD, SHARED, is_bundle
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import open_safetensors, read_json
 from adarank.io.hub import local_path
-from adarank.io.writer import BUNDLE, RECORD
-from adarank.models import FAMILIES, foreign_code, kind_of
-from adarank.models.loading import LOCALLY, loading
+from adarank.io.side_files import side_files
+from adarank.io.writer import BUNDLE, RECORD, Layout
+from adarank.outputs.bundle import Bundle
+from adarank.outputs.network import empty, filled, used_names
+from adarank.outputs.write import CONFIG
 from adarank.settings import nearest
 
 
-def load_task(out: str | Path, task: str) -> nn.Module:
-    """The merged model of an output folder with one task's head, in evaluation mode.
-
-    Save it with `save_pretrained` to deploy it alone.
+class Merged:
+    """An output of one body on disk, which yields a network for each of its tasks.
 
     Arguments:
-        out: a folder written by `adarank merge`.
+        folder: what `adarank merge` wrote, no bundle.
+
+    Attributes:
+        tasks: those that have a head.
+        models: what the networks do, such as `image-classification`; None if the record does not say.
+        origin: what a record says of where a task of it came from.
+
+    Raises:
+        CheckpointError: no such folder, or a bundle.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        local_path(self.folder)
+        if (self.folder / BUNDLE).exists():
+            raise CheckpointError(
+                f"{self.folder}: a bundle, with weights for each task. Use adarank.load_task or adarank.load_bundle."
+            )
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: no such folder. Give what `adarank merge` wrote.")
+        heads = self.folder / "heads"
+        self.tasks = tuple(sorted(p.name for p in heads.iterdir())) if heads.is_dir() else ()
+        record = read_json(self.folder / RECORD)
+        plan, extracted, settings = (
+            block if isinstance(block := record.get(key), dict) else {} for key in ("plan", "extracted", "settings")
+        )
+        models = plan.get("kind") or extracted.get("models")
+        self.models = str(models) if models else None
+        self.origin = {"method": plan.get("merge_method"), "settings": settings.get("parameters", {})}
+
+    def config(self, task: str) -> Mapping[str, Any]:
+        """The `config.json` of a task's expert; a `CheckpointError` if there is no such task."""
+        config: dict[str, Any] = read_json(self._of_task(task) / CONFIG)
+        return config
+
+    def body(self) -> Checkpoint:
+        """The merged weights."""
+        return Checkpoint(self.folder)
+
+    def head_file(self, task: str) -> Path:
+        """The file of a task's head."""
+        return self._of_task(task) / HEAD
+
+    def module(self, task: str) -> nn.Module:
+        """A module of `transformers` with the merged body and the task's head, in float32 and evaluation mode.
+
+        Raises:
+            CheckpointError: no such task, or its tensors do not fit its architecture.
+        """
+        module, body = self._empty(task), self.body()
+        head, backbone = self._head(task)
+        names = _names(body, module, backbone)
+        state = {names[name]: body.read(name) for name in body.tensors}
+        return filled(module, {**state, **head}, f"{self.folder}: task '{task}'")
+
+    def checkpoint(self, task: str) -> tuple[Layout, Iterator[tuple[str, Tensor]], list[str]]:
+        """A task's whole network as its own files would hold it.
+
+        Returns:
+            (shape, dtype) of its tensors; the tensors in that order, one in memory at a time, the head last; and the
+            body's tensors that its architecture has no place for, such as the pooler or a head of a base.
+
+        Raises:
+            CheckpointError: no such task, or its tensors do not fit its architecture.
+        """
+        module, body = self._empty(task), self.body()
+        head, backbone = self._head(task)
+        names = _names(body, module, backbone)
+        specs = {names[name]: (info.shape, info.dtype) for name, info in body.tensors.items()}
+        specs |= {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()}
+        used = used_names(module, {name: spec[0] for name, spec in specs.items()}, f"{self.folder}: task '{task}'")
+        in_file = {name: stored for name, stored in names.items() if stored in used and stored not in head}
+        layout = {stored: specs[stored] for stored in (*in_file.values(), *head)}
+        tensors = chain(((stored, body.read(name)) for name, stored in in_file.items()), head.items())
+        return layout, tensors, [name for name in names if name not in in_file]
+
+    def layout_in_base(self) -> Layout:
+        """(shape, dtype) of all that `tensors` yields, in its order."""
+        return {name: (info.shape, info.dtype) for name, info in self.body().tensors.items()}
+
+    def tensors(self, task: str) -> Iterator[tuple[str, Tensor]]:
+        """(name in the base, tensor) of the body, the same for every task."""
+        body = self.body()
+        return ((name, body.read(name)) for name in body.tensors)
+
+    def side_files(self, task: str) -> list[Path]:
+        """Configuration, tokenizer and processor files of a task's network: its own, and the base's where it has none."""
+        files = {file.name: file for place in (self.folder, self._of_task(task)) for file in side_files(place)}
+        return list(files.values())
+
+    def module_paths(self) -> list[str]:
+        """None: a classifier has no tensors in folders of their own."""
+        return []
+
+    def module_files(self) -> list[Path]:
+        """None: a classifier has no modules of a sentence encoder."""
+        return []
+
+    def _of_task(self, task: str) -> Path:
+        if task not in self.tasks:
+            known = (
+                nearest(task, self.tasks) if self.tasks else " It has no heads: the folder is an ordinary checkpoint."
+            )
+            raise CheckpointError(f"{self.folder}: no head of task '{task}'.{known}")
+        return self.folder / "heads" / task
+
+    def _empty(self, task: str) -> nn.Module:
+        return empty(self.config(task), self.models, self.folder)
+
+    def _head(self, task: str) -> tuple[dict[str, Tensor], str]:
+        """A task's head under its expert's names, and what these start with inside the body."""
+        with open_safetensors(self.head_file(task)) as handle:
+            head = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no iterator)
+            return head, (handle.metadata() or {}).get("backbone", "")
+
+
+def _names(body: Checkpoint, module: nn.Module, backbone: str) -> dict[str, str]:
+    """Tensor of the body -> its name in a file of the task's own."""
+    wanted = set(module.state_dict())
+    return {name: name if name in wanted else backbone + name for name in body.tensors}
+
+
+def load_task(out: str | Path, task: str) -> nn.Module:
+    """The network of one task of an output, with the task's head, in evaluation mode.
+
+    To deploy it alone, write it with `adarank.extract`.
+
+    Arguments:
+        out: a folder written by `adarank merge`: one body with a head for each task, or a bundle.
         task: one of its tasks.
 
     Returns:
-        A module of `transformers` with the merged body and the task's head, in float32.
+        A module of `transformers` with the task's weights and head, in float32; for `surgery`, `wemoe` and
+        `twin_merging` with hooks for what they add.
 
     Raises:
         CheckpointError: no such output or task, or its tensors do not fit the task's architecture.
@@ -38,85 +168,16 @@ def load_task(out: str | Path, task: str) -> nn.Module:
         model = adarank.load_task("merged", "sentiment")
         logits = model(input_ids=torch.tensor([[2, 5, 6, 3]])).logits  # (1, classes)
     """
-    folder = Path(out)
-    local_path(folder)
-    if (folder / BUNDLE).exists():
-        raise CheckpointError(f"{folder}: a bundle, with weights for each task. Use adarank.from_bundle.")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder. Give what `adarank merge` wrote.")
-    heads = folder / "heads"
-    known = sorted(p.name for p in heads.iterdir()) if heads.is_dir() else []
-    if task not in known:
-        raise CheckpointError(
-            f"{folder}: no head of task '{task}'.{nearest(task, known) if known else ' It has no heads.'}"
-        )
-    module = empty(read_json(heads / task / "config.json"), _kind(folder), folder)
-    with open_safetensors(heads / task / "head.safetensors") as handle:
-        head = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no iterator)
-        backbone = (handle.metadata() or {}).get("backbone", "")
-    wanted = set(module.state_dict())
-    body = Checkpoint(folder)
-    state = {name if name in wanted else backbone + name: body.read(name) for name in body.tensors}
-    return filled(module, {**state, **head}, f"{folder}: task '{task}'")
+    return open_output(out).module(task)
 
 
-def _kind(out: Path) -> str | None:
-    """What the models of an output do, as its record says."""
-    plan = read_json(out / RECORD).get("plan")
-    kind = plan.get("kind") if isinstance(plan, dict) else None
-    return kind
-
-
-def empty(config: Mapping[str, Any], kind: str | None, where: Path) -> nn.Module:
-    """A module of a task's architecture, its weights yet to be filled.
-
-    Arguments:
-        config: the `config.json` of the task's expert.
-        kind: what the models do, if it is known; else the configuration tells.
+def open_output(folder: str | Path) -> Bundle | Merged:
+    """What `adarank merge` wrote, of either form.
 
     Raises:
-        CheckpointError: the configuration tells no class of `transformers`.
+        CheckpointError: no such folder, or a damaged bundle.
     """
-    import transformers
-
-    names = config.get("architectures")
-    name = str(names[0]) if isinstance(names, list) and names else ""
-    if "model_type" not in config:
-        raise CheckpointError(f"{where}: config.json of the expert ({name or 'no architecture'}) names no model_type.")
-    foreign = foreign_code(config)
-    if foreign:
-        raise CheckpointError(f"{where}: {foreign}, and adarank never runs code of a checkpoint.")
-    if kind is not None and kind not in FAMILIES:
-        raise CheckpointError(f"{where}: models of the kind {kind!r}; known are {', '.join(FAMILIES)}. Merge again.")
-    kind = kind or kind_of(config)
-    if kind is None and not hasattr(transformers, name):
-        raise CheckpointError(
-            f"{where}: config.json of the expert names no class of transformers (architectures: {name or 'none'})."
-        )
-    auto: Any = FAMILIES[kind].auto_class() if kind else getattr(transformers, name)
-    with (
-        torch.random.fork_rng(),
-        loading(where, f"no {name or auto.__name__} can be made", "Check config.json of the expert."),
-    ):
-        settings = transformers.AutoConfig.for_model(**config)
-        module: nn.Module = auto.from_config(settings, trust_remote_code=False) if kind else auto(settings)
-    return module
-
-
-def filled(module: nn.Module, state: dict[str, Tensor], what: str) -> nn.Module:
-    """A module of the same class and configuration with the tensors of `state`, in float32 and evaluation mode.
-
-    Raises:
-        CheckpointError: a tensor of the module is not in `state`.
-    """
-    kind: Any = type(module)
-    # its loader knows the names that it gives tensors of some architectures
-    with loading(Path(what), "its tensors do not fit its configuration", "Merge again."):
-        made, loaded = kind.from_pretrained(
-            None, config=module.config, state_dict=state, dtype=torch.float32, output_loading_info=True, **LOCALLY
-        )
-    if loaded["missing_keys"]:
-        missing = sorted(loaded["missing_keys"])
-        raise CheckpointError(f"{what} needs {len(missing)} tensor(s) that are not there, such as '{missing[0]}'.")
-    network: nn.Module = made.eval()
-    return network
+    parted = (
+        is_bundle(Path(folder)) or (Path(folder) / SHARED).is_file()
+    )  # one without its list of files says so itself
+    return Bundle(folder) if parted else Merged(folder)

@@ -7,22 +7,14 @@ from typing import Any
 
 # What mergekit's dialect has and this tool does not support: named, so that the error says more than "unknown key".
 NOT_DONE = {
-    "slices": "Layers are not rearranged here (frankenmerging): give one slice of all layers, or list whole models under models.",
-    "modules": "Only a module 'default' of whole models is read here; list whole models under models.",
-    "chat_template": "Edit tokenizer_config.json of the output instead.",
-}
-
-
-# mergekit's methods that this tool has not, and the nearest that it has.
-NOT_HERE = {
-    "passthrough": "It copies layers and merges nothing; copy the model, or use mergekit for layer slices.",
+    "modules": "Only a module 'default' is read here; list whole models under models.",
 }
 
 
 # Its methods that are here too, and every setting that any of its methods has.
 SHARED = frozenset({
     "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear",
-    "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp", "ram", "ramplus_tl", "sce", "slerp",
+    "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce", "slerp",
     "task_arithmetic", "ties",
 })  # fmt: skip
 SETTINGS = frozenset({
@@ -48,8 +40,17 @@ def with_effect(method: str, given: Mapping[str, Any], taken: Collection[str]) -
 
 
 def whole_models(values: dict[str, Any]) -> dict[str, Any]:
-    """mergekit's other ways to list whole models: a module `default` alone, and one slice. Anything else as it is."""
-    return _of_one_slice(_of_one_module(values))
+    """mergekit's other ways to list whole models: a module `default` alone, and one slice. Anything else as it is.
+
+    A `random_seed`, which its model cards have and its command line takes, is the seed.
+    """
+    return _of_one_slice(_of_one_module(_seeded(values)))
+
+
+def _seeded(values: dict[str, Any]) -> dict[str, Any]:
+    if "random_seed" not in values or "seed" in values:
+        return values
+    return {("seed" if key == "random_seed" else key): value for key, value in values.items()}
 
 
 def _of_one_module(values: dict[str, Any]) -> dict[str, Any]:
@@ -61,28 +62,36 @@ def _of_one_module(values: dict[str, Any]) -> dict[str, Any]:
     if {"models", "slices"} & values.keys():
         return values
     outside = {key: value for key, value in values.items() if key != "modules"}
-    given = [each.get("parameters") or {} for each in (outside, inside)]
+    given = [each.get("parameters") or {} for each in (inside, outside)]
     if not all(isinstance(each, dict) for each in given):
         return values
-    return outside | inside | {"parameters": {**given[0], **given[1]}}
+    return outside | inside | {"parameters": chained(*given)}
 
 
 def _of_one_slice(values: dict[str, Any]) -> dict[str, Any]:
-    """mergekit's other way to list whole models: one slice of the same layers of each. Anything else as it is."""
+    """One slice of the same layers of each model, as models that have these layers. Anything else as it is."""
     slices = values.get("slices")
     if "models" in values or not (isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], dict)):
         return values
-    sources = slices[0].get("sources")
-    if not isinstance(sources, list) or not all(
-        isinstance(s, dict) and {"model", "layer_range"} <= s.keys() for s in sources
-    ):
+    sources, given = slices[0].get("sources"), [each.get("parameters") or {} for each in (slices[0], values)]
+    if not isinstance(sources, list) or slices[0].keys() - {"sources", "parameters"}:
         return values
-    ranges = [source["layer_range"] for source in sources]
-    if not ranges or any(layers != ranges[0] for layers in ranges) or slices[0].keys() - {"sources", "parameters"}:
+    ranges = [source.get("layer_range") for source in sources if isinstance(source, dict)]
+    if len(ranges) < len(sources) or not ranges or ranges[0] is None or any(other != ranges[0] for other in ranges):
         return values
-    whole = {
-        "models": [{key: value for key, value in source.items() if key != "layer_range"} for source in sources],
-        "parameters": {**(values.get("parameters") or {}), **(slices[0].get("parameters") or {})},
-        "layer_range": ranges[0],
-    }
-    return {key: value for key, value in values.items() if key != "slices"} | whole
+    if not all(isinstance(each, dict) for each in given):
+        return values
+    outside = {key: value for key, value in values.items() if key != "slices"}
+    return outside | {"models": sources, "parameters": chained(*given)}
+
+
+def chained(inner: Mapping[str, Any], outer: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of which the inner ones go first; what their filters leave out takes the outer ones'."""
+    return {**outer, **{key: _before(value, outer[key]) if key in outer else value for key, value in inner.items()}}
+
+
+def _before(first: Any, then: Any) -> Any:
+    entries = [first] if isinstance(first, dict) else first
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        return first
+    return [*entries, {"value": then}]

@@ -50,16 +50,17 @@ def unheeded(job: Job) -> dict[str, dict[str, Any]]:
     """
     changed: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
-    for name in _kept_of_learned(job.network):
-        start = job.network.reference().read(name)
-        whole, change = float(start.norm()), 0.0
-        for task, member in _owners(job.network, name).items():
-            if member.info(name).shape != tuple(start.shape):
-                shapes.setdefault(name, {})[task] = list(member.info(name).shape)
-            else:
-                change = max(change, float((member.read(name) - start).norm()))
-        if change > 0:
-            changed[name] = round(change / whole, 5) if whole else float("inf")
+    for network in job.networks:
+        for name in _kept_of_learned(network):
+            start = network.reference().read(name)
+            whole, change = float(start.norm()), 0.0
+            for task, member in _owners(network, name).items():
+                if member.info(name).shape != tuple(start.shape):
+                    shapes.setdefault(name, {})[task] = list(member.info(name).shape)
+                else:
+                    change = max(change, float((member.read(name) - start).norm()))
+            if change > 0:
+                changed[name] = round(change / whole, 5) if whole else float("inf")
     return {"kept_though_changed": changed, "kept_though_of_other_shape": shapes}
 
 
@@ -68,7 +69,7 @@ def _kept_of_learned(network: AlignedCheckpoints) -> list[str]:
     if network.base is None:
         return []
     kept = [name for name, choice in network.choices.items() if choice.action == "keep"]
-    return [name for name in kept if not computed(network.base.info(name))]
+    return [name for name in kept if not computed(network.base.info(name)) and not network.unchanged(name)]
 
 
 def _owners(network: AlignedCheckpoints, name: str) -> dict[str, Member]:
@@ -100,6 +101,7 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
             for name, choice in network.choices.items()
         },
         "heads": {task: list(names) for task, names in network.heads.items()},
+        "slices": list(job.slices.rows) if job.slices else [],
         "dropped": {name: dict(member.dropped) for name, member in members.items() if member.dropped},
         "task_aware": bool(job.method.in_use),
         "output_bytes": job.output_bytes(),

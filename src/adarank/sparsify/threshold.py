@@ -45,7 +45,7 @@ def global_thresholds(
         counts = {task: torch.zeros(_BUCKETS, dtype=torch.int64, device=device) for task in network.tasks}
         for name in names:
             start = network.origin(name, origin, device)
-            deltas = network.deltas(name, start)
+            deltas = network.deltas(name, start, origin)
             for task in network.tasks:
                 magnitudes = change(task, name, deltas[task]).abs().float().flatten()
                 counts[task] += _count(magnitudes, upper.get(task))

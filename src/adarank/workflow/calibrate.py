@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adarank.calibration.gather import Gatherer, Sample, Store
+from adarank.data.labels import Label
 from adarank.data.task import Batch, TaskData
 from adarank.io.record import Note
 from adarank.methods import CalibratedMethod
@@ -53,7 +54,8 @@ def with_statistics(
         "inputs": {task: len(chosen) for task, chosen in rows.items()},
         "labels_read": method.reads_labels,
         "tensors_with_statistics": len(known.statistics.names),
-        "tensors_averaged": len(job.network.merged()) - len(known.statistics.names),
+        "tensors_without_statistics": len(job.network.merged()) - len(known.statistics.names),
+        "merged_without": method.rest,
         "undetermined": known.undetermined,  # filled as tensors are merged
         "seconds": round(time.perf_counter() - started, 3),
         "splits": {task: {split: len(rows) for split, rows in of.splits.rows.items()} for task, of in data.items()},
@@ -78,6 +80,11 @@ def job_sample(
 
     def singles(task: str) -> Iterator[tuple[Batch, int | None]]:
         labels = data[task].labels
-        return ((encoded(task, [row]), labels[row] if method.reads_labels else None) for row in rows[task])
+        return ((encoded(task, [row]), _class(labels[row]) if method.reads_labels else None) for row in rows[task])
 
     return Sample(family.logits, batches, singles)
+
+
+def _class(label: Label | None) -> int | None:
+    """A label of a task of classes, as `of_classes` lets in no other."""
+    return label if isinstance(label, int) else None

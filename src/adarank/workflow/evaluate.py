@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from adarank.alignment.adapters import with_adapter
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.errors import CheckpointError, MismatchError
+from adarank.errors import CheckpointError, MismatchError, Problems
+from adarank.io.adapter import Adapter, is_adapter
 from adarank.io.bundle import held_parts, is_bundle
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import read_json
 from adarank.io.hub import local_path
+from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.io.writer import RECORD
 from adarank.method import Result
 from adarank.models import TaskModels
 from adarank.outputs.bundle import Bundle
-from adarank.recipe.job import Job, open_job
-from adarank.recipe.reader import RecipeLike, load_recipe
+from adarank.recipe.job import Job
+from adarank.recipe.reader import RecipeLike
 from adarank.recipe.schema import Recipe
 from adarank.workflow.build_networks import build_models, family_of, network_tensors
-from adarank.workflow.load_tasks import load_tasks
-from adarank.workflow.scores import Table, evaluate_task
+from adarank.workflow.load_tasks import load_opened
+from adarank.workflow.prepare import check_labels, open_recipe, whole
+from adarank.workflow.scores import Table, TaskScore, measure_task
 
 
 def evaluate(
@@ -38,6 +42,7 @@ def evaluate(
     outputs: Sequence[Path | str] = (),
     split: Split = "test",
     note: Note = lambda text: None,
+    per_class: bool = False,
 ) -> Table:
     """Score base, experts and merged outputs on one split of every task.
 
@@ -46,9 +51,11 @@ def evaluate(
         outputs: folders written by `merge`; a row each.
         split: `test`, or `select` while choosing settings.
         note: called with a line of text as each model's scoring begins.
+        per_class: count precision, recall and F1 of every class, too.
 
     Returns:
-        Scores ×100 by row and task (`table.rows`), the number of inputs (`table.counts`), means (`table.mean(row)`).
+        Scores by row and task (`table.rows`), in per cent, a loss as it is (`table.metrics` names each task's metric);
+        the number of inputs (`table.counts`), means (`table.mean(row)`), and if wanted `table.classes`.
 
     Raises:
         AdaRankError: anything wrong with recipe, data or outputs; an output of other models is a `MismatchError`.
@@ -57,26 +64,95 @@ def evaluate(
         table = adarank.evaluate_recipe("recipe.yaml", ["merged"])
         print(table.mean("merged"), table.rows["experts"]["sentiment"])
     """
-    recipe = load_recipe(recipe)
-    for path in outputs:
-        local_path(path)
-    job = open_job(recipe)
-    data = load_tasks(job)
-    opened = {_row(path, recipe): _opened(path, job.network) for path in map(Path, outputs)}
-    models = build_models(job)
+    problems = Problems()
+    opened = open_recipe(recipe, problems)
+    data = load_opened(opened, problems) if opened else {}
+    check_labels(data, split, problems)
+    rows: dict[str, _Output] = {}
+    for path in map(Path, outputs):
+        with problems.noted():
+            local_path(path)
+            if opened and opened.job:
+                rows[_row(path, opened.recipe)] = _opened(path, opened.job.network, opened.job.base)
+    job = whole(opened, problems)
+    recipe, models = job.recipe, build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
-    table = Table(split, protocol, {task: len(of.splits.rows[split]) for task, of in data.items()})
+    counts = {task: len(of.splits.rows[split]) for task, of in data.items()}
+    table = Table(split, protocol, counts, metrics={task: of.metric for task, of in data.items()})
+    scoring = Scoring(job, models, data, split, per_class)
+
+    def add(row: str, scores: Mapping[str, TaskScore]) -> None:
+        table.rows[row] = values(scores)
+        if per_class:
+            table.classes[row] = {task: score.classes for task, score in scores.items() if score.classes}
+
     if job.base is not None:
         note("Scoring the base")
-        table.rows["base"] = score_all(job, models, data, split)
-    for name, output in opened.items():
+        add("base", scoring.all())
+    for name, output in rows.items():
         note(f"Scoring {name}")
-        table.rows[name] = output.score(job, models, data, split)
+        add(name, output.score(scoring))
         if output.kind:
             table.bundles[name] = output.kind
     note("Scoring the experts")
-    table.rows["experts"] = score_experts(job, models, data, split)
+    add("experts", scoring.experts())
     return table
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored by what: a job's networks on one split of its tasks.
+
+    Attributes:
+        per_class: every class is counted, too.
+    """
+
+    job: Job
+    models: TaskModels
+    data: Mapping[str, TaskData]
+    split: Split
+    per_class: bool = False
+
+    def all(self) -> dict[str, TaskScore]:
+        """Every task with the tensors that the models hold now."""
+        with self._stage():
+            return {task: self._measured(task, self.models.modules[task]) for task in self.job.network.tasks}
+
+    def experts(self) -> dict[str, TaskScore]:
+        """Each task by its expert. The models hold the last expert's tensors afterwards."""
+        return self.each(lambda task: network_tensors(self.job, task))
+
+    def bundle(self, bundle: Bundle) -> dict[str, TaskScore]:
+        """Each task by the network that a bundle has for it, with the head that it has there."""
+        stored = {task: head for task in self.job.network.tasks if (head := bundle.head(task)) is not None}
+        with _heads(self.models, stored):
+            return self.each(bundle.tensors, bundle if bundle.kind.dress else None)
+
+    def each(
+        self, tensors: Callable[[str], Iterator[tuple[str, Tensor]]], bundle: Bundle | None = None
+    ) -> dict[str, TaskScore]:
+        """Each task with the tensors given for it; a bundle puts more than tensors into a copy of the module."""
+        scores = {}
+        with self._stage():
+            for task in self.job.network.tasks:
+                self.models.fill(tensors(task))
+                module = self.models.modules[task]
+                if bundle is not None:
+                    module = bundle.dress(task, copy.deepcopy(module))
+                scores[task] = self._measured(task, module)
+        return scores
+
+    def _stage(self) -> AbstractContextManager[None]:
+        """While it is open, what is scored shows as progress."""
+        return stage("Scoring", sum(len(of_task.splits.rows[self.split]) for of_task in self.data.values()))
+
+    def _measured(self, task: str, module: nn.Module) -> TaskScore:
+        return measure_task(family_of(self.job), module, self.data[task], self.split, self.per_class)
+
+
+def values(scores: Mapping[str, TaskScore]) -> dict[str, float]:
+    """Task -> score."""
+    return {task: score.value for task, score in scores.items()}
 
 
 @contextmanager
@@ -126,52 +202,32 @@ def _fill_head(head: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: 
 
 def score_all(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
     """The score of every task with the tensors that the models hold now."""
-    return {task: evaluate_task(family_of(job), models.modules[task], data[task], split) for task in job.network.tasks}
+    return values(Scoring(job, models, data, split).all())
 
 
 def score_experts(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
     """Each task's score by its expert. The models hold the last expert's tensors afterwards."""
-    return _score_each(job, models, data, split, lambda task: network_tensors(job, task))
+    return values(Scoring(job, models, data, split).experts())
 
 
 def score_bundle(
     job: Job, models: TaskModels, data: Mapping[str, TaskData], bundle: Bundle, split: Split
 ) -> dict[str, float]:
     """Each task's score by the network that a bundle has for it, with the head that it has there."""
-    stored = {task: head for task in job.network.tasks if (head := bundle.head(task)) is not None}
-    with _heads(models, stored):
-        return _score_each(job, models, data, split, bundle.tensors, bundle if bundle.kind.dress else None)
+    return values(Scoring(job, models, data, split).bundle(bundle))
 
 
 def score_result(
     job: Job, models: TaskModels, data: Mapping[str, TaskData], result: Result, split: Split
 ) -> dict[str, float]:
     """The score of every task with what a method gave, which is not written anywhere."""
+    scoring = Scoring(job, models, data, split)
     if result.parts is None:
         models.fill(result.tensors)
-        return score_all(job, models, data, split)
+        return values(scoring.all())
     layout, tensors_of = job.layout(), job.method.task_tensors
     shared, of_tasks = held_parts(job.network.tasks, result.parts.pieces)
-    return _score_each(job, models, data, split, lambda task: tensors_of(layout, shared, of_tasks[task]))
-
-
-def _score_each(
-    job: Job,
-    models: TaskModels,
-    data: Mapping[str, TaskData],
-    split: Split,
-    tensors: Callable[[str], Iterator[tuple[str, Tensor]]],
-    bundle: Bundle | None = None,
-) -> dict[str, float]:
-    """Each task's score with the tensors given for it; a bundle puts more than tensors into a copy of the module."""
-    scores = {}
-    for task in job.network.tasks:
-        models.fill(tensors(task))
-        module = models.modules[task]
-        if bundle is not None:
-            module = bundle.dress(task, copy.deepcopy(module))
-        scores[task] = evaluate_task(family_of(job), module, data[task], split)
-    return scores
+    return values(scoring.each(lambda task: tensors_of(layout, shared, of_tasks[task])))
 
 
 def _row(path: Path, recipe: Recipe) -> str:
@@ -214,23 +270,23 @@ class _Output:
 
     Attributes:
         kind: the method of a bundle; empty for one model.
-        score: (job, models, data, split) -> task -> score.
+        score: of every task, by what it is scored on.
     """
 
     kind: str
-    score: Callable[[Job, TaskModels, Mapping[str, TaskData], Split], dict[str, float]]
+    score: Callable[[Scoring], dict[str, TaskScore]]
 
 
-def _opened(path: Path, network: AlignedCheckpoints) -> _Output:
+def _opened(path: Path, network: AlignedCheckpoints, base: Checkpoint | None) -> _Output:
     if is_bundle(path):
         return _opened_bundle(path, network)
-    model = Checkpoint(path)
+    model = with_adapter(base, Adapter(path)) if base is not None and is_adapter(path) else Checkpoint(path)
     _refuse_lacks(path, network, model.tensors)
 
-    def scored(job: Job, models: TaskModels, data: Mapping[str, TaskData], split: Split) -> dict[str, float]:
-        models.fill((name, model.read(name)) for name in network.tensors)
-        with heads_of(path, models):
-            return score_all(job, models, data, split)
+    def scored(scoring: Scoring) -> dict[str, TaskScore]:
+        scoring.models.fill((name, model.read(name)) for name in network.tensors)
+        with heads_of(path, scoring.models):
+            return scoring.all()
 
     return _Output("", scored)
 
@@ -243,7 +299,7 @@ def _opened_bundle(path: Path, network: AlignedCheckpoints) -> _Output:
         raise MismatchError(
             f"{path}: has no task {', '.join(map(repr, missing))} of this recipe. Give a bundle of this recipe's models."
         )
-    return _Output(bundle.about.kind, lambda job, models, data, split: score_bundle(job, models, data, bundle, split))
+    return _Output(bundle.about.kind, lambda scoring: scoring.bundle(bundle))
 
 
 def _refuse_lacks(path: Path, network: AlignedCheckpoints, held: Collection[str]) -> None:

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from adarank.data.labels import Label, Problem, class_names, problem_of, read_labels
+from adarank.data.metrics import chosen_metric
 from adarank.data.read import Table, read_table
 from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
 from adarank.data.splits import Splits, by_file, by_fraction, limited
 from adarank.data.task import TaskData
-from adarank.errors import AdaRankError, DataError, raise_together
+from adarank.errors import AdaRankError, DataError, Problems, raise_together
 from adarank.io.checkpoint import Checkpoint
+from adarank.io.progress import advance, stage
+from adarank.models import FAMILIES, kind_of
 from adarank.models.family import Family
-from adarank.recipe.job import Job
+from adarank.recipe.job import Job, Opened
 
 R = TypeVar("R")
 
@@ -24,8 +28,11 @@ class Rows:
     """A task's table, checked but not yet encoded."""
 
     table: Table
-    labels: tuple[int | None, ...]
+    labels: tuple[Label | None, ...]
     splits: Splits
+    problem: Problem
+    classes: tuple[str, ...]
+    metric: str
 
 
 @dataclass(frozen=True)
@@ -51,15 +58,17 @@ class TaskReader:
         Raises:
             DataError: a file, column or label is unusable.
         """
-        columns = self.family.columns(spec)
-        tables = self._tables(name, spec, columns)
+        columns, problem, classes = self.family.columns(spec), problem_of(config), class_names(config, name)
+        metric = chosen_metric(spec.metric, problem, len(classes), f"task '{name}'")
+        tables = self.read_inputs(name, spec)
         table: Table = {c: [value for part in tables.values() for value in part[c]] for c in columns}
         labels = tuple(label for part in tables.values() for label in _labels(part, spec, config, name))
         keys = list(zip(*([self.family.key(value) for value in table[c]] for c in columns), strict=True))
         counts = {split: len(part[columns[0]]) for split, part in tables.items()}
         whole = not isinstance(spec.data, SplitData)
         splits = by_fraction(keys, self.settings) if whole else by_file(keys, counts, self.settings)
-        return Rows(table, labels, limited(splits, spec.limit, self.settings.split_seed))
+        chosen = limited(splits, spec.limit, self.settings.split_seed)
+        return Rows(table, labels, chosen, problem, classes, metric)
 
     def load(self, name: str, spec: TaskSpec, expert: Path, config: Mapping[str, Any]) -> TaskData:
         """Read a task and encode its inputs with the tokenizer or processor in the expert's folder."""
@@ -69,10 +78,16 @@ class TaskReader:
         dropped = [
             f"{n} {split} input(s) left out: they are in a later split too" for split, n in rows.splits.dropped.items()
         ]
-        return TaskData(name, spec.metric, examples, rows.labels, rows.splits, self.seed, (*notes, *dropped))
+        remarks = (*notes, *dropped)
+        return TaskData(name, rows.metric, examples, rows.labels, rows.splits, self.seed, remarks, rows.problem, rows.classes)  # fmt: skip
 
-    def _tables(self, name: str, spec: TaskSpec, columns: list[str]) -> dict[Split, Table]:
-        """The task's tables by split; a single file counts as `adapt` until it is split."""
+    def read_inputs(self, name: str, spec: TaskSpec) -> dict[Split, Table]:
+        """The task's tables by split; a single file counts as `adapt` until it is split.
+
+        Raises:
+            DataError: a file or a column is unusable.
+        """
+        columns = self.family.columns(spec)
         if spec.data is None:
             raise DataError(f"task '{name}': no data. Give a file or dataset under task: data.")
         sources: dict[Split, str | HubData | None] = {"adapt": None}
@@ -91,75 +106,116 @@ class TaskReader:
 
 def load_tasks(job: Job) -> dict[str, TaskData]:
     """Every task of a job, encoded. All tasks' problems come in one error."""
-    return _each(
-        job, lambda reader, name, spec, expert: reader.load(name, spec, expert.processor_folder, expert.config)
-    )
+    problems = Problems()
+    loaded = load_opened(_whole(job), problems)
+    problems.refuse()
+    return loaded
 
 
 def check_tasks(job: Job) -> dict[str, Rows]:
     """Every task of a job, read and checked but not encoded: enough to plan. All problems come in one error."""
-    return _each(job, lambda reader, name, spec, expert: reader.read(name, spec, expert.config))
+    problems = Problems()
+    checked = check_opened(_whole(job), problems)
+    problems.refuse()
+    return checked
 
 
-def _each(job: Job, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) -> dict[str, R]:
+def load_opened(opened: Opened, problems: Problems) -> dict[str, TaskData]:
+    """The tasks of what could be opened, encoded; what is wrong is noted as one error."""
+    return _each(
+        opened,
+        problems,
+        lambda reader, name, spec, expert: reader.load(name, spec, expert.processor_folder, expert.config),
+    )
+
+
+def check_opened(opened: Opened, problems: Problems) -> dict[str, Rows]:
+    """As `load_opened`, without encoding."""
+
+    def checked(reader: TaskReader, name: str, spec: TaskSpec, expert: Checkpoint) -> Rows:
+        here = Problems()
+        with here.noted():
+            reader.family.check_folder(expert.processor_folder)
+        with here.noted():
+            rows = reader.read(name, spec, expert.config)
+        here.refuse(f"task '{name}':")
+        return rows
+
+    return _each(opened, problems, checked)
+
+
+def _whole(job: Job) -> Opened:
+    return Opened(job, job.recipe, True, job.experts, job.family)
+
+
+def _each(opened: Opened, problems: Problems, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) -> dict[str, R]:
     loaded: dict[str, R] = {}
-    problems: list[str] = []
-    for task, entry in job.recipe.experts.items():
-        try:
-            if entry.task is None or job.family is None:
-                raise DataError(f"task '{task}': the model has no task. Give its kind and data in the recipe.")
-            reader = TaskReader(job.family, job.recipe.data, job.recipe.folder, job.recipe.seed)
-            loaded[task] = do(reader, task, entry.task, job.experts[task])
-        except AdaRankError as error:
-            problems.append(str(error))
-    raise_together(problems)
+    texts: list[str] = []
+    recipe = opened.recipe
+    with stage("Reading the data", len(recipe.experts)):
+        for task, entry in recipe.experts.items():
+            try:
+                expert, family = opened.experts.get(task), _family(opened, task)
+                if opened.job is not None and (entry.task is None or family is None):
+                    raise DataError(f"task '{task}': the model has no task. Give its kind and data in the recipe.")
+                if family is not None and entry.task is not None and not _left_alone(opened, entry.task):
+                    reader = TaskReader(family, recipe.data, recipe.folder, recipe.seed)
+                    if expert is None:
+                        reader.read_inputs(task, entry.task)
+                    else:
+                        loaded[task] = do(reader, task, entry.task, expert)
+            except AdaRankError as error:
+                texts.append(str(error))
+            advance()
+    with problems.noted():
+        raise_together(texts)
     return loaded
 
 
-def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[int | None]:
-    """Class numbers: integers as they are, names through the expert's label2id."""
-    count = len(next(iter(table.values())))
-    if config.get("num_labels") == 1 or config.get("problem_type") in ("regression", "multi_label_classification"):
-        kind = config.get("problem_type") or "a model of one output"
-        raise DataError(
-            f"task '{name}': its expert is no classifier of one class per input ({kind}). Such tasks can be merged, but neither adapted on nor scored: leave their data out."
-        )
-    if spec.columns.label not in table:
-        return [None] * count
-    by_name, classes = _classes(config, name)
-    numbers: list[int | None] = []
-    for row, stored in enumerate(table[spec.columns.label], start=1):
-        value = stored.tolist() if hasattr(stored, "tolist") else stored  # of NumPy's numbers and arrays plain ones
-        if (
-            value is None or value != value or str(value).strip() in ("-1", "")
-        ):  # how files say that a label is withheld
-            numbers.append(None)
-            continue
-        named = by_name.get(value) if isinstance(value, str) else None
-        number = int(value) if named is None and _is_integer(value) else named
-        if number is None or not 0 <= number < classes:
-            known = ", ".join(by_name) or f"0 to {classes - 1}"
-            raise DataError(
-                f"task '{name}': row {row} has label {value!r}; the expert knows {known}. Use its class numbers or names."
-            )
-        numbers.append(number)
-    return numbers
+def _family(opened: Opened, task: str) -> Family | None:
+    """The kind of a task's model: of all, else as its part of the recipe or its expert's configuration tells."""
+    spec, expert = opened.recipe.experts[task].task, opened.experts.get(task)
+    if opened.family is not None or opened.job is not None or spec is None:
+        return opened.family
+    kind = spec.kind or (kind_of(expert.config) if expert is not None else None)
+    return FAMILIES[kind] if kind else None
 
 
-def _classes(config: Mapping[str, Any], task: str) -> tuple[dict[str, int], int]:
-    """Class name -> number, and how many classes there are, by an expert's `config.json`."""
-    try:
-        by_name = {str(label): int(number) for label, number in (config.get("label2id") or {}).items()}
-        # a configuration that names no classes has transformers' default of two
-        return by_name, len(config.get("id2label") or {}) or int(config.get("num_labels") or 2)
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(
-            f"task '{task}': config.json of its expert names no classes that can be read (label2id, id2label or num_labels: {error}). Mend it."
-        ) from None
-
-
-def _is_integer(value: Any) -> bool:
-    try:
-        return float(value) == int(value)
-    except (TypeError, ValueError, OverflowError):
+def _left_alone(opened: Opened, spec: TaskSpec) -> bool:
+    """Where something is wrong already: data that are not there as what the recipe says of them is wrong, or far away."""
+    if opened.job is not None:
         return False
+    parts = [spec.data.adapt, spec.data.select, spec.data.test] if isinstance(spec.data, SplitData) else [spec.data]
+    return (spec.data is None and not opened.sound) or any(isinstance(part, HubData) for part in parts)
+
+
+def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[Label | None]:
+    if spec.columns.label not in table:
+        return [None] * len(next(iter(table.values())))
+    return read_labels(table[spec.columns.label], config, name)
+
+
+def refuse_without_classes(job: Job) -> None:
+    """Refuse tasks whose outputs are no classes, where the recipe has what networks give read as shares of classes.
+
+    Raises:
+        DataError: there are such tasks; all are named.
+    """
+    if job.method.of_classes:
+        who = f"'{job.method.name}'"
+    elif job.recipe.heads == "learn":
+        who = "heads: learn"
+    else:
+        return
+    raise_together(
+        [
+            f"task '{task}': its expert is no classifier of one class per input ({_called(expert.config)}), and {who} reads its outputs as shares of classes. "
+            "Merge by a method that does not, such as cart, ties or regmean; the task is scored all the same."
+            for task, expert in job.experts.items()
+            if problem_of(expert.config) != "single_label_classification"
+        ]
+    )
+
+
+def _called(config: Mapping[str, Any]) -> str:
+    return str(config.get("problem_type") or "a model of one output")

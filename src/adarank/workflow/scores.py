@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from adarank.data.metrics import LOSS, ClassScore, class_scores, score
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.models.family import Family
@@ -15,7 +16,7 @@ from adarank.models.predict import predict
 
 @dataclass(frozen=True)
 class Table:
-    """Scores ×100, a row per model and a column per task.
+    """Scores in per cent (a loss as it is), a row per model and a column per task.
 
     Attributes:
         split: which split was scored.
@@ -23,6 +24,8 @@ class Table:
         rows: model -> task -> score.
         counts: task -> number of scored inputs.
         bundles: row -> kind of the bundle that it is of, whose user must know something of every input.
+        metrics: task -> what it is scored by; accuracy where a task is not in it.
+        classes: model -> task -> precision, recall and F1 of each class, where they were wanted.
     """
 
     split: Split
@@ -30,33 +33,60 @@ class Table:
     counts: Mapping[str, int]
     rows: dict[str, dict[str, float]] = field(default_factory=dict)
     bundles: dict[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    classes: dict[str, dict[str, tuple[ClassScore, ...]]] = field(default_factory=dict)
+
+    def metric(self, task: str) -> str:
+        """What a task is scored by."""
+        return self.metrics.get(task, "accuracy")
+
+    def averaged(self) -> list[str]:
+        """The tasks that means are over: those scored in per cent; where every task's score is a loss, all."""
+        shares = [task for task in self.counts if self.metric(task) != LOSS]
+        return shares or list(self.counts)
 
     def mean(self, row: str) -> float:
-        """Mean score over tasks."""
-        scores = self.rows[row].values()
+        """Mean score over the tasks of `averaged`."""
+        scores = [self.rows[row][task] for task in self.averaged()]
         return sum(scores) / len(scores)
 
     def normalised(self, row: str, reference: str = "experts") -> float | None:
-        """Mean over tasks of score ÷ expert's score, in per cent; None without experts.
+        """Mean over tasks of score ÷ expert's score, of a loss the expert's ÷ its own, in per cent; None without experts.
 
-        Tasks whose expert scores 0 or less (a Matthews correlation may) are left out.
+        So 100 is as good as the experts, and more is better whatever the metric. Tasks whose expert scores 0 or less
+        (a correlation may) are left out, and losses of 0.
         """
         if reference not in self.rows:
             return None
-        pairs = [(self.rows[row][task], expert) for task, expert in self.rows[reference].items() if expert > 0]
-        return 100 * sum(merged / expert for merged, expert in pairs) / len(pairs) if pairs else None
+        pairs = [
+            (expert, self.rows[row][task]) if self.metric(task) == LOSS else (self.rows[row][task], expert)
+            for task, expert in self.rows[reference].items()
+        ]
+        shares = [above / below for above, below in pairs if below > 0]
+        return 100 * sum(shares) / len(shares) if shares else None
 
 
-def score(labels: Sequence[int], predictions: Sequence[int], metric: str) -> float:
-    """Accuracy or Matthews correlation, ×100."""
-    from sklearn.metrics import accuracy_score, matthews_corrcoef  # imported on use: it is slow, and merging needs none
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model comes to on one task.
 
-    if metric == "matthews":
-        return 100 * float(matthews_corrcoef(labels, predictions))
-    return 100 * float(accuracy_score(labels, predictions))
+    Attributes:
+        value: its score, as `data.metrics` counts it.
+        classes: of each class; empty unless wanted.
+    """
+
+    value: float
+    classes: tuple[ClassScore, ...] = ()
+
+
+def measure_task(family: Family, module: nn.Module, data: TaskData, split: Split, per_class: bool = False) -> TaskScore:
+    """The score of one task on a labelled split, and of each of its classes if they are wanted and it has classes."""
+    rows, logits = predict(family, module, data, split)
+    labels = data.targets(rows)
+    value = score(labels, logits, data.metric, data.problem)
+    return TaskScore(value, class_scores(labels, logits, data.problem, data.classes) if per_class else ())
 
 
 def evaluate_task(family: Family, module: nn.Module, data: TaskData, split: Split) -> float:
-    """The score of one task on a labelled split, ×100."""
-    rows, logits = predict(family, module, data, split)
-    return score(data.targets(rows), logits.argmax(dim=-1).tolist(), data.metric)
+    """The score of one task on a labelled split, as `data.metrics` counts it."""
+    return measure_task(family, module, data, split).value

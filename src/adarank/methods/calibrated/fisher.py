@@ -43,6 +43,7 @@ class Fisher(CalibratedMethod):
     formula: ClassVar[str] = "W = Σ_t F̂_t∘W_t / Σ_t F̂_t; F_t = mean_x E_y (∂ log p_t(y|x) / ∂W)²"
     source: ClassVar[str] = "Matena and Raffel 2022, arXiv:2111.09832"
     data: ClassVar[str] = "unlabelled inputs of each task (kind: empirical reads labels of adapt inputs)"
+    of_classes: ClassVar[bool] = True
     decides: ClassVar[tuple[str, ...]] = (*CalibratedMethod.decides, "kind", "classes")
 
     kind: Literal["true", "empirical"] = Field("true", description="y: drawn by the expert, or the label")

@@ -1,0 +1,170 @@
+"""What tasks are scored by. Computed by scikit-learn and SciPy where they have it.
+
+    single label    accuracy, f1 (two classes, of class 1), macro_f1, matthews, loss (cross-entropy)
+    several labels  micro_f1, macro_f1, exact_match, loss (binary cross-entropy)        a class is predicted where its logit is > 0
+    regression      pearson, spearman, loss (mean squared error)
+
+All are in per cent but the loss, which is as it is, and of which less is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adarank.data.labels import Label, Problem
+from adarank.errors import DataError
+
+Metric = Literal[
+    "accuracy", "f1", "macro_f1", "micro_f1", "exact_match", "matthews", "pearson", "spearman", "loss"
+]  # fmt: skip
+METRICS: tuple[str, ...] = get_args(Metric)
+LOSS = "loss"
+
+_DEFAULTS: dict[Problem, str] = {
+    "single_label_classification": "accuracy",
+    "multi_label_classification": "micro_f1",
+    "regression": "pearson",
+}
+_KNOWN: dict[Problem, tuple[str, ...]] = {
+    "single_label_classification": ("accuracy", "f1", "macro_f1", "matthews", LOSS),
+    "multi_label_classification": ("micro_f1", "macro_f1", "exact_match", LOSS),
+    "regression": ("pearson", "spearman", LOSS),
+}
+
+
+def chosen_metric(metric: str | None, problem: Problem, classes: int, where: str) -> str:
+    """The metric that a task is scored by: the one given, else its problem's own.
+
+    Arguments:
+        classes: how many outputs the network has.
+        where: what an error begins with, such as `task 'mood'`.
+
+    Raises:
+        DataError: the metric given is not for this problem.
+    """
+    known = _KNOWN[problem]
+    if metric is None:
+        return _DEFAULTS[problem]
+    if metric not in known:
+        raise DataError(f"{where}: metric '{metric}' is not for {problem.replace('_', ' ')}. Give {', '.join(known)}.")
+    if metric == "f1" and classes != 2:
+        raise DataError(f"{where}: metric 'f1' is of two classes, and there are {classes}. Give macro_f1.")
+    return metric
+
+
+def problem_by_labels(labels: Sequence[Any], outputs: int) -> Problem:
+    """What labels and the number of a network's outputs tell of its problem, where no configuration does."""
+    if outputs == 1:
+        return "regression"
+    several = bool(labels) and isinstance(labels[0], (list, tuple))
+    return "multi_label_classification" if several else "single_label_classification"
+
+
+def score(labels: Sequence[Label], logits: Tensor, metric: str, problem: Problem) -> float:
+    """The score of a network's outputs, in per cent but for a loss.
+
+    A correlation with a constant is 0, as that of Matthews is.
+
+    Arguments:
+        labels: of each input: its class, the numbers of its classes, or its number.
+        logits: (inputs, outputs).
+
+    Raises:
+        DataError: an output that the metric takes for a number is not finite.
+    """
+    if (metric == LOSS or problem == "regression") and not bool(torch.isfinite(logits).all()):
+        raise DataError(f"{metric}: the network gives values that are not finite, so that they have no {metric}.")
+    if metric == LOSS:
+        return float(loss(labels, logits.double(), problem))
+    if problem == "regression":
+        return 100 * _correlation(np.array(labels, dtype=float), logits[:, 0].double().numpy(), metric)
+    return 100 * _counted(metric)(*_sides(labels, logits, problem))
+
+
+def loss(labels: Sequence[Label], logits: Tensor, problem: Problem) -> Tensor:
+    """The mean loss that `transformers` trains such a network by, a scalar with a gradient. Arguments as for `score`."""
+    if problem == "regression":
+        return functional.mse_loss(logits[:, 0], torch.tensor(labels, dtype=torch.float64).to(logits))
+    if problem == "multi_label_classification":
+        wanted = torch.from_numpy(indicators(labels, logits.shape[1])).to(logits)
+        return functional.binary_cross_entropy_with_logits(logits, wanted)
+    return functional.cross_entropy(logits, torch.tensor(labels, device=logits.device))
+
+
+def predictions(logits: Tensor, problem: Problem) -> Any:
+    """What is predicted: the class of each input as a list; of several labels a (inputs, classes) array of 0 and 1."""
+    return (logits > 0).int().numpy() if problem == "multi_label_classification" else logits.argmax(dim=-1).tolist()
+
+
+def indicators(labels: Sequence[Label], classes: int) -> np.ndarray[Any, Any]:
+    """(inputs, classes) of 0 and 1 from the numbers of each input's classes."""
+    table = np.zeros((len(labels), classes), dtype=int)
+    for row, numbers in enumerate(labels):
+        table[row, list(numbers)] = 1  # type: ignore[arg-type]
+    return table
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class: how many inputs have it, and precision, recall and F1 in per cent."""
+
+    name: str
+    inputs: int
+    precision: float
+    recall: float
+    f1: float
+
+
+def class_scores(
+    labels: Sequence[Label], logits: Tensor, problem: Problem, names: Sequence[str]
+) -> tuple[ClassScore, ...]:
+    """What a network's outputs come to class by class; nothing of a regression. Arguments as for `score`.
+
+    Precision of a class that is never predicted, and recall of one that no input has, are 0.
+
+    Arguments:
+        names: of the classes, in the order of their numbers.
+    """
+    if problem == "regression":
+        return ()
+    from sklearn.metrics import precision_recall_fscore_support
+
+    parts = precision_recall_fscore_support(
+        *_sides(labels, logits, problem), labels=range(logits.shape[1]), zero_division=0
+    )
+    named = [*names, *map(str, range(len(names), logits.shape[1]))]
+    return tuple(
+        ClassScore(name, int(inputs), *(100 * float(share) for share in shares))
+        for name, *shares, inputs in zip(named, *parts, strict=True)
+    )
+
+
+def _sides(labels: Sequence[Label], logits: Tensor, problem: Problem) -> tuple[Any, Any]:
+    several = problem == "multi_label_classification"
+    return indicators(labels, logits.shape[1]) if several else labels, predictions(logits, problem)
+
+
+def _counted(metric: str) -> Callable[[Any, Any], float]:
+    from sklearn import metrics  # imported on use: it is slow, and merging needs none
+
+    if metric in ("accuracy", "exact_match"):
+        return lambda labels, given: float(metrics.accuracy_score(labels, given))
+    if metric == "matthews":
+        return lambda labels, given: float(metrics.matthews_corrcoef(labels, given))
+    average = {"f1": "binary", "macro_f1": "macro", "micro_f1": "micro"}[metric]
+    return lambda labels, given: float(metrics.f1_score(labels, given, average=average, zero_division=0))
+
+
+def _correlation(labels: np.ndarray[Any, Any], given: np.ndarray[Any, Any], metric: str) -> float:
+    from scipy import stats  # imported on use: it is slow, and merging needs none
+
+    if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(given) == 0:
+        return 0.0
+    return float((stats.pearsonr if metric == "pearson" else stats.spearmanr)(labels, given).statistic)
