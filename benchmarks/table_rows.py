@@ -150,4 +150,8 @@ ADAPTED: dict[str, Adapted] = {
 }
 SEEDS = 3  # of every row in which unlabelled or labelled data are drawn at random
 TRAINED = "multi-task training"
+LEARNED_HEADS = (
+    "learned heads"  # kind of the records of rows whose heads were learned; those of the kind "row" have the experts'
+)
+WITH_HEADS = ("weight average", "TA", "TIES", "TSV-M", "CART", "AdaRank")
 WORTH = 0.25  # points of mean score that a search must gain beyond its grid to go on there
