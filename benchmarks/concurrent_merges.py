@@ -49,7 +49,7 @@ def _pair(folder: Path, zoo: Path, wanted: dict[str, State], draw: random.Random
         shutil.copytree(folder / "wanted" / old, out)
     children: list[Child] = []
     for name, force in zip(names, forced, strict=True):
-        command = ["merge", str(zoo / f"{name}.yaml"), str(out), *(["--force"] if force else [])]
+        command = ["merge", str(zoo / f"{name}.yaml"), str(out), "--no-report", *(["--force"] if force else [])]
         children.append(fork(command, folder / f"said-{len(children)}"))
         if len(children) == 1:
             time.sleep(draw.choice([0, 0, draw.uniform(0, 0.1), draw.uniform(0, 0.3)]))

@@ -74,7 +74,7 @@ def plain_zoo(folder: Path, form: str = "safetensors") -> None:
 
 
 def merging(count: int = len(METHODS)) -> tuple[Callable[[Path], object], ...]:
-    return tuple(command("merge", f"recipe{number}.yaml", "../results/out") for number in range(count))
+    return tuple(command("merge", f"recipe{number}.yaml", "../results/out", "--no-report") for number in range(count))
 
 
 def text_inputs(folder: Path) -> None:
@@ -122,7 +122,7 @@ def stop_at(recipe: Path, out: Path) -> None:
 
 def resumed(root: Path) -> object:
     shutil.copytree(root / "inputs" / "kept", root / "results", dirs_exist_ok=True, symlinks=True)
-    return command("merge", "adapted.yaml", "../results/out")(root)
+    return command("merge", "adapted.yaml", "../results/out", "--no-report")(root)
 
 
 def tables(folder: Path) -> None:
@@ -223,9 +223,9 @@ KINDS = [
     Kind("images", pictures, ("data/digits.npz", "data/folder/*/*.png", "data/digits.parquet"),
          tuple(loading(f"{name}.yaml") for name in ("npz", "files", "parquet")),
          {"data/folder/digits-0/000.png": picture, "data/digits.parquet": picture_table}),
-    Kind("configs", configured, ("models/*/*.json",), (command("merge", "recipe.yaml", "../results/out"), command("plan", "recipe.yaml"), EVALUATED)),
-    Kind("tokenizers", text_inputs, ("models/mood/*.json", "models/base/*.json"), (loading("recipe.yaml"), command("merge", "recipe.yaml", "../results/out"))),
-    Kind("masks", text_inputs, ("output/masks.safetensors",), (command("merge", "masked.yaml", "../results/out"), command("inspect", "output"))),
+    Kind("configs", configured, ("models/*/*.json",), (command("merge", "recipe.yaml", "../results/out", "--no-report"), command("plan", "recipe.yaml"), EVALUATED)),
+    Kind("tokenizers", text_inputs, ("models/mood/*.json", "models/base/*.json"), (loading("recipe.yaml"), command("merge", "recipe.yaml", "../results/out", "--no-report"))),
+    Kind("masks", text_inputs, ("output/masks.safetensors",), (command("merge", "masked.yaml", "../results/out", "--no-report"), command("inspect", "output"))),
     Kind("states", with_state, ("kept/.out.state/*.pt",), (resumed,)),
     Kind("bundles", text_inputs, ("bundle/bundle.json", "bundle/bundle.json", "bundle/*.safetensors", "bundle/tasks/*/*"), (
         command("extract", "bundle", "../results/out", "--task", "mood"), command("inspect", "bundle"),

@@ -45,7 +45,7 @@ class Command:
 def _merge(name: str, old: str | None = None) -> Command:
     force = ("--force",) if old else ()
     return Command(f"merge {name}{f' --force over {old}' if old else ''}",
-                   ("merge", f"{{zoo}}/{name}.yaml", "{place}/out", *force), old=old)  # fmt: skip
+                   ("merge", f"{{zoo}}/{name}.yaml", "{place}/out", "--no-report", *force), old=old)  # fmt: skip
 
 
 def _search(best: str, axis: str, force: bool = False) -> tuple[str, ...]:

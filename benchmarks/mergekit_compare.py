@@ -26,7 +26,7 @@ import runpy
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -87,13 +87,15 @@ def write_recipes(folder: Path, recipes: Mapping[str, dict[str, Any]]) -> dict[s
     return files
 
 
-def mergekit(python: Path, files: Mapping[str, Path], out: str) -> dict[str, str | None]:
+def mergekit(
+    python: Path, files: Mapping[str, Path], out: str, options: Sequence[str] = ("--no-copy-tokenizer",)
+) -> dict[str, str | None]:
     """Call mergekit's command on every recipe, in the recipes' folder, as their relative paths need.
 
     Each result lies beside its recipe, in a folder of the recipe's name and the suffix `out`; returned are the errors.
     """
     folder = next(iter(files.values())).parent
-    calls = [[file.name, file.with_suffix(out).name, "--quiet", "--no-copy-tokenizer"] for file in files.values()]
+    calls = [[file.name, file.with_suffix(out).name, "--quiet", *options] for file in files.values()]
     errors = last_line([str(python), "-c", DRIVER, json.dumps(calls)], folder)
     return dict(zip(files, errors, strict=True))
 

@@ -2,7 +2,9 @@
 
     python benchmarks/table.py minilm-8 FOLDER [--rows NAME …] [--threads 2]
     python benchmarks/table.py demo-8 FOLDER
+    python benchmarks/table.py demo-8 FOLDER --heads learn
 
+With `--heads learn` each task's head is learned too, in the rows that have such a column; else heads are the experts'.
 minilm-8: FOLDER holds `models/` (base and experts) and `text/` (task data), as examples/minilm-8/README.md describes.
 demo-8: the experts and images that adarank ships; FOLDER takes what is written on the way.
 
@@ -29,7 +31,18 @@ wait_passively()  # before PyTorch is loaded
 import torch
 from records import FOLDER, Records
 from table_bench import Bench
-from table_rows import ADAPTED, BEDS, MODULES, SEEDS, STATIC, STATISTICS, TASK_AWARE, TRAINED
+from table_rows import (
+    ADAPTED,
+    BEDS,
+    LEARNED_HEADS,
+    MODULES,
+    SEEDS,
+    STATIC,
+    STATISTICS,
+    TASK_AWARE,
+    TRAINED,
+    WITH_HEADS,
+)
 
 from adarank.methods import METHODS, WeightAverage
 from adarank.settings import parse
@@ -83,12 +96,21 @@ def run(bench: Bench, rows: list[str], seeds: int = SEEDS) -> None:
             bench.random_masks(f"{of}, random masks", of, 0)
 
 
+def learn_heads(bench: Bench, rows: list[str], seeds: int = SEEDS) -> None:
+    """Rows with learned heads: a seed of those that draw nothing at random, all of the adapted."""
+    for seed in range(seeds):
+        for row in rows or WITH_HEADS:
+            if (seed == 0 or row in ADAPTED) and not bench.recorded(row, seed, LEARNED_HEADS):
+                bench.learned_heads(row, seed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bed", choices=BEDS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--records", type=Path, metavar="FILE", help="default: records/BED.jsonl")
     parser.add_argument("--rows", nargs="*", default=[])
+    parser.add_argument("--heads", choices=["expert", "learn"], default="expert", help="whose heads each task has")
     parser.add_argument("--labelled", type=Path, metavar="DIR", help="demo-8 alone: its sources, with labels")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="at most so many of each row")
     parser.add_argument("--threads", type=int, default=2)
@@ -99,7 +121,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     bed = BEDS[arguments.bed]
     records = Records(arguments.records or FOLDER / f"{bed.name}.jsonl")
-    run(Bench(bed, arguments.folder, records, arguments.labelled), arguments.rows, arguments.seeds)
+    bench = Bench(bed, arguments.folder, records, arguments.labelled)
+    (learn_heads if arguments.heads == "learn" else run)(bench, arguments.rows, arguments.seeds)
     if not arguments.keep and not arguments.rows:
         shutil.rmtree(arguments.folder / "out", ignore_errors=True)
 

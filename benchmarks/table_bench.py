@@ -13,9 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from records import Records, summary
-from table_rows import ADAPTED, DEMO, MODULES, STATIC, STATISTICS, TASK_AWARE, WEMOE_LR_TIMES_STEPS, WORTH, Bed
+from table_rows import (
+    ADAPTED,
+    DEMO,
+    LEARNED_HEADS,
+    MODULES,
+    STATIC,
+    STATISTICS,
+    TASK_AWARE,
+    WEMOE_LR_TIMES_STEPS,
+    WORTH,
+    Bed,
+)
 
 from adarank.data.task import TaskData
 from adarank.io.checkpoint import Checkpoint
@@ -27,7 +37,6 @@ from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.recipe.schema import Recipe
 from adarank.settings import parse
 from adarank.spectral.mask_file import FILE, MaskFile
-from adarank.spectral.masks import random_mask
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import heads_of, score_all, score_bundle
@@ -57,7 +66,7 @@ class Bench:
         values = given.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"parameters", "adapt"})
         return parse_recipe({**values, **changes}, given.folder if self.bed is DEMO else self.folder)
 
-    def record(self, row: str, seed: int, content: dict[str, Any]) -> None:
+    def record(self, row: str, seed: int, content: dict[str, Any], kind: str = "row") -> None:
         """Score what the networks hold on test and write the row's record."""
         table = Table("test", "disjoint", {})
         table.rows[row] = content.pop("scores", None) or score_all(self.job, self.models, self.data, "test")
@@ -68,7 +77,7 @@ class Bench:
             if part in content:
                 content[part] = summary(content[part], counts)
         record = {
-            "kind": "row",
+            "kind": kind,
             "name": row,
             "seed": seed,
             "split": "test",
@@ -77,20 +86,20 @@ class Bench:
             "scores": table.rows[row],
             **content,
             "rows_per_split": counts,
-            "command": self.command,
+            "command": self.command + " --heads learn" * (kind == LEARNED_HEADS),
             "inputs": self.inputs,
             "versions": versions(),
             "machine": machine(self.job.recipe.device),
         }
         self.records.write(record)
         print(
-            f"{row:28s} seed {seed}  mean {record['mean']:6.2f}  "
+            f"{row:28s} {kind} seed {seed}  mean {record['mean']:6.2f}  "
             + "  ".join(f"{t} {s:.1f}" for t, s in table.rows[row].items()),
             flush=True,
         )
 
-    def recorded(self, row: str, seed: int) -> bool:
-        return self.records.first(kind="row", name=row, seed=seed) is not None
+    def recorded(self, row: str, seed: int, kind: str = "row") -> bool:
+        return self.records.first(kind=kind, name=row, seed=seed) is not None
 
     def output(self, row: str, seed: int) -> Path:
         """Where the row's merged model is written."""
@@ -101,13 +110,14 @@ class Bench:
         """Merge by a method that looks at inputs; where adapt inputs have no labels, at labelled ones of `--labelled`."""
         name, parameters = STATISTICS[row]
         chosen, data = "nothing to choose", self.data
-        if parameters and self.bed is DEMO:  # empirical
+        method = parse(METHODS[name], {**parameters, "seed": seed}, name)
+        if method.reads_labels and self.bed is DEMO:
             if self.labelled is None:
                 print(f"{row}: left out; give --labelled", flush=True)
                 return
             data = load_tasks(open_job(self.recipe({"merge_method": "average", "models": self._labelled_models()})))
             chosen += "; labels of the experts' training rows"
-        self.static(row, parse(METHODS[name], {**parameters, "seed": seed}, name), chosen, seed, data)
+        self.static(row, method, chosen, seed, data)
 
     def static(
         self, row: str, method: Method, chosen: str, seed: int = 0, data: Mapping[str, TaskData] | None = None
@@ -256,6 +266,28 @@ class Bench:
         with heads_of(out, self.models):
             self.record(row, seed, content)
 
+    def learned_heads(self, row: str, seed: int) -> None:
+        """The row once more, each task's head learned on the merged body: after data-free merges, or as adaptation does."""
+        out = self.output(f"{row}, learned heads", seed)
+        chosen = "nothing to choose; heads: no labels"
+        if row in ADAPTED:
+            changes: dict[str, Any] = {"merge_method": ADAPTED[row].method, "adapt": {}}
+            chosen = "nothing: as adarank does by default, without labels"
+        else:
+            name, axes = STATIC[row][:2] if row in STATIC else ("average", {})
+            changes = {"merge_method": name, "parameters": self.search(row) if axes else {}, "heads": "learn"}
+            if axes:
+                chosen = f"{', '.join(axes)} on select, with labels; heads: no labels"
+        if not out.exists():
+            progress = Printer(row, seed)
+            merge(self.recipe({**changes, "seed": seed}), out, progress=progress, data=self._data_of(seed))
+        merged = json.loads((out / "adarank.json").read_text())
+        checkpoint = Checkpoint(out)
+        self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
+        content = {name: merged[name] for name in ("settings", "adaptation", "learned_heads") if name in merged}
+        with heads_of(out, self.models):
+            self.record(row, seed, {**content, "chosen": chosen}, LEARNED_HEADS)
+
     def _labelled_models(self) -> list[dict[str, Any]]:
         """The bed's models, each task's adapt file being what its expert was trained on, with labels."""
         models = self.recipe({}).model_dump(mode="json", by_alias=True, exclude_unset=True)["models"]
@@ -282,9 +314,7 @@ class Bench:
     def random_masks(self, row: str, of: str, seed: int) -> None:
         """The learned λ with masks of the same density in random places."""
         learned = MaskFile.load(self.output(of, 0) / FILE)
-        generator = torch.Generator().manual_seed(seed)
-        shuffled = {n: random_mask(m, learned.sizes[n], generator) for n, m in learned.masks.items()}
-        method = Masked(masks=replace(learned, masks=shuffled))
+        method = Masked(masks=learned, shuffled=True, seed=seed)
         self.models.fill(merge_tensors(method, self.job.network))
         self.record(
             row,

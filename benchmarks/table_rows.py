@@ -52,6 +52,12 @@ STATIC: dict[str, tuple[str, Grid, int]] = {
     "TSV-M": ("tsv_m", {"lambda": _WHOLE}, 1),
     "Iso-C": ("iso_c", {"lambda": _WHOLE}, 1),
     "Iso-CTS": ("iso_cts", {"lambda": _WHOLE}, 1),
+    "SVC": ("svc", {"lambda": [0.3, 0.5, 0.8]}, 1),
+    "DC-Merge": ("dc_merge", {"lambda": [0.5, 1.0, 2.0]}, 1),
+    "WUDI": ("wudi", {"lambda": [0.3, 0.5, 0.8]}, 1),
+    "SWUDI": ("swudi", {"lambda": [0.1, 0.2, 0.4]}, 1),
+    "ACTMat": ("actmat", {"lambda": [0.3, 0.5, 0.8]}, 1),
+    "ESM": ("esm", {"lambda": [0.3, 0.5, 0.8]}, 1),
     "CART, energy": ("cart", {"energy": [0.3, 0.5], "lambda": [0.7, 1.0, 1.3]}, 1),
 }
 # Task-aware rows, each a bundle: (method, what is tried on select). TALL-masks' α is chosen task by task, as in its paper.
@@ -77,6 +83,8 @@ STATISTICS: dict[str, tuple[str, dict[str, Any]]] = {
     "Fisher, empirical": ("fisher", {"kind": "empirical"}),
     "RegMean": ("regmean", {}),
     "RegMean++": ("regmean++", {}),
+    "FeatCal": ("featcal", {}),
+    "FeatCal, from the average": ("featcal", {"start": "average"}),
 }
 MINILM = Bed(
     "minilm-8",
@@ -142,4 +150,8 @@ ADAPTED: dict[str, Adapted] = {
 }
 SEEDS = 3  # of every row in which unlabelled or labelled data are drawn at random
 TRAINED = "multi-task training"
+LEARNED_HEADS = (
+    "learned heads"  # kind of the records of rows whose heads were learned; those of the kind "row" have the experts'
+)
+WITH_HEADS = ("weight average", "TA", "TIES", "TSV-M", "CART", "AdaRank")
 WORTH = 0.25  # points of mean score that a search must gain beyond its grid to go on there

@@ -48,7 +48,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "multitask": {"merge_method": "multitask", "parameters": {"steps": 3, **LEARN}},
 }
-_CHANGING = ("begun", "seconds", "seconds_in_steps", "seconds_judging", "peak_resident_bytes", "resumed_from")
+_CHANGING = (
+    "begun",
+    "seconds",
+    "seconds_in_steps",
+    "seconds_judging",
+    "peak_resident_bytes",
+    "resumed_from",
+    "record_sha256",
+)
 State = Mapping[str, str]
 """File name -> hash of its content."""
 

@@ -33,6 +33,7 @@ from results_tables import (
     short_table,
     table,
     task_aware,
+    vocabularies,
 )
 
 from adarank.cli.main import parser
@@ -172,6 +173,7 @@ def results_page() -> str:
         "demo_collapse": lambda: collapse("demo-8"),
         "costs": costs,
         "peers": peers,
+        "vocabularies": vocabularies,
         "fusion_bench": fusion_bench,
     }
     return filled("results.in.md", fill)

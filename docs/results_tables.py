@@ -33,12 +33,20 @@ ROWS = [
     "TSV-M",
     "Iso-C",
     "Iso-CTS",
+    "SVC",
+    "DC-Merge",
+    "WUDI",
+    "SWUDI",
+    "ACTMat",
     "CART",
     "CART, energy",
     "Fisher",
     "Fisher, empirical",
     "RegMean",
     "RegMean++",
+    "FeatCal",
+    "FeatCal, from the average",
+    "ESM",
     "AdaMerging, task-wise",
     "AdaMerging",
     "AdaMerging++",
@@ -74,9 +82,9 @@ def recorded(subject: str, kind: str) -> list[Record]:
     return Records(FOLDER / f"{subject}.jsonl").find(kind=kind)
 
 
-def load(bed: str, row: str) -> list[Record]:
-    """The records of one row, by seed."""
-    return sorted((r for r in recorded(bed, "row") if r["name"] == row), key=lambda r: r["seed"])
+def load(bed: str, row: str, kind: str = "row") -> list[Record]:
+    """The records of one row, by seed: with the experts' heads, or of the kind "learned heads"."""
+    return sorted((r for r in recorded(bed, kind) if r["name"] == row), key=lambda r: r["seed"])
 
 
 def record_of(subject: str, kind: str, name: str) -> Record:
@@ -86,7 +94,8 @@ def record_of(subject: str, kind: str, name: str) -> Record:
 def table(bed: str, rows: list[str], costs: bool = False) -> list[str]:
     """Mean over seeds, and ± the sample standard deviation of the mean score where there are several.
 
-    "gap" is the share of the way from the weight average to the experts.
+    "gap" is the share of the way from the weight average to the experts; "learned heads" the mean where heads were learned
+    too, empty where there is no record of that, left out if no row has one. All else is with the experts' heads.
 
     Arguments:
         costs: with the seconds and the peak memory of each row's merge.
@@ -94,13 +103,16 @@ def table(bed: str, rows: list[str], costs: bool = False) -> list[str]:
     tasks = TASKS[bed]
     experts, average = (load(bed, row)[0] for row in ("experts", "weight average"))
     more = ["s", "GB"] if costs else []
-    names = ["", "mean", "norm.", "gap", *tasks, *more, "seeds"]
+    learned = {row: records for row in rows if (records := load(bed, row, "learned heads"))}
+    column = ["learned heads"] if learned else []
+    names = ["", "mean", "norm.", "gap", *column, *tasks, *more, "seeds"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for row in rows:
         records = load(bed, row)
         if not records:
             continue
-        lines.append(_row(bed, row, records, [_gap(records, average, experts)], costs))
+        means = [_spread(learned[row]) if row in learned else ""] if learned else []
+        lines.append(_row(bed, row, records, [_gap(records, average, experts), *means], costs))
     return lines
 
 
@@ -318,6 +330,18 @@ def peers() -> list[str]:
         ]
         count = sum(len(own) for (stored, _), own in kinds.items() if stored == "float32")
         lines.append(f"| {method} | {count} | {' | '.join(cells)} |")
+    return lines
+
+
+def vocabularies() -> list[str]:
+    """Largest relative differences from mergekit where models have other vocabularies, rows paired by token."""
+    record = record_of("peers", "peer", "mergekit, vocabularies")
+    lines = ["| recipe | method | rows | output table stored | tied |", "|---|---|---|---|---|"]
+    for stored, tied in zip(record["untied"], record["tied"], strict=True):
+        cells = [f"{each['max_relative_difference']:.1e}" for each in (stored, tied)]
+        lines.append(
+            f"| {stored['name']} | {stored['recipe']['merge_method']} | {stored['rows']} | {' | '.join(cells)} |"
+        )
     return lines
 
 

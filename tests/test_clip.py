@@ -120,7 +120,7 @@ def test_a_projection_merges_only_where_experts_moved_it(tmp_path: Path) -> None
         folder = make_zoo(tmp_path / form, form, projected)
         job = open_job(load_recipe(recipe(folder, **ALL)))
         choice = job.network.choices["visual_projection.weight"]
-        assert choice.action == ("decompose" if form == FORMS[1] else "keep")
+        assert choice.action == ("scale" if form == FORMS[1] else "keep")
         assert job.network.choices["text_model.embeddings.token_embedding.weight"].action == "keep"
 
 

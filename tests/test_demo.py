@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.cells import cell_len
+from rich.console import Console
 
 import adarank
+from adarank.cli import console
 from adarank.cli.main import main
 from adarank.errors import AdaRankError, Interrupted
 from adarank.workflow import demo
@@ -90,11 +93,15 @@ def test_the_quick_demo_ends_with_the_same_table_each_time(tmp_path: Path, capsy
     assert len(adarank.load_task(tmp_path / "one", "gtsrb").config.id2label) == 43
 
 
-def test_the_demo_tells_where_the_model_is_and_what_to_do_next(tmp_path: Path, capsys) -> None:
-    assert main(["demo", str(tmp_path / "out"), "--quick", "--threads", "1"]) == 0
-    shown = capsys.readouterr().out
-    for needed in ("experts", "CART", "AdaRank", str(tmp_path / "out"), "adarank plan"):
-        assert needed in shown
+def test_the_demo_tells_where_the_model_is_and_what_to_do_next(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("out", "err"):
+        monkeypatch.setattr(console, name, Console(width=80, highlight=False, markup=False, stderr=name == "err"))
+    assert main(["demo", "out", "--quick", "--threads", "1"]) == 0
+    told = capsys.readouterr()
+    assert all(cell_len(line) <= 80 and "…" not in line for line in (told.out + told.err).splitlines())
+    for needed in ("experts", "CART", "AdaRank", "adarank inspect out", "adarank plan"):
+        assert needed in told.out
 
 
 def test_quick_shortens_a_recipe_without_an_adapt_block(copy: Path, tmp_path: Path, monkeypatch) -> None:

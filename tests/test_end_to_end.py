@@ -339,7 +339,7 @@ def test_the_command_line_says_which_step_was_kept_and_why(
     assert main(["merge", str(recipe(zoo, **{**ADAPT, "adapt": zero})), str(tmp_path / "still")]) == 0
     shown = capsys.readouterr()
     assert "rolled back to the start: none of 2 judged steps was better" in shown.out
-    assert "agreement at step 1: mood" in shown.err
+    assert "agreement at step 2: mean" in shown.err
     last = {**zero, "keep": "last"}
     assert main(["merge", str(recipe(zoo, **{**ADAPT, "adapt": last})), str(tmp_path / "last")]) == 0
     assert "kept step 2: the last step" in capsys.readouterr().out

@@ -39,6 +39,13 @@ def test_one_set_of_weights_is_used_and_no_clutter(kind: str, folder: str) -> No
     assert sorted(used_files([*names, *others], folder)) == sorted(place + name for name in [*wanted, *BESIDE])
 
 
+def test_an_adapters_files_are_used_without_the_model_beside_it() -> None:
+    adapter = ["adapter_model.safetensors", "adapter_config.json"]
+    names = [*CLUTTER, *SHARDS, *adapter, *BESIDE, "adapter_model.bin", "checkpoint-9/adapter_model.safetensors"]
+    assert sorted(used_files(names, adapter=True)) == sorted([*adapter, *BESIDE])
+    assert not set(adapter[:1]) & set(used_files(names))
+
+
 def test_modules_of_sentence_encoders_are_used() -> None:
     modules = ["1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
     names = ["modules.json", "config.json", "model.safetensors", *modules]
@@ -80,6 +87,13 @@ def test_templates_are_brought_and_second_weights_left(tmp_path: Path, monkeypat
     assert resolve("org/name@v2") == tmp_path
     assert hub.brought() == sorted([*BESIDE, "model.safetensors"])
     assert hub.revisions == {"v2"}
+
+
+def test_of_an_adapter_its_files_are_brought_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = ["adapter_model.safetensors", "adapter_config.json"]
+    hub = Hub([*NAMES, *adapter], tmp_path, monkeypatch)
+    assert resolve("org/name@v2", adapter=True) == tmp_path
+    assert hub.brought() == sorted([*BESIDE, *adapter])
 
 
 def test_a_folder_of_a_repository_is_brought_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def test_a_roll_back_names_the_tolerance_that_would_keep_it(table: list[tuple[in
     }
     found = choose_best(seen, signal, 0.0)
     best = max(seen, key=lambda step: (sum(own.agreement for own in seen[step].values()), -step))
-    named = re.search(r"step (\d+), at ([\d.]+), would be kept with tolerance: ([\d.]+)", found.why)
+    named = re.search(r"step (\d+), at ([\d.]+)%?, would be kept with tolerance: ([\d.]+)", found.why)
     assert (named is not None) == (found.rolled_back and best > 0)
     if named:
         assert int(named[1]) == best
@@ -102,7 +102,7 @@ def test_a_roll_back_names_the_tolerance_that_would_keep_it(table: list[tuple[in
 def test_a_gain_for_all_is_kept_and_says_why() -> None:
     found = choose_best(judged((0.5, 0.8), (0.6, 0.8), (0.9, 0.7)), "agreement", 0.0)
     assert (found.step, found.rolled_back) == (25, False)
-    assert "0.7000, 0.6500 at the start" in found.why
+    assert "70.00%, 65.00% at the start" in found.why
 
 
 def test_nothing_taken_is_no_roll_back() -> None:

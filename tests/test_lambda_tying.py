@@ -1,4 +1,4 @@
-"""λ per tensor, layer, task or model against torch.autograd and torch's Adam on the tied numbers themselves."""
+"""λ per tensor, layer (of each task, or shared), task or model against torch.autograd and torch's Adam on the tied numbers themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from test_adapt_keeps import SETTINGS, Judged
 from test_adapt_loop import Problem, assert_same, boom, told
 from test_adapt_start import liking
 
-PER = ["tensor", "layer", "task", "model"]
+PER = ["tensor", "layer", "shared-layer", "task", "model"]
 
 NAMES = {
     "bert": {
@@ -81,6 +81,7 @@ def test_spreading_and_gathering_are_loops_over_the_entries(tasks: int, per: Any
     owner = {
         "tensor": lambda row, task: (row, task),
         "layer": lambda row, task: (layers[row], task),
+        "shared-layer": lambda row, task: (layers[row], 0),
         "task": lambda row, task: (0, task),
         "model": lambda row, task: (0, 0),
     }[per]
@@ -143,7 +144,9 @@ class Toy:
 
     def leaf(self, name: str, task: str) -> Tensor:
         layer = next(number for prefix, number in LAYER.items() if name.startswith(prefix))
-        key = {"tensor": (name, task), "layer": (layer, task), "task": task, "model": 0}[self.per]
+        key = {"tensor": (name, task), "layer": (layer, task), "shared-layer": layer, "task": task, "model": 0}[
+            self.per
+        ]
         return self.leaves.setdefault(
             key, torch.full((), 0.3, dtype=self.net.factor.dtype).requires_grad_()
         )  # one number, wherever it is used
@@ -186,7 +189,7 @@ def test_the_gradient_of_a_tied_lambda_is_autograds(per: str, learn_masks: bool,
     assert (
         toy.live.lam.numel()
         == len(toy.leaves)
-        == {"tensor": 16, "layer": 10, "task": 2, "model": 1}[per] + (2 if per == "tensor" else 0)
+        == {"tensor": 16, "layer": 10, "shared-layer": 5, "task": 2, "model": 1}[per] + (2 if per == "tensor" else 0)
     )
     found = tie(list(toy.origin), 2, per).spread(toy.live.lam.grad)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-4
@@ -253,12 +256,12 @@ def test_the_masks_file_has_lambdas_and_merges_as_adapted(basis: str, per: str) 
     parameters = {"basis": basis, "lambda_per": per}
     found = adarank.adapt(base, experts, {t: [torch.randn(8, 6)] for t in experts}, "adarank", parameters, loop)
     groups = len(BASES[basis].groups(list(experts)))
-    rows = {"tensor": 4, "layer": 2, "task": 1, "model": 1}[per]
+    rows = {"tensor": 4, "layer": 2, "shared-layer": 2, "task": 1, "model": 1}[per]
     lams = torch.stack(list(found.masks.lam.values()))
     assert lams.shape == (4, groups)
     # Iso-C has no component of one task alone: those λ move by biases only
     assert lams.unique(dim=0).shape[0] == rows
-    assert len({tuple(column) for column in lams.T.tolist()}) == (1 if per == "model" else groups)
+    assert len({tuple(column) for column in lams.T.tolist()}) == (1 if per in ("model", "shared-layer") else groups)
     again = adarank.merge(base, experts, "masked", {"masks": found.masks})
     for name, value in again.items():
         torch.testing.assert_close(value, found.state[name], rtol=0, atol=1e-6)
@@ -333,5 +336,5 @@ def test_what_may_return_is_of_the_start_also_after_a_kill(tmp_path: Path, rank:
 
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_an_unknown_granularity_is_refused_with_those_that_are(method: str) -> None:
-    with pytest.raises(RecipeError, match=r"lambda_per.*'tensor', 'layer', 'task' or 'model'.*'block'"):
+    with pytest.raises(RecipeError, match=r"lambda_per.*'tensor', 'layer', 'shared-layer', 'task' or 'model'.*'block'"):
         parse(ADAPTIVE[method], {"lambda_per": "block"}, "parameters")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+import adarank
 from adarank.adapt import ADAPTIVE, PRESETS, AdaptSettings
 from adarank.adapt.presets import with_preset
 from adarank.errors import CheckpointError, RecipeError
@@ -20,7 +21,7 @@ from adarank.methods import METHODS
 from adarank.settings import Settings, parse
 from adarank.sparsify.threshold import top_count
 from adarank.spectral.mask_file import MaskFile
-from adarank.spectral.masks import hard, kept, random_mask, soft, straight_through, top_mask
+from adarank.spectral.masks import hard, kept, random_mask, scattered, soft, straight_through, top_mask
 from make import generator, randn
 
 
@@ -263,3 +264,36 @@ def test_a_preset_starts_where_the_papers_start(
     method, settings = with_preset(ADAPTIVE["adarank"], parameters, {}, preset)
     assert (method.origin, method.rank, method.scale) == start
     assert settings.objective == "entropy"
+
+
+def test_random_starts_are_as_dense_as_top_ones_and_stay_put(problem: Any) -> None:
+    base, experts, batches = problem
+
+    def masks(**parameters: Any) -> torch.Tensor:
+        start = {"rank": 0.5, "lambda": 0.7, "mask": "binary", "learn_masks": False, **parameters}
+        adapted = adarank.adapt(base, experts, batches, settings={"steps": 3, "learn_heads": False}, parameters=start)
+        return adapted.masks.masks["weight"]
+
+    top, random = masks(), masks(first="random")
+    sizes = (4, 4)
+    assert [int(part.sum()) for part in random.split(sizes)] == [int(part.sum()) for part in top.split(sizes)] == [2, 2]
+    assert torch.equal(random, masks(first="random"))
+    assert any(not torch.equal(top, masks(first="random", seed=seed)) for seed in range(4))
+
+
+@pytest.mark.parametrize("mask", ["soft", "binary"])
+def test_shuffled_masks_keep_density_and_lambda(problem: Any, mask: str) -> None:
+    base, experts, batches = problem
+    start = {"rank": 0.25, "lambda": 0.7, "mask": mask}
+    adapted = adarank.adapt(base, experts, batches, settings={"steps": 3, "learn_heads": False}, parameters=start)
+    merges = [
+        adarank.merge(base, experts, "masked", {"masks": adapted.masks, "shuffled": True, "seed": seed})["weight"]
+        for seed in (0, 0, 1, 2, 3)
+    ]
+    assert torch.equal(merges[0], merges[1])
+    assert any(not torch.allclose(merges[0], other) for other in merges[2:])
+    values, sizes = adapted.masks.masks["weight"], adapted.masks.sizes["weight"]
+    for part, whole in zip(scattered(values, sizes, 0, "weight").split(sizes), values.split(sizes), strict=True):
+        assert torch.equal(part.sort().values, whole.sort().values)
+    plain = adarank.merge(base, experts, "masked", {"masks": adapted.masks})
+    torch.testing.assert_close(plain["weight"], adapted.state["weight"])

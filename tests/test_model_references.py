@@ -1,4 +1,4 @@
-"""mergekit's ways to refer to a model: mappings with revisions are read, adapters refused for what they are."""
+"""mergekit's ways to refer to a model: mappings, revisions, adapters."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ FORMS: list[tuple[Any, str]] = [
     ("org/name@v1", "org/name@v1"), ({"path": "org/name", "revision": "v1"}, "org/name@v1"),
     ({"model": "org/name", "revision": "v1", "lora": None}, "org/name@v1"), ({"model": "one"}, "one"),
     ({"model": {"path": "org/name", "revision": "v1"}, "lora": None}, "org/name@v1"), ({"model": {"path": "one"}}, "one"),
+    ({"model": "one", "lora": "adapter"}, "one+adapter"), ("org/name@v1+org/adapter", "org/name@v1+org/adapter"),
+    ({"model": {"path": "one"}, "lora": {"path": "org/adapter", "revision": "v2"}}, "one+org/adapter@v2"),
 ]  # fmt: skip
 
 
@@ -43,18 +45,17 @@ def test_every_form_of_a_reference_is_read(given: Any, text: str) -> None:
     assert [entry.model for entry in recipe(given).models] == [text]
 
 
-@pytest.mark.parametrize("adapted", ["one+adapter", "org/model+org/adapter", "org/model@v1+org/adapter"])
+@pytest.mark.parametrize("adapted", ["one+missing", "org/model+org/missing", "org/model@v1+org/missing"])
 @pytest.mark.parametrize("as_base", [False, True])
-def test_a_model_plus_adapter_is_refused_as_such(adapted: str, as_base: bool, folder: Path) -> None:
-    model, _, adapter = adapted.partition("+")
-    found = recipe("one", adapted, folder) if as_base else recipe(adapted, "start", folder)
-    with pytest.raises(CheckpointError, match=f"'{model}' with the adapter '{adapter}'.*merge_and_unload"):
-        open_job(found)
+def test_an_adapter_that_is_not_there_is_named(adapted: str, as_base: bool, folder: Path) -> None:
+    model = adapted.partition("+")[0]
+    given = recipe("one", adapted, folder) if as_base else recipe(adapted, "start", folder)
+    with pytest.raises(CheckpointError, match="missing: no such adapter" if model == "one" else "org/model"):
+        open_job(given)
 
 
 @pytest.mark.parametrize(("given", "text"), [
-    ({"model": "one", "lora": "adapter"}, "models.0.model: adapters .* merge_and_unload"),
-    ({"model": {"path": "one"}, "lora": {"path": "adapter"}}, "adapters .* merge_and_unload"),
+    ({"model": "one", "lora": 3}, "lora is the path"), ({"model": "one+a", "lora": "b"}, "its adapter twice"),
     ({"model": "one", "override_architecture": "x"}, "has no override_architecture"),
     ({"revision": "v1"}, "needs one of model and path"), ({"path": 3}, "are texts"),
     ({"path": "one@v1", "revision": "v2"}, "its revision twice"),
@@ -68,7 +69,15 @@ def test_a_folder_with_a_plus_in_its_name_is_read(folder: Path) -> None:
     assert list(open_job(recipe("c++", "start", folder)).experts) == ["c++"]
 
 
-def test_every_adapter_of_a_recipe_is_named_at_once(folder: Path) -> None:
-    values = {"merge_method": "task_arithmetic", "base_model": "start", "models": [{"model": "start+one"}, {"model": "start+two"}]}  # fmt: skip
-    with pytest.raises(AdaRankError, match=r"(?s)adapter 'one'.*adapter 'two'"):
+def test_every_adapter_that_is_not_there_is_named_at_once(folder: Path) -> None:
+    values = {"merge_method": "task_arithmetic", "base_model": "start", "models": [{"model": "start+two"}, {"model": "start+three"}]}  # fmt: skip
+    with pytest.raises(AdaRankError, match=r"(?s)two: no such adapter.*three: no such adapter"):
         open_job(parse_recipe(values, folder))
+
+
+def test_an_adapter_beside_its_model_is_as_inside_of_it() -> None:
+    values = {"merge_method": "task_arithmetic", "base_model": "start"}
+    beside = parse_recipe({**values, "models": [{"model": "one", "lora": "adapter"}]}, Path())
+    assert [entry.model for entry in beside.models] == ["one+adapter"]
+    assert [entry.model for entry in recipe({"model": "one", "lora": "adapter"}).models] == ["one+adapter"]
+    assert list(beside.experts) == ["adapter"]

@@ -110,11 +110,11 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
         adarank.evaluate_recipe(recipe(zoo, models=models))
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_an_adapter_of_no_kind_is_refused(tmp_path: Path) -> None:
     zoo = make_zoo(tmp_path)
     adapter = zoo / "models" / "lora"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"lora: an adapter .* merge_and_unload"):
+    with pytest.raises(CheckpointError, match=r"lora/adapter_config.json: an adapter of kind .* merge_and_unload"):
         adarank.open_job(adarank.load_recipe(recipe(zoo, models=[{"model": "models/lora"}])))

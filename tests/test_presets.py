@@ -47,7 +47,7 @@ RELEASED: Mapping[str, tuple[str, float, float, int, int, float]] = {
 # temperature 10 from logits of ±0.1, a λ for each task and tensor (also Section 6.1 and Appendix A of the paper).
 MASKS: Mapping[str, Any] = {
     "lambda_per": "tensor", "learn_masks": True, "learn_lambda": True,
-    "basis": "task_vectors", "returnable": True, "mask": "binary",
+    "basis": "task_vectors", "returnable": True, "mask": "binary", "first": "top", "seed": 0,
 }  # fmt: skip
 LOOP: Mapping[str, Any] = {
     "objective": "entropy", "objectives": {}, "balance": 0.0, "schedule": "constant", "warmup": 0.0,

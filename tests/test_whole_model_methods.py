@@ -22,7 +22,7 @@ from adarank.methods.task_aware.base import TaskAwareMethod, sites_of, task_part
 from adarank.sparsify.threshold import global_thresholds
 from make import SHAPES, State, close, family, floats, network
 
-WHOLE = [name for name, kind in METHODS.items() if kind.passes > 1 and not kind.in_use]
+WHOLE = [name for name, kind in METHODS.items() if kind.passes > 1 and not kind.in_use and not kind.data]
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

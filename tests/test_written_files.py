@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 
 import adarank
 import text_zoo
-from adarank.errors import CheckpointError
+from adarank.errors import CheckpointError, OutputError, RecipeError
 from adarank.io.side_files import side_files
 from adarank.io.writer import RECORD
 from adarank.recipe.reader import load_recipe
-from make import save, state, write_index
+from adarank.recipe.sizes import shard_bytes
+from make import randn, same, save, state, write_index
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -131,3 +132,44 @@ def test_a_record_lists_every_file_beside_it(zoo: Path, tmp_path: Path) -> None:
     found = contents(tmp_path / "out")
     assert {name: entry["bytes"] for name, entry in listed.items()} == {n: len(c) for n, c in found.items() if n != RECORD}  # fmt: skip
     assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+SIZED = {f"layer.{i}.weight": (4, 8) for i in range(6)}  # 128 bytes each, and their headers
+
+
+@pytest.fixture
+def sized(tmp_path: Path) -> dict[str, object]:
+    for seed, name in enumerate(("base", "a")):
+        save(tmp_path / name, {n: randn(seed + i, *shape) for i, (n, shape) in enumerate(SIZED.items())})
+    models = [{"model": str(tmp_path / "a")}]
+    return {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"), "models": models, "device": "cpu"}
+
+
+@pytest.mark.parametrize("limit", [500, 800, "0.8KB", 10**9])
+def test_files_of_weights_keep_to_max_shard_size(limit: int | str, sized: dict[str, object], tmp_path: Path) -> None:
+    """Headers count too; the whole is that of one file, and nothing else is there."""
+    adarank.merge_recipe(sized, tmp_path / "whole")
+    adarank.merge_recipe({**sized, "max_shard_size": limit}, tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    most = limit if isinstance(limit, int) else 800
+    assert all(file.stat().st_size <= most for file in files)
+    assert (len(files) > 1) == (most < 10**9) == (tmp_path / "out" / "model.safetensors.index.json").exists()
+    sharded = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert same(sharded, load_file(tmp_path / "whole" / "model.safetensors"))
+
+
+def test_a_tensor_beyond_max_shard_size_is_named(sized: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"6 tensor\(s\) do not fit in a file of that size: 'layer\.0\.weight'"):
+        adarank.merge_recipe({**sized, "max_shard_size": 128}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["5", "5B", "big", "-1GB", 0, -3, True, 1.5])
+def test_a_size_that_is_none_is_refused(size: object, sized: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="such as 5GB, 500MB or 2GiB"):
+        adarank.merge_recipe({**sized, "max_shard_size": size}, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("2 GiB", 2**31), ("1.5kb", 1500), ("3TiB", 3 * 2**40)])
+def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
+    assert shard_bytes(text) == size

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from adarank.outputs.merged import load_task
     from adarank.recipe.job import open_job
     from adarank.recipe.reader import load_recipe
+    from adarank.report.page import write_report
     from adarank.spectral.mask_file import MaskFile
     from adarank.workflow.evaluate import evaluate as evaluate_recipe
     from adarank.workflow.merge import merge as merge_recipe
+    from adarank.workflow.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,6 +51,8 @@ __all__ = [
     "merge_each",
     "merge_recipe",
     "open_job",
+    "verify",
+    "write_report",
 ]
 # public name -> where it is; that module is imported when the name is first used, so that `import adarank` loads no PyTorch
 _HOMES = {
@@ -71,6 +75,8 @@ _HOMES = {
     "merge_each": "api:merge_each",
     "merge_recipe": "workflow.merge:merge",
     "open_job": "recipe.job:open_job",
+    "verify": "workflow.verify:verify",
+    "write_report": "report.page:write_report",
 }
 
 

@@ -23,13 +23,13 @@ from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.calibration.batches import Batches
 from adarank.data.labels import known_labels, read_labels
 from adarank.data.metrics import chosen_metric, problem_by_labels, score
-from adarank.errors import DataError, RecipeError, itemise
+from adarank.errors import DataError, Problems, RecipeError, itemise
 from adarank.io.bundle import held_parts
 from adarank.io.checkpoint import MemorySource, cast, check_any
 from adarank.method import Given, MergeMethod
 from adarank.models import share
 from adarank.models.compatibility import check_modules
-from adarank.models.predict import Forward
+from adarank.models.predict import Forward, call_module
 from adarank.recipe.registry import METHODS, method_class
 from adarank.settings import nearest
 
@@ -78,9 +78,8 @@ def merge(
         batches = {task: [torch.randn(16, 8)] for task in "ab"}  # unlabelled: a calibrated method needs inputs
         merged = adarank.merge(None, {"a": a, "b": b}, "regmean", batches=batches)
     """
-    network = _network(base, experts, select)
-    chosen = _method(network, method, parameters, "merge")
-    result = chosen.run(Batches(network, experts, batches or {}, forward or _call))
+    network, chosen = _checked(base, experts, select, method, parameters, "merge")
+    result = chosen.run(Batches(network, experts, batches or {}, forward or call_module))
     wider = "Give base and experts in a wider dtype, such as bfloat16."
     device = next(iter(_state(base if base is not None else next(iter(experts.values()))).values())).device
     merged = {}
@@ -117,9 +116,8 @@ def merge_each(
         each = adarank.merge_each(base, {"a": a, "b": b}, "emr")
         a.load_state_dict(each["a"])
     """
-    network = _network(base, experts, select)
-    chosen = _method(network, method, parameters, "merge_each")
-    context = Batches(network, experts, {}, _call)
+    network, chosen = _checked(base, experts, select, method, parameters, "merge_each")
+    context = Batches(network, experts, {}, call_module)
     parts = chosen.run(context).parts
     assert parts is not None  # as its class says
     shared, of_tasks = held_parts(network.tasks, parts.pieces)
@@ -188,7 +186,7 @@ def adapt(
     if not network.merged():
         raise RecipeError("select: every tensor is kept or belongs to a head, so nothing is left to merge.")
     models = share(((task, copy.deepcopy(module).float().eval()) for task, module in experts.items()), network)
-    function, call = objective if callable(objective) else None, forward or _call
+    function, call = objective if callable(objective) else None, forward or call_module
     heads = {task: function is None and learns_head(loop, task) for task in experts}
     inputs = {task: BatchInputs(batches[task], held_out.get(task, ()), loop, heads[task]) for task in experts}
     predictions = expert_predictions(network, models, inputs, loop, call, function)
@@ -238,7 +236,7 @@ def learn_heads(
         modules, heads = adarank.learn_heads(base, experts, adarank.merge(base, experts, "average"), batches)
     """
     batches, held_out = _batches(batches, held_out, experts)
-    network, call = _network(base, experts, select), forward or _call
+    network, call = _network(base, experts, select), forward or call_module
     loop = AdaptSettings(learn_heads=True)
     models = share(((task, copy.deepcopy(module).float().eval()) for task, module in experts.items()), network)
     inputs = {task: BatchInputs(batches[task], held_out.get(task, ()), loop, learns_head=True) for task in experts}
@@ -314,7 +312,7 @@ def evaluate(
         module, inputs = torch.nn.Linear(8, 4), torch.randn(16, 8)
         scores = adarank.evaluate({"a": module}, {"a": [(inputs, [0, 1, 2, 3] * 4)]})
     """
-    call = forward or _call
+    call = forward or call_module
     scores = {}
     for task, pairs in labelled.items():
         given = [label.tolist() if isinstance(label, Tensor) else label for _, of_batch in pairs for label in of_batch]
@@ -327,13 +325,34 @@ def evaluate(
     return scores
 
 
+def _checked(
+    base: nn.Module | State | None,
+    experts: Mapping[str, nn.Module | State],
+    select: Select | None,
+    method: str | type[MergeMethod] | MergeMethod,
+    parameters: Mapping[str, Any] | None,
+    function: str,
+) -> tuple[AlignedCheckpoints, MergeMethod]:
+    """Models and method, each checked by itself, then against each other: what is wrong with either comes at once."""
+    problems, network = Problems(), None
+    with problems.noted():
+        network = _network(base, experts, select)
+    with problems.noted():
+        chosen = _method(list(experts), network.merged() if network else (), method, parameters, function)
+    problems.refuse()
+    assert network is not None
+    chosen.check(network)
+    return network, chosen
+
+
 def _method(
-    network: AlignedCheckpoints,
+    tasks: Sequence[str],
+    names: Sequence[str],
     method: str | type[MergeMethod] | MergeMethod,
     parameters: Mapping[str, Any] | None,
     function: str,
 ) -> MergeMethod:
-    """A method with its settings, checked against the network.
+    """A method with its settings.
 
     Arguments:
         function: the one that was called.
@@ -343,9 +362,8 @@ def _method(
     if chosen is not None and parameters:
         raise RecipeError(f"parameters: '{kind.name}' was given with its settings. Give its class, or no parameters.")
     if chosen is None:
-        models: dict[str, dict[str, Any]] = {task: {} for task in network.tasks}
-        chosen = kind.resolve(Given(parameters or {}, models, names=network.merged(), find=METHODS.named))
-    chosen.check(network)
+        models: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+        chosen = kind.resolve(Given(parameters or {}, models, names=names, find=METHODS.named))
     return chosen
 
 
@@ -362,8 +380,11 @@ def _network(
     base: nn.Module | State | None, experts: Mapping[str, nn.Module | State], select: Select | None
 ) -> AlignedCheckpoints:
     sources = {task: MemorySource(_state(expert), f"expert '{task}'") for task, expert in experts.items()}
+    problems = Problems()
     for source in sources.values():
-        check_any(source)
+        with problems.noted():
+            check_any(source)
+    problems.refuse()
     network = align(MemorySource(_state(base), "base") if base is not None else None, sources, select, task_heads=True)
     check_modules(network, base, experts)
     return network
@@ -371,26 +392,3 @@ def _network(
 
 def _state(model: nn.Module | State) -> State:
     return model.state_dict() if isinstance(model, nn.Module) else model
-
-
-def _call(module: nn.Module, batch: Any) -> Tensor:
-    dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), torch.float32)
-
-    def fitting(value: Any) -> Any:  # adaptation is in float32, whatever the dtype that inputs came in
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    if isinstance(batch, Mapping):
-        out = module(**{key: fitting(value) for key, value in batch.items()})
-    elif isinstance(batch, (tuple, list)):
-        out = module(*map(fitting, batch))
-    else:
-        out = module(fitting(batch))
-    if isinstance(out, Mapping) and "logits" in out:  # as outputs of transformers are, too
-        out = out["logits"]
-    logits = out[0] if isinstance(out, (tuple, list)) else getattr(out, "logits", out)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        got = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise DataError(
-            f"A module gave {got} where logits (batch, classes) were needed. Give `forward`, a function of module and batch."
-        )
-    return logits

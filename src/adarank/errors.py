@@ -58,6 +58,43 @@ class OutputError(AdaRankError):
     """The output cannot be written where it was asked for."""
 
 
+class Problems:
+    """What independent checks refuse, gathered so that all of it comes at once.
+
+    Attributes:
+        errors: what was noted, in order.
+
+    Example:
+        problems = Problems()
+        for check in checks:
+            with problems.noted():
+                check()
+        problems.refuse()
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[AdaRankError] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """What is raised inside is noted; what comes after the block goes on."""
+        try:
+            yield
+        except AdaRankError as error:
+            self.errors.append(error)
+
+    def refuse(self, heading: str = "") -> None:
+        """Raise what was noted, if anything: one error as it is; several as one that is of each of their kinds."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            given = dict.fromkeys(type(error) for error in self.errors)
+            kinds = tuple(k for k in given if not any(k is not other and issubclass(other, k) for other in given))
+            kind = kinds[0] if len(kinds) == 1 else type("SeveralErrors", kinds, {})
+            items = [str(error).replace("\n", "\n    ") for error in self.errors]
+            raise kind(itemise(heading or "Several things are wrong:", items, most=None))
+
+
 def raise_together(problems: Sequence[str]) -> None:
     """Raise one `DataError` of the problems that tasks' data have, if there are any."""
     if problems:

@@ -41,8 +41,13 @@ def parse(kind: type[S], values: Mapping[str, Any], where: str) -> S:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        problems = [_sentence(kind, problem) for problem in error.errors()]
-        raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems)) from None
+        raise refusal(kind, error, where) from None
+
+
+def refusal(kind: type[BaseModel], error: ValidationError, where: str) -> RecipeError:
+    """What pydantic refuses, in sentences."""
+    problems = [_sentence(kind, problem) for problem in error.errors()]
+    return RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems))
 
 
 _PLAIN = {  # pydantic names its own classes here, which no user knows

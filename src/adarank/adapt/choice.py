@@ -56,16 +56,15 @@ def choose_best(
 ) -> Choice:
     """`best_step`, or the point on the line to the start that is better, with the reason for it."""
     step = best_step(judged, signal, tolerance)
-    sign = 1 if signal == "agreement" else -1
     kept = LinePoint(step, 1.0, judged[step])
     for point in line_points:
         if fits(point, judged, tolerance) and mean_signal(point.judged, signal) > mean_signal(kept.judged, signal):
             kept = point
-    at_start, at_kept = (sign * mean_signal(judgement, signal) for judgement in (judged[0], kept.judged))
+    start, now = (_shown(mean_signal(signals, signal), signal) for signals in (judged[0], kept.judged))
     within = f" by more than {tolerance:g} standard error(s)" if tolerance else ""
     later = {s: worse(judgement, judged[0], tolerance) for s, judgement in judged.items() if s > 0}
     if kept.step > 0:
-        why = f"mean {signal} with the experts {at_kept:.4f}, {at_start:.4f} at the start; no task agrees less{within}"
+        why = f"mean {signal} with the experts {now}, {start} at the start; no task agrees less{within}"
         return Choice(kept.step, why, share=kept.share)
     if not later:
         return Choice(0, "no step was taken")
@@ -74,7 +73,7 @@ def choose_best(
     names = ", ".join(f"{task} at {times}" for task, times in fell.most_common(3))
     least = f"; at {refused} of them a task agreed less with its expert{within} ({names})" if refused else ""
     points = f" and {len(line_points)} points on the line to it" if line_points else ""
-    why = f"none of {len(later)} judged steps{points} was better than the start (mean {signal} {at_start:.4f}){least}"
+    why = f"none of {len(later)} judged steps{points} was better than the start (mean {signal} {start}){least}"
     return Choice(0, why + _forgone(judged, signal), rolled_back=True)
 
 
@@ -90,5 +89,9 @@ def _forgone(judged: Mapping[int, Judged], signal: Signal) -> str:
     if step == 0:
         return ""
     errors = max((first.agreement - judged[step][t].agreement) / standard_error(first) for t, first in start.items())
-    value = (1 if signal == "agreement" else -1) * mean_signal(judged[step], signal)
-    return f"; step {step}, at {value:.4f}, would be kept with tolerance: {math.ceil(10 * errors) / 10:g}"
+    return f"; step {step}, at {_shown(mean_signal(judged[step], signal), signal)}, would be kept with tolerance: {math.ceil(10 * errors) / 10:g}"
+
+
+def _shown(value: float, signal: Signal) -> str:
+    """A mean signal as sentences have it: agreement in percent, divergence in nats."""
+    return f"{100 * value:.2f}%" if signal == "agreement" else f"{-value:.4f}"

@@ -20,7 +20,7 @@ from adarank.errors import RecipeError
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
-from adarank.spectral.masks import MaskKind, hard, pace, soft, straight_through, top_mask
+from adarank.spectral.masks import First, MaskKind, first_mask, hard, pace, soft, straight_through
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Learn:
         returnable: components pruned at the start may come back. If not, their logits have no gradient.
         mask: `binary` or `soft`, where masks are learned.
         unit: for soft masks, what a step changes equally for all components of a matrix and task: `weights` or `mask`.
+        first: which components the start keeps, the `top` ones or `random` ones; `seed` of the latter.
     """
 
     masks: bool = True
@@ -45,6 +46,8 @@ class Learn:
     returnable: bool = True
     mask: MaskKind = "binary"
     unit: StepUnit = "weights"
+    first: First = "top"
+    seed: int = 0
 
 
 class LiveWeights:
@@ -105,8 +108,9 @@ class LiveWeights:
 
     @torch.no_grad()
     def reset(self, scale: float, rank: float) -> None:
-        """Go back to a start: λ `scale` everywhere, the first `rank` of each matrix's and task's components kept."""
-        kept = torch.cat([top_mask(block.sizes, rank) for block in self.blocks.values()])
+        """Go back to a start: λ `scale` everywhere, `rank` of each matrix's and task's components kept."""
+        first, seed = self.learn.first, self.learn.seed
+        kept = torch.cat([first_mask(b.sizes, rank, first, seed, name, b.counts) for name, b in self.blocks.items()])
         self.lam.fill_(scale)
         self.logits.fill_(-self._logit)
         self.logits[kept] = self._logit

@@ -30,7 +30,7 @@ from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import build_blocks
-from adarank.spectral.masks import MaskKind
+from adarank.spectral.masks import First, MaskKind
 
 
 def _number_or_auto(given: Any) -> Any:
@@ -69,7 +69,8 @@ class AdaptiveMethod(Adapting):
         rank: share of singular components kept at the start, in (0, 1]; `auto`: searched for without labels.
         scale: λ at the start, for every task and tensor; `auto`: searched for without labels.
         lambda_per: what has its λ: every `tensor` of every task (what the papers call layer-wise); every
-            `layer` of every task, as tensors' names number them; every `task`; or only the `model`.
+            `layer` of every task, as tensors' names number them; every layer for all tasks together (`shared-layer`, which
+            is how AdaRank's Equation 5 is printed); every `task`; or only the `model`.
         learn_masks, learn_lambda: the two switches.
     """
 
@@ -81,7 +82,7 @@ class AdaptiveMethod(Adapting):
     scale: Number = Field(0.3, alias="lambda", description="λ at the start, or auto")
     lambda_per: LambdaPer = Field(
         "tensor",
-        description="what has a λ of its own: each tensor or layer of each task, each task, or the model alone",
+        description="what has a λ of its own: each tensor or layer of each task, each layer for all, each task, the model",
     )
     learn_masks: bool = Field(True, description="learn the masks")
     learn_lambda: bool = Field(True, description="learn λ")
@@ -115,8 +116,14 @@ class AdaptiveMethod(Adapting):
         Raises:
             RecipeError: an unknown preset, or settings that do not fit.
         """
-        method, settings = with_preset(cls, given.parameters, given.adapt or {}, given.preset)
+        method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset)
         return method.with_settings(settings)
+
+    @classmethod
+    def seeded(cls, given: Given) -> dict[str, Any]:
+        """The settings given, with the recipe's seed where the method draws and none is given."""
+        drawn = given.seed is not None and "seed" in cls.model_fields
+        return {**({"seed": given.seed} if drawn else {}), **given.parameters}
 
     @classmethod
     def memory(cls) -> str:
@@ -133,7 +140,7 @@ class AdaptiveMethod(Adapting):
         """Origin, live weight and gradient of every merged tensor, its spectra or task vectors, what is kept, and heads."""
         network = outline.network
         numel = {name: info.numel for name, info in network.tensors.items()}
-        kept = sum(numel[name] for name, choice in network.choices.items() if choice.action == "keep")
+        kept = sum(numel[name] for name, choice in network.choices.items() if choice.action in ("keep", "average"))
         merged = sum(3 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged())
         return 4 * (merged + kept + outline.head_numel())
 
@@ -186,6 +193,9 @@ class AdaRank(AdaptiveMethod):
             all components, as their static methods do.
         returnable: components that are pruned at the start may come back. If not, adaptation chooses among the top
             ones that are kept there (the paper's ablation).
+        first: which components the start keeps: the `top` ones of each matrix and task, or `random` ones, as many: a control
+            that tells what their choice is worth. With `learn_masks: false` they stay.
+        seed: of random ones; by default the recipe's.
         mask: `soft`: what a component is multiplied by is learned, from 1 where it is kept at the start and 0 where not.
             `binary`: whether it is kept, as in the paper.
     """
@@ -205,12 +215,21 @@ class AdaRank(AdaptiveMethod):
     rank: Share = Field(AUTO, description="share of components kept at the start, in (0, 1], or auto")
     scale: Number = Field(AUTO, alias="lambda", description="λ at the start, or auto")
     returnable: bool = Field(True, description="components pruned at the start may come back")
+    first: First = Field("top", description="which components the start keeps: the top ones, or random ones, as many")
+    seed: int = Field(0, description="of random ones; by default the recipe's seed")
     mask: MaskKind = Field("soft", description="any number for each component, or binary: kept or not, the paper's")
 
     @classmethod
     def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks."""
-        learned = {**super().paper(given), "basis": "task_vectors", "returnable": True, "mask": "binary"}
+        learned = {
+            **super().paper(given),
+            "basis": "task_vectors",
+            "returnable": True,
+            "mask": "binary",
+            "first": "top",
+            "seed": 0,
+        }
         if given.get("basis", "task_vectors") != "task_vectors":
             return {**learned, "lambda": 1.0}
         about_average = given.get("origin", "average") == "average"
@@ -245,7 +264,14 @@ class AdaRank(AdaptiveMethod):
 
     def learn(self, settings: AdaptSettings) -> Learn:
         """What is learned: also which kind of mask, and whether pruned components may come back."""
-        return replace(super().learn(settings), returnable=self.returnable, mask=self.mask, unit=settings.step_unit)
+        return replace(
+            super().learn(settings),
+            returnable=self.returnable,
+            mask=self.mask,
+            unit=settings.step_unit,
+            first=self.first,
+            seed=self.seed,
+        )
 
 
 class AdaMerging(AdaptiveMethod):

@@ -78,7 +78,7 @@ class Multitask(MergeMethod):
 
     def action(self, chosen: str) -> str:
         """What happens to a tensor: `keep` or `train`."""
-        return chosen if chosen == "keep" else "train"
+        return chosen if chosen in ("keep", "average") else "train"
 
     def held_bytes(self, outline: Outline) -> int:
         """Weights, gradients and AdamW's two moments; what is kept once; a second network while one is loaded."""
@@ -201,9 +201,9 @@ def _draw_heads(models: TaskModels, seed: int) -> None:
 
 
 def _trained(network: AlignedCheckpoints, models: TaskModels, heads_fixed: bool) -> dict[str, Tensor]:
-    """What training may change: all of the body that is not kept, counters of batch norms too, and perhaps heads."""
+    """What training may change: all of the body that is neither kept nor averaged, counters of batch norms too, and perhaps heads."""
     body = {name: tensor for name, tensor in models.shared.items()
-            if network.choices[name].action != "keep" or name.endswith("num_batches_tracked")}  # fmt: skip
+            if network.choices[name].action not in ("keep", "average") or name.endswith("num_batches_tracked")}  # fmt: skip
     if heads_fixed:
         return body
     heads = {f"heads/{task}/{name}": tensor for task, head in models.heads.items() for name, tensor in head.items()}

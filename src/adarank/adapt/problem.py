@@ -228,6 +228,7 @@ def expert_predictions(
         predict = predictor(models.modules[task], head, forward)
         predictions[task] = task_inputs.predictions(predict, not function and needs_targets(settings, task))
     models.fill(member_tensors(network, network.reference()))
+    models.fill(network.averages())
     return predictions
 
 

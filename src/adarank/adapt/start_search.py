@@ -14,6 +14,7 @@ from typing import Literal
 
 from adarank.adapt.agreement import Judge, Signal, mean_signal
 from adarank.adapt.learner import Learner
+from adarank.io.progress import advance, stage
 
 AUTO: Literal["auto"] = "auto"
 # Coarse: what adaptation reaches depends little on the start within a step of this grid, and each point costs a quick check.
@@ -104,9 +105,12 @@ def find_start(live: Learner, grid: Grid, quick_check: Judge, signal: Signal) ->
     def value(rank: float, scale: float) -> float:
         live.reset(scale, rank)
         live.write()
-        return mean_signal(quick_check(0), signal)
+        seen = mean_signal(quick_check(0), signal)
+        advance()
+        return seen
 
-    tried = climb(grid, value)
+    with stage("Searching the start"):
+        tried = climb(grid, value)
     best = best_of(tried)
     live.reset(best.scale, best.rank)
     return tried

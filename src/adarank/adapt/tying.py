@@ -2,6 +2,7 @@
 
     tensor   λ_t of every tensor          AdaMerging's and CART++'s "layer-wise", AdaRank
     layer    λ_t of every layer
+    shared-layer   λ of every layer       AdaRank's Equation 5 as it is printed
     task     λ_t                          AdaMerging's "task-wise"
     model    λ                            Task Arithmetic's
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from adarank.alignment.layers import layer_groups
 
-LambdaPer = Literal["tensor", "layer", "task", "model"]
+LambdaPer = Literal["tensor", "layer", "shared-layer", "task", "model"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Tying:
 
 def tie(names: Sequence[str], tasks: int, per: LambdaPer) -> Tying:
     """The tying of `tasks` tasks over the tensors of these names."""
-    owners = {"tensor": names, "layer": layer_groups(names)}.get(per, [""] * len(names))
+    layers = layer_groups(names)
+    owners = {"tensor": names, "layer": layers, "shared-layer": layers}.get(per, [""] * len(names))
     places = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
-    columns = torch.zeros(tasks, dtype=torch.long) if per == "model" else torch.arange(tasks)
+    columns = torch.zeros(tasks, dtype=torch.long) if per in ("model", "shared-layer") else torch.arange(tasks)
     return Tying(torch.tensor([places[owner] for owner in owners]), columns)

@@ -211,7 +211,7 @@ class _Aligner:
 
     def _computed(self, name: str) -> str | None:
         """Why nothing was learned in a tensor, unless the recipe says what happens to it."""
-        if self._picked(name, "head", "decompose", "scale"):
+        if self._picked(name, "head", "decompose", "scale", "average"):
             return None
         return computed(self._holders(name)[0].info(name))
 

@@ -2,6 +2,7 @@
 
     decompose   a matrix whose task vectors go through the SVD (methods without spectra just see a matrix)
     scale       merged by λ·delta: biases, norms, positional tables, kernels
+    average     the experts' plain mean, whatever the method: nothing of it is scaled or learned
     keep        kept from the base: buffers that a model computes, embeddings of text models, what no expert has
     head        belongs to a task and is kept per task
 
@@ -24,10 +25,15 @@ from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import TensorInfo
 from adarank.settings import Settings
 
-Action = Literal["decompose", "scale", "keep", "head"]
+Action = Literal["decompose", "scale", "average", "keep", "head"]
 
 _EMBEDDING = ("embed", "wte", "wpe", "shared.weight")
-_TABLE = "position_bias_table"  # of Swin and its kin: two-dimensional, but a list of biases
+_TOKENS = re.compile(r"embed|wte|shared\.weight|lm_head|tok_")
+_NO_TOKENS = re.compile(r"posit|wpe|type|patch|proj|norm|rel|lm_head\.dense")
+# Of Swin and its kin, and of T5 and its kin: two-dimensional, but lists of biases.
+_TABLES = ("position_bias_table", "relative_attention_bias.weight")
+# Of CLIP, in transformers and in open_clip, from a tower into the space of both: both papers' released code decomposes none.
+_PROJECTIONS = ("visual_projection.weight", "text_projection.weight", "visual.proj", "text_projection")
 _HEADS = ("classifier", "pre_classifier", "score", "head", "heads", "lm_head", "logits_proj", "classification_head")
 
 
@@ -46,7 +52,7 @@ class Select(Settings):
     """Patterns per action; what matches none follows the default.
 
     Attributes:
-        decompose, scale, keep, head: patterns over tensor names in the base (`fnmatch`: `*`, `?`, `[...]`), one or several.
+        decompose, scale, average, keep, head: patterns over tensor names in the base (`fnmatch`: `*`, `?`, `[...]`), one or several.
 
     Raises:
         RecipeError: on use, if patterns of two actions match a tensor, or one that matches cannot take the action.
@@ -57,20 +63,22 @@ class Select(Settings):
         assert torch.equal(merged["bias"], base.bias)
     """
 
-    @field_validator("decompose", "scale", "keep", "head", mode="before")
+    @field_validator("decompose", "scale", "average", "keep", "head", mode="before")
     @classmethod
     def _listed(cls, given: Any) -> Any:
         return [given] if isinstance(given, str) else given
 
     decompose: tuple[str, ...] = ()
     scale: tuple[str, ...] = ()
+    average: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
 
     def patterns(self) -> list[tuple[Action, str]]:
         """All (action, pattern) pairs."""
         groups: list[tuple[Action, Sequence[str]]] = [
-            ("decompose", self.decompose), ("scale", self.scale), ("keep", self.keep), ("head", self.head),
+            ("decompose", self.decompose), ("scale", self.scale), ("average", self.average), ("keep", self.keep),
+            ("head", self.head),
         ]  # fmt: skip
         return [(action, pattern) for action, patterns in groups for pattern in patterns]
 
@@ -114,7 +122,7 @@ def check_patterns(name: str, select: Select) -> list[tuple[Action, str]]:
 
 
 def _asked(info: TensorInfo, action: Action, pattern: str) -> Choice:
-    if action in ("decompose", "scale") and not info.dtype.is_floating_point:
+    if action in ("decompose", "scale", "average") and not info.dtype.is_floating_point:
         raise RecipeError(
             f"select: {action} '{pattern}' matches '{info.name}', which holds {info.dtype}. Only float tensors merge."
         )
@@ -130,8 +138,10 @@ def _default(info: TensorInfo, keep_embeddings: bool) -> Choice:
         return Choice("keep", f"{str(info.dtype).removeprefix('torch.')} buffer")
     if len(info.shape) != 2 or min(info.shape) < 2:
         return Choice("scale", f"{len(info.shape)}-D tensor")
-    if info.name.endswith(_TABLE):
+    if info.name.endswith(_TABLES):
         return Choice("scale", "positional table")
+    if info.name.endswith(_PROJECTIONS):
+        return Choice("scale", "projection")
     if is_embedding(info.name):
         return Choice("keep", "embedding table") if keep_embeddings else Choice("scale", "embedding table")
     return Choice("decompose", "matrix")
@@ -160,9 +170,27 @@ def is_embedding(name: str) -> bool:
     return any(part in name.lower() for part in _EMBEDDING)
 
 
+def is_table(name: str) -> bool:
+    """True if a matrix of this name has a row for each token: an embedding table, or a language model's layer of output."""
+    return bool(_TOKENS.search(name)) and not _NO_TOKENS.search(name)
+
+
 def is_head_name(name: str) -> bool:
     """True if the first part of a tensor's name is one that task heads carry in `transformers`."""
     return name.split(".", 1)[0] in _HEADS
+
+
+def matching(select: Select, names: Sequence[str]) -> Select:
+    """The patterns that match some of these names."""
+    kept = {
+        action: tuple(
+            pattern
+            for other, pattern in select.patterns()
+            if other == action and any(fnmatchcase(name, pattern) for name in names)
+        )
+        for action in ("decompose", "scale", "keep", "head")
+    }
+    return Select(**kept)
 
 
 def unmatched(select: Select, names: Sequence[str]) -> list[str]:

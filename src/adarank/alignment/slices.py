@@ -4,7 +4,7 @@
     model.layers.2.mlp.up_proj.weight   ->  model.layers.7.mlp.up_proj.weight    layer 2 of a model as layer 7 of the output
     model.norm.weight, lm_head.weight       of the last slice
 
-What stands before the layers is told from what comes after them by name, as files do not keep an order. Names are those of
+What stands before the layers is distinguished from what comes after them by name, as files do not keep an order. Names are those of
 the root: the model that gives the output its configuration.
 """
 

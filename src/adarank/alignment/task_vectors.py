@@ -2,13 +2,18 @@
 
     τ_t = W_t - origin        origin: the base, the mean of the experts, or zero
 
-`AlignedCheckpoints`, as `alignment/align.py` makes them, are read one tensor at a time.
+`AlignedCheckpoints`, as `alignment/align.py` makes them, are read one tensor at a time. Of experts that are adapters
+over the base it knows task vectors as factors too: about the base where an expert is one, about the average where all are.
+
+    τ_t = s_t B_t A_t                              about the base
+    τ_t = s_t B_t A_t - mean_u s_u B_u A_u         about the average, of at most the summed rank
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import repeat
 from typing import Literal
 
@@ -18,10 +23,10 @@ from torch import Tensor
 from adarank.alignment.selection import Choice
 from adarank.errors import RecipeError
 from adarank.io.checkpoint import Checkpoint, MemorySource, Source, TensorInfo, check_finite
+from adarank.io.low_rank import Factors, about_average, stacked
 
-BLOCK = (
-    2**18
-)  # entries worked on at a time where entries do not depend on others: some float32 copies of them fit a cache
+BLOCK = 2**18
+"""Entries worked on at a time where none depends on others: some float32 copies of them fit a processor's cache."""
 
 OriginKind = Literal["pretrained", "average", "zero"]
 
@@ -95,6 +100,10 @@ class AlignedCheckpoints:
         """Names of the tensors that a method merges, in the base's order."""
         return [n for n, c in self.choices.items() if c.action in ("decompose", "scale")]
 
+    def averages(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what is the experts' mean, whatever the method."""
+        return ((n, self.kept(n)) for n, c in self.choices.items() if c.action == "average")
+
     def reference(self) -> Member:
         """The base, or the first expert when there is no base: it gives names, dtypes and kept tensors."""
         return self.base or next(iter(self.experts.values()))
@@ -106,6 +115,11 @@ class AlignedCheckpoints:
                 raise RecipeError("This method counts task vectors from the base. Give base_model.")
             return self.base.read(name, device).to(self._widest(name, self.base))
         experts = list(self.experts.values())
+        changes = self.changes(name, device) if kind == "average" else {}
+        if self.base is not None and changes and len(changes) == len(experts):
+            mean = stacked(list(changes.values()), [1 / len(experts)] * len(experts)).dense()
+            start = self.base.read(name, device).to(mean.dtype)
+            return start + mean.reshape(start.shape)
         widest = self._widest(name)
         total = torch.zeros(experts[0].info(name).shape, device=device, dtype=widest)
         if kind == "zero":
@@ -119,9 +133,44 @@ class AlignedCheckpoints:
         dtypes = {member.info(name).dtype for member in (*self.experts.values(), *others)}
         return torch.float64 if torch.float64 in dtypes else torch.float32
 
-    def deltas(self, name: str, origin: Tensor) -> TaskVectors:
-        """Task vectors of one tensor about `origin`, each computed when it is looked up."""
-        return TaskVectors(self, name, origin)
+    def deltas(self, name: str, origin: Tensor, kind: OriginKind | None = None) -> TaskVectors:
+        """Task vectors of one tensor about `origin`, each computed when it is looked up.
+
+        Arguments:
+            kind: what `origin` is; without it no task vector is known as factors.
+        """
+        return TaskVectors(self, name, origin, kind)
+
+    def change_rank(self, task: str, name: str) -> int | None:
+        """The most that the rank of a task vector about the base can be; None unless the expert is an adapter over the base."""
+        expert = self.experts[task]
+        if self.base is None or name not in self.base.names or name not in expert.names:
+            return None
+        return expert.source.change_rank(expert.names[name], self.base.source, self.base.names[name])
+
+    def unchanged(self, name: str) -> bool:
+        """Whether all experts are adapters over the base, and none of them changes a tensor."""
+        return all(self.change_rank(task, name) == 0 for task in self.experts)
+
+    def changes(self, name: str, device: torch.device | str) -> dict[str, Factors]:
+        """task -> its task vector about the base as factors, for the experts of which it is known so."""
+        changes = {}
+        for task, expert in self.experts.items():
+            if self.base is not None and self.change_rank(task, name) is not None:
+                change = expert.source.change(expert.names[name], self.base.source, self.base.names[name])
+                if change is not None:
+                    changes[task] = change.to(device, self._widest(name, self.base))
+        return changes
+
+    def components(self, name: str, kind: OriginKind) -> tuple[int, ...]:
+        """How many singular components each task's vector of a matrix has, zero ones beyond its rank not among them."""
+        shape = self.tensors[name].shape
+        most = min(shape[0], self.tensors[name].numel // max(shape[0], 1))
+        ranks = [self.change_rank(task, name) for task in self.experts]
+        if kind == "average":
+            known = [rank for rank in ranks if rank is not None]
+            ranks = [sum(known) if len(known) == len(ranks) else None] * len(ranks)
+        return tuple(most if rank is None or kind == "zero" else min(rank, most) for rank in ranks)
 
     def blocks(self, name: str, kind: OriginKind, size: int = BLOCK) -> Iterator[AlignedCheckpoints]:
         """The network with one tensor alone, as vectors of `size` of its entries at a time.
@@ -139,7 +188,9 @@ class AlignedCheckpoints:
         return all(member.in_place for member in members)
 
     def kept(self, name: str) -> Tensor:
-        """A tensor kept from the base, as stored."""
+        """A tensor that no method merges: the base's as stored, or the experts' mean in float32 where it is averaged."""
+        if self.choices[name].action == "average":
+            return self.origin(name, "average")
         member = self.reference()
         info = member.info(name)
         return check_finite(member.source.read(info.name), info.name, info.file)
@@ -154,11 +205,27 @@ class AlignedCheckpoints:
 class TaskVectors(Mapping[str, Tensor]):
     """task -> W_task - origin. Lazy, so that a loop over tasks holds one task vector at a time."""
 
-    def __init__(self, network: AlignedCheckpoints, name: str, origin: Tensor) -> None:
-        self._network, self._name, self._origin = network, name, origin
+    def __init__(self, network: AlignedCheckpoints, name: str, origin: Tensor, kind: OriginKind | None = None) -> None:
+        self._network, self._name, self._origin, self._kind = network, name, origin, kind
 
     def __getitem__(self, task: str) -> Tensor:
+        factors = self.factors(task)
+        if factors is not None:
+            return factors.dense().reshape(self._origin.shape)
         return self._network.experts[task].read(self._name, self._origin.device) - self._origin
+
+    def factors(self, task: str) -> Factors | None:
+        """A task vector as factors of its matrix (rows, everything else); None where only the whole is known."""
+        return self._factors.get(task)
+
+    @cached_property
+    def _factors(self) -> Mapping[str, Factors]:
+        if self._kind not in ("pretrained", "average"):
+            return {}
+        changes = self._network.changes(self._name, self._origin.device)
+        if self._kind == "average":
+            return about_average(changes) if len(changes) == len(self) else {}
+        return changes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._network.experts)

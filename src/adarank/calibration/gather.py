@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -22,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
+from adarank.calibration.blocks import block_of, calibrated_by_block
 from adarank.calibration.hooks import Grams, Seen, add_squared_gradients, label_weights, linear_layers, recording_grams
 from adarank.io.checkpoint import check_finite
 from adarank.io.record import Note
 from adarank.io.state import read_kept, write_state
 from adarank.methods.base import merge_tensor
-from adarank.methods.calibrated.base import CalibratedMethod, Statistics
+from adarank.methods.calibrated.base import CalibratedMethod, CalibratesBlocks, Statistics
 from adarank.models import TaskModels
 
 M = TypeVar("M", bound=CalibratedMethod)
-_BLOCK = re.compile(r"(?:.*\.)?\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Gatherer:
         shared = self.models.shared
         parameters = {name: shared[name] for name in self.network.merged() if shared[name].requires_grad}
         parts = {
-            task: self._part(
+            task: self.taken(
                 task, task, "Squared gradients", None, partial(self._fisher, classes, seed, task, parameters)
             )
             for task in self.network.tasks
@@ -126,12 +125,16 @@ class Gatherer:
             count += 1
         return {name: squares.div_(count).cpu() for name, squares in total.items()}
 
-    def gram_matrices(self) -> Statistics:
-        """Of every linear layer, the mean outer product of what it is given in the expert."""
+    def gram_matrices(self, dtype: torch.dtype = torch.float32) -> Statistics:
+        """Of every linear layer, the mean outer product of what it is given in the expert.
+
+        Arguments:
+            dtype: of the sums.
+        """
         names = self._matrices()
         return self._of_layers(
             {
-                task: self._part(task, task, "Gram matrices", None, partial(self._measured, task, names))
+                task: self.taken(task, task, "Gram matrices", None, partial(self._measured, task, names, dtype=dtype))
                 for task in self.network.tasks
             }
         )
@@ -152,12 +155,20 @@ class Gatherer:
             once = all(calls[name] == 1 for name in layers)
             for task, gathered in parts.items():
                 measure = partial(self._measured, task, layers, stop=once)
-                gathered.update(self._part(f"{task}/{block}", task, f"Gram matrices of {block}", members, measure))
+                gathered.update(self.taken(f"{task}/{block}", task, f"Gram matrices of {block}", members, measure))
             known = known_by(self._of_layers(parts))
             self._merge(known, members)
         return known
 
-    def _part(
+    def calibrated_by_block(self, method: CalibratesBlocks) -> Statistics:
+        """The tensors of the blocks, each fitted behind the calibrated earlier ones: by name, the same for every task.
+
+        Arguments:
+            method: what fits them. Without statistics it gives the merge before.
+        """
+        return calibrated_by_block(self, method)
+
+    def taken(
         self, key: str, task: str, what: str, names: list[str] | None, measure: Callable[[], dict[str, Tensor]]
     ) -> Mapping[str, Tensor]:
         """A part of the store, measured if it is not there, with the expert's tensors (of `names`; None: all) in the networks."""
@@ -187,13 +198,15 @@ class Gatherer:
         self._watch(task, names, grams, itertools.islice(self.sample.batches(task), 1))
         return grams.calls
 
-    def _measured(self, task: str, names: list[str], stop: bool = False) -> dict[str, Tensor]:
+    def _measured(
+        self, task: str, names: list[str], stop: bool = False, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
         """Layer -> Gram matrix of what it is given on a task's inputs, with the weights that the models hold now.
 
         Arguments:
             stop: the layers run once in a forward pass, so that it may end behind the last of them.
         """
-        grams = Grams(names if stop else ())
+        grams = Grams(names if stop else (), dtype)
         self._watch(task, names, grams, self.sample.batches(task))
         return grams.means()
 
@@ -212,9 +225,3 @@ class Gatherer:
         layers = linear_layers(self.models.modules[task], self.models.shared, known)
         turned = frozenset(layer.name for layer in layers if layer.inputs_first)
         return Statistics(known, lambda name, task: parts[task][name], turned)
-
-
-def block_of(name: str) -> str:
-    """The block that a tensor is part of: its name up to its last number; its module where it has none."""
-    match = _BLOCK.match(name)
-    return match.group() if match else name.rpartition(".")[0]

@@ -61,12 +61,14 @@ class Grams:
 
     Arguments:
         stop: layers after whose first run in a pass the pass is ended by raising `Seen`; none: passes run to their end.
+        dtype: of the sums.
 
     Attributes:
         calls: layer -> how often it ran.
     """
 
-    def __init__(self, stop: Collection[str] = ()) -> None:
+    def __init__(self, stop: Collection[str] = (), dtype: torch.dtype = torch.float32) -> None:
+        self._dtype = dtype
         self.calls: Counter[str] = Counter()
         self._sums: dict[str, Tensor] = {}
         self._rows: Counter[str] = Counter()
@@ -80,9 +82,9 @@ class Grams:
 
     def add(self, name: str, given: Tensor) -> None:
         """Add a layer's input (…, width) to its sum."""
-        vectors = counted(given, self._mask)
+        vectors = counted(given, self._mask).to(self._dtype)
         if name not in self._sums:
-            self._sums[name] = torch.zeros(vectors.shape[1], vectors.shape[1], device=vectors.device)
+            self._sums[name] = vectors.new_zeros(vectors.shape[1], vectors.shape[1])
         self._sums[name].addmm_(vectors.T, vectors)
         self._rows[name] += len(vectors)
         self.calls[name] += 1
@@ -91,7 +93,7 @@ class Grams:
             raise Seen
 
     def means(self) -> dict[str, Tensor]:
-        """Layer -> G, (width, width) float32 on the CPU."""
+        """Layer -> G, (width, width) on the CPU."""
         return {name: (total / max(1, self._rows[name])).cpu() for name, total in self._sums.items()}
 
 

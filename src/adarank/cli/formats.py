@@ -1,4 +1,4 @@
-"""Tables as Markdown, CSV and LaTeX; as text where nothing else lays them out."""
+"""Tables as Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from rich.table import Table as Grid
 
 
 @dataclass(frozen=True)
@@ -57,17 +55,6 @@ def rendered(sheets: Sequence[Sheet], form: str) -> str:
     """
     renderers: dict[str, Callable[[Sheet], str]] = {"md": _markdown, "csv": _csv, "latex": _latex}
     return "\n".join(renderers[form](sheet) for sheet in sheets)
-
-
-def grid(sheet: Sheet) -> Grid:
-    """A table for the terminal; long cells are folded, never cut off."""
-    table = Grid(title=sheet.title or None, title_justify="left", title_style="", box=None, header_style="bold",
-                 pad_edge=False, padding=(0, 0, 0, 1))  # fmt: skip
-    for name, numbers in zip(sheet.columns, sheet.numeric(), strict=True):
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold", no_wrap=numbers)
-    for row in sheet.rows:
-        table.add_row(*map(_text, row))
-    return table
 
 
 def _text(cell: Cell) -> str:

@@ -16,14 +16,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank import __version__
+from adarank.cli import reports
 from adarank.cli.threads import wait_passively
 from adarank.errors import AdaRankError, Interrupted, RecipeError
 
 if TYPE_CHECKING:
     from adarank.cli.formats import Sheet
-    from adarank.workflow.scores import Table
 
 BUG = 70  # sysexits.h: an internal software error
+INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
 _MOST_THREADS = 1024
 FORMATS = ("text", "md", "csv", "latex")
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 done, 1 an error in what was given or in the system, in one sentence, 2 wrong usage, 70 a bug
+        The exit code: 0 done, 1 an error in what was given or in the system, in one sentence, or an output that does not verify, 2 wrong usage, 70 a bug
         in adarank, 130 interrupted.
     """
     _print_anything()
@@ -46,31 +47,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)  # so that a termination cleans up as Ctrl-C does
     try:
         _threads(options.threads)
-        options.run(options)
+        return int(options.run(options) or 0)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
+        _say(str(stopped))
+        return INTERRUPTED
     except AdaRankError as error:
-        print(f"adarank: {error}", file=sys.stderr)
+        _say(f"adarank: {error}")
         return 1
     except KeyboardInterrupt:
-        print("adarank: interrupted; no output was left behind.", file=sys.stderr)
-        return 130
+        _say(f"adarank: interrupted. {options.left(options)}")
+        return INTERRUPTED
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, MemoryError) as error:  # of the system: no file at fault that a reader knew of
-        print(f"adarank: {_of_the_system(error)}", file=sys.stderr)
+        _say(f"adarank: {_of_the_system(error)}")
         return 1
     except Exception as error:  # the last resort: nobody planned for it, so it is ours to mend
         traceback.print_exc()
-        print(
+        _say(
             f"adarank: a bug in adarank ({type(error).__name__}), not in what you gave it. No output was left behind. "
-            "Please report the lines above, the command and the versions of adarank and torch.",
-            file=sys.stderr,
+            "Please report the lines above, the command and the versions of adarank and torch."
         )
         return BUG
-    return 0
+
+
+def _say(message: str) -> None:
+    """A message on stderr, as wide as the terminal."""
+    from adarank.cli.console import tell
+
+    tell(message)
 
 
 def _of_the_system(error: OSError | MemoryError) -> str:
@@ -112,12 +118,13 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="fewer images and steps: to see that it works, not how well")
     demo.add_argument("--seed", type=int, default=0, help="of the adaptation batches (default: 0)")
     demo.add_argument("--force", action="store_true", help="replace an existing output of adarank")
-    demo.set_defaults(run=_demo)
+    reports.add_no_report(demo)
+    demo.set_defaults(run=_demo, left=_left_of_demo)
 
     plan = commands.add_parser("plan", parents=[tabular], help="what a recipe will do, from headers alone")
     plan.add_argument("recipe", help="YAML recipe")
     plan.add_argument("-v", "--verbose", action="store_true", help="list every tensor with its action")
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_plan, left=_nothing_left)
 
     merge = commands.add_parser(
         "merge", parents=[common], help="merge by a recipe, adapting or training if its method does"
@@ -125,7 +132,11 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("recipe", help="YAML recipe")
     merge.add_argument("out", type=Path, help="folder to write; the same command continues an interrupted adaptation")
     merge.add_argument("--force", action="store_true", help="replace an existing output of adarank")
-    merge.set_defaults(run=_merge)
+    reports.add_no_report(merge)
+    merge.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 500MB or 2GiB (default: 5GB)"
+    )
+    merge.set_defaults(run=_merge, left=_left_of_merge)
 
     evaluate = commands.add_parser("evaluate", parents=[tabular], help="base, experts and merged models in one table")
     evaluate.add_argument("recipe", help="YAML recipe")
@@ -136,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--per-class", action="store_true", help="precision, recall and F1 of every class, too (csv: of these alone)"
     )
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_evaluate, left=_nothing_left)
 
     search = commands.add_parser(
         "search", parents=[tabular], help="try a method's settings on the labelled select split"
@@ -151,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
         help="name=first:last:step or name=a,b,c; several make a grid",
     )
     search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
-    search.set_defaults(run=_search)
+    search.set_defaults(run=_search, left=_left_of_search)
 
     extract = commands.add_parser(
         "extract", parents=[common], help="one task of an output as an ordinary folder of transformers"
@@ -161,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     extract.add_argument("out", type=Path, help="folder to write")
     extract.add_argument("--task", dest="named", metavar="NAME", help="the same, by name")
     extract.add_argument("--force", action="store_true", help="replace an existing output of adarank")
-    extract.set_defaults(run=_extract)
+    extract.set_defaults(run=_extract, left=_left_of_merge)
 
     inspect = commands.add_parser(
         "inspect",
@@ -170,12 +181,15 @@ def parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("checkpoint", type=Path, help="a checkpoint, or a folder written by merge")
     inspect.add_argument("--base", type=Path, help="the base to take the task vector from")
-    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("--full", action="store_true", help="every tensor of an adapted output, a row for each task")
+    inspect.set_defaults(run=_inspect, left=_nothing_left)
+
+    reports.add(commands, common, _nothing_left)
 
     methods = commands.add_parser("methods", parents=[tabular], help="the catalogue of methods")
     methods.add_argument("name", nargs="?", help="one method, with its settings")
     methods.add_argument("--papers", action="store_true", help="the rows of the papers' tables, and what makes each")
-    methods.set_defaults(run=_methods)
+    methods.set_defaults(run=_methods, left=_nothing_left)
     return top
 
 
@@ -195,6 +209,28 @@ def _print_json(content: Any) -> None:
     print(json.dumps(content, indent=1, ensure_ascii=False))
 
 
+def _nothing_left(options: argparse.Namespace) -> str:
+    return "This command keeps nothing on the way: the same command starts from the beginning."
+
+
+def _left_of_merge(options: argparse.Namespace) -> str:
+    from adarank.workflow.left_over import of_merge
+
+    return of_merge(options.out)
+
+
+def _left_of_search(options: argparse.Namespace) -> str:
+    from adarank.workflow.left_over import of_search
+
+    return of_search(options.best)
+
+
+def _left_of_demo(options: argparse.Namespace) -> str:
+    from adarank.workflow.left_over import of_demo
+
+    return of_demo(options.out)
+
+
 def _tabled(options: argparse.Namespace, *sheets: Sheet) -> bool:
     """Print tables in the format that was given; False if that is text, which `show` lays out."""
     if options.format == "text":
@@ -206,36 +242,31 @@ def _tabled(options: argparse.Namespace, *sheets: Sheet) -> bool:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from adarank.cli import console, sheets, show
-    from adarank.cli.progress import Adapting
+    from adarank.cli import sheets, show
+    from adarank.cli.progress import screen
     from adarank.workflow import demo
 
-    progress = Adapting()
-    try:
-        table = demo.run(options.out, options.quick, options.seed, options.force, show.note, progress)
-    finally:
-        progress.close()
+    reports.check(options)
+    with screen() as shown:
+        table = demo.run(options.out, options.quick, options.seed, options.force, shown.note, shown.step)
+    page = reports.write(options, table.plain())
     if options.json:
-        _print_scores(table)
+        _print_json(table.plain())
         return
     if _tabled(options, sheets.scores(table)):
         return
     show.scores(table)
-    console.out.print(f"AdaRank's model is in {options.out}: one body, and a head for each task.")
-    if options.quick:
-        console.out.print("--quick shows that everything works; leave it out to see how well.")
-    console.out.print(f"What it kept of each expert:  adarank inspect {options.out}")
-    console.out.print(
-        "Your own checkpoints:         put their folders into a copy of this recipe, then adarank plan COPY"
-    )
-    console.out.print(f"                              {demo.ZOO / 'recipe.yaml'}", style="dim")
+    show.after_demo(options.out, options.quick, demo.ZOO / "recipe.yaml")
+    reports.name(page)
 
 
 def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import sheets, show
+    from adarank.cli.progress import screen
     from adarank.workflow.plan import plan
 
-    described = plan(options.recipe)
+    with screen():
+        described = plan(options.recipe)
     if options.json:
         _print_json(described)
     elif not _tabled(options, sheets.plan(described)):
@@ -244,28 +275,32 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from adarank.cli import show
-    from adarank.cli.progress import Adapting
+    from adarank.cli.progress import screen
+    from adarank.recipe.reader import with_shards
     from adarank.workflow.merge import merge
 
-    progress = Adapting()
-    try:
-        record = merge(options.recipe, options.out, options.force, show.note, progress)
-    finally:
-        progress.close()
+    reports.check(options)
+    recipe = with_shards(options.recipe, options.max_shard_size)
+    with screen() as shown:
+        record = merge(recipe, options.out, options.force, shown.note, shown.step)
+    page = reports.write(options)
     if options.json:
         _print_json(record)
     else:
         show.merged(record, options.recipe, options.out)
+        reports.name(page)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from adarank.cli import sheets, show
+    from adarank.cli.progress import screen
     from adarank.workflow.evaluate import evaluate
 
-    table = evaluate(options.recipe, options.outputs, options.split, show.note, options.per_class)
+    with screen() as shown:
+        table = evaluate(options.recipe, options.outputs, options.split, shown.note, options.per_class)
     parts = [sheets.scores(table), *([sheets.classes(table)] if options.per_class else [])]
     if options.json:
-        _print_scores(table)
+        _print_json(table.plain())
     elif not _tabled(options, *(parts[-1:] if options.format == "csv" else parts)):
         show.scores(table)
         for sheet in parts[1:]:
@@ -273,44 +308,30 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from adarank.cli import console, sheets, show
-    from adarank.cli.progress import Searching
+    from adarank.cli import sheets, show
+    from adarank.cli.progress import screen
     from adarank.workflow.search import level, parse_axis, search
 
     axes = [parse_axis(text) for text in options.over]
-    with Searching() as progress:
-        ranked, record = search(options.recipe, options.best, axes, options.force, show.note, progress)
+    with screen() as shown:
+        ranked, record = search(options.recipe, options.best, axes, options.force, shown.note, shown.point)
     if options.json:
         _print_json(record)
         return
-    if _tabled(options, sheets.points(ranked, record["metrics"])):
-        return
-    show.points(ranked, record["metrics"])
-    if level(ranked):
-        console.out.print(f"All {len(ranked)} points score the same: what was varied changes nothing here.")
-    for axis, at in record["at_the_edge"].items():
-        console.out.print(f"The best {axis}, {at:g}, is at the end of what was tried: better ones may lie beyond.")
-    show.say(options.best, f" has the best settings; all points are in {options.best.stem}.search.json")
-    console.out.print(f"next: adarank merge {options.best} OUT", style="dim")
-
-
-def _print_scores(table: Table) -> None:
-    means = {row: {"mean": table.mean(row), "normalised": table.normalised(row)} for row in table.rows}
-    content = dataclasses.asdict(table)
-    bundles = content.pop("bundles")
-    if not table.classes:
-        del content["classes"]
-    _print_json({**content, "task_aware": bundles, "summary": means})
+    if not _tabled(options, sheets.points(ranked, record["metrics"])):
+        show.searched(ranked, record["metrics"], record["at_the_edge"], level(ranked), options.best)
 
 
 def _extract(options: argparse.Namespace) -> None:
     from adarank.cli import show
+    from adarank.cli.progress import screen
     from adarank.outputs.extract import extract
 
     task = options.named if options.task is None else options.task
     if task is None or None not in (options.named, options.task):
         raise RecipeError("extract: one task is needed. Write adarank extract OUTPUT TASK OUT.")
-    record = extract(options.output, task, options.out, options.force)
+    with screen():
+        record = extract(options.output, task, options.out, options.force)
     if options.json:
         _print_json(record)
     else:
@@ -318,7 +339,8 @@ def _extract(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from adarank.cli import sheets, show
+    from adarank.cli import inspecting, sheets
+    from adarank.cli.progress import screen
     from adarank.io.bundle import BundleFolder, is_bundle
     from adarank.workflow import inspect as inspection
 
@@ -330,24 +352,25 @@ def _inspect(options: argparse.Namespace) -> None:
                 {"kind": about.kind, "settings": about.settings, "tasks": list(about.tasks), "bytes": bundle.sizes}
             )
         elif not _tabled(options, sheets.bundle(bundle.about, bundle.sizes)):
-            show.bundle(bundle.about, bundle.sizes)
+            inspecting.bundle(bundle.about, bundle.sizes)
         return
     if inspection.is_adapted(options.checkpoint) and options.base is None:
         tasks, layers = inspection.inspect_output(options.checkpoint)
         if options.json:
             _print_json({"tasks": tasks, "layers": [dataclasses.asdict(row) for row in layers]})
         elif not _tabled(options, sheets.layers(tasks, layers)):
-            show.layers(tasks, layers)
+            inspecting.output(tasks, layers, options.full, inspection.method_of(options.checkpoint))
         return
-    rows = inspection.inspect_checkpoint(options.checkpoint, options.base)
+    with screen():
+        rows = inspection.inspect_checkpoint(options.checkpoint, options.base)
     if options.json:
         _print_json([dataclasses.asdict(row) for row in rows])
     elif not _tabled(options, sheets.tensors(rows)):
-        show.tensors(rows)
+        inspecting.tensors(rows)
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from adarank.cli import sheets, show
+    from adarank.cli import pages, sheets
     from adarank.recipe import catalogue
     from adarank.recipe.papers import ROWS
 
@@ -356,16 +379,16 @@ def _methods(options: argparse.Namespace) -> None:
         if options.json:
             _print_json([dataclasses.asdict(row) for row in rows])
         elif not _tabled(options, sheets.papers(rows)):
-            show.papers(rows)
+            pages.papers(rows)
         return
     entries = {options.name: catalogue.entry(options.name)} if options.name else catalogue.catalogue()
     if options.json:
         _print_json({name: dataclasses.asdict(entry) for name, entry in entries.items()})
     elif options.name:
         if not _tabled(options, sheets.method(entries[options.name])):
-            show.method(entries[options.name])
+            pages.method(entries[options.name])
     elif not _tabled(options, sheets.methods(entries)):
-        show.methods(entries)
+        pages.methods(entries)
 
 
 if __name__ == "__main__":

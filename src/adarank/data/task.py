@@ -111,6 +111,19 @@ class TaskData:
         digest.update(self.examples.content())
         return digest.hexdigest()
 
+    def filled(self, split: Split) -> tuple[int, ...]:
+        """The rows of a split.
+
+        Raises:
+            DataError: it is empty.
+        """
+        rows = self.splits.rows[split]
+        if not rows:
+            raise DataError(
+                f"task '{self.name}': its {split} split is empty. Give its data a {split} file, or a larger {split} fraction."
+            )
+        return rows
+
     def targets(self, rows: Sequence[int]) -> list[Label]:
         """Labels of some rows.
 

@@ -7,7 +7,6 @@ tensor into memory. safetensors files (one or sharded) are mapped, so their byte
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from adarank.errors import CheckpointError, OutputError, RecipeError, itemise, reading
 from adarank.io.files import file_sha256, open_safetensors, read_json
+from adarank.io.finite import all_finite
 from adarank.io.hub import local_path
+from adarank.io.low_rank import Factors
 from adarank.io.pickled import LEGACY, check_members, load_pickled, shared_storage
 from adarank.io.quantised import DEQUANTISE, FLOAT8, method_beside, method_in, quantised_file
 from adarank.io.sentence import Module, modules_of
@@ -71,24 +72,38 @@ class Source(Protocol):
     @property
     def config(self) -> Mapping[str, Any]:
         """The configuration of the architecture, as far as it is known."""
-        ...
 
     @property
     def quantisation(self) -> str | None:
         """The method by which the configuration says that weights are quantised."""
-        ...
 
     @property
     def modules(self) -> Sequence[Module]:
         """What comes after the transformer in a sentence encoder's folder."""
-        ...
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored. It may be a view of a mapped file: never write to it."""
-        ...
+
+    def change(self, name: str, start: Source, stored: str) -> Factors | None:
+        """What is added to tensor `stored` of `start`, as factors, where this is `start` with an adapter; else None."""
+
+    def change_rank(self, name: str, start: Source, stored: str) -> int | None:
+        """The most that the rank of `change` can be, from headers alone; None where that is None."""
 
 
-class MemorySource:
+class _Whole:
+    """What is no adapter, so that nothing is known of how it came from another model."""
+
+    def change(self, name: str, start: Source, stored: str) -> Factors | None:
+        """None: it is no adapter."""
+        return None
+
+    def change_rank(self, name: str, start: Source, stored: str) -> int | None:
+        """None: it is no adapter."""
+        return None
+
+
+class MemorySource(_Whole):
     """A state dict as a `Source`."""
 
     def __init__(self, state: Mapping[str, Tensor], label: str) -> None:
@@ -105,7 +120,7 @@ class MemorySource:
         return self._state[name].detach()
 
 
-class Checkpoint:
+class Checkpoint(_Whole):
     """A checkpoint on disk as a `Source`.
 
     Arguments:
@@ -131,6 +146,7 @@ class Checkpoint:
         self.aliases: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         self._inside: dict[str, str] = {}  # name -> name in its file, where that is another
+        self._sha256: dict[str, str] = {}
         self._unchecked: set[str] = set()  # archives whose tensors' bytes have not been compared with their CRC-32
         for file in self.files:
             self._open(file)
@@ -175,6 +191,11 @@ class Checkpoint:
         return self.folder
 
     @property
+    def in_one_folder(self) -> bool:
+        """Whether `folder` holds all of it, so that the loaders of `transformers` find it there."""
+        return True
+
+    @property
     def making_bytes(self) -> int:
         """Memory that tensors take to be made which are in no file."""
         return 0
@@ -185,10 +206,12 @@ class Checkpoint:
         return {}
 
     def sha256(self) -> dict[str, str]:
-        """File name -> SHA-256, for every weights file and the configuration."""
+        """File name -> SHA-256, for every weights file and the configuration. Many adapters may share a model: read once."""
         config = self.folder / "config.json"
         files = [*self.files, *([config] if self.path.is_dir() and config.exists() else [])]
-        return {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in files}
+        if not self._sha256:
+            self._sha256 = {file.relative_to(self.folder).as_posix(): file_sha256(file) for file in files}
+        return dict(self._sha256)
 
     def side_files(self) -> list[Path]:
         """What a loadable copy of the folder needs beside weights; of a single file there is nothing."""
@@ -278,7 +301,7 @@ def _weight_files(path: Path) -> list[Path]:
             return [path / f"{stem}.{suffix}"]
     if (path / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{path}: an adapter (adapter_config.json) without the model that it changes. Merge it into its model first, with peft's merge_and_unload, and give the folder that save_pretrained writes then."
+            f"{path}: an adapter (adapter_config.json) without the model that it changes. Give 'MODEL+ADAPTER', or the model as base_model of a recipe."
         )
     kinds = {kind for file in path.iterdir() if (kind := quantised_file(file))}
     if kinds:
@@ -339,24 +362,13 @@ def _check_plain(tensor: Tensor, name: str, file: Path) -> None:
 
 def check_finite(tensor: Tensor, name: str, file: str) -> Tensor:
     """`tensor`, or a `CheckpointError` that counts its NaN and infinite entries."""
-    if _all_finite(tensor):
+    if all_finite(tensor):
         return tensor
     bad = int(tensor.numel() - torch.isfinite(tensor.float() if tensor.dtype in FLOAT8.values() else tensor).sum())
     raise CheckpointError(
         f"{file}: tensor '{name}' has {bad} NaN or infinite value(s) of {tensor.numel()}. "
         "A merge would spread them to every task: use an earlier checkpoint of this model."
     )
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: both ends of the range are finite, and NaN in one of them where it is anywhere.
-
-    One pass without a copy, ten times as fast in two-byte floats as `isfinite`.
-    """
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor.float() if tensor.dtype in FLOAT8.values() else tensor)
-    return -math.inf < low.item() and high.item() < math.inf
 
 
 def check_result(tensor: Tensor, name: str, by: str) -> Tensor:
@@ -380,6 +392,6 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str, remedy: str) -> Tensor:
         OutputError: the dtype cannot hold a value; ends with the remedy.
     """
     converted = tensor.to(dtype)
-    if converted.dtype != tensor.dtype and not _all_finite(converted):
+    if converted.dtype != tensor.dtype and not all_finite(converted):
         raise OutputError(f"'{name}' has values that {NAMES[dtype]} cannot hold. {remedy}")
     return converted

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from adarank.errors import CheckpointError, reading
 from adarank.io.parsing import parse_json
+from adarank.io.progress import advance
 
 
 def check_file(path: Path) -> None:
@@ -59,4 +60,5 @@ def file_sha256(path: Path) -> str:
     with reading(CheckpointError, path), path.open("rb") as handle:
         for block in iter(lambda: handle.read(1 << 22), b""):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()

@@ -15,8 +15,6 @@ from pathlib import Path
 from adarank.errors import AdaRankError, CheckpointError
 from adarank.io.hub_files import ANY, used_files
 
-NO_ADAPTERS = "adapters (after '+', or under lora) are not read. Merge it into its model first, with peft's merge_and_unload, and give the folder that save_pretrained writes then"
-
 
 def is_hub_id(reference: str) -> bool:
     """True for `org/name`, `org/name/folder` or either with `@revision`, that is not an existing path."""
@@ -58,18 +56,33 @@ def same_model(one: str, other: str | None, folder: Path) -> bool:
     return first == second
 
 
+def split_adapter(reference: str, folder: Path | None = None) -> tuple[str, str | None]:
+    """A reference `model+adapter` as its two parts; the adapter is None where it is one of a model alone.
+
+    A `+` may be part of a path: the first at which both sides are there, or may be on the hub, is the one that is meant.
+    """
+    if "+" not in reference or local_path(reference, folder).exists():
+        return reference, None
+    pairs = [(reference[:place], reference[place + 1 :]) for place, sign in enumerate(reference) if sign == "+"]
+    fitting = (pair for pair in pairs if all(is_hub_id(side) or local_path(side, folder).exists() for side in pair))
+    return next(fitting, pairs[0])
+
+
 def called(reference: str, folder: Path) -> str:
-    """The last part of a model's path or hub id, without its revision."""
+    """The last part of a model's path or hub id, or its adapter's, without the revision."""
+    model, adapter = split_adapter(reference, folder)
+    reference = adapter or model
     name = Path(reference.split("@")[0]).name
     return name if name not in ("", "..") else (folder / reference).resolve().name
 
 
-def resolve(reference: str, folder: Path | None = None) -> Path:
-    """The local path of a checkpoint.
+def resolve(reference: str, folder: Path | None = None, adapter: bool = False) -> Path:
+    """The local path of a checkpoint or an adapter.
 
     Arguments:
         reference: a path (relative ones count from `folder`), or `org/name[/folder][@revision]` on the hub.
         folder: where relative paths start; the working directory if not given.
+        adapter: of what is on the hub, bring the files of an adapter and not those of a model beside it.
 
     Raises:
         CheckpointError: there is no such path, and it is no hub id or the hub cannot give it.
@@ -77,14 +90,20 @@ def resolve(reference: str, folder: Path | None = None) -> Path:
     path = local_path(reference, folder)
     if path.exists():
         return path
-    if "+" in reference:
-        model, _, adapter = reference.partition("+")
-        raise CheckpointError(f"{reference}: the model '{model}' with the adapter '{adapter}', and {NO_ADAPTERS}.")
     if not is_hub_id(reference):
-        raise CheckpointError(
-            f"{path}: no such checkpoint. Give a folder, a weights file, or a hub id 'org/name@revision'."
-        )
-    return _download(reference)
+        wanted = "the folder of an adapter" if adapter else "a folder, a weights file,"
+        what = "adapter" if adapter else "checkpoint"
+        raise CheckpointError(f"{path}: no such {what}. Give {wanted} or a hub id 'org/name@revision'.")
+    return _download(reference, adapter)
+
+
+def resolve_without_download(reference: str, folder: Path | None = None, adapter: bool = False) -> Path | None:
+    """As `resolve`, but a model that would have to be downloaded is left where it is: None if the hub has it."""
+    if not local_path(reference, folder).exists() and "+" not in reference and is_hub_id(reference):
+        path, _, revision = reference.partition("@")
+        if _listed("/".join(path.split("/")[:2]), revision or None) is not None:
+            return None
+    return resolve(reference, folder, adapter)
 
 
 @contextmanager
@@ -100,7 +119,7 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _download(reference: str) -> Path:
+def _download(reference: str, adapter: bool) -> Path:
     from huggingface_hub import snapshot_download  # imported on use: it is slow, and local merges never need it
 
     path, _, revision = reference.partition("@")
@@ -108,7 +127,7 @@ def _download(reference: str) -> Path:
     name, folder = f"{organisation}/{repository}", "/".join(inside)
     try:
         listed = _listed(name, revision or None)
-        files = ANY if listed is None else [glob.escape(file) for file in used_files(listed, folder)]
+        files = ANY if listed is None else [glob.escape(file) for file in used_files(listed, folder, adapter)]
         place = Path(snapshot_download(name, revision=revision or None, allow_patterns=files)) / folder
     except Exception as error:  # the hub client's errors share no base class
         raise CheckpointError(

@@ -27,10 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from adarank.errors import OutputError, itemise
+from adarank.io.files import file_sha256
 
 RECORD = "adarank.json"
 MARK = "adarank-workspace"
-_HASHED_BYTES = 2**20  # files up to this size are known by their hash, larger ones by their length alone
+DIGEST = "record_sha256"
+_UNKNOWN = "0" * 64  # what stands in a record for its digest while that is computed
+_QUICK_BYTES = 2**20  # where an output is to be replaced, larger files are compared by their length alone
 _AT_FDCWD, _EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -154,15 +157,20 @@ def remove_ours(folder: Path) -> None:
 
 
 def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Path under `folder` -> what tells a file from others: its length, and its SHA-256 unless it is large."""
+    """Path under `folder` -> what tells a file from others: its length and its SHA-256. The record is not among them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RECORD)
-    return {path.relative_to(folder).as_posix(): identity(path) for path in files}
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in files
+    }
 
 
-def identity(file: Path) -> dict[str, Any]:
-    """A file's length, and its SHA-256 if it is no longer than a mebibyte."""
-    size = file.stat().st_size
-    return {"bytes": size, **({"sha256": sha256(file.read_bytes())} if size <= _HASHED_BYTES else {})}
+def record_digest(content: bytes) -> str:
+    """The SHA-256 of a record's bytes, with zeros in the place of the digest that it holds of itself, its last entry."""
+    return sha256(_DIGEST_ENTRY.sub(f'"{DIGEST}": "{_UNKNOWN}"'.encode(), content))
+
+
+_DIGEST_ENTRY = re.compile(rb'"%s": "[0-9a-f]{64}"(?=\n}\n\Z)' % DIGEST.encode())
 
 
 def sha256(content: bytes) -> str:
@@ -186,7 +194,7 @@ def check_replaceable(out: Path) -> None:
             f"{out}: its {RECORD} does not list the files of an output (it is no record, or one of an older version), so "
             "--force will not remove it. Remove the folder yourself, or give another path."
         )
-    problems = _differences(out, listed)
+    problems = differences(out, listed)
     if problems:
         raise OutputError(
             itemise(
@@ -208,8 +216,12 @@ def read_list(record: Path) -> Mapping[str, Any] | None:
     return files if isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values()) else None
 
 
-def _differences(out: Path, listed: Mapping[str, Any]) -> list[str]:
-    """What is in a folder and not in its record's list, in words."""
+def differences(out: Path, listed: Mapping[str, Any], whole: bool = False) -> list[str]:
+    """How a folder differs from its record's list, in words: what was added or changed.
+
+    Arguments:
+        whole: compare every byte, also of large files, and name what is missing.
+    """
     folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
     problems = []
     for path in sorted(out.rglob("*")):
@@ -220,14 +232,25 @@ def _differences(out: Path, listed: Mapping[str, Any]) -> list[str]:
             problems += [] if name in folders else [f"{name}: is a folder that adarank did not make"]
         elif name != RECORD and name not in listed:
             problems.append(f"{name}: is not in the list of {RECORD}")
-        elif name != RECORD and not is_as_listed(path, listed[name]):
+        elif name != RECORD and whole and "sha256" not in listed[name]:
+            problems.append(f"{name}: {RECORD} has no hash of it (an older version wrote it), so it cannot be checked")
+        elif name != RECORD and not is_as_listed(path, listed[name], whole):
             problems.append(f"{name}: is not as adarank wrote it")
-    return problems
+    missing = [f"{name}: is missing" for name in listed if not (out / name).is_file()]
+    return problems + (missing if whole else [])
 
 
-def is_as_listed(file: Path, entry: Mapping[str, Any]) -> bool:
-    """True if a file is what a list says of it."""
-    return file.is_file() and identity(file) == dict(entry)
+def is_as_listed(file: Path, entry: Mapping[str, Any], whole: bool = False) -> bool:
+    """True if a file is what a list says of it.
+
+    Arguments:
+        whole: compare the hash of a large file too; else its length is enough.
+    """
+    if not file.is_file() or file.stat().st_size != entry.get("bytes"):
+        return False
+    if not whole and file.stat().st_size > _QUICK_BYTES:
+        return True
+    return file_sha256(file) == entry.get("sha256")
 
 
 def check_outside(out: Path, inputs: Iterable[Path]) -> None:

@@ -88,6 +88,31 @@ def read_vocabulary(folder: Path, kind: str | None = None) -> Vocabulary | None:
     return Vocabulary(file, ids, merges, text)
 
 
+class VocabularyReader:
+    """Reads every vocabulary once, however many folders hold its files and however often it is asked for."""
+
+    def __init__(self) -> None:
+        self._marks: dict[Path, tuple[tuple[str, str], ...]] = {}
+        self._known: dict[tuple[tuple[tuple[str, str], ...], str | None], Vocabulary | None] = {}
+
+    def mark(self, folder: Path) -> tuple[tuple[str, str], ...]:
+        """What tells a folder's vocabulary from others: `fingerprint`, in an order."""
+        if folder not in self._marks:
+            self._marks[folder] = tuple(sorted(fingerprint(folder).items()))
+        return self._marks[folder]
+
+    def read(self, folder: Path, kind: str | None = None) -> Vocabulary | None:
+        """As `read_vocabulary`; its `file` may be one of the same content in another folder.
+
+        Raises:
+            CheckpointError: a file of it is damaged.
+        """
+        key = (self.mark(folder), kind)
+        if key not in self._known:
+            self._known[key] = read_vocabulary(folder, kind)
+        return self._known[key]
+
+
 def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
     try:
         return reader(file)

@@ -24,6 +24,7 @@ from adarank.io.checkpoint import NAMES, cast
 from adarank.io.hub import local_path
 from adarank.io.lock import hold, resolved
 from adarank.io.output_folder import (
+    DIGEST,
     MARK,
     RECORD,
     check_replaceable,
@@ -31,20 +32,25 @@ from adarank.io.output_folder import (
     leavings,
     list_files,
     make_ours,
+    record_digest,
     remove_ours,
     settle,
     workspace,
 )
+from adarank.io.progress import advance
 from adarank.io.state import write_state
 
 BUNDLE = "bundle.json"
 __all__ = [  # RECORD is looked for here by whoever reads outputs
-    "BUNDLE", "RECORD", "Layout", "TensorFile", "atomic_folder", "check_output", "claimed", "json_text", "layout_bytes",
+    "BUNDLE", "RECORD", "SHARD_BYTES", "Layout", "TensorFile", "atomic_folder", "check_output", "check_shards", "claimed", "json_text", "layout_bytes",
     "locked", "state_folder", "write_checkpoint", "write_json", "write_record", "write_state", "write_tensors", "write_text",
 ]  # fmt: skip
 
 _NAME, _TEMPORARY = 255, "." * 32  # the longest name that file systems hold; what temporary names beside it need more
+_HEAD_BYTES = 64  # of a header without tensors: its length, its own metadata, and blanks up to a multiple of 8
 _NUMBERS = re.compile(r"\[\s+-?\d[-+.,eE\d\s]*\]")
+
+SHARD_BYTES = 5 * 10**9
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Tensor name -> (shape, dtype), in the order in which the tensors will be written."""
@@ -129,8 +135,11 @@ def check_output(out: Path, force: bool) -> None:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write an output's record, last of its files: it lists all of them, so that they may be replaced later."""
+    """Write an output's record, last of its files: it lists all of them with their hashes, and holds its own at its end."""
     record["files"] = list_files(folder)
+    record.pop(DIGEST, None)
+    record[DIGEST] = "0" * 64  # in the place of what is computed over it
+    record[DIGEST] = record_digest(_encoded(json_text(record)))
     write_json(folder / RECORD, record)
 
 
@@ -160,11 +169,15 @@ def write_text(path: Path, text: str, scratch: Path | None = None) -> None:
     """Write a small file whole: to a temporary name (in `scratch`, on the same disk, if it is given), then renamed."""
     partial = (scratch or path.parent) / f".{path.name}.{secrets.token_hex(8)}.partial"
     try:
-        # a lone surrogate, which JSON may hold and UTF-8 may not, is written as the escape that it is in JSON
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_bytes(_encoded(text))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8; a lone surrogate, which JSON may hold and UTF-8 may not, as the escape that it is in JSON."""
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any, scratch: Path | None = None) -> None:
@@ -195,9 +208,11 @@ def state_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_checkpoint(
-    folder: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = 5 * 10**9
+    folder: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = SHARD_BYTES
 ) -> list[Path]:
     """Stream `tensors` into `folder` as model.safetensors, or shards of at most `max_shard_bytes` with an index.
+
+    A tensor that is larger by itself has a shard of its own.
 
     Arguments:
         layout: name -> (shape, dtype) of every tensor, in the order of `tensors`.
@@ -221,7 +236,11 @@ def write_checkpoint(
 
 
 def write_folders(
-    folder: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], paths: Sequence[str] = ()
+    folder: Path,
+    layout: Layout,
+    tensors: Iterator[tuple[str, Tensor]],
+    paths: Sequence[str] = (),
+    max_shard_bytes: int | None = None,
 ) -> None:
     """As `write_checkpoint`, with the tensors whose names start with one of `paths` and a slash in that folder.
 
@@ -232,7 +251,8 @@ def write_folders(
     for path in dict.fromkeys(["", *of.values()]):
         part = {name.removeprefix(f"{path}/"): spec for name, spec in layout.items() if of[name] == path}
         (folder / path).mkdir(parents=True, exist_ok=True)
-        write_checkpoint(folder / path, part, ((name.removeprefix(f"{path}/"), tensor) for name, tensor in tensors))
+        inside = ((name.removeprefix(f"{path}/"), tensor) for name, tensor in tensors)
+        write_checkpoint(folder / path, part, inside, max_shard_bytes or SHARD_BYTES)
 
 
 class TensorFile:
@@ -270,6 +290,7 @@ class TensorFile:
                 f"{self._path.name}: expected tensor '{wanted}' {shape}, got '{name}' {tuple(tensor.shape)}."
             )
         _write_tensor(self._handle, cast(tensor, dtype, name, "Give another out_dtype, such as bfloat16.").cpu())
+        advance(_nbytes((shape, dtype)))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -286,18 +307,41 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         partial.unlink(missing_ok=True)
 
 
+def check_shards(layout: Layout, limit: int) -> None:
+    """Refuse a limit that a file of one tensor would be beyond.
+
+    Raises:
+        OutputError: some tensors do not fit; the largest is named.
+    """
+    sizes = {name: _entry_bytes(name, spec) + _nbytes(spec) for name, spec in layout.items()}
+    beyond = {name: size for name, size in sizes.items() if size + _HEAD_BYTES > limit}
+    if beyond:
+        name, size = max(beyond.items(), key=lambda item: item[1])
+        raise OutputError(
+            f"max_shard_size: {limit} bytes, and {len(beyond)} tensor(s) do not fit in a file of that size: '{name}' needs {size + _HEAD_BYTES}. Give at least that."
+        )
+
+
 def _shard_names(layout: Layout, limit: int) -> dict[str, list[str]]:
+    """File -> its tensors. A file is as long as its tensors and what its header says of them."""
     groups: list[list[str]] = [[]]
-    size = 0
+    size = _HEAD_BYTES
     for name, spec in layout.items():
-        if groups[-1] and size + _nbytes(spec) > limit:
+        needed = _entry_bytes(name, spec) + _nbytes(spec)
+        if groups[-1] and size + needed > limit:
             groups.append([])
-            size = 0
+            size = _HEAD_BYTES
         groups[-1].append(name)
-        size += _nbytes(spec)
+        size += needed
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups)}
+
+
+def _entry_bytes(name: str, spec: tuple[tuple[int, ...], torch.dtype]) -> int:
+    """What a header says of a tensor takes at most so many bytes, wherever it stands."""
+    far = 10**15
+    return len(json.dumps({name: {"dtype": NAMES[spec[1]], "shape": list(spec[0]), "data_offsets": [far, far]}}))
 
 
 def layout_bytes(layout: Layout) -> int:

@@ -74,7 +74,7 @@ class Outline:
         layout: the tensors of one merged model, heads not among them.
         floats: dtype of computed parts, if the recipe says.
         family: the kind of models, if they have tasks.
-        dequantised: codes of the inputs become floats as they are read.
+        dequantised: tensors of the inputs are made as they are read: of codes and scales, or of a model and an adapter.
     """
 
     network: AlignedCheckpoints

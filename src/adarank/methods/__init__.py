@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from adarank.methods.base import Method, merge_tensor, merge_tensors
 from adarank.methods.calibrated.base import CalibratedMethod
+from adarank.methods.calibrated.esm import ESM
+from adarank.methods.calibrated.featcal import FeatCal
 from adarank.methods.calibrated.fisher import Fisher
 from adarank.methods.calibrated.regmean import RegMean
 from adarank.methods.calibrated.regmean_plus_plus import RegMeanPlusPlus
@@ -34,12 +36,15 @@ from adarank.methods.sparse.sce import SCE
 from adarank.methods.sparse.ties import Ties
 from adarank.methods.sparse.ties_merging import TiesMerging
 from adarank.methods.spectral.cart import CART
+from adarank.methods.spectral.dc_merge import DCMerge
 from adarank.methods.spectral.iso_c import IsoC
 from adarank.methods.spectral.iso_cts import IsoCTS
 from adarank.methods.spectral.masked import Masked
 from adarank.methods.spectral.star import STAR
+from adarank.methods.spectral.svc import SVC
 from adarank.methods.spectral.svd_k import SVDk
 from adarank.methods.spectral.tsv_m import TSVM
+from adarank.methods.spectral.wudi import SWUDI, WUDI, ACTMat
 from adarank.methods.task_aware.cart_indexing import CARTIndexing
 from adarank.methods.task_aware.emr import EMR
 from adarank.methods.task_aware.tall_masks import TallMasks
@@ -77,10 +82,17 @@ ALL: tuple[type[Method], ...] = (
     TSVM,
     IsoC,
     IsoCTS,
+    DCMerge,
+    SVC,
     CART,
+    WUDI,
+    SWUDI,
+    ACTMat,
     Fisher,
     RegMean,
     RegMeanPlusPlus,
+    FeatCal,
+    ESM,
     Masked,
     TallMasks,
     EMR,

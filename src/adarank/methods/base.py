@@ -221,7 +221,7 @@ def merge_tensor(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """One tensor of the merged model, by a prepared method.
+    """One tensor of the merged model, by a prepared method. One that no adapter changes stays the base's, as stored.
 
     Arguments:
         dtype: what the caller will cast it to. It comes so where that spares memory and holds every value, else in
@@ -230,6 +230,8 @@ def merge_tensor(
     action = network.choices[name].action
     if action not in ("decompose", "scale"):
         return network.kept(name)
+    if method.origin_kind(network) != "zero" and network.unchanged(name):
+        return network.kept(name)
     if method.by_entry and network.tensors[name].numel > BLOCK and network.in_place():
         with suppress(AdaRankError):  # what is wrong is said of the whole tensor, below
             return _merged_by_entry(method, network, name, device, dtype)
@@ -237,8 +239,9 @@ def merge_tensor(
 
 
 def _merged(method: Method, network: AlignedCheckpoints, name: str, device: torch.device | str) -> Tensor:
-    origin = network.origin(name, method.origin_kind(network), device)
-    deltas = network.deltas(name, origin)
+    kind = method.origin_kind(network)
+    origin = network.origin(name, kind, device)
+    deltas = network.deltas(name, origin, kind)
     decomposed = network.choices[name].action == "decompose"
     merged = (method.merge_matrix if decomposed else method.merge_other)(name, origin, deltas)
     return check_result(merged, name, f"the result of '{method.name}'")

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from adarank.data.spec import TaskSpec
 from adarank.errors import RecipeError, itemise
-from adarank.io.checkpoint import Checkpoint, TensorInfo
+from adarank.io.checkpoint import Checkpoint, Source, TensorInfo
 from adarank.io.hub import local_path
+from adarank.io.low_rank import Factors
 from adarank.models.image import ImageClassifiers
 from adarank.models.loading import LOCALLY, loading
 from adarank.models.text import tokenizer_of
@@ -188,6 +189,31 @@ class ZeroShotExpert(Checkpoint):
         if name == PROJECTION:
             return (self._expert if self.projected else self._base).read(PROJECTION)
         return self._expert.read(self._stored[name])
+
+    def change(self, name: str, start: Source, stored: str) -> Factors | None:
+        """What the expert adds to `start` there, where it is an adapter."""
+        return self._expert.change(self._stored[name], start, stored) if name in self._stored else None
+
+    def change_rank(self, name: str, start: Source, stored: str) -> int | None:
+        """The rank of that."""
+        return self._expert.change_rank(self._stored[name], start, stored) if name in self._stored else None
+
+    def sha256(self) -> dict[str, str]:
+        """Of the expert's files."""
+        return self._expert.sha256()
+
+    def check_bytes(self) -> None:
+        """Compare the bytes of the expert's tensors with their checksums."""
+        self._expert.check_bytes()
+
+    def side_files(self) -> list[Path]:
+        """The expert's."""
+        return self._expert.side_files()
+
+    @property
+    def in_one_folder(self) -> bool:
+        """Whether the expert is."""
+        return self._expert.in_one_folder
 
     @property
     def making_bytes(self) -> int:

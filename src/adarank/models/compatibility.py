@@ -12,23 +12,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from adarank.alignment.selection import is_table
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import MismatchError, itemise
 from adarank.io.checkpoint import Checkpoint
-from adarank.io.vocabulary import Vocabulary, comparable, files_of, fingerprint, read_vocabulary
+from adarank.io.vocabulary import Vocabulary, VocabularyReader, comparable, files_of
 from adarank.models.configurations import compare_configurations, compare_processors, few
 
 Member = TypeVar("Member")
-_TABLE = re.compile(r"embed|wte|shared\.weight|lm_head|tok_")
-_NO_TABLE = re.compile(r"posit|wpe|type|patch|proj|norm|rel")
 # Tokens that stand for nothing until a fine-tuning gives them a meaning.
 _RESERVED = re.compile(r"^[<\[]\|?(un_?used|reserved|place_?holder|dummy|control_\d|extra_\d)", re.IGNORECASE)
 
 
 def check_compatible(
-    network: AlignedCheckpoints, base: Checkpoint | None, experts: Mapping[str, Checkpoint]
+    network: AlignedCheckpoints,
+    base: Checkpoint | None,
+    experts: Mapping[str, Checkpoint],
+    by_token: bool = False,
+    reader: VocabularyReader | None = None,
 ) -> list[str]:
     """Compare vocabularies and configurations wherever two members have them; returns notes on harmless differences.
+
+    Arguments:
+        by_token: tables have been brought to one vocabulary, so that the files' ids are not theirs.
+        reader: what has read vocabularies already.
 
     Raises:
         MismatchError: ids stand for different tokens, or a setting that decides what shared tensors compute differs.
@@ -40,9 +47,31 @@ def check_compatible(
     )
     folders = {name: member.folder for name, member in members.items() if member.path.is_dir()}
     holders, rows = _tables(network)
-    of_tokens, more = compare_vocabularies({name: folder for name, folder in folders.items() if name in holders}, rows)
+    of_tokens, more = compare_vocabularies(
+        {} if by_token else {name: folder for name, folder in folders.items() if name in holders}, rows, reader
+    )
     _refuse(of_settings, of_tokens)
     return [*notes, *more, *compare_processors(folders)]
+
+
+def check_apart(base: Checkpoint | None, experts: Mapping[str, Checkpoint], by_token: bool = False) -> None:
+    """As `check_compatible`, of models whose tensors do not align: what else is wrong with them.
+
+    Raises:
+        MismatchError, CheckpointError: as there.
+    """
+    members = labelled(base, experts)
+    configs = {name: member.config for name, member in members.items()}
+    names = {name for member in members.values() for name in member.tensors}
+    of_settings, _ = compare_configurations(configs, any("lm_head" in name for name in names))
+    tables = {
+        label: [info.shape[0] for name, info in member.tensors.items() if len(info.shape) == 2 and is_table(name)]
+        for label, member in members.items()
+    }
+    with_rows = {label: members[label] for label, rows in tables.items() if rows and not by_token}
+    folders = {label: member.folder for label, member in with_rows.items() if member.path.is_dir()}
+    of_tokens, _ = compare_vocabularies(folders, max((max(rows) for rows in tables.values() if rows), default=0))
+    _refuse(of_settings, of_tokens)
 
 
 def check_modules(network: AlignedCheckpoints, base: object, experts: Mapping[str, object]) -> None:
@@ -56,11 +85,6 @@ def check_modules(network: AlignedCheckpoints, base: object, experts: Mapping[st
     }
     configs = {name: read() for name, read in readers.items() if read is not None}
     _refuse(compare_configurations(configs, _tied(network))[0], [])
-
-
-def is_table(name: str) -> bool:
-    """Whether a matrix of this name has a row for each token."""
-    return bool(_TABLE.search(name)) and not _NO_TABLE.search(name)
 
 
 def labelled(base: Member | None, experts: Mapping[str, Member]) -> dict[str, Member]:
@@ -131,12 +155,15 @@ class _Tokens:
         return [f"{token!r} ({row})" for token, row in new.items() if not _RESERVED.match(token)]
 
 
-def compare_vocabularies(folders: Mapping[str, Path], rows: int) -> tuple[list[str], list[str]]:
+def compare_vocabularies(
+    folders: Mapping[str, Path], rows: int, reader: VocabularyReader | None = None
+) -> tuple[list[str], list[str]]:
     """Problems and notes, in sentences, of the tokenizers in some folders; folders without one are left out.
 
     Arguments:
         folders: what to call a model -> where its tokenizer's files are.
         rows: how many ids the embedding table has; tokens beyond them are no matter.
+        reader: what has read vocabularies already.
     """
     holders, shared = comparable(folders)
     if rows == 0 or len(holders) < 2:
@@ -144,11 +171,12 @@ def compare_vocabularies(folders: Mapping[str, Path], rows: int) -> tuple[list[s
     if shared is None:
         listed = ", ".join(f"{name} has {' and '.join(files_of(folders[name]))}" for name in holders)
         return [], [f"Vocabularies were not compared: their files are of different kinds ({listed})."]
-    marks = {name: fingerprint(folders[name]) for name in holders}
+    reader = reader or VocabularyReader()
+    marks = {name: reader.mark(folders[name]) for name in holders}
     distinct = [name for number, name in enumerate(marks) if marks[name] not in list(marks.values())[:number]]
     if len(distinct) < 2:
         return [], []
-    read = {name: vocabulary for name in distinct if (vocabulary := read_vocabulary(folders[name], shared)) is not None}
+    read = {name: vocabulary for name in distinct if (vocabulary := reader.read(folders[name], shared)) is not None}
     return _differences(read, rows)
 
 

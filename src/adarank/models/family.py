@@ -66,7 +66,14 @@ class Family(Protocol):
     def load(self, expert: Checkpoint) -> nn.Module:
         """A model with its head, in float32 and evaluation mode."""
         expert.check_bytes()
-        return load_quietly(self.auto_class(), expert.folder)
+        if expert.in_one_folder:
+            return load_quietly(self.auto_class(), expert.folder)
+        state = {name: expert.read(name) for name in expert.tensors}
+        return load_made(self.auto_class(), expert.config, state, expert.label)
+
+    def check_folder(self, folder: Path) -> None:
+        """Raise a `CheckpointError` if a folder has no file of what encodes a task's inputs. Loads nothing."""
+        ...
 
     def columns(self, spec: TaskSpec) -> list[str]:
         """The input columns that the task needs."""
@@ -95,5 +102,23 @@ def load_quietly(auto_class: Any, folder: Path) -> nn.Module:
     with loading(folder, f"cannot be loaded as {auto_class.__name__}", "Check config.json and the weights."):
         module, report = auto_class.from_pretrained(str(folder), output_loading_info=True, **LOCALLY)
     refuse_missing(module, report["missing_keys"], str(folder))
+    made: nn.Module = module.to(torch.float32).eval()
+    return made
+
+
+def load_made(auto_class: Any, config: Mapping[str, Any], state: Mapping[str, Tensor], label: str) -> nn.Module:
+    """A model whose tensors are in no folder of its own, in float32 and evaluation mode.
+
+    Raises:
+        CheckpointError: config and tensors make no model of this class, or not a whole one.
+    """
+    from transformers import AutoConfig
+
+    with loading(Path(label), f"cannot be loaded as {auto_class.__name__}", "Check config.json and the weights."):
+        settings = AutoConfig.for_model(**config)
+        module, report = auto_class._model_mapping[type(settings)].from_pretrained(
+            None, config=settings, state_dict=dict(state), dtype=torch.float32, output_loading_info=True, **LOCALLY
+        )
+    refuse_missing(module, report["missing_keys"], label)
     made: nn.Module = module.to(torch.float32).eval()
     return made

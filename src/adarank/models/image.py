@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch
-from adarank.errors import DataError, reading
+from adarank.errors import CheckpointError, DataError, reading
 from adarank.io.files import read_json
 from adarank.io.hub import local_path
 from adarank.models.depth import bits_per_channel
 from adarank.models.family import Family
 from adarank.models.loading import LOCALLY, loading
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _LEAST = 2**13  # pixels that a small image counts as: batches of more than 128 are slower on a CPU, not faster
 
 
@@ -116,6 +117,13 @@ class ImageClassifiers(Family):
         from transformers import AutoModelForImageClassification
 
         return AutoModelForImageClassification
+
+    def check_folder(self, folder: Path) -> None:
+        """Raise a `CheckpointError` if there is no configuration of an image processor."""
+        if not any((folder / name).exists() for name in PROCESSOR_FILES):
+            raise CheckpointError(
+                f"{folder}: no usable image processor (it has none of {', '.join(PROCESSOR_FILES)}). Copy preprocessor_config.json beside the weights."
+            )
 
     def columns(self, spec: TaskSpec) -> list[str]:
         """The columns of the data that hold inputs."""

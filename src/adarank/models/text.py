@@ -16,6 +16,7 @@ from adarank.data.task import Batch
 from adarank.errors import CheckpointError, DataError
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import read_json
+from adarank.io.side_files import tokenizer_files
 from adarank.models.family import Family
 from adarank.models.loading import LOCALLY, loading
 
@@ -65,8 +66,15 @@ class TextClassifiers(Family):
         module = super().load(expert)
         config: Any = module.config
         if config.pad_token_id is None:  # models without padding, such as GPT-2, find an input's end by this id
-            config.pad_token_id = tokenizer_of(expert.folder).pad_token_id
+            config.pad_token_id = tokenizer_of(expert.processor_folder).pad_token_id
         return module
+
+    def check_folder(self, folder: Path) -> None:
+        """Raise a `CheckpointError` if there is no file of a tokenizer."""
+        if not tokenizer_files(folder.iterdir()):
+            raise CheckpointError(
+                f"{folder}: no usable tokenizer (it has no file of one). Copy the tokenizer's files beside the weights."
+            )
 
     def columns(self, spec: TaskSpec) -> list[str]:
         """The columns of the data that hold inputs."""
@@ -137,6 +145,18 @@ def _length(file: Path, key: str, value: Any, least: int = 1) -> int:
 
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer beside a model's weights, with a token to pad by."""
+    tokenizer = stored_tokenizer(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def stored_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a model's weights as its files have it.
+
+    Raises:
+        CheckpointError: none of its files is there, or they cannot be used.
+    """
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -148,6 +168,4 @@ def tokenizer_of(folder: Path) -> Any:
         raise CheckpointError(
             f"{folder}: no usable tokenizer (none of {', '.join(sorted(files))} is there). Copy the tokenizer's files beside the weights."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

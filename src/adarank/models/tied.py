@@ -79,7 +79,9 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints) -
         raise MismatchError(itemise("Checkpoints and architecture do not fit:", problems, remedy, 20))
     for name, tensor in shared.items():
         tensor.requires_grad_(
-            tensor.is_floating_point() and network.choices[name].action != "keep" and isinstance(tensor, nn.Parameter)
+            tensor.is_floating_point()
+            and network.choices[name].action in ("decompose", "scale")
+            and isinstance(tensor, nn.Parameter)
         )
     shared_ids = {id(tensor) for tensor in shared.values()}
     for module in modules.values():

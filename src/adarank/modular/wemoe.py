@@ -119,7 +119,7 @@ class WEMoE(Modular):
 
 def _task_vectors(network: AlignedCheckpoints, name: str, device: torch.device | str) -> StackedDeltas:
     """The task vectors of one tensor about the base, stacked."""
-    deltas = network.deltas(name, network.origin(name, "pretrained", device))
+    deltas = network.deltas(name, network.origin(name, "pretrained", device), "pretrained")
     return StackedDeltas(torch.stack([deltas[task] for task in deltas]).float())
 
 

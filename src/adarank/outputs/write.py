@@ -13,13 +13,17 @@ from torch import Tensor
 
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io.bundle import HEAD, About, Names, Parts, finish, task_folder, write_parts
+from adarank.io.files import read_json
 from adarank.io.sentence import ROOT_FILES
 from adarank.io.side_files import tokenizer_files
 from adarank.io.writer import write_folders, write_json, write_tensors
 from adarank.method import Result
+from adarank.models.union import save_tokenizer
+from adarank.outputs.adapter import write_adapter
+from adarank.outputs.template import write_template
 from adarank.recipe.job import Job
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def check_side_files(job: Job) -> None:
@@ -30,7 +34,7 @@ def check_side_files(job: Job) -> None:
     """
     for checkpoint in (
         job.root,
-        *([job.tokenizer] if job.tokenizer else []),
+        *([job.tokenizer.source] if job.tokenizer else []),
         *job.experts.values(),
     ):
         checkpoint.side_files()
@@ -40,19 +44,35 @@ def write_root_files(folder: Path, job: Job) -> None:
     """Configuration, tokenizer and processor files of the base; the configuration names the output's dtype."""
     for file in _root_files(job):
         shutil.copy(file, folder / file.name)  # with its permissions
-    changed = job.recipe.output_dtype() is not None or job.recipe.dequantize or job.slices is not None
-    if changed and (folder / CONFIG).exists():
-        write_json(folder / CONFIG, _in_dtype(job.config, job))
+    if job.tokenizer and job.tokenizer.made is not None:
+        save_tokenizer(job.tokenizer.made, folder)
+    write_template(folder, job.chat_template)
+    for name in (CONFIG, GENERATION):
+        if (folder / name).exists():
+            stored = read_json(folder / name)
+            content = _root_settings(job, name, stored)
+            if content != stored:
+                write_json(folder / name, content)
     _write_modules(folder, job)
 
 
+def _root_settings(job: Job, name: str, stored: dict[str, Any]) -> dict[str, Any]:
+    """config.json or generation_config.json of the base as one of the output: its dtype, its vocabulary and their ids."""
+    content = _in_dtype(job.config, job) if name == CONFIG and job.config else stored
+    if job.tokenizer is None or job.tokenizer.token_ids is None:
+        return content
+    beside = job.tokenizer.source.folder / name
+    return job.tokenizer.token_ids.of(content, read_json(beside) if beside.exists() else {})
+
+
 def _root_files(job: Job) -> list[Path]:
-    """The base's files, with those of the tokenizer that the recipe names in place of the base's."""
+    """The base's files, with those of the tokenizer that the recipe names in place of the base's; none if it is made."""
     files = job.root.side_files()
     if job.tokenizer is None:
         return files
     replaced = tokenizer_files(files)
-    return [*(f for f in files if f not in replaced), *tokenizer_files(job.tokenizer.side_files())]
+    others = [] if job.tokenizer.made is not None else tokenizer_files(job.tokenizer.source.side_files())
+    return [*(f for f in files if f not in replaced), *others]
 
 
 def _write_modules(folder: Path, job: Job) -> None:
@@ -114,14 +134,23 @@ def write_result(folder: Path, job: Job, result: Result) -> dict[str, Any]:
         write(folder / name)
     if result.parts is not None:
         return {"bundle": write_bundle(folder, job, result.parts, result.heads)}
-    layout = job.layout()
-    write_folders(folder, layout, result.in_dtypes(layout), [module.path for module in job.root.modules])
-    write_root_files(folder, job)
+    of_adapter: dict[str, Any] = {}
+    if job.recipe.output.lora is not None:
+        settings, base = job.recipe.output.lora, job.recipe.base_model or ""
+        of_adapter["lora"] = write_adapter(folder, job.network, job.layout(), result.tensors, settings.rank, base)
+        for file in tokenizer_files(_root_files(job)):
+            shutil.copy(file, folder / file.name)  # with its permissions
+        write_template(folder, job.chat_template)
+    else:
+        paths = [module.path for module in job.root.modules]
+        layout = job.layout()
+        write_folders(folder, layout, result.in_dtypes(layout), paths, job.recipe.max_shard_size)
+        write_root_files(folder, job)
     for task, names in job.network.heads.items():
         if names:
             write_head(folder / "heads" / task, job, task, result.heads.get(task))
             _write_side_files(folder / "heads" / task, job, task)
-    return {}
+    return of_adapter
 
 
 def write_bundle(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from adarank.errors import RecipeError, itemise, listed
 from adarank.io.hub import same_model
 from adarank.method import Another, MergeMethod
+from adarank.recipe.chat_templates import wrong_template
 from adarank.recipe.mergekit import with_effect
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import ModelEntry, Recipe, Slice
@@ -17,9 +19,16 @@ from adarank.settings import nearest
 _TWO_TOKENIZERS = "tokenizer: given beside tokenizer_source, its older form. Keep one of them."
 
 
-def check(recipe: Recipe, where: str) -> None:
-    """What single fields cannot know of each other. All problems at once."""
+def check(recipe: Recipe, where: str, left_out: Collection[str] = ()) -> None:
+    """What single fields cannot know of each other. All problems at once.
+
+    Arguments:
+        left_out: keys that were left out of the recipe as they are wrong: what is said of them would be of the gap.
+    """
+    if "slices" in left_out:
+        return  # they are the models
     problems = _of_slices(recipe) if recipe.slices else [*_ranges_of_models(recipe), *_problems(recipe)]
+    problems = [text for text in problems if not re.sub(r"^slices\.[^:]*: ", "", text).startswith(tuple(left_out))]
     if problems:
         raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems))
 
@@ -58,6 +67,7 @@ def _of_slices(recipe: Recipe) -> list[str]:
         problems.append("select: head is for tasks, and models of slices have none. Remove it, or use keep.")
     if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
         problems.append(_TWO_TOKENIZERS)
+    problems += _of_output(recipe)
     of_parts: dict[str, list[str]] = {}
     for number, (each, part) in enumerate(zip(recipe.slices, recipe.parts(), strict=True)):
         base = None if kind.merges_base else each.base_model or recipe.base_model
@@ -101,11 +111,25 @@ def _problems(recipe: Recipe, method: MergeMethod | None = None) -> list[str]:
                      if e.task is None or e.task.data is None]  # fmt: skip
     if recipe.tokenizer is not None and recipe.tokenizer_source is not None:
         problems.append(_TWO_TOKENIZERS)
+    problems += _of_output(recipe)
     if kind.labels and recipe.data.protocol == "transductive":
         problems.append(
             f"data.protocol: '{kind.name}' reads labels, and under 'transductive' they would be those that are scored. Use disjoint."
         )
     return problems + _of_settings(recipe, method)
+
+
+def _of_output(recipe: Recipe) -> list[str]:
+    """What is asked of one model's folder, and whether there is one."""
+    kind = recipe.kind
+    problems = [
+        f"{key}: '{kind.name}' writes a network for each task, and {key} is for one model. Remove it."
+        for key in ("chat_template", "max_shard_size")
+        if kind.in_use and getattr(recipe, key) is not None
+    ]
+    if recipe.chat_template is not None:
+        problems += wrong_template(recipe.chat_template)
+    return problems + _of_lora_output(recipe)
 
 
 def _of_heads(recipe: Recipe) -> list[str]:
@@ -117,6 +141,29 @@ def _of_heads(recipe: Recipe) -> list[str]:
         return [f"heads: '{kind.name}' adapts, and learns heads as adapt: learn_heads says. Remove heads."]
     if "heads" in kind.model_fields:
         return [f"heads: '{kind.name}' writes heads of its own; learn is for its experts' heads. Remove heads."]
+    return []
+
+
+def _of_lora_output(recipe: Recipe) -> list[str]:
+    """Whether the output can be an adapter."""
+    if recipe.output.lora is None:
+        return []
+    kind = recipe.kind
+    if recipe.slices:
+        return ["output.lora: an adapter changes the layers that its base has, and slices put them into a new order. Remove output."]  # fmt: skip
+    if recipe.max_shard_size is not None:
+        return ["output.lora: an adapter is written as one file, and max_shard_size is for whole models. Remove it."]
+    if kind.in_use:
+        return [
+            f"output.lora: '{kind.name}' writes a network for each task, and an adapter is one model's. Remove output."
+        ]
+    if recipe.base_model is None or kind.merges_base:
+        why = (
+            f"'{kind.name}' merges base_model as one of the models"
+            if kind.merges_base
+            else "the recipe names no base_model"
+        )
+        return [f"output.lora: an adapter changes a base, and {why}. Use a method about a base, or remove output."]
     return []
 
 

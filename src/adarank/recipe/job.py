@@ -9,21 +9,26 @@ from typing import Any
 import torch
 
 from adarank.alignment.align import align
+from adarank.alignment.selection import matching
 from adarank.alignment.task_vectors import AlignedCheckpoints
-from adarank.errors import AdaRankError, CheckpointError, RecipeError, itemise
-from adarank.io.checkpoint import Checkpoint, check_any
-from adarank.io.dequantise import Dequantised
-from adarank.io.hub import resolve
-from adarank.io.quantised import quantisation, refuse_quantised
+from adarank.errors import Problems, RecipeError
+from adarank.io.checkpoint import Checkpoint
+from adarank.io.hub import same_model
+from adarank.io.progress import stage
 from adarank.io.sentence import check_modules
+from adarank.io.vocabulary import VocabularyReader
 from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod, Outline
-from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
-from adarank.models.compatibility import check_compatible
-from adarank.recipe.checks import different_kinds
+from adarank.models import Family
+from adarank.models.compatibility import check_apart, check_compatible
+from adarank.recipe.chat_templates import ChatTemplate, choose_template
+from adarank.recipe.draft import METHOD, Draft, with_models
+from adarank.recipe.lora_output import adapter_bytes, slots_of
+from adarank.recipe.opening import adapter_notes, open_checkpoints
 from adarank.recipe.schema import Recipe
 from adarank.recipe.slices import Slices, open_slices, sliced
-from adarank.recipe.tokenizers import tokenizer_source
+from adarank.recipe.task_kinds import check_bodies, family_of_tasks
+from adarank.recipe.tokenizers import OutputTokenizer, Tokens, settle_tokens
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Job:
         family: the kind of model, if the recipe's models have tasks.
         method: the method with all its settings, checked against the network.
         notes: how the models differ where that stops no merge, in sentences.
-        tokenizer: the model whose tokenizer's files are written, where the recipe names one; else they are the root's.
+        tokenizer: what is written where the recipe names a tokenizer; else the root's files are.
+        chat_template: what is written as such; None where it is the tokenizer's.
         slices: where the layers come from, if not from whole models.
     """
 
@@ -46,7 +52,8 @@ class Job:
     family: Family | None
     method: MergeMethod
     notes: tuple[str, ...] = ()
-    tokenizer: Checkpoint | None = None
+    tokenizer: OutputTokenizer | None = None
+    chat_template: ChatTemplate | None = None
     slices: Slices | None = None
 
     @property
@@ -74,17 +81,22 @@ class Job:
 
     def outline(self) -> Outline:
         """What headers tell of the merge."""
-        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, self.recipe.dequantize)
+        made = self.recipe.dequantize or not all(expert.in_one_folder for expert in self.experts.values())
+        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, made)
 
     def output_bytes(self) -> int:
-        """Size of the output's tensors, heads not among them."""
+        """Size of the output's tensors, heads not among them; of an adapter the most that it can be."""
+        if self.recipe.output.lora is not None:
+            return adapter_bytes(self.network, self.recipe.output.lora.rank)
         shared, of_tasks = self.method.output_layouts(self.outline())
         return layout_bytes(shared) + sum(layout_bytes(layout) for layout in of_tasks.values())
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every input file, by checkpoint."""
         checkpoints = {**({"base": self.base} if self.base else {}), **self.experts}
-        return {name: checkpoint.sha256() for name, checkpoint in checkpoints.items()}
+        files = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
+        with stage("Hashing the inputs", sum(file.stat().st_size for file in files)):
+            return {name: checkpoint.sha256() for name, checkpoint in checkpoints.items()}
 
 
 def open_job(recipe: Recipe, stages: Mapping[str, Checkpoint] | None = None) -> Job:
@@ -105,48 +117,224 @@ def open_job(recipe: Recipe, stages: Mapping[str, Checkpoint] | None = None) -> 
         for name, choice in job.network.choices.items():
             print(name, choice.action, choice.reason)
     """
-    if recipe.stages and stages is None:
-        raise RecipeError(
-            f"recipe: it has {len(recipe.stages) + 1} stages, and only plan and merge take several. Give each a file of its own, and name its folder in the next."
-        )
-    base, opened = _open(recipe, stages or {})
-    by_name = {entry.model: opened[task] for task, entry in recipe.experts.items()}
-    by_name |= {recipe.base_model: base} if recipe.base_model and base else {}
-    recipe = sliced(recipe, by_name)
-    if recipe.slices:
-        return _open_sliced(recipe, base, opened, by_name)
-    tokenizer = tokenizer_source(recipe, base, opened)
-    family = _family(recipe, opened)
-    if family is not None and recipe.dequantize:
-        raise RecipeError(
-            "dequantize: true is for models without tasks: networks are loaded from their files. De-quantise the models first."
-        )
-    keep_embeddings = bool(family and family.keep_embeddings) and recipe.kind.keeps_embeddings
-    kept: dict[str, str] = {}
-    if family is not None:
-        opened, kept = family.complete(base, opened, recipe.tasks, recipe.folder)
-    else:
-        check_modules(
-            {checkpoint.label: checkpoint.modules for checkpoint in [*([base] if base else []), *opened.values()]}
-        )
-    network = align(base, opened, recipe.select, keep_embeddings, family is not None, kept)
-    _note_unused(network, base, opened)
-    _check_bodies(recipe, opened, network)
-    notes = check_compatible(network, base, opened)
+    problems = Problems()
+    opened = open_draft(Draft(recipe), problems, stages)
+    problems.refuse()
+    assert opened.job is not None
+    return opened.job
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What could be opened of a recipe.
+
+    Attributes:
+        job: all of it; None if something is wrong.
+        recipe: with all its models, those that could not be opened too.
+        sound: nothing is wrong with the recipe itself.
+        experts: task -> expert, of those that could be opened.
+        family: the kind of model, as far as it could be told.
+    """
+
+    job: Job | None
+    recipe: Recipe
+    sound: bool
+    experts: Mapping[str, Checkpoint]
+    family: Family | None
+
+
+def open_draft(draft: Draft, problems: Problems, stages: Mapping[str, Checkpoint] | None = None) -> Opened:
+    """Open and align what a recipe names. What is wrong is noted, and all is checked that it leaves possible.
+
+    Arguments:
+        stages: as for `open_job`.
+    """
+    before = len(problems.errors)
+    if draft.recipe.stages and stages is None:
+        text = f"recipe: it has {len(draft.recipe.stages) + 1} stages, and only plan and merge take several. Give each a file of its own, and name its folder in the next."
+        problems.errors.append(RecipeError(text))
+        return Opened(None, draft.recipe, False, {}, None)
+    base, experts = open_checkpoints(draft, problems, stages or {})
+    recipe = with_models(draft.recipe, experts, with_base=base is not None)
+    opening = _Opening(draft, recipe, base, experts, problems)
+    job = opening.job()
+    sound = draft.sound and len(problems.errors) == before
+    if not sound and not draft.left_out & {METHOD, "parameters", "models", "slices", "adapt"}:
+        _check_settings(draft.recipe, problems)
+    return Opened(job if sound else None, draft.recipe, draft.sound, opening.experts, opening.family)
+
+
+def _check_settings(recipe: Recipe, problems: Problems) -> None:
+    """Note what is wrong with the method's settings, where that has not been said: they fit no models, or any."""
+    said = "\n".join(map(str, problems.errors))
+    here = Problems()
+    for each in recipe.parts() or (recipe,):
+        with here.noted():
+            each.method()
+    problems.errors += [error for error in here.errors if str(error).split("\n")[-1].strip() not in said]
+
+
+class _Opening:
+    """The checks of opened models, in order. Each runs on what those before it left."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        recipe: Recipe,
+        base: Checkpoint | None,
+        experts: Mapping[str, Checkpoint],
+        problems: Problems,
+    ) -> None:
+        self.draft, self.problems = draft, problems
+        self.base, self.experts = base, dict(experts)
+        self.whole = len(experts) == len(draft.recipe.experts) and (base is None) == (draft.recipe.base_model is None)
+        self.recipe = draft.recipe if self.whole else recipe
+        self.family: Family | None = None
+        self.reader = VocabularyReader()
+        self.of_adapters = adapter_notes(base, self.experts)
+
+    def job(self) -> Job | None:
+        """The job, if nothing is wrong."""
+        if not self.experts:
+            return None
+        tokens = self._tokens()
+        if tokens is None:  # their tables may be of several sizes, for all that is known
+            with self.problems.noted():
+                self.family = family_of_tasks(self.recipe, self.experts)
+            return None
+        self.base, self.experts = tokens.base, tokens.experts
+        if tokens.aligned and self.recipe.output.lora is not None:
+            text = "output.lora: an adapter changes tables as its base has them, and rows of tokens would be brought together. Give models of one vocabulary, or remove output."
+            self.problems.errors.append(RecipeError(text))
+        template = self._chat_template(tokens)
+        if self.recipe.slices or any(entry.layer_range is not None for entry in self.recipe.models):
+            if not self._takes_slices():
+                return None
+            if self.recipe.slices:
+                return self._sliced(tokens, template)
+        network, notes = self._network(), [*self.of_adapters, *_notes(tokens, template)]
+        with self.problems.noted():
+            if network is None:
+                check_apart(self.base, self.experts, tokens.aligned)
+            else:
+                notes += check_compatible(network, self.base, self.experts, tokens.aligned, self.reader)
+        if network is None or not self.whole or not self.draft.sound:
+            return None
+        with self.problems.noted():
+            method = _method(self.recipe, network)
+            return Job(
+                self.recipe, self.base, self.experts, network, self.family, method, tuple(notes), tokens.tokenizer, template
+            )  # fmt: skip
+        return None
+
+    def _tokens(self) -> Tokens | None:
+        """The models with rows by token, where the recipe asks for it; None if something is wrong or missing."""
+        if not self._sources_are_there():
+            return None
+        with self.problems.noted():
+            return settle_tokens(self.recipe, self.base, self.experts, self.reader)
+        return None
+
+    def _sources_are_there(self) -> bool:
+        """False if the tokenizer or rows are of models that could not be opened, so that nothing can be said of them."""
+        given, settings = self.draft.recipe, self.draft.recipe.tokenizer_settings
+        if self.whole or settings is None:
+            return True
+        if settings.source == "union" or settings.tokens or "tokenizer" in self.draft.left_out:
+            return False
+        if settings.source == "base":
+            return self.base is not None or given.base_model is None
+        lost = [entry.model for task, entry in given.experts.items() if task not in self.experts]
+        lost += [given.base_model] if given.base_model is not None and self.base is None else []
+        return not any(same_model(settings.source, model, given.folder) for model in lost)
+
+    def _chat_template(self, tokens: Tokens) -> ChatTemplate | None:
+        """The chat template that the recipe asks for."""
+        if self.recipe.chat_template is None or not self.whole:
+            return None
+        models = [*([tokens.base] if tokens.base else []), *tokens.experts.values()]
+        written = tokens.tokenizer.source if tokens.tokenizer else models[0]
+        with self.problems.noted():
+            return choose_template(self.recipe.chat_template, models, written, tokens.output_tokens)
+        return None
+
+    def _named(self) -> dict[str, Checkpoint]:
+        """Reference -> model."""
+        named = {entry.model: self.experts[task] for task, entry in self.recipe.experts.items()}
+        return named | ({self.recipe.base_model: self.base} if self.recipe.base_model and self.base else {})
+
+    def _takes_slices(self) -> bool:
+        """Write layers that models give as slices; False if nothing can be said of them, or what is wrong was noted."""
+        if not self.whole or not self.draft.sound:
+            return False
+        known = len(self.problems.errors)
+        with self.problems.noted():
+            self.recipe = sliced(self.recipe, self._named())
+        return len(self.problems.errors) == known
+
+    def _sliced(self, tokens: Tokens, template: ChatTemplate | None) -> Job | None:
+        """The job of a recipe of slices."""
+        named = self._named()
+        with self.problems.noted():
+            check_modules({checkpoint.label: checkpoint.modules for checkpoint in named.values()})
+            slices = open_slices(self.recipe, self.base or next(iter(self.experts.values())), named)
+            _note_unused(slices.network, self.base, self.experts)
+            notes = [*self.of_adapters, *_notes(tokens, template)]
+            notes += check_compatible(slices.network, self.base, self.experts, tokens.aligned, self.reader)
+            return Job(
+                self.recipe, self.base, self.experts, slices.network, None, slices.method, tuple(notes), tokens.tokenizer, template, slices
+            )  # fmt: skip
+        return None
+
+    def _network(self) -> AlignedCheckpoints | None:
+        """The models, aligned; None if they do not align, or if what is missing would be taken for their fault."""
+        recipe, known = self.recipe, len(self.problems.errors)
+        with self.problems.noted():
+            self.family = family_of_tasks(recipe, self.experts)
+        if self.family is not None and recipe.dequantize:
+            text = "dequantize: true is for models without tasks: networks are loaded from their files. De-quantise the models first."
+            self.problems.errors.append(RecipeError(text))
+        base_lost = self.base is None and self.draft.recipe.base_model is not None
+        task_lost = self.family is None and "models" in self.draft.left_out
+        if base_lost or task_lost or "select" in self.draft.left_out or len(self.problems.errors) > known:
+            return None
+        kept: dict[str, str] = {}
+        members = [*([self.base] if self.base else []), *self.experts.values()]
+        with self.problems.noted():
+            if self.family is not None:
+                self.experts, kept = self.family.complete(self.base, self.experts, recipe.tasks, recipe.folder)
+            else:
+                check_modules({checkpoint.label: checkpoint.modules for checkpoint in members})
+        if len(self.problems.errors) > known:
+            return None
+        with self.problems.noted():
+            network = self._aligned(kept)
+            check_bodies(recipe, self.experts, network)
+            return network
+        return None
+
+    def _aligned(self, kept: Mapping[str, str]) -> AlignedCheckpoints:
+        """The models' tensors, paired."""
+        family, select = self.family, self.recipe.select
+        if not self.whole:  # a pattern may be meant for a model that is not here
+            select = matching(select, [n for c in (self.base, *self.experts.values()) if c for n in c.tensors])
+        keep_embeddings = bool(family and family.keep_embeddings) and self.recipe.kind.keeps_embeddings
+        network = align(self.base, self.experts, select, keep_embeddings, family is not None, kept)
+        _note_unused(network, self.base, self.experts)
+        return network
+
+
+def _method(recipe: Recipe, network: AlignedCheckpoints) -> MergeMethod:
+    """The recipe's method, checked against the network, as is the form of its output: before anything is computed."""
     method = recipe.method(network.merged())
     method.check(network)
-    return Job(recipe, base, opened, network, family, method, tuple(notes), tokenizer)
+    if recipe.output.lora is not None:
+        slots_of(network)
+    return method
 
 
-def _open_sliced(
-    recipe: Recipe, base: Checkpoint | None, experts: dict[str, Checkpoint], by_name: Mapping[str, Checkpoint]
-) -> Job:
-    tokenizer = tokenizer_source(recipe, base, experts)
-    check_modules({checkpoint.label: checkpoint.modules for checkpoint in by_name.values()})
-    slices = open_slices(recipe, base or next(iter(experts.values())), by_name)
-    _note_unused(slices.network, base, experts)
-    notes = check_compatible(slices.network, base, experts)
-    return Job(recipe, base, experts, slices.network, None, slices.method, tuple(notes), tokenizer, slices)
+def _notes(tokens: Tokens, template: ChatTemplate | None) -> list[str]:
+    return [*tokens.notes, *(template.notes if template else ())]
 
 
 def _note_unused(network: AlignedCheckpoints, base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> None:
@@ -155,68 +343,3 @@ def _note_unused(network: AlignedCheckpoints, base: Checkpoint | None, experts: 
         member.dropped.update(experts[task].unused)
     if base is not None and network.base is not None:
         network.base.dropped.update(base.unused)
-
-
-def _family(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
-    """The kind of the recipe's tasks: as it says, else as the experts' config.json tells. None if there are no tasks."""
-    kinds = {name: task.kind or kind_of(experts[name].config) for name, task in recipe.tasks.items()}
-    others = [name for name in recipe.tasks if no_classifier(experts[name].config)]
-    problems = [_no_classifier(name, experts[name]) for name in others]
-    problems += [
-        f"models: the kind of task '{name}' cannot be told from {experts[name].folder / 'config.json'}. Give task: kind, one of {', '.join(FAMILIES)}."
-        for name, kind in kinds.items()
-        if kind is None and name not in others
-    ]
-    foreign = {experts[name].folder: foreign_code(experts[name].config) for name in recipe.tasks}
-    problems += [
-        f"{folder / 'config.json'}: {what}, and adarank never runs code of a checkpoint. Merge it by a data-free method, without a task."
-        for folder, what in foreign.items()
-        if what
-    ]
-    known = {kind for kind in kinds.values() if kind}
-    _refuse([*problems, *([different_kinds(known)] if len(known) > 1 else [])])
-    return FAMILIES[known.pop()] if known else None
-
-
-def _open(recipe: Recipe, stages: Mapping[str, Checkpoint]) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
-    """The recipe's base and experts, which are not quantised, or turned into floats. All problems at once."""
-    problems: list[str] = []
-
-    def opened(reference: str) -> list[Checkpoint]:
-        if reference in stages:
-            return [stages[reference]]
-        try:
-            checkpoint = Checkpoint(resolve(reference, recipe.folder), reference)
-            check_any(checkpoint)
-            return [Dequantised(checkpoint) if recipe.dequantize and quantisation(checkpoint) else checkpoint]
-        except AdaRankError as error:
-            problems.append(str(error))
-            return []
-
-    base = opened(recipe.base_model) if recipe.base_model else []
-    experts = {task: opened(entry.model) for task, entry in recipe.experts.items()}
-    if problems:
-        heading = f"{len(problems)} checkpoints cannot be read:"
-        raise CheckpointError(problems[0] if len(problems) == 1 else itemise(heading, problems))
-    refuse_quantised([*base, *(checkpoint for each in experts.values() for checkpoint in each)])
-    return next(iter(base), None), {task: each[0] for task, each in experts.items()}
-
-
-def _check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: AlignedCheckpoints) -> None:
-    """A body alone can merge, and neither be adapted nor scored on data."""
-    with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
-    bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]
-    _refuse([_no_classifier(task, experts[task]) for task in bodies])
-
-
-def _no_classifier(task: str, expert: Checkpoint) -> str:
-    return (
-        f"models: the expert of task '{task}' ({expert.label}) is a {classes_of(expert.config)} by its config.json, without the head of a classifier. "
-        f"Tasks are of {', '.join(FAMILIES)}: give the model that was fine-tuned as one, or no task, as models merge without tasks too."
-    )
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        heading = f"recipe: {len(problems)} problem(s)."
-        raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))

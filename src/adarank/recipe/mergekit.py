@@ -8,7 +8,6 @@ from typing import Any
 # What mergekit's dialect has and this tool does not support: named, so that the error says more than "unknown key".
 NOT_DONE = {
     "modules": "Only a module 'default' is read here; list whole models under models.",
-    "chat_template": "Edit tokenizer_config.json of the output instead.",
 }
 
 

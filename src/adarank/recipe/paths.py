@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from adarank.io.hub import split_adapter
 from adarank.recipe.job import Job
 from adarank.recipe.schema import Recipe
 
@@ -21,6 +22,9 @@ def portable(recipe: Recipe) -> dict[str, Any]:
     of this machine, and the recipe still merges from there."""
 
     def relative(text: str) -> str:
+        model, adapter = split_adapter(text, recipe.folder) if "\0" not in text else (text, None)
+        if adapter is not None and os.path.isabs(model) | os.path.isabs(adapter):
+            return f"{relative(model)}+{relative(adapter)}"
         if not os.path.isabs(text) or not os.path.exists(text):
             return text
         try:

@@ -69,7 +69,7 @@ def _kept_of_learned(network: AlignedCheckpoints) -> list[str]:
     if network.base is None:
         return []
     kept = [name for name, choice in network.choices.items() if choice.action == "keep"]
-    return [name for name in kept if not computed(network.base.info(name))]
+    return [name for name in kept if not computed(network.base.info(name)) and not network.unchanged(name)]
 
 
 def _owners(network: AlignedCheckpoints, name: str) -> dict[str, Member]:

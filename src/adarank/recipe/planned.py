@@ -26,7 +26,7 @@ class PlannedCheckpoint(Checkpoint):
     """
 
     def __init__(self, name: str, job: Job) -> None:
-        root = job.tokenizer or job.root
+        root = job.tokenizer.source if job.tokenizer else job.root
         self.path: Path = root.path
         self.folder: Path = root.folder
         self.label = f"stage '{name}'"
@@ -109,6 +109,10 @@ def _planned(name: str, job: Job) -> Checkpoint:
     if job.method.in_use:
         raise RecipeError(
             f"'{job.recipe.merge_method}' writes a network for each task, and a stage is one model. Merge it last, or apart."
+        )
+    if job.tokenizer and job.tokenizer.made is not None:
+        raise RecipeError(
+            "tokenizer: tokens are added to it, and the next stage reads it before it is written. Give the tokenizer key to the last stage, or merge this one apart."
         )
     return PlannedCheckpoint(name, job)
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from adarank.errors import RecipeError, itemise
+from adarank.errors import Problems, RecipeError, itemise, listed
 from adarank.io.hub import local_path
 from adarank.io.parsing import parse_documents
 from adarank.recipe.checks import check
+from adarank.recipe.draft import METHOD, Draft, salvaged, with_stand_in
 from adarank.recipe.mergekit import NOT_DONE, whole_models
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
+from adarank.recipe.sizes import shard_bytes
 from adarank.recipe.stages import parse_stages
-from adarank.settings import parse
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 """A recipe, its file, or what would be in its file."""
@@ -39,17 +41,32 @@ def load_recipe(given: RecipeLike) -> Recipe:
         recipe = adarank.load_recipe("recipe.yaml")
         print(recipe.merge_method, list(recipe.experts))
     """
+    problems = Problems()
+    draft = read_draft(given, problems)
+    problems.refuse()
+    assert draft is not None
+    return draft.recipe
+
+
+def read_draft(given: RecipeLike, problems: Problems) -> Draft | None:
+    """A recipe as far as it can be read; what is wrong with it is noted. None if nothing can be.
+
+    Arguments:
+        given: as for `load_recipe`.
+    """
     if isinstance(given, Recipe):
-        return given
-    if isinstance(given, Mapping):
-        return parse_recipe(given, Path.cwd())
-    path = Path(given)
-    local_path(path, kind=RecipeError)
-    documents = [_extended(path, values, ()) for values in _read_yaml(path, ())]
-    folder = path.resolve().parent
-    if len(documents) == 1:
-        return parse_recipe(documents[0], folder, str(path))
-    return parse_stages(documents, lambda values, where: parse_recipe(values, folder, where), str(path))
+        return Draft(given)
+    with problems.noted():
+        if isinstance(given, Mapping):
+            return draft_recipe(given, Path.cwd(), "recipe", problems)
+        path = Path(given)
+        local_path(path, kind=RecipeError)
+        documents = [_extended(path, values, ()) for values in _read_yaml(path, ())]
+        folder = path.resolve().parent
+        if len(documents) == 1:
+            return draft_recipe(documents[0], folder, str(path), problems)
+        return Draft(parse_stages(documents, lambda values, where: parse_recipe(values, folder, where), str(path)))
+    return None
 
 
 def _read_yaml(path: Path, inside: tuple[Path, ...]) -> list[dict[str, Any]]:
@@ -88,19 +105,77 @@ def _extended(path: Path, values: dict[str, Any], inside: tuple[Path, ...]) -> d
 
 def parse_recipe(values: Mapping[str, Any], folder: Path, where: str = "recipe") -> Recipe:
     """Validate a recipe given as a mapping."""
-    asks_nothing = {*NOT_DONE, "slices", "models"}
-    values = whole_models({key: value for key, value in values.items() if value is not None or key not in asks_nothing})
+    problems = Problems()
+    draft = draft_recipe(values, folder, where, problems)
+    problems.refuse()
+    assert draft is not None
+    return draft.recipe
+
+
+def draft_recipe(values: Mapping[str, Any], folder: Path, where: str, problems: Problems) -> Draft | None:
+    """A recipe given as a mapping, as far as it can be read; what is wrong with it is noted as one error."""
+    here = Problems()
+    draft = None
+    with here.noted():
+        asks_nothing = {*NOT_DONE, "slices", "models"}
+        whole = whole_models({k: value for k, value in values.items() if value is not None or k not in asks_nothing})
+        with here.noted():
+            _refuse_not_done(whole, where)
+        done = {key: value for key, value in whole.items() if key not in NOT_DONE}
+        draft = salvaged({**done, "folder": folder}, where, here)
+    if draft is not None:
+        draft = _checked(draft, where, here)
+    if len(here.errors) > 1:
+        texts = [text.removeprefix(f"{where}: ") for error in here.errors for text in listed(error)]
+        here.errors = [RecipeError(itemise(f"{where}: {len(texts)} problem(s).", texts))]
+    problems.errors += here.errors
+    return draft and replace(draft, sound=not here.errors)
+
+
+def _refuse_not_done(values: Mapping[str, Any], where: str) -> None:
     refused = [f"'{key}' is not supported. {reason}" for key, reason in NOT_DONE.items() if key in values]
     if refused:
         raise RecipeError(f"{where}: {refused[0]}" if len(refused) == 1 else itemise(f"{where}:", refused))
-    recipe = parse(Recipe, {**values, "folder": folder}, where)
-    if recipe.device == "auto":
+
+
+def _checked(draft: Draft, where: str, problems: Problems) -> Draft:
+    """A draft with its device, its parts checked against each other; with another method where it names none."""
+    recipe = draft.recipe
+    if recipe.device != "auto":
+        with problems.noted():
+            _check_device(recipe.device, where)
+    if recipe.device == "auto" or problems.errors:
         recipe = recipe.model_copy(update={"device": "cuda" if torch.cuda.is_available() else "cpu"})
-    else:
-        _check_device(recipe.device, where)
-    METHODS.named(recipe.merge_method, f"{where}: unknown merge_method")
-    check(recipe, where)
-    return recipe
+    if METHOD not in draft.left_out:
+        known = len(problems.errors)
+        with problems.noted():
+            METHODS.named(recipe.merge_method, f"{where}: unknown merge_method")
+        if len(problems.errors) > known:
+            return replace(draft, recipe=with_stand_in(recipe), left_out=draft.left_out | {METHOD})
+        with problems.noted():
+            check(recipe, where, draft.left_out)
+    return replace(draft, recipe=recipe)
+
+
+def with_shards(given: RecipeLike, size: str | None) -> RecipeLike:
+    """A recipe with another `max_shard_size`, where one is given. What is wrong with the recipe itself is left to its reader.
+
+    Raises:
+        RecipeError: the size is none, or is for a method that writes no single model.
+    """
+    if size is None:
+        return given
+    try:
+        limit = shard_bytes(int(size) if size.isdigit() else size)
+    except ValueError as error:
+        raise RecipeError(f"--max-shard-size: {error} (got '{size}').") from None
+    problems = Problems()
+    draft = read_draft(given, problems)
+    if draft is None or problems.errors:
+        return given
+    changed = draft.recipe.model_copy(update={"max_shard_size": limit})
+    check(changed, str(given))
+    return changed
 
 
 def _check_device(name: str, where: str) -> None:

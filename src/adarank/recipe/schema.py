@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from adarank.adapt.base import AdaptBlock
 from adarank.alignment.layers import Span
@@ -20,6 +20,7 @@ from adarank.method import Given, MergeMethod
 from adarank.recipe.mergekit import chained, with_effect, without_effect
 from adarank.recipe.references import reference
 from adarank.recipe.registry import METHODS
+from adarank.recipe.sizes import shard_bytes
 from adarank.settings import Settings, keys
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -39,6 +40,15 @@ class ModelEntry(Settings):
 
     _as_text = field_validator("model", mode="before")(reference)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_adapter(cls, given: Any) -> Any:
+        """`lora` beside `model` is the model's adapter, as it is inside of it."""
+        if not isinstance(given, dict) or "lora" not in given:
+            return given
+        rest = {key: value for key, value in given.items() if key != "lora"}
+        return {**rest, "model": reference({"model": given.get("model"), "lora": given["lora"]})}
+
     model: str
     layer_range: tuple[int, int] | None = None  # of a slice: from the first number to before the second
     parameters: dict[str, Any] = Field({}, description="settings")
@@ -49,6 +59,47 @@ class ModelEntry(Settings):
         """Whether the recipe says more of a task than what tables call the model."""
         given = self.task.model_dump(exclude_unset=True, exclude_none=True) if self.task else {}
         return bool(given.keys() - {"name"})
+
+
+class Zero(Settings):
+    """A row of zeros."""
+
+    kind: Literal["zero"]
+
+
+class ModelToken(Settings):
+    """The row of one token of one of the recipe's models."""
+
+    _as_text = field_validator("model", mode="before")(reference)
+
+    kind: Literal["model_token"]
+    model: str
+    token: str | None = None
+    token_id: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ModelToken:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("a model_token needs one of token and token_id")
+        return self
+
+
+class TokenEntry(Settings):
+    """Where a token's row comes from in models that lack it; with `force`, in all."""
+
+    source: str | ModelToken | Zero
+    force: bool = False
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _by_kind(cls, value: Any) -> Any:
+        """Kinds by their names, so that an error speaks of the one that is meant; other mappings name a model."""
+        if isinstance(value, dict) and "kind" in value:
+            kinds: dict[Any, type[Settings]] = {"zero": Zero, "model_token": ModelToken}
+            if value["kind"] not in kinds:
+                raise ValueError("kind is one of model_token and zero")
+            return kinds[value["kind"]].model_validate(value)
+        return reference(value)
 
 
 class Slice(Settings):
@@ -64,21 +115,25 @@ class Slice(Settings):
 
 
 class TokenizerSettings(Settings):
-    """Whose tokenizer the merge comes with: `union`, `base`, or one of the recipe's models."""
+    """Whose tokenizer the merge comes with: `union`, `base`, or one of the recipe's models; and where rows come from."""
+
+    _as_text = field_validator("source", mode="before")(reference)
 
     source: str = Field("union", min_length=1)
-    tokens: dict[str, Any] | None = None
-    pad_to_multiple_of: int | None = None
+    tokens: dict[str, TokenEntry] | None = None
+    pad_to_multiple_of: int | None = Field(None, ge=0)
 
-    @field_validator("tokens", "pad_to_multiple_of")
-    @classmethod
-    def _not_done(cls, value: Any) -> Any:
-        """mergekit's settings of tables that are made anew; without a value they ask for nothing."""
-        if value:
-            raise ValueError(
-                "is not supported: rows of embedding tables are not made here. Remove it, or resize the models first"
-            )
-        return value
+
+class LoraOutput(Settings):
+    """The output as a LoRA adapter of the base. Attributes: rank, r of every layer."""
+
+    rank: int = Field(ge=1)
+
+
+class OutputSettings(Settings):
+    """In what form the merged model is written; a whole model if nothing is said."""
+
+    lora: LoraOutput | None = None
 
 
 class Recipe(Settings):
@@ -86,7 +141,8 @@ class Recipe(Settings):
 
     _nothing = field_validator("parameters", mode="before")(_empty_if_none)
 
-    _as_text = field_validator("base_model", mode="before")(reference)
+    _as_text = field_validator("base_model", "tokenizer_source", mode="before")(reference)
+    _as_bytes = field_validator("max_shard_size", mode="before")(shard_bytes)
 
     merge_method: str
     name: str | None = None  # without effect, but in a file of several stages
@@ -100,8 +156,11 @@ class Recipe(Settings):
     dequantize: bool = False
     tokenizer: TokenizerSettings | None = None
     tokenizer_source: str | None = None  # mergekit's older way to write tokenizer: source
+    chat_template: str | None = Field(None, min_length=1)
+    max_shard_size: int | None = None
     adapt: AdaptBlock | None = None
     heads: Literal["expert", "learn"] = "expert"
+    output: OutputSettings = OutputSettings()
     data: DataSettings = DataSettings()
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
@@ -143,9 +202,11 @@ class Recipe(Settings):
         return METHODS[self.merge_method]
 
     @property
-    def tokenizer_of(self) -> str | None:
-        """Whose tokenizer is asked for: `union`, `base` or a model; None if the recipe does not say."""
-        return self.tokenizer.source if self.tokenizer is not None else self.tokenizer_source
+    def tokenizer_settings(self) -> TokenizerSettings | None:
+        """Whose tokenizer is asked for, in either form; None if the recipe does not say."""
+        if self.tokenizer is None and self.tokenizer_source is not None:
+            return TokenizerSettings(source=self.tokenizer_source)
+        return self.tokenizer
 
     @property
     def experts(self) -> dict[str, ModelEntry]:

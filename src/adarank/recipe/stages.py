@@ -25,7 +25,7 @@ def parse_stages(documents: Sequence[Mapping[str, Any]], parse: Parse, where: st
 
     Arguments:
         documents: what the file holds, a mapping for each stage.
-        parse: makes a recipe of a mapping; it is told what to call it in errors.
+        parse: makes a recipe of a mapping and of what to call it in errors.
         where: the file, for errors.
 
     Raises:

@@ -53,7 +53,7 @@ def global_thresholds(
         for name in names:
             in_blocks = change is None and network.in_place()
             for part in network.blocks(name, origin, _BLOCK) if in_blocks else [network]:
-                deltas = part.deltas(name, part.origin(name, origin, device))
+                deltas = part.deltas(name, part.origin(name, origin, device), origin)
                 for task in network.tasks:
                     delta = deltas[task] if change is None else change(task, name, deltas[task])
                     counts[task] += _count(delta.abs().float().flatten(), upper.get(task))

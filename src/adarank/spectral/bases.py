@@ -25,9 +25,20 @@ import torch
 from torch import Tensor
 
 from adarank.alignment.task_vectors import Deltas
+from adarank.io.low_rank import Factors
 from adarank.io.plugins import Registry
 from adarank.sparsify.sign_election import Agreeing
-from adarank.spectral.svd import Spectrum, as_matrix, decompose, determined, orthogonalise
+from adarank.spectral.svd import (
+    Spectrum,
+    as_matrix,
+    decompose,
+    decompose_factors,
+    determined,
+    factors_of,
+    orthogonalise,
+    spectrum_of,
+    spectrum_of_sum,
+)
 
 COMMON = "common"
 SHARE = 0.8  # of the components that Iso-CTS gives to the common subspace
@@ -61,22 +72,22 @@ class Basis:
 
 def task_vectors(deltas: Deltas, name: str) -> list[Spectrum]:
     """Every task vector's own SVD."""
-    return [decompose(deltas[task], name) for task in deltas]
+    return [spectrum_of(deltas, task, name) for task in deltas]
 
 
 def tsv_m(deltas: Deltas, name: str) -> list[Spectrum]:
     """The top ⌊r/T⌋ components of each task vector, all left and all right vectors made orthonormal together."""
     parts = []
     for task in deltas:  # one whole SVD in memory at a time, and one task vector: values() would hold two
-        spectrum = decompose(deltas[task], name)
-        parts.append(_top(spectrum, max(1, spectrum.s.numel() // len(deltas))))
-    return _together(parts)
+        spectrum = spectrum_of(deltas, task, name)
+        parts.append(top(spectrum, max(1, spectrum.count // len(deltas))))
+    return together(parts)
 
 
 def iso_c(deltas: Deltas, name: str) -> list[Spectrum]:
     """No block per task, and a common one: the summed task vector with all its singular values made equal."""
-    shared = decompose(_sum(deltas), name)
-    return [*(_top(shared, 0) for _ in deltas), _flat([_top(shared, shared.s.numel())])[0]]
+    shared = spectrum_of_sum(deltas, name)
+    return [*(top(shared, 0) for _ in deltas), _flat([top(shared, shared.count)])[0]]
 
 
 def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
@@ -85,17 +96,16 @@ def iso_cts(deltas: Deltas, name: str, common: float = SHARE) -> list[Spectrum]:
     Arguments:
         common: share of the components in the common subspace, up to what makes the rest divide by the tasks.
     """
-    shared = decompose(_sum(deltas), name)
-    each = own_components(shared.s.numel(), len(deltas), common)
-    first = _top(shared, shared.s.numel() - each * len(deltas))
+    shared = spectrum_of_sum(deltas, name)
+    each = own_components(shared.count, len(deltas), common)
+    first = top(shared, shared.count - each * len(deltas))
     parts = []
     for task in deltas:
-        matrix = as_matrix(deltas[task])
-        rest = decompose(matrix - first.u @ (first.u.T @ matrix), name)
+        rest, length = _outside(first.u, deltas, task, name)
         # beside the task vector, not beside itself: all of it may lie in the common subspace. The projection rounds too.
-        parts.append(_top(rest, each, 4 * torch.linalg.matrix_norm(matrix)))
+        parts.append(top(rest, each, 4 * length))
     # the common ones come first where vectors are made orthogonal, as the paper lays them
-    shared_first = _together([first, *parts])
+    shared_first = together([first, *parts])
     return _flat([*shared_first[1:], shared_first[0]])
 
 
@@ -127,36 +137,47 @@ def assembled(spectra: Sequence[Spectrum]) -> Tensor:
     return (u * s) @ v.T
 
 
-def _sum(deltas: Deltas) -> Tensor:
-    tasks = iter(deltas)
-    total = deltas[next(tasks)].clone()
-    for task in tasks:
-        total.add_(deltas[task])
-    return total
+def _outside(columns: Tensor, deltas: Deltas, task: str, name: str) -> tuple[Spectrum, Tensor]:
+    """The SVD of what of a task vector lies outside of a subspace, and the norm of the whole.
+
+    Arguments:
+        columns: (rows, k) the subspace's basis.
+    """
+    factors = factors_of(deltas, task)
+    if factors is None:
+        matrix = as_matrix(deltas[task])
+        return decompose(matrix - columns @ (columns.T @ matrix), name), torch.linalg.matrix_norm(matrix)
+    outside = factors.left - columns @ (columns.T @ factors.left)
+    return decompose_factors(Factors(outside, factors.core, factors.right), name), factors.norm()
 
 
-def _top(spectrum: Spectrum, count: int, largest: Tensor | None = None) -> Spectrum:
+def top(spectrum: Spectrum, count: int, largest: Tensor | None = None) -> Spectrum:
     """The first components, those that are rounding beside the largest set to zero."""
     there = determined(spectrum.s, largest)[:count]
-    return Spectrum(spectrum.u[:, :count] * there, spectrum.s[:count] * there, spectrum.v[:, :count] * there)
+    u, v = (part[:, :count] * there for part in (spectrum.u, spectrum.v))
+    return Spectrum(u, spectrum.s[:count] * there, v, max(0, count - there.numel()))
 
 
-def _together(parts: Sequence[Spectrum]) -> list[Spectrum]:
+def together(parts: Sequence[Spectrum]) -> list[Spectrum]:
     """The same blocks with the nearest vectors that are orthonormal over all of them.
 
     With more components than dimensions (more tasks than the rank has room for) the first ones fill it.
     """
     room = min(parts[0].u.shape[0], parts[0].v.shape[0])
-    sizes: list[int] = []
+    sizes, counts = list[int](), list[int]()
     for part in parts:
-        sizes.append(min(part.s.numel(), room - sum(sizes)))
+        left, room = min(part.count, room), max(0, room - part.count)
+        sizes.append(min(part.s.numel(), left))
+        counts.append(left)
     u, v = (
         orthogonalise(torch.cat([getattr(p, key)[:, :size] for p, size in zip(parts, sizes, strict=True)], dim=1))
         for key in "uv"
     )
     return [
-        Spectrum(own_u, part.s[:size], own_v)
-        for part, size, own_u, own_v in zip(parts, sizes, u.split(sizes, dim=1), v.split(sizes, dim=1), strict=True)
+        Spectrum(own_u, part.s[:size], own_v, count - size)
+        for part, size, count, own_u, own_v in zip(
+            parts, sizes, counts, u.split(sizes, dim=1), v.split(sizes, dim=1), strict=True
+        )
     ]
 
 
@@ -164,4 +185,4 @@ def _flat(parts: Sequence[Spectrum]) -> list[Spectrum]:
     """The same blocks with every singular value the mean of all; zero ones stay zero."""
     every = torch.cat([part.s for part in parts])
     mean = every.sum() / every.count_nonzero().clamp(min=1)
-    return [Spectrum(part.u, mean * (part.s > 0), part.v) for part in parts]
+    return [Spectrum(part.u, mean * (part.s > 0), part.v, part.beyond) for part in parts]

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from adarank.alignment.task_vectors import AlignedCheckpoints, OriginKind
+from adarank.io.progress import advance, stage
 from adarank.spectral.bases import BASES, Basis
-from adarank.spectral.svd import Spectrum, as_matrix
+from adarank.spectral.svd import Spectrum, as_matrix, factors_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Blocks:
         u, s, v: (rows, K), (K,), (columns, K): the components of all tasks side by side. K = 0 for a tensor
             that is only scaled.
         sizes: components per task; they sum to K.
+        counts: components that each task's matrix has: with those that are zero and are not there. Empty: `sizes`.
     """
 
     origin: Tensor
@@ -50,6 +52,7 @@ class Blocks:
     s: Tensor
     v: Tensor
     sizes: tuple[int, ...]
+    counts: tuple[int, ...] = ()
 
     @property
     def components(self) -> int:
@@ -158,14 +161,15 @@ def build_blocks(
         spectra: False where all components stay kept: then no matrix needs an SVD.
     """
     blocks = {}
-    for name in network.merged():
-        origin = network.origin(name, origin_kind, device)
-        deltas = network.deltas(name, origin)
-        decomposed = spectra and network.choices[name].action == "decompose"
-        if decomposed:
-            blocks[name] = task_vector_blocks(origin, deltas, name, basis)
-        else:
-            blocks[name] = scaled_block(origin, deltas, basis)
+    with stage("Task vectors", len(network.merged())):
+        for name in network.merged():
+            origin = network.origin(name, origin_kind, device)
+            deltas = network.deltas(name, origin, origin_kind)
+            if spectra and network.choices[name].action == "decompose":
+                blocks[name] = task_vector_blocks(origin, deltas, name, basis)
+            else:
+                blocks[name] = scaled_block(origin, deltas, basis)
+            advance()
     return blocks
 
 
@@ -173,10 +177,15 @@ def scaled_block(origin: Tensor, deltas: Mapping[str, Tensor], basis: Basis = BA
     """Blocks of a tensor that is only scaled: origin + Σ λ_t δ_t, or its mean where the basis says so."""
     factor = basis.scaled(len(deltas))
     vectors = basis.processed(deltas)
-    wholes: list[Tensor | None] = [as_matrix(d if factor == 1 else d * factor) for d in vectors.values()]
-    rows, columns = as_matrix(origin).shape
+    nothing = origin.new_zeros(()).expand(as_matrix(origin).shape)
+    wholes: list[Tensor | None] = []
+    for task in vectors:
+        known = factors_of(vectors, task)
+        delta = nothing if known is not None and known.rank == 0 else as_matrix(vectors[task])
+        wholes.append(delta if factor == 1 else delta * factor)
+    rows, columns = nothing.shape
     if basis.common:  # nothing is common to tensors without components
-        wholes.append(origin.new_zeros(()).expand(rows, columns))
+        wholes.append(nothing)
     empty = (origin.new_zeros((rows, 0)), origin.new_zeros(0), origin.new_zeros((columns, 0)))
     return Blocks(origin, wholes, *empty, (0,) * len(wholes))
 
@@ -190,11 +199,13 @@ def task_vector_blocks(
 
 def from_spectra(origin: Tensor, spectra: Sequence[Spectrum]) -> Blocks:
     """Blocks from one spectrum per task (and the common one, where a basis has it)."""
+    nothing = origin.new_zeros(()).expand(as_matrix(origin).shape)
     return Blocks(
         origin,
-        [None] * len(spectra),
+        [None if spectrum.s.numel() else nothing for spectrum in spectra],
         torch.cat([s.u for s in spectra], dim=1),
         torch.cat([s.s for s in spectra]),
         torch.cat([s.v for s in spectra], dim=1),
         tuple(s.s.numel() for s in spectra),
+        tuple(s.count for s in spectra),
     )

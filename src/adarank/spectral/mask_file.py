@@ -19,7 +19,7 @@ from adarank.io.hub import local_path
 from adarank.io.parsing import parse_json
 from adarank.io.writer import write_tensors
 from adarank.spectral.bases import BASES, COMMON, Basis
-from adarank.spectral.masks import _check_header, kept
+from adarank.spectral.masks import _check_header, kept, scattered
 
 FILE = "masks.safetensors"
 
@@ -72,6 +72,10 @@ class MaskFile:
                 f"basis '{self.basis}' in the masks file; known are {', '.join(BASES)}. Update adarank."
             )
         return replace(BASES[self.basis], thresholds=self.thresholds)
+
+    def shuffled(self, name: str, seed: int) -> Tensor:
+        """A matrix's masks in random places, each task's as dense as it is."""
+        return scattered(self.masks[name], self.sizes[name], seed, name)
 
     def kept_share(self) -> float:
         """Share of all components that are kept, from 0 to 1; of soft masks, those at ½ or above."""

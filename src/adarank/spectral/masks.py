@@ -12,6 +12,7 @@ Adam moves every number alike, so small singular components would hardly move a 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,17 +23,44 @@ from adarank.sparsify.threshold import top_count
 from adarank.spectral.svd import determined
 
 MaskKind = Literal["binary", "soft"]
+First = Literal["top", "random"]
 MOST = 20.0  # of a component's pace
 
 
-def top_mask(sizes: tuple[int, ...], share: float) -> Tensor:
-    """(K,) bool: the first `top_count(share, r)` of each task's r components."""
-    parts = [torch.arange(size) < top_count(share, size) for size in sizes if size]
+def top_mask(sizes: tuple[int, ...], share: float, counts: tuple[int, ...] | None = None) -> Tensor:
+    """(K,) bool: the first `top_count(share, r)` of each task's r components.
+
+    Arguments:
+        sizes: how many components of each task there are.
+        counts: the r of each task, where zero components are not there; by default `sizes`.
+    """
+    pairs = zip(sizes, counts or sizes, strict=True)
+    parts = [torch.arange(size) < top_count(share, count) for size, count in pairs if size]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
 
 
+def first_mask(
+    sizes: tuple[int, ...], share: float, first: First, seed: int, name: str, counts: tuple[int, ...] | None = None
+) -> Tensor:
+    """(K,) bool: as many of each task's components as `top_mask` keeps, its top ones or any.
+
+    Arguments:
+        seed, name: of the random choice, which is another for every matrix.
+        counts: as for `top_mask`.
+    """
+    top = top_mask(sizes, share, counts)
+    if first == "top":
+        return top
+    return scattered(top, sizes, seed, name)
+
+
+def scattered(mask: Tensor, sizes: tuple[int, ...], seed: int, name: str) -> Tensor:
+    """`random_mask` by a generator of its own for each matrix, so that no order of matrices matters."""
+    return random_mask(mask, sizes, torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode())))
+
+
 def random_mask(mask: Tensor, sizes: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """(K,) bool with each task's number of kept components in random places: the control of an ablation."""
+    """(K,) with each task's mask values in random places: the control of an ablation."""
     parts = [part[torch.randperm(part.numel(), generator=generator)] for part in mask.split(sizes)]
     return torch.cat(parts)
 

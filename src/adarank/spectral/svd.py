@@ -1,6 +1,9 @@
 """The singular value decomposition of task vectors.
 
 τ = U diag(s) Vᵀ        s ≥ 0, descending; r = min(rows, columns) singular components
+
+Of a task vector that is known as factors L C R, as those of LoRA adapters are, only the components that it can have are made:
+QR of L and of Rᵀ, and the SVD of a matrix as small as the factors. The others are zero, and count wherever a share of r is meant.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adarank.alignment.task_vectors import TaskVectors
 from adarank.errors import AdaptationError
+from adarank.io.low_rank import Factors, stacked
 
 _STORE: ContextVar[Path | None] = ContextVar("spectra", default=None)
 
@@ -30,11 +35,28 @@ class Spectrum:
         u: (rows, r) left singular vectors as columns.
         s: (r,) singular values, descending.
         v: (columns, r) right singular vectors as columns.
+        beyond: how many components more the matrix has, which are zero and are not there.
     """
 
     u: Tensor
     s: Tensor
     v: Tensor
+    beyond: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many components the matrix has, zero ones that are not there among them."""
+        return self.s.numel() + self.beyond
+
+    def first(self, count: int) -> Spectrum:
+        """The first components; those that are not there are zero values under zero vectors."""
+        missing = max(0, count - self.s.numel())
+        u, v = (torch.cat([p[:, :count], p.new_zeros(len(p), missing)], dim=1) for p in (self.u, self.v))
+        return Spectrum(u, torch.cat([self.s[:count], self.s.new_zeros(missing)]), v)
+
+    def values(self) -> Tensor:
+        """(count,) all singular values."""
+        return torch.cat([self.s, self.s.new_zeros(self.beyond)]) if self.beyond else self.s
 
     def reconstruct(self, keep: int | None = None) -> Tensor:
         """The matrix from its first `keep` components (all if not given), shape (rows, columns)."""
@@ -86,6 +108,46 @@ def decompose(matrix: Tensor, name: str = "matrix") -> Spectrum:
     save_file({"u": spectrum.u, "s": spectrum.s, "v": spectrum.v}, partial)
     partial.replace(path)
     return spectrum
+
+
+def spectrum_of(deltas: Mapping[str, Tensor], task: str, name: str) -> Spectrum:
+    """The SVD of a task's vector of one matrix, from its factors where they are known."""
+    factors = factors_of(deltas, task)
+    return decompose(deltas[task], name) if factors is None else decompose_factors(factors, name)
+
+
+def spectrum_of_sum(deltas: Mapping[str, Tensor], name: str) -> Spectrum:
+    """The SVD of the sum of all tasks' vectors of one matrix, from their factors where all are known."""
+    known = [factors for task in deltas if (factors := factors_of(deltas, task)) is not None]
+    if len(known) == len(deltas):
+        return decompose_factors(stacked(known, [1.0] * len(known)), name)
+    tasks = iter(deltas)
+    total = deltas[next(tasks)].clone()
+    for task in tasks:
+        total.add_(deltas[task])
+    return decompose(total, name)
+
+
+def factors_of(deltas: Mapping[str, Tensor], task: str) -> Factors | None:
+    """A task's vector as factors; None where only the whole is known."""
+    return deltas.factors(task) if isinstance(deltas, TaskVectors) else None
+
+
+def decompose_factors(factors: Factors, name: str = "matrix") -> Spectrum:
+    """The SVD of L C R without multiplying it out, where the factors are thin.
+
+    Raises:
+        AdaptationError: the SVD does not converge; names the tensor.
+    """
+    rows, columns = factors.shape
+    if factors.rank >= min(rows, columns):
+        return decompose(factors.dense(), name)
+    if factors.rank == 0:
+        empty = factors.core.new_zeros(0)
+        return Spectrum(empty.expand(rows, 0), empty, empty.expand(columns, 0), min(rows, columns))
+    thin = factors.orthogonal()
+    inner = _svd(thin.core, name)
+    return Spectrum(thin.left @ inner.u, inner.s, thin.right.T @ inner.v, min(rows, columns) - inner.s.numel())
 
 
 def _svd(flat: Tensor, name: str) -> Spectrum:
@@ -149,10 +211,10 @@ def orthogonalise(columns: Tensor) -> Tensor:
 def low_rank_sum(
     name: str, origin: Tensor, deltas: Mapping[str, Tensor], cut: Callable[[Tensor], tuple[int, float]]
 ) -> Tensor:
-    """origin + Σ_t c_t · top_k(δ_t), with one SVD in memory at a time. `cut` gives k and c_t from the singular values."""
+    """origin + Σ_t c_t · top_k(δ_t), with one SVD in memory at a time. `cut` gives k and c_t from all singular values."""
     total = origin.clone()
     for task in deltas:  # not values(): its variable would hold one task vector while the next is made
-        spectrum = decompose(deltas[task], name)
-        k, scale = cut(spectrum.s)
+        spectrum = spectrum_of(deltas, task, name)
+        k, scale = cut(spectrum.values())
         total.add_(spectrum.reconstruct(k).reshape(origin.shape), alpha=scale)
     return total

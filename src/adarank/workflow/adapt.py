@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from adarank.adapt.agreement import Judged, collapsed, first_collapse
-from adarank.adapt.history import History
+from adarank.adapt.history import History, Progress
 from adarank.adapt.live_weights import LiveWeights
 from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.task import TaskData
+from adarank.io.record import Note
 from adarank.method import changed_tensors
 from adarank.recipe.job import Job
 from adarank.spectral.mask_file import MaskFile
@@ -67,6 +68,27 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     }
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
     return Adaptation(job, live, masks, report(history, job, settings, data) | of_masks | of_heads, heads)
+
+
+def telling_of_collapse(note: Note, progress: Progress | None) -> Progress:
+    """Progress that says when a task is first seen to have collapsed, as it is seen."""
+    seen: dict[str, int] = {}
+
+    def step(history: History, steps: int) -> None:
+        if history.step <= 1:  # another adaptation began
+            seen.clear()
+        for task, at in first_collapse(history.judged).items():
+            if task not in seen:
+                seen[task] = at
+                now, start = history.judged[at][task], history.judged[0][task]
+                note(
+                    f"{task} has collapsed at step {at}: it gives one class to {100 * now.largest:.0f}% of its inputs "
+                    f"({100 * start.largest:.0f}% at the start, {100 * now.expert_largest:.0f}% by its expert)."
+                )
+        if progress is not None:
+            progress(history, steps)
+
+    return step
 
 
 def report(

@@ -13,11 +13,12 @@ from adarank.recipe.job import Job
 
 
 def build_models(job: Job) -> TaskModels:
-    """One network per task on the recipe's device, tied together, filled with the base's tensors."""
+    """One network per task on the recipe's device, tied together, filled with the base's tensors, and the experts' mean where that is asked for."""
     family = family_of(job)
     loaded = ((task, family.load(checkpoint).to(job.recipe.device)) for task, checkpoint in job.experts.items())
     models = share(loaded, job.network)
     models.fill(network_tensors(job, "base"))
+    models.fill(job.network.averages())
     return models
 
 

@@ -54,7 +54,8 @@ def with_statistics(
         "inputs": {task: len(chosen) for task, chosen in rows.items()},
         "labels_read": method.reads_labels,
         "tensors_with_statistics": len(known.statistics.names),
-        "tensors_averaged": len(job.network.merged()) - len(known.statistics.names),
+        "tensors_without_statistics": len(job.network.merged()) - len(known.statistics.names),
+        "merged_without": method.rest,
         "undetermined": known.undetermined,  # filled as tensors are merged
         "seconds": round(time.perf_counter() - started, 3),
         "splits": {task: {split: len(rows) for split, rows in of.splits.rows.items()} for task, of in data.items()},

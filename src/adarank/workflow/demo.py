@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from adarank.adapt.history import Progress
-from adarank.errors import CheckpointError, itemise
+from adarank.errors import CheckpointError, Interrupted, itemise
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.record import Note
 from adarank.io.writer import claimed
@@ -23,6 +23,7 @@ from adarank.recipe.schema import Recipe
 from adarank.workflow.build_networks import build_models, network_tensors
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import score_all, score_experts
+from adarank.workflow.left_over import of_demo
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.merge import merge
 from adarank.workflow.scores import Table
@@ -116,11 +117,11 @@ def _run(out: Path, quick: bool, seed: int, force: bool, note: Note, progress: P
     def score(row: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         models.fill(tensors)
         table.rows[row] = score_all(job, models, data, "test")
-        note(f"{row}: mean accuracy {table.mean(row):.1f}")
+        note(f"{row}: mean accuracy {table.mean(row):.1f}%")
 
     note(f"{sum(table.counts.values())} test images of {len(data)} tasks")
     table.rows["experts"] = score_experts(job, models, data, "test")
-    note(f"experts: mean accuracy {table.mean('experts'):.1f}, each task by its fine-tuned model")
+    note(f"experts: mean accuracy {table.mean('experts'):.1f}%, each task by its fine-tuned model")
     score("base", network_tensors(job, "base"))
     with tempfile.TemporaryDirectory(prefix="adarank-demo-") as scratch:
         for row, of_row in jobs.items():
@@ -129,7 +130,11 @@ def _run(out: Path, quick: bool, seed: int, force: bool, note: Note, progress: P
                 continue
             note(f"{row}: {of_row.recipe.merge_method}")
             folder = out if row == "AdaRank" else Path(scratch) / row
-            merge(of_row.recipe, folder, force, note, progress, data)
+            try:
+                merge(of_row.recipe, folder, force, note, progress, data)
+            except Interrupted as stopped:  # its own words are of a merge that alone was asked for
+                where = str(stopped).partition(". ")[0]
+                raise Interrupted(f"{where}, in the row {row}. {of_demo(out)}") from None
             written = Checkpoint(folder)
             score(row, ((name, written.read(name)) for name in job.network.tensors))
     return table

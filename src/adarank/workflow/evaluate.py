@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank.alignment.adapters import with_adapter
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.errors import CheckpointError, MismatchError
+from adarank.errors import CheckpointError, MismatchError, Problems
+from adarank.io.adapter import Adapter, is_adapter
 from adarank.io.bundle import held_parts, is_bundle
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import read_json
 from adarank.io.hub import local_path
+from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.io.writer import RECORD
 from adarank.method import Result
 from adarank.models import TaskModels
 from adarank.outputs.bundle import Bundle
-from adarank.recipe.job import Job, open_job
-from adarank.recipe.reader import RecipeLike, load_recipe
+from adarank.recipe.job import Job
+from adarank.recipe.reader import RecipeLike
 from adarank.recipe.schema import Recipe
 from adarank.workflow.build_networks import build_models, family_of, network_tensors
-from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.load_tasks import load_opened
+from adarank.workflow.prepare import check_labels, open_recipe, whole
 from adarank.workflow.scores import Table, TaskScore, measure_task
 
 
@@ -60,13 +64,18 @@ def evaluate(
         table = adarank.evaluate_recipe("recipe.yaml", ["merged"])
         print(table.mean("merged"), table.rows["experts"]["sentiment"])
     """
-    recipe = load_recipe(recipe)
-    for path in outputs:
-        local_path(path)
-    job = open_job(recipe)
-    data = load_tasks(job)
-    opened = {_row(path, recipe): _opened(path, job.network) for path in map(Path, outputs)}
-    models = build_models(job)
+    problems = Problems()
+    opened = open_recipe(recipe, problems)
+    data = load_opened(opened, problems) if opened else {}
+    check_labels(data, split, problems)
+    rows: dict[str, _Output] = {}
+    for path in map(Path, outputs):
+        with problems.noted():
+            local_path(path)
+            if opened and opened.job:
+                rows[_row(path, opened.recipe)] = _opened(path, opened.job.network, opened.job.base)
+    job = whole(opened, problems)
+    recipe, models = job.recipe, build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
     counts = {task: len(of.splits.rows[split]) for task, of in data.items()}
     table = Table(split, protocol, counts, metrics={task: of.metric for task, of in data.items()})
@@ -80,7 +89,7 @@ def evaluate(
     if job.base is not None:
         note("Scoring the base")
         add("base", scoring.all())
-    for name, output in opened.items():
+    for name, output in rows.items():
         note(f"Scoring {name}")
         add(name, output.score(scoring))
         if output.kind:
@@ -106,7 +115,8 @@ class Scoring:
 
     def all(self) -> dict[str, TaskScore]:
         """Every task with the tensors that the models hold now."""
-        return {task: self._measured(task, self.models.modules[task]) for task in self.job.network.tasks}
+        with self._stage():
+            return {task: self._measured(task, self.models.modules[task]) for task in self.job.network.tasks}
 
     def experts(self) -> dict[str, TaskScore]:
         """Each task by its expert. The models hold the last expert's tensors afterwards."""
@@ -123,13 +133,18 @@ class Scoring:
     ) -> dict[str, TaskScore]:
         """Each task with the tensors given for it; a bundle puts more than tensors into a copy of the module."""
         scores = {}
-        for task in self.job.network.tasks:
-            self.models.fill(tensors(task))
-            module = self.models.modules[task]
-            if bundle is not None:
-                module = bundle.dress(task, copy.deepcopy(module))
-            scores[task] = self._measured(task, module)
+        with self._stage():
+            for task in self.job.network.tasks:
+                self.models.fill(tensors(task))
+                module = self.models.modules[task]
+                if bundle is not None:
+                    module = bundle.dress(task, copy.deepcopy(module))
+                scores[task] = self._measured(task, module)
         return scores
+
+    def _stage(self) -> AbstractContextManager[None]:
+        """While it is open, what is scored shows as progress."""
+        return stage("Scoring", sum(len(of_task.splits.rows[self.split]) for of_task in self.data.values()))
 
     def _measured(self, task: str, module: nn.Module) -> TaskScore:
         return measure_task(family_of(self.job), module, self.data[task], self.split, self.per_class)
@@ -262,10 +277,10 @@ class _Output:
     score: Callable[[Scoring], dict[str, TaskScore]]
 
 
-def _opened(path: Path, network: AlignedCheckpoints) -> _Output:
+def _opened(path: Path, network: AlignedCheckpoints, base: Checkpoint | None) -> _Output:
     if is_bundle(path):
         return _opened_bundle(path, network)
-    model = Checkpoint(path)
+    model = with_adapter(base, Adapter(path)) if base is not None and is_adapter(path) else Checkpoint(path)
     _refuse_lacks(path, network, model.tensors)
 
     def scored(scoring: Scoring) -> dict[str, TaskScore]:

@@ -85,5 +85,5 @@ def _head(job: Job, problem: Problem, task: str) -> dict[str, Tensor]:
 
 
 def _rounded(fit: HeadFit) -> Mapping[str, Any]:
-    pairs = {name: [round(value, 5) for value in getattr(fit, name)] for name in ("agreement", "divergence")}
+    pairs = {name: [float(f"{value:.5g}") for value in getattr(fit, name)] for name in ("agreement", "divergence")}
     return asdict(fit) | pairs

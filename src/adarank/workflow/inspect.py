@@ -7,8 +7,13 @@ from pathlib import Path
 
 import torch
 
+from adarank.alignment.adapters import with_adapter
 from adarank.alignment.align import align
+from adarank.errors import CheckpointError
+from adarank.io.adapter import Adapter, is_adapter
 from adarank.io.checkpoint import Checkpoint, check_finite
+from adarank.io.files import read_json
+from adarank.io.progress import advance, stage
 from adarank.io.writer import RECORD
 from adarank.spectral.mask_file import FILE, MaskFile
 from adarank.spectral.svd import as_matrix, decompose, effective_rank
@@ -45,20 +50,25 @@ class LayerRow:
 
 
 def inspect_checkpoint(path: Path, base: Path | None = None) -> list[TensorRow]:
-    """Every tensor of a checkpoint, one in memory at a time; with a base, its task vector too."""
-    checkpoint = Checkpoint(path)
-    if base is None:
-        return [_plain(checkpoint, name) for name in checkpoint.tensors]
-    network = align(Checkpoint(base), {"checkpoint": checkpoint}, task_heads=True)
+    """Every tensor of a checkpoint, one in memory at a time; with a base, its task vector too. Of an adapter only with its base."""
+    start = Checkpoint(base) if base is not None else None
+    checkpoint = with_adapter(start, Adapter(path)) if start is not None and is_adapter(path) else Checkpoint(path)
+    if start is None:
+        with stage("Reading the tensors", len(checkpoint.tensors)):
+            return [_plain(checkpoint, name) for name in checkpoint.tensors]
+    network = align(start, {"checkpoint": checkpoint}, task_heads=True)
     member = network.experts["checkpoint"]
     rows = []
-    for name in network.tensors:
-        if (
-            name in member.names
-            and network.tensors[name].dtype.is_floating_point
-            and name not in network.heads["checkpoint"]
-        ):
-            rows.append(_against(name, network.origin(name, "pretrained"), member.read(name), member.info(name).dtype))
+    with stage("Decomposing the task vector", len(network.tensors)):
+        for name in network.tensors:
+            if (
+                name in member.names
+                and network.tensors[name].dtype.is_floating_point
+                and name not in network.heads["checkpoint"]
+            ):
+                origin = network.origin(name, "pretrained")
+                rows.append(_against(name, origin, member.read(name), member.info(name).dtype))
+            advance()
     heads = [_plain(checkpoint, member.names[name]) for name in network.heads["checkpoint"]]
     return rows + heads
 
@@ -79,6 +89,14 @@ def inspect_output(path: Path) -> tuple[tuple[str, ...], list[LayerRow]]:
     return masks.tasks, rows
 
 
+def method_of(path: Path) -> str:
+    """The method that made an output, by its record."""
+    method = (read_json(path / RECORD).get("recipe") or {}).get("merge_method")
+    if not isinstance(method, str):
+        raise CheckpointError(f"{path / RECORD}: a damaged record, without its recipe's merge_method. Copy it again.")
+    return method
+
+
 def is_adapted(path: Path) -> bool:
     """True for an output folder with masks."""
     return (path / RECORD).exists() and (path / FILE).exists()
@@ -87,6 +105,7 @@ def is_adapted(path: Path) -> bool:
 def _plain(checkpoint: Checkpoint, name: str) -> TensorRow:
     info = checkpoint.tensors[name]
     tensor = check_finite(checkpoint.read(name), name, info.file)
+    advance()
     return TensorRow(name, info.shape, _dtype(info.dtype), _norm(tensor))
 
 

@@ -13,10 +13,12 @@ from adarank.data.read import Table, read_table
 from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
 from adarank.data.splits import Splits, by_file, by_fraction, limited
 from adarank.data.task import TaskData
-from adarank.errors import AdaRankError, DataError, raise_together
+from adarank.errors import AdaRankError, DataError, Problems, raise_together
 from adarank.io.checkpoint import Checkpoint
+from adarank.io.progress import advance, stage
+from adarank.models import FAMILIES, kind_of
 from adarank.models.family import Family
-from adarank.recipe.job import Job
+from adarank.recipe.job import Job, Opened
 
 R = TypeVar("R")
 
@@ -58,7 +60,7 @@ class TaskReader:
         """
         columns, problem, classes = self.family.columns(spec), problem_of(config), class_names(config, name)
         metric = chosen_metric(spec.metric, problem, len(classes), f"task '{name}'")
-        tables = self._tables(name, spec, columns)
+        tables = self.read_inputs(name, spec)
         table: Table = {c: [value for part in tables.values() for value in part[c]] for c in columns}
         labels = tuple(label for part in tables.values() for label in _labels(part, spec, config, name))
         keys = list(zip(*([self.family.key(value) for value in table[c]] for c in columns), strict=True))
@@ -79,8 +81,13 @@ class TaskReader:
         remarks = (*notes, *dropped)
         return TaskData(name, rows.metric, examples, rows.labels, rows.splits, self.seed, remarks, rows.problem, rows.classes)  # fmt: skip
 
-    def _tables(self, name: str, spec: TaskSpec, columns: list[str]) -> dict[Split, Table]:
-        """The task's tables by split; a single file counts as `adapt` until it is split."""
+    def read_inputs(self, name: str, spec: TaskSpec) -> dict[Split, Table]:
+        """The task's tables by split; a single file counts as `adapt` until it is split.
+
+        Raises:
+            DataError: a file or a column is unusable.
+        """
+        columns = self.family.columns(spec)
         if spec.data is None:
             raise DataError(f"task '{name}': no data. Give a file or dataset under task: data.")
         sources: dict[Split, str | HubData | None] = {"adapt": None}
@@ -99,29 +106,87 @@ class TaskReader:
 
 def load_tasks(job: Job) -> dict[str, TaskData]:
     """Every task of a job, encoded. All tasks' problems come in one error."""
-    return _each(
-        job, lambda reader, name, spec, expert: reader.load(name, spec, expert.processor_folder, expert.config)
-    )
+    problems = Problems()
+    loaded = load_opened(_whole(job), problems)
+    problems.refuse()
+    return loaded
 
 
 def check_tasks(job: Job) -> dict[str, Rows]:
     """Every task of a job, read and checked but not encoded: enough to plan. All problems come in one error."""
-    return _each(job, lambda reader, name, spec, expert: reader.read(name, spec, expert.config))
+    problems = Problems()
+    checked = check_opened(_whole(job), problems)
+    problems.refuse()
+    return checked
 
 
-def _each(job: Job, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) -> dict[str, R]:
+def load_opened(opened: Opened, problems: Problems) -> dict[str, TaskData]:
+    """The tasks of what could be opened, encoded; what is wrong is noted as one error."""
+    return _each(
+        opened,
+        problems,
+        lambda reader, name, spec, expert: reader.load(name, spec, expert.processor_folder, expert.config),
+    )
+
+
+def check_opened(opened: Opened, problems: Problems) -> dict[str, Rows]:
+    """As `load_opened`, without encoding."""
+
+    def checked(reader: TaskReader, name: str, spec: TaskSpec, expert: Checkpoint) -> Rows:
+        here = Problems()
+        with here.noted():
+            reader.family.check_folder(expert.processor_folder)
+        with here.noted():
+            rows = reader.read(name, spec, expert.config)
+        here.refuse(f"task '{name}':")
+        return rows
+
+    return _each(opened, problems, checked)
+
+
+def _whole(job: Job) -> Opened:
+    return Opened(job, job.recipe, True, job.experts, job.family)
+
+
+def _each(opened: Opened, problems: Problems, do: Callable[[TaskReader, str, TaskSpec, Checkpoint], R]) -> dict[str, R]:
     loaded: dict[str, R] = {}
-    problems: list[str] = []
-    for task, entry in job.recipe.experts.items():
-        try:
-            if entry.task is None or job.family is None:
-                raise DataError(f"task '{task}': the model has no task. Give its kind and data in the recipe.")
-            reader = TaskReader(job.family, job.recipe.data, job.recipe.folder, job.recipe.seed)
-            loaded[task] = do(reader, task, entry.task, job.experts[task])
-        except AdaRankError as error:
-            problems.append(str(error))
-    raise_together(problems)
+    texts: list[str] = []
+    recipe = opened.recipe
+    with stage("Reading the data", len(recipe.experts)):
+        for task, entry in recipe.experts.items():
+            try:
+                expert, family = opened.experts.get(task), _family(opened, task)
+                if opened.job is not None and (entry.task is None or family is None):
+                    raise DataError(f"task '{task}': the model has no task. Give its kind and data in the recipe.")
+                if family is not None and entry.task is not None and not _left_alone(opened, entry.task):
+                    reader = TaskReader(family, recipe.data, recipe.folder, recipe.seed)
+                    if expert is None:
+                        reader.read_inputs(task, entry.task)
+                    else:
+                        loaded[task] = do(reader, task, entry.task, expert)
+            except AdaRankError as error:
+                texts.append(str(error))
+            advance()
+    with problems.noted():
+        raise_together(texts)
     return loaded
+
+
+def _family(opened: Opened, task: str) -> Family | None:
+    """The kind of a task's model: of all, else as its part of the recipe or its expert's configuration tells."""
+    spec, expert = opened.recipe.experts[task].task, opened.experts.get(task)
+    if opened.family is not None or opened.job is not None or spec is None:
+        return opened.family
+    kind = spec.kind or (kind_of(expert.config) if expert is not None else None)
+    return FAMILIES[kind] if kind else None
+
+
+def _left_alone(opened: Opened, spec: TaskSpec) -> bool:
+    """Where something is wrong already: data that are not there as what the recipe says of them is wrong, or far away."""
+    if opened.job is not None:
+        return False
+    parts = [spec.data.adapt, spec.data.select, spec.data.test] if isinstance(spec.data, SplitData) else [spec.data]
+    return (spec.data is None and not opened.sound) or any(isinstance(part, HubData) for part in parts)
 
 
 def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[Label | None]:

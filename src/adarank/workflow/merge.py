@@ -16,21 +16,25 @@ import torch
 
 from adarank.adapt.history import Progress
 from adarank.data.task import TaskData
-from adarank.errors import OutputError
+from adarank.errors import OutputError, Problems
 from adarank.io.output_folder import check_outside, remove_ours
+from adarank.io.progress import stage
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import atomic_folder, claimed, state_folder, write_record
+from adarank.io.writer import atomic_folder, check_output, check_shards, claimed, state_folder, write_record
 from adarank.outputs.write import check_side_files, write_result
+from adarank.recipe.draft import Draft
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.paths import read_paths
 from adarank.recipe.plan import describe, unheeded
-from adarank.recipe.planned import open_stages
-from adarank.recipe.reader import RecipeLike, load_recipe
+from adarank.recipe.reader import RecipeLike, read_draft
 from adarank.recipe.schema import Recipe
+from adarank.workflow.adapt import telling_of_collapse
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
-from adarank.workflow.load_tasks import load_tasks, refuse_without_classes
-from adarank.workflow.stages import beginning, going_on, merged_stages, state_of, worth_keeping
+from adarank.workflow.left_over import state_of
+from adarank.workflow.load_tasks import load_opened, load_tasks, refuse_without_classes
+from adarank.workflow.prepare import Prepared, job_reads_data, prepare, reads_data
+from adarank.workflow.stages import beginning, going_on, merged_stages, worth_keeping
 
 
 def merge(
@@ -62,13 +66,21 @@ def merge(
         record = adarank.merge_recipe("recipe.yaml", "out")
         print(record["settings"]["parameters"], record["seconds"])
     """
-    recipe = load_recipe(recipe)
+    problems = Problems()
+    draft = read_draft(recipe, problems)
+    if problems.errors:
+        with problems.noted():
+            check_output(Path(out), force)
+    if draft is None:
+        problems.refuse()
+    assert draft is not None
     with claimed(Path(out), force) as place:
-        return _merge(recipe, place, force, note, progress, data)
+        return _merge(draft, problems, place, force, note, progress, data)
 
 
 def _merge(
-    recipe: Recipe,
+    draft: Draft,
+    problems: Problems,
     out: Path,
     force: bool,
     note: Note,
@@ -77,29 +89,41 @@ def _merge(
 ) -> dict[str, Any]:
     """What `merge` does, once the output is this run's alone."""
     clock = Clock()
-    stages = open_stages(recipe)
-    for job in stages.jobs:
-        check_outside(out, read_paths(job))
-        check_side_files(job)
-        refuse_without_classes(job)
-    _check_disk(stages.jobs, out)
-    of_tasks = {name: _data(job) for name, job in stages.before.items()}
-    data = _data(stages.output) if data is None else data
-    stages.output.method.of_data(data)
+    recipe, prepared = draft.recipe, prepare(draft, problems)
+    _check(prepared, recipe, out, problems)
+    if data is None:
+        data = load_opened(prepared.opened, problems) if prepared.opened and reads_data(draft) else {}
+    of_stages: dict[str, Mapping[str, TaskData]] = {}
+    for name, job in prepared.before.items():
+        with problems.noted():
+            of_stages[name] = load_tasks(job) if job_reads_data(job) else {}
+    stages = prepared.whole(problems)
+    for job, of_job in zip(stages.jobs, [*of_stages.values(), data], strict=True):
+        job.method.of_data(of_job)  # what it cannot use is refused before anything is computed
     state = state_of(out)
     with going_on(state, note) if stages.before else nullcontext():
-        made = merged_stages(recipe, state, of_tasks, partial(_run, force=True, note=note, progress=progress), note)
+        made = merged_stages(recipe, state, of_stages, partial(_run, force=True, note=note, progress=progress), note)
         job = open_job(recipe, made.folders) if stages.before else stages.output
         record = _run(job, out, data, clock, force, note, progress, made.recorded())
     remove_ours(state)
     return record
 
 
-def _data(job: Job) -> Mapping[str, TaskData]:
-    """The tasks' data that a job's method reads; what it cannot use is refused before anything is computed."""
-    data = load_tasks(job) if job.method.data or job.recipe.heads == "learn" else {}
-    job.method.of_data(data)
-    return data
+def _check(prepared: Prepared, recipe: Recipe, out: Path, problems: Problems) -> None:
+    """Note what keeps opened stages from being merged to an output."""
+    for job in prepared.jobs:
+        with problems.noted():
+            check_outside(out, read_paths(job))
+            check_side_files(job)
+        with problems.noted():
+            refuse_without_classes(job)
+    if prepared.stages is None:
+        return
+    with problems.noted():
+        _check_disk(prepared.jobs, out)
+    if recipe.max_shard_size is not None:
+        with problems.noted():
+            check_shards(prepared.stages.output.layout(), recipe.max_shard_size)
 
 
 def _run(
@@ -123,13 +147,13 @@ def _run(
     record = {**beginning(job), "versions": versions(), "machine": machine(recipe.device), **(more or {})}
     state = state_of(out)
     with _kept(state) if data else nullcontext():
-        context = RecipeContext(job, data, record, state / "state.pt", note, progress)
+        context = RecipeContext(job, data, record, state / "state.pt", note, telling_of_collapse(note, progress))
         result = job.method.run(context)
         if recipe.heads == "learn":
             result, of_heads = with_learned_heads(context, result)
             record |= of_heads
     note("Writing the bundle" if result.parts else "Writing the merged model")
-    with atomic_folder(out, force) as folder:
+    with atomic_folder(out, force) as folder, stage("Writing", job.output_bytes()):
         record |= write_result(folder, job, result)
         record |= {**result.recorded(), **unheeded(job), "plan": describe(job), **clock.spent()}
         write_record(folder, record)

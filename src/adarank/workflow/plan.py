@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from adarank.errors import DataError
+from adarank.errors import AdaRankError, Problems
 from adarank.recipe.job import Job
 from adarank.recipe.plan import describe
-from adarank.recipe.planned import open_stages
-from adarank.recipe.reader import RecipeLike, load_recipe
-from adarank.workflow.load_tasks import check_tasks, refuse_without_classes
+from adarank.recipe.reader import RecipeLike, read_draft
+from adarank.workflow.load_tasks import Rows, check_opened, check_tasks, refuse_without_classes
+from adarank.workflow.prepare import Prepared, job_reads_data, prepare, reads_data
 
 
 def plan(recipe: RecipeLike) -> dict[str, Any]:
@@ -24,28 +25,31 @@ def plan(recipe: RecipeLike) -> dict[str, Any]:
     Example:
         adarank.workflow.plan.plan("recipe.yaml")["peak_bytes"]
     """
-    stages = open_stages(load_recipe(recipe))
-    described = _described(stages.output)
-    if stages.before:
-        described["stages"] = {name: _described(job) for name, job in stages.before.items()}
+    problems = Problems()
+    draft = read_draft(recipe, problems)
+    prepared = prepare(draft, problems) if draft else Prepared()
+    for job in prepared.jobs:
+        with problems.noted():
+            refuse_without_classes(job)
+    rows = check_opened(prepared.opened, problems) if draft and prepared.opened and reads_data(draft) else {}
+    of_stages: dict[str, Mapping[str, Rows]] = {}
+    for name, job in prepared.before.items():
+        with problems.noted():
+            of_stages[name] = check_tasks(job) if job_reads_data(job) else {}
+    described = _described(prepared.whole(problems).output, rows)
+    if prepared.before:
+        described["stages"] = {name: _described(job, of_stages[name]) for name, job in prepared.before.items()}
     return described
 
 
-def _described(job: Job) -> dict[str, Any]:
-    refuse_without_classes(job)
+def _described(job: Job, rows: Mapping[str, Rows]) -> dict[str, Any]:
     described = describe(job)
-    if job.method.data or job.recipe.heads == "learn":
-        described |= _of_data(job)
+    if rows:
+        splits = {task: {split: len(chosen) for split, chosen in of.splits.rows.items()} for task, of in rows.items()}
+        described |= {"splits": splits, **job.method.of_data(rows)}
     elif any(entry.task and entry.task.data for entry in job.recipe.experts.values()):
         try:  # merging reads none of it, but evaluation will
             check_tasks(job)
-        except DataError as error:
+        except AdaRankError as error:
             described["notes"].append(f"The merge goes without the tasks' data, but `evaluate` will not: {error}")
     return described
-
-
-def _of_data(job: Job) -> dict[str, Any]:
-    """How many inputs each split has, and what the method will read of them."""
-    tasks = check_tasks(job)
-    splits = {task: {split: len(chosen) for split, chosen in of.splits.rows.items()} for task, of in tasks.items()}
-    return {"splits": splits, **job.method.of_data(tasks)}

@@ -19,6 +19,7 @@ from adarank.adapt.problem import BatchPredictions, Chunk, Predict, Predictions,
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
+from adarank.io.progress import advance, stage
 from adarank.io.record import Note
 from adarank.io.state import read_kept, write_state
 from adarank.models import Family, TaskModels
@@ -81,6 +82,7 @@ class TableInputs:
             for batch_rows, batch in self._batches(data, split):
                 rows += batch_rows
                 parts.append(predict(batch))
+                advance(len(batch_rows))
         features = [part.features for part in parts if part.features is not None]
         return Predictions(
             self._table(rows, [part.logits for part in parts]), self._table(rows, features) if features else None
@@ -155,7 +157,8 @@ def expert_predictions(
     if kept is not None:
         return kept
     note("Computing the experts' predictions")
-    predictions = problem.expert_predictions(job.network, models, inputs, settings, family_of(job).logits)
+    with stage("The experts' predictions", sum(len(part) - 1 for of_task in rows.values() for part in of_task)):
+        predictions = problem.expert_predictions(job.network, models, inputs, settings, family_of(job).logits)
     if folder:
         outputs = {task: {"logits": each.logits, "features": each.features} for task, each in predictions.items()}
         write_state(folder / FILE, {"fingerprint": fingerprint, "outputs": outputs}, "the experts' predictions")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -64,6 +65,15 @@ class Table:
         ]
         shares = [above / below for above, below in pairs if below > 0]
         return 100 * sum(shares) / len(shares) if shares else None
+
+    def plain(self) -> dict[str, Any]:
+        """As data for JSON, with each row's mean and normalised mean."""
+        means = {row: {"mean": self.mean(row), "normalised": self.normalised(row)} for row in self.rows}
+        content = asdict(self)
+        bundles = content.pop("bundles")
+        if not self.classes:
+            del content["classes"]
+        return {**content, "task_aware": bundles, "summary": means}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,18 +19,18 @@ import yaml
 from adarank.data.metrics import LOSS
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
-from adarank.errors import DataError, OutputError, RecipeError, itemise
+from adarank.errors import DataError, OutputError, Problems, RecipeError
 from adarank.io.hub import local_path
 from adarank.io.lock import resolved
-from adarank.io.output_folder import check_ours, is_as_listed, read_list, remove_ours, sha256
+from adarank.io.output_folder import remove_ours
 from adarank.io.parsing import parse_json, parse_yaml, repetition
+from adarank.io.progress import advance, stage
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import json_text, locked, state_folder, write_json, write_text
+from adarank.io.writer import locked, state_folder, write_json
 from adarank.method import MergeMethod
 from adarank.models import TaskModels
-from adarank.recipe.job import Job, open_job
+from adarank.recipe.job import Job
 from adarank.recipe.paths import portable
-from adarank.recipe.reader import load_recipe
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
 from adarank.settings import nearest, parse
@@ -39,11 +38,13 @@ from adarank.spectral.svd import stored_spectra
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import score_result
-from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.left_over import state_of_search
+from adarank.workflow.load_tasks import load_opened
+from adarank.workflow.prepare import check_labels, open_recipe, whole
+from adarank.workflow.search_files import Written
 
 SPLIT: Split = "select"
 _MOST = 100_000
-_JOURNAL = "replacing.json"
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def search(
             f"{best}: is not the name of a file, which the best recipe needs. Give a name such as best.yaml."
         )
     best = resolved(best)
-    files = Written(best, best.with_suffix(".search.json"), best.parent / f".{best.stem}.search")
+    files = Written(best, best.with_suffix(".search.json"), state_of_search(best))
     _check_place(path, best)
     files.check(force)
     with locked(files.record):  # which names the state, too, and is the same for best.yaml and best.yml
@@ -147,14 +148,21 @@ def _search(
 ) -> tuple[list[Point], dict[str, Any]]:
     """What `search` does, once its output is this run's alone."""
     clock = Clock()
-    recipe = load_recipe(path)
-    points = _grid(recipe, axes)
-    job = open_job(recipe)
-    methods = [_method(job, settings) for settings in points]
-    data = load_tasks(job)
-    for of in data.values():
-        of.targets(of.splits.rows[SPLIT])
-    _check_metrics(data)
+    problems = Problems()
+    opened = open_recipe(path, problems)
+    points, methods = [], []
+    if opened and opened.sound:
+        with problems.noted():
+            points = _grid(opened.recipe, axes)
+    if opened and opened.job:
+        with problems.noted():
+            methods = [_method(opened.job, settings) for settings in points]
+    data = load_opened(opened, problems) if opened else {}
+    check_labels(data, SPLIT, problems)
+    with problems.noted():
+        _check_metrics(data)
+    job = whole(opened, problems)
+    recipe = job.recipe
     for method in methods:
         method.of_data(data)
     if recipe.heads == "learn":
@@ -193,62 +201,6 @@ def _search(
     return ranked, record
 
 
-@dataclass(frozen=True)
-class Written:
-    """What a search writes: the best recipe, its record, and the folder that an interrupted search goes on from.
-
-    The two files are replaced one after the other. What they may replace is noted in the state first, so that the same
-    command completes what a kill between them left.
-    """
-
-    best: Path
-    record: Path
-    state: Path
-
-    def check(self, force: bool) -> None:
-        """Refuse to overwrite what is there, before any work is done.
-
-        Raises:
-            OutputError: something is, and `force` is not given; or no search wrote it as it is; or what is kept of an
-                interrupted search is not adarank's.
-        """
-        check_ours(self.state)
-        there = [file for file in (self.best, self.record) if os.path.lexists(file) and not self._begun(file)]
-        if there and not force:
-            names = ", ".join(map(str, there))
-            raise OutputError(f"{names}: already exists. Give another name, or --force to replace it.")
-        listed = read_list(self.record) or {}
-        changed = [
-            f"{file}: is not as a search wrote it"
-            for file in there
-            if not (is_as_listed(file, listed.get(file.name, {})) if file == self.best else listed)
-        ]
-        if changed:
-            remedy = "Move it, or give another name."
-            raise OutputError(itemise("--force replaces only what adarank search wrote:", changed, remedy))
-
-    def write(self, text: str, record: dict[str, Any]) -> None:
-        """Write the best recipe, and the record, which lists it."""
-        content = text.encode()
-        record["files"] = {self.best.name: {"bytes": len(content), "sha256": sha256(content)}}
-        texts = {self.record: json_text(record), self.best: text}
-        known = {
-            file.name: [sha256(new.encode()), *([sha256(file.read_bytes())] if file.exists() else [])]
-            for file, new in texts.items()
-        }
-        write_json(self.state / _JOURNAL, known)
-        for file, new in texts.items():
-            write_text(file, new, self.state)
-
-    def _begun(self, file: Path) -> bool:
-        """True for a file that an interrupted search was about to replace, or had written."""
-        journal = self.state / _JOURNAL
-        if not journal.is_file() or not file.is_file():
-            return False
-        known = json.loads(journal.read_text(encoding="utf-8"))
-        return sha256(file.read_bytes()) in known.get(file.name, ())
-
-
 def try_points(
     job: Job,
     models: TaskModels,
@@ -265,7 +217,7 @@ def try_points(
     """
     tried: list[Point] = []
     losses = all(of.metric == LOSS for of in data.values())
-    with stored_spectra(state / "spectra"):
+    with stored_spectra(state / "spectra"), stage("Searching", len(points)):
         for number, (settings, method) in enumerate(points, start=1):
             kept = state / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}.json"
             scores = _kept_scores(kept, job.network.tasks)
@@ -276,6 +228,7 @@ def try_points(
                 scores = score_result(run.job, models, data, method.run(run), SPLIT)
                 write_json(kept, scores)
             tried.append(Point(settings, scores, losses))
+            advance()
             progress(tried[-1], number, len(points))
     return tried
 
@@ -393,6 +346,6 @@ def _method(job: Job, settings: Mapping[str, Any]) -> MergeMethod:
 def _best_text(path: Path, recipe: Recipe, point: Point, record: Path) -> str:
     parameters = {**recipe.parameters, **point.settings}
     return (
-        f"# The best of {record.name}: mean {point.mean:.2f} on the labelled select split.\n"
+        f"# The best of {record.name}: mean {point.mean:.2f}% on the labelled select split.\n"
         f"extends: {path.name}\n" + yaml.safe_dump({"parameters": parameters}, sort_keys=False)
     )

@@ -51,11 +51,6 @@ class Made:
         return {"stages": {name: {k: v for k, v in of.items() if k not in _LEFT_OUT} for name, of in records}}
 
 
-def state_of(out: Path) -> Path:
-    """Where a run to `out` keeps what it may go on from."""
-    return out.parent / f".{out.name}.state"
-
-
 def beginning(job: Job) -> dict[str, Any]:
     """What tells one merge from another: the record's first entries."""
     return {

@@ -7,7 +7,7 @@ A statistic is a tensor about one tensor of one expert, taken on that expert's o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -39,7 +39,69 @@ class Statistics:
     inputs_first: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Of what a layer is given on one task's inputs, float64. s: in the merge, t: the target.
+
+    Attributes:
+        mean, target: (width,) means of x_s and of x_t.
+        second: (width, width) mean of x_s x_sᵀ; of a layer norm (width,) the mean squares.
+        cross: (width, width) mean of x_s x_tᵀ.
+    """
+
+    mean: Tensor
+    target: Tensor
+    second: Tensor
+    cross: Tensor
+
+    def named(self, name: str) -> dict[str, Tensor]:
+        """As tensors of a file, float32 on the CPU."""
+        return {f"{name}/{field.name}": getattr(self, field.name).float().cpu() for field in fields(self)}
+
+    @classmethod
+    def of_named(cls, tensors: Mapping[str, Tensor], name: str) -> Moments:
+        """What `named` gave."""
+        return cls(**{field.name: tensors[f"{name}/{field.name}"].double() for field in fields(cls)})
+
+
 M = TypeVar("M", bound="CalibratedMethod")
+
+
+Pair = tuple[Tensor, Tensor | None]
+"""Weight and bias of a layer, float64; the weight of a linear layer as (out, in)."""
+
+
+class Fit(Protocol):
+    """What fits one layer to all tasks."""
+
+    def add(self, moments: Moments, weight: Tensor, bias: Tensor | None) -> None:
+        """A task: what the layer is given, and the expert's own weight and bias."""
+        ...
+
+    def solved(self, base: Pair, merged: Pair) -> Pair:
+        """Weight and bias, given those of the base and of the merge before."""
+        ...
+
+
+class CalibratesBlocks(Protocol):
+    """What fits the layers of a block, given what they are given (`featcal.py`)."""
+
+    @property
+    def target(self) -> float:
+        """α, the share of the expert's own stream in the target."""
+        ...
+
+    def last_weight(self, network: AlignedCheckpoints) -> float:
+        """What all positions but the first weigh in the last block and behind it."""
+        ...
+
+    def with_statistics(self, statistics: Statistics) -> Any:
+        """The method with tensors that are calibrated already."""
+        ...
+
+    def fit(self, norm: bool) -> Fit:
+        """What a layer's tensors are fitted with: a layer norm's, or a linear layer's."""
+        ...
 
 
 class Gathers(Protocol):
@@ -49,8 +111,8 @@ class Gathers(Protocol):
         """Of every merged tensor that gets a gradient: the mean square of single inputs' gradients of log-likelihoods."""
         ...
 
-    def gram_matrices(self) -> Statistics:
-        """Of every linear layer: the mean outer product of what it is given in the expert."""
+    def gram_matrices(self, dtype: torch.dtype = torch.float32) -> Statistics:
+        """Of every linear layer: the mean outer product of what it is given in the expert, summed in this dtype."""
         ...
 
     def gram_matrices_by_block(self, known_by: Callable[[Statistics], M]) -> M:
@@ -61,18 +123,24 @@ class Gathers(Protocol):
         """
         ...
 
+    def calibrated_by_block(self, method: CalibratesBlocks) -> Statistics:
+        """The tensors of the blocks, each fitted behind the calibrated earlier ones: by name, the same for every task."""
+        ...
+
 
 class CalibratedMethod(Method):
-    """Base of the methods that take statistics of the experts on their inputs. Tensors without one are averaged.
+    """Base of the methods that take statistics of the experts on their inputs.
 
     Class attributes:
         decides: the settings that the statistics depend on; when others change, the statistics are used again.
+        rest: what happens to tensors without statistics, in a word or two.
     """
 
     origin: ClassVar[OriginKind] = "average"
     data: ClassVar[str] = "unlabelled inputs of each task"
     use: ClassVar[str] = "takes statistics of"
     decides: ClassVar[tuple[str, ...]] = ("examples", "seed")
+    rest: ClassVar[str] = "averaged"
 
     examples: int = Field(256, ge=1, description="inputs of each task's adapt split that are looked at, at most")
     seed: int = Field(0, description="of the choice of inputs, and of draws; by default the recipe's seed")

@@ -36,6 +36,8 @@ class Masked(Method):
 
     Arguments:
         masks: the masks file of an adapted output (a path in a recipe).
+        shuffled: put each task's and matrix's mask in random places, as dense as it is: a control. λ stays.
+        seed: of the places; by default the recipe's.
     """
 
     name: ClassVar[str] = "masked"
@@ -44,6 +46,8 @@ class Masked(Method):
     spectral: ClassVar[bool] = True
 
     masks: MaskFile = Field(description="masks file of an adapted output")
+    shuffled: bool = Field(False, description="each mask in random places, as dense as it is")
+    seed: int = Field(0, description="of the places; by default the recipe's seed")
 
     @classmethod
     def resolve(cls, given: Given) -> Masked:
@@ -81,7 +85,8 @@ class Masked(Method):
             raise MismatchError(
                 f"{name}: {self.masks.sizes[name]} components in the masks file, {blocks.sizes} here. Use the recipe that it was made with."
             )
-        return blocks.compose(self.masks.lam[name], self.masks.masks[name])
+        mask = self.masks.shuffled(name, self.seed) if self.shuffled else self.masks.masks[name]
+        return blocks.compose(self.masks.lam[name], mask)
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged tensor that is not decomposed."""
@@ -125,13 +130,8 @@ class Masked(Method):
             return [f"{name}: decomposed in the masks file, scaled here"] if name in self.masks.sizes else []
         if not self.masks.sizes:  # adapted without spectra: λ is all there is
             return []
-        shape = network.tensors[name].shape
         if self.masks.basis != "task_vectors":  # how many components a basis gives is compared when they are there
             return []
-        rank = min(shape[0], network.tensors[name].numel // shape[0])
-        sizes = self.masks.sizes.get(name, ())
-        return (
-            []
-            if sizes == (rank,) * len(network.experts)
-            else [f"{name}: {sizes} components per task in the masks file, {rank} here"]
-        )
+        here = network.components(name, self.origin_kind(network))
+        sizes = self.masks.sizes.get(name, (0,) * len(here))
+        return [] if sizes == here else [f"{name}: {sizes} components per task in the masks file, {here} here"]

@@ -141,8 +141,9 @@ def _parts(
     method: TaskAwareMethod, network: AlignedCheckpoints, site: Site, device: torch.device | str
 ) -> Iterator[Part]:
     """The parts of one tensor, by a prepared method."""
-    origin = network.origin(site.name, method.origin_kind(network), device)
-    parts = method.split(site, origin, network.deltas(site.name, origin))
+    kind = method.origin_kind(network)
+    origin = network.origin(site.name, kind, device)
+    parts = method.split(site, origin, network.deltas(site.name, origin, kind))
     yield from _not_negative(method, site.name, list(parts)) if site.name.endswith("running_var") else parts
 
 

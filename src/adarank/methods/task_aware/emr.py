@@ -45,7 +45,7 @@ class EMR(TaskAwareMethod):
         whole, kept = dict.fromkeys(network.tasks, 0.0), dict.fromkeys(network.tasks, 0.0)
         for name in network.merged():
             origin = network.origin(name, self.origin, device)
-            deltas = network.deltas(name, origin)
+            deltas = network.deltas(name, origin, self.origin)
             sign = elected_sign(origin, deltas)
             unified = sign * largest(sign, deltas)
             for task in deltas:

@@ -17,7 +17,7 @@ from torch import Tensor
 from adarank.io.bundle import WHOLE
 from adarank.methods.base import Deltas
 from adarank.methods.task_aware.base import Part, Site, Slots, TaskAwareMethod
-from adarank.spectral.svd import decompose
+from adarank.spectral.svd import spectrum_of
 
 
 class LowRank(TaskAwareMethod):
@@ -46,15 +46,15 @@ class LowRank(TaskAwareMethod):
         """The parts of one tensor: shared ones first, then task by task."""
         if not self._factored(site):
             for task in deltas:
-                yield task, WHOLE, origin + self.factor() * self._cut(site, deltas[task])
+                yield task, WHOLE, origin + self.factor() * self._cut(site, deltas, task)
             return
         yield None, "origin", origin
         for task in deltas:
-            spectrum = decompose(deltas[task], site.name)
-            k = self.kept(spectrum.s.numel(), site.tasks)
-            yield task, "u", spectrum.u[:, :k]
-            yield task, "s", self.factor() * spectrum.s[:k]
-            yield task, "v", spectrum.v[:, :k]
+            spectrum = spectrum_of(deltas, task, site.name)
+            kept = spectrum.first(self.kept(spectrum.count, site.tasks))
+            yield task, "u", kept.u
+            yield task, "s", self.factor() * kept.s
+            yield task, "v", kept.v
 
     @classmethod
     def rebuild(cls, parts: Mapping[str, Tensor]) -> Tensor:
@@ -62,13 +62,13 @@ class LowRank(TaskAwareMethod):
         origin = parts["origin"]
         return origin + ((parts["u"] * parts["s"]) @ parts["v"].T).reshape(origin.shape)
 
-    def _cut(self, site: Site, delta: Tensor) -> Tensor:
+    def _cut(self, site: Site, deltas: Deltas, task: str) -> Tensor:
         """The task vector as it counts: a matrix cut to its top components, anything else as it is."""
-        if site.action != "decompose":
-            return delta
-        rank = min(_matrix(site))
-        k = self.kept(rank, site.tasks)
-        return delta if k == rank else decompose(delta, site.name).reconstruct(k).reshape(delta.shape)
+        rank = min(_matrix(site)) if site.action == "decompose" else 0
+        k = self.kept(rank, site.tasks) if rank else 0
+        if k == rank:
+            return deltas[task]
+        return spectrum_of(deltas, task, site.name).reconstruct(k).reshape(site.shape)
 
     def _factored(self, site: Site) -> bool:
         """Whether a tensor is stored as an origin and factors: where that takes less room than every task's own."""

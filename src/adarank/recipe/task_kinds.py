@@ -1,0 +1,57 @@
+"""Of which kind a recipe's tasks are, and models that are of none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.errors import RecipeError, itemise
+from adarank.io.checkpoint import Checkpoint
+from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
+from adarank.recipe.checks import different_kinds
+from adarank.recipe.schema import Recipe
+
+
+def family_of_tasks(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family | None:
+    """The kind of the recipe's tasks: as it says, else as the experts' config.json tells. None if there are no tasks.
+
+    Raises:
+        RecipeError: it cannot be told, there are several, or an expert is no classifier; all problems at once.
+    """
+    kinds = {name: task.kind or kind_of(experts[name].config) for name, task in recipe.tasks.items()}
+    others = [name for name in recipe.tasks if no_classifier(experts[name].config)]
+    problems = [_no_classifier(name, experts[name]) for name in others]
+    problems += [
+        f"models: the kind of task '{name}' cannot be told from {experts[name].folder / 'config.json'}. Give task: kind, one of {', '.join(FAMILIES)}."
+        for name, kind in kinds.items()
+        if kind is None and name not in others
+    ]
+    foreign = {experts[name].folder: foreign_code(experts[name].config) for name in recipe.tasks}
+    problems += [
+        f"{folder / 'config.json'}: {what}, and adarank never runs code of a checkpoint. Merge it by a data-free method, without a task."
+        for folder, what in foreign.items()
+        if what
+    ]
+    known = {kind for kind in kinds.values() if kind}
+    _refuse([*problems, *([different_kinds(known)] if len(known) > 1 else [])])
+    return FAMILIES[known.pop()] if known else None
+
+
+def check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: AlignedCheckpoints) -> None:
+    """A body alone can merge, and neither be adapted nor scored on data."""
+    with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
+    bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]
+    _refuse([_no_classifier(task, experts[task]) for task in bodies])
+
+
+def _no_classifier(task: str, expert: Checkpoint) -> str:
+    return (
+        f"models: the expert of task '{task}' ({expert.label}) is a {classes_of(expert.config)} by its config.json, without the head of a classifier. "
+        f"Tasks are of {', '.join(FAMILIES)}: give the model that was fine-tuned as one, or no task, as models merge without tasks too."
+    )
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        heading = f"recipe: {len(problems)} problem(s)."
+        raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))
