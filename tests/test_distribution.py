@@ -70,7 +70,9 @@ def test_the_wheel_has_the_package_and_the_whole_demo(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name.removeprefix("adarank/") for name in archive.namelist() if name.startswith("adarank/")}
     source = demo.ZOO.parent
-    assert names == SHIPPED | {p.relative_to(source).as_posix() for p in source.rglob("*.py")} | {"py.typed"}
+    pages = [path for path in (source / "report" / "template").iterdir() if path.is_file()]
+    written = {path.relative_to(source).as_posix() for path in (*source.rglob("*.py"), *pages)}
+    assert names == SHIPPED | written | {"py.typed"}
 
 
 def test_the_installed_demo_can_be_planned_elsewhere(installed: Path, tmp_path: Path) -> None:

@@ -288,7 +288,9 @@ def test_passes_that_end_early_measure_what_whole_ones_do(zoo: Path, monkeypatch
     early = found()
     grams = statistics.Grams
     stops: list[Collection[str]] = []
-    monkeypatch.setattr(statistics, "Grams", lambda stop=(): (stops.append(stop), grams())[1])  # ends no pass early
+    monkeypatch.setattr(
+        statistics, "Grams", lambda stop=(), *dtype: (stops.append(stop), grams((), *dtype))[1]
+    )  # ends no pass early
     whole = found()
     assert any(stops) == (name == "regmean++")  # the passes of regmean are whole ones
     assert early.keys() == whole.keys()

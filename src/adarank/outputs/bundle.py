@@ -42,9 +42,10 @@ class Bundle(BundleFolder):
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
         if self.about.kind not in METHODS or not METHODS[self.about.kind].in_use:
+            kinds = [name for name in METHODS if METHODS[name].in_use]
             raise CheckpointError(
                 f"{self.folder / BUNDLE}: a bundle of kind '{self.about.kind}', which this adarank does not know."
-                f"{nearest(self.about.kind, METHODS)} Read it with the version that wrote it."
+                f"{nearest(self.about.kind, kinds)} Read it with the version that wrote it."
             )
         self.kind = METHODS[self.about.kind]
 
