@@ -58,9 +58,11 @@ def merge(zoo: Path, kind: str, called: str = "", **changes: Any) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    "changes", [{"merge_method": "tsv_m"}, {"merge_method": "regmean"}, {**ADAPT, "merge_method": "adarank"}]
-)
+# The learned head of a task is kept or not, which rounding may decide.
+FIXED_HEADS: dict[str, Any] = {**ADAPT, "merge_method": "adarank", "adapt": {**ADAPT["adapt"], "learn_heads": False}}
+
+
+@pytest.mark.parametrize("changes", [{"merge_method": "tsv_m"}, {"merge_method": "regmean"}, FIXED_HEADS])
 def test_tasks_of_adapters_are_those_of_merged_models(changes: dict[str, Any], zoo: Path) -> None:
     one, other = (merge(zoo, kind, **changes) for kind in ("adapters", "whole"))
     for file in ("model.safetensors", *(f"heads/{task}/head.safetensors" for task in TASKS)):

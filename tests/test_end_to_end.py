@@ -27,6 +27,7 @@ from adarank.workflow import adapt as adaptation
 from adarank.workflow import context, problem
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
+from adarank.workflow.evaluate import heads_of
 from adarank.workflow.load_tasks import load_tasks
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
@@ -71,8 +72,10 @@ def test_a_loaded_task_gives_the_scored_logits(zoo: Path, tmp_path: Path) -> Non
     models = build_models(job)
     models.fill(weights(out).items())
     batch = {"input_ids": torch.tensor([[2, 6, 7, 8, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
-    for task in TASKS:
-        torch.testing.assert_close(adarank.load_task(out, task)(**batch).logits, models.modules[task](**batch).logits)
+    with heads_of(out, models):
+        for task in TASKS:
+            scored = models.modules[task](**batch).logits
+            torch.testing.assert_close(adarank.load_task(out, task)(**batch).logits, scored)
 
 
 @pytest.mark.parametrize("mask", ["binary", "soft"])

@@ -99,7 +99,9 @@ def load(folder: Path, content: bytes) -> None:
     processor().save_pretrained(folder)
     (folder / "config.json").write_text('{"num_channels": 3}')
     reader = TaskReader(FAMILIES["image-classification"], DataSettings(), folder)
-    reader.load("pets", TaskSpec(data="data"), folder, {"label2id": {"cat": 0}, "id2label": {"0": "cat"}})
+    reader.load(
+        "pets", TaskSpec(data="data"), folder, {"label2id": {"cat": 0, "dog": 1}, "id2label": {"0": "cat", "1": "dog"}}
+    )
 
 
 @pytest.mark.parametrize("make", DEEP.values(), ids=DEEP)
