@@ -21,6 +21,7 @@ from adarank.methods import merge_tensors
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.reader import parse_recipe
 from adarank.workflow.inspect import inspect_checkpoint
+from adarank.workflow.merge import merge
 from lora_zoo import KINDS, Kind, agree, llama, merged_by_peft, save_adapter, save_base
 from make import SHAPES, family, prefixed, randn, save
 
@@ -334,3 +335,19 @@ def test_an_adapter_is_inspected_with_its_base(place: Path) -> None:
     assert rows["conv.weight"].delta == 0
     with pytest.raises(CheckpointError, match=r"MODEL\+ADAPTER"):
         inspect_checkpoint(place / "one")
+
+
+@pytest.mark.parametrize("model", ["one", "base+one"])
+def test_an_output_of_adapters_is_verified_with_its_inputs(model: str, place: Path) -> None:
+    recipe = {"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": model}, {"model": "full"}]}
+    merge(parse_recipe(recipe, place), place / "out")
+    verified = adarank.verify(place / "out", place)
+    assert verified.ok
+    assert not verified.notes
+    assert "model.safetensors" in verified.remade
+    with (place / "one" / "adapter_model.safetensors").open("ab") as file:
+        file.write(b" ")
+    changed = adarank.verify(place / "out", place).problems
+    assert [text.split(" (")[0] for text in changed] == [
+        "input one: adapter_model.safetensors: has changed since the merge"
+    ]

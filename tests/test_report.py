@@ -22,7 +22,7 @@ from adarank.cli.main import main
 from adarank.errors import AdaRankError, CheckpointError, DataError, OutputError
 from adarank.report.figures import Chart
 from adarank.report.masks import COLUMNS, row_of
-from adarank.report.scores import interval
+from adarank.report.scores import interval, score_table
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 ADAPTED = {**ADAPT, "adapt": {"steps": 4, "batch_size": 4, "check_every": 2, "learn_heads": True, "keep": "last"}}
@@ -360,3 +360,12 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     (out / "adarank.json").write_text("{}")
     (out / "masks.safetensors").write_text("no masks")
     assert "masks file cannot be read" in Page(adarank.write_report([out])).text
+
+
+def test_only_shares_of_inputs_have_intervals_and_less_loss_is_better() -> None:
+    rows = {"experts": {"mood": 0.5, "colour": 90.0}, "adapted": {"mood": 1.0, "colour": 45.0}}
+    table = score_table({**SCORES, "rows": rows, "metrics": {"mood": "loss", "colour": "macro_f1"}})
+    loss, f1 = (row["cells"][1] for row in table["rows"])
+    assert loss["interval"] is None
+    assert f1["interval"] is None
+    assert loss["normalised"] == f1["normalised"] == 50.0

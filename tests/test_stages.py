@@ -17,6 +17,7 @@ from adarank.recipe.job import open_job
 from adarank.recipe.planned import open_stages
 from adarank.recipe.reader import load_recipe
 from adarank.workflow.merge import merge
+from adarank.workflow.verify import verify
 from make import family, read_all, same, save
 
 CONFIG = {"num_hidden_layers": 2, "model_type": "mine"}
@@ -281,3 +282,11 @@ def test_a_damaged_model_of_a_later_stage_is_found_first(folder: Path) -> None:
     with pytest.raises(CheckpointError):
         merge(stages(folder, FIRST, SECOND, LAST), folder / "out", note=said.append)
     assert said == []
+
+
+def test_an_output_of_stages_is_verified_as_far_as_it_goes(folder: Path) -> None:
+    merge(load_recipe(stages(folder, FIRST, SECOND, LAST)), folder / "out")
+    for place in (None, folder):
+        verified = verify(folder / "out", place)
+        assert verified.ok
+        assert "stages" in verified.notes[0]

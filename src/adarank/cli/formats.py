@@ -44,6 +44,10 @@ class Sheet:
             for i in range(len(self.columns))
         ]
 
+    def texts(self) -> list[list[str]]:
+        """Column by column, its name and its cells as people see them."""
+        return [[name, *(_text(row[place]) for row in self.rows)] for place, name in enumerate(self.columns)]
+
 
 def rendered(sheets: Sequence[Sheet], form: str) -> str:
     """Tables in one of the formats that are not text, a blank line between two.

@@ -10,7 +10,6 @@ from adarank.cli import sheets
 from adarank.cli.console import clock, head, recent, size, write
 from adarank.cli.formats import Sheet
 from adarank.cli.tables import fit, lines, listing, print_lines, wide
-from adarank.data.metrics import LOSS
 from adarank.recipe.registry import METHODS
 from adarank.workflow.scores import Table
 from adarank.workflow.search import Point
@@ -155,26 +154,14 @@ def _same_heads(heads: Mapping[str, list[str]]) -> dict[tuple[str, ...], str]:
 
 def scores(table: Table) -> None:
     """Models by tasks, with mean and normalised score."""
-    write(sheets.title_of(table))
-    labels = [f"{row} (task-aware)" if row in table.bundles else row for row in table.rows]
-    normal = [table.normalised(row) for row in table.rows]
-    of_mean = table.metric(table.averaged()[0])
-    lead = [
-        ["model", *labels, "inputs"],
-        ["mean", *(str(sheets.cell(table.mean(row), of_mean)) for row in table.rows), ""],
-        ["norm.", *("" if value is None else f"{value:.1f}" for value in normal), ""],
-    ]
-    of_tasks = [_of_task(table, task) for task in table.counts]
+    content = sheets.scores(table)
+    write(content.title)
+    columns = content.texts()
+    lead = [[*column, last] for column, last in zip(columns[:3], ("inputs", "", ""), strict=True)]
+    of_tasks = [[*column, str(count)] for column, count in zip(columns[3:], table.counts.values(), strict=True)]
     wide(lead, of_tasks, dim_last=True)
     for text in dict.fromkeys(METHODS[kind].in_use for kind in table.bundles.values()):
         write(text)
-
-
-def _of_task(table: Table, task: str) -> list[str]:
-    """A task's column: its head, every model's score, how many inputs were scored."""
-    metric = table.metric(task)
-    scored = (str(sheets.cell(values[task], metric)) for values in table.rows.values())
-    return [sheets.head(task, metric), *scored, str(table.counts[task])]
 
 
 def after_demo(folder: Path, quick: bool, recipe: Path) -> None:
@@ -239,15 +226,8 @@ def sheet(content: Sheet) -> None:
 def points(ranked: Sequence[Point], metrics: Mapping[str, str], most: int = 10) -> None:
     """The best points of a search."""
     write(f"select split, with labels: the best of {len(ranked)} points")
-    first, shown = ranked[0], ranked[:most]
-    of_mean = LOSS if first.losses else ""
-    lead = [[name, *(str(point.settings[name]) for point in shown)] for name in first.settings]
-    lead.append(["mean", *(str(sheets.cell(point.mean, of_mean, 2)) for point in shown)])
-    of_tasks = [
-        [sheets.head(task, metrics[task]), *(str(sheets.cell(point.scores[task], metrics[task])) for point in shown)]
-        for task in first.scores
-    ]
-    wide(lead, of_tasks)
+    columns, lead = sheets.points(ranked[:most], metrics).texts(), len(ranked[0].settings) + 1
+    wide(columns[:lead], columns[lead:])
 
 
 def adapted(report: Mapping[str, Any]) -> None:

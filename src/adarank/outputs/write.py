@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -110,11 +111,12 @@ def write_task_files(target: Path, job: Job, task: str, head: Mapping[str, Tenso
 
 def _write_side_files(target: Path, job: Job, task: str) -> None:
     """An expert's side files where the base has others or none. A tokenizer that the recipe names is that of all tasks."""
-    roots = {file.name: file.read_bytes() for file in _root_files(job)}
+    roots = {file.name: file for file in _root_files(job)}
     files = job.experts[task].side_files()
     shared = tokenizer_files(files) if job.tokenizer else []
     for file in files:
-        if file.name != CONFIG and file not in shared and roots.get(file.name) != file.read_bytes():
+        same = file.name in roots and filecmp.cmp(roots[file.name], file, shallow=False)
+        if file.name != CONFIG and file not in shared and not same:
             shutil.copy(file, target / file.name)  # with its permissions
 
 

@@ -30,7 +30,7 @@ def open_checkpoints(
     """
     opener = _Opener(draft, stages)
     base = opener.base()
-    given = {task: opener.expert(entry.model) for task, entry in draft.recipe.experts.items()}
+    given = {task: opener.opened(entry.model) for task, entry in draft.recipe.experts.items()}
     with problems.noted():
         texts = opener.problems
         if texts:
@@ -77,14 +77,11 @@ class _Opener:
     def base(self) -> Checkpoint | None:
         """The recipe's base; None if it names none, or it cannot be read."""
         if self._recipe.base_model is not None:
-            self._base = self._opened(self._recipe.base_model)
+            self._base = self.opened(self._recipe.base_model)
         return self._base
 
-    def expert(self, reference: str) -> Checkpoint | None:
+    def opened(self, reference: str) -> Checkpoint | None:
         """A model of the recipe; None if it cannot be read."""
-        return self._opened(reference)
-
-    def _opened(self, reference: str) -> Checkpoint | None:
         try:
             model, adapter = split_adapter(reference, self._recipe.folder)
             if adapter is not None:

@@ -95,7 +95,7 @@ def rendered(outputs: Sequence[Output], scores: Mapping[str, Any] | None = None)
         version=__version__,
         outputs=[sections(output) for output in outputs],
         compared=compared(outputs) if len(outputs) > 1 else None,
-        scores=score_table(scores, _matthews(outputs)) if scores is not None else None,
+        scores=score_table(scores) if scores is not None else None,
         style=(_TEMPLATES / "style.css").read_text(encoding="utf-8"),
         script=(_TEMPLATES / "page.js").read_text(encoding="utf-8"),
     )
@@ -118,16 +118,3 @@ def compared(outputs: Sequence[Output]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _matthews(outputs: Sequence[Output]) -> set[str]:
-    """Tasks that some recipe scores by Matthews correlation."""
-    named = set()
-    for output in outputs:
-        models = (output.record.get("recipe") or {}).get("models") or []
-        specs = [entry.get("task") or {} for entry in models]
-        names = (output.record.get("plan") or {}).get("tasks") or []
-        if len(names) != len(specs):  # the base is listed among the models
-            names = [spec.get("name") for spec in specs]
-        named |= {name for name, spec in zip(names, specs, strict=True) if spec.get("metric") == "matthews"}
-    return named

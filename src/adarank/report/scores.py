@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from adarank.data.metrics import LOSS
 from adarank.errors import DataError
 
+_SHARES = ("accuracy", "exact_match")  # metrics that are a share of the inputs, and so have an interval
 _Z = 1.959964  # 95% of a normal distribution lie within
 
 
@@ -41,24 +43,29 @@ def cell(value: float, inputs: int | None, expert: float | None = None) -> dict[
     }
 
 
-def score_table(scores: Mapping[str, Any], matthews: set[str]) -> dict[str, Any]:
-    """What `adarank evaluate --json` printed, as the page shows it: a row per task, a column per model.
+def _scored(score: float, inputs: int, expert: float | None, metric: str) -> dict[str, Any]:
+    """A score as `cell`: with an interval where it is a share of the inputs; of a loss, less is better than the expert."""
+    shown = cell(score, inputs if metric in _SHARES else None, expert)
+    if metric == LOSS:
+        shown["normalised"] = round(100 * expert / score, 1) if expert is not None and score > 0 else None
+    return shown
 
-    Arguments:
-        matthews: tasks whose scores are correlations, which have no interval.
+
+def score_table(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """What `adarank evaluate --json` printed, as the page shows it: a row per task, a column per model.
 
     Raises:
         DataError: it is something else.
     """
     try:
-        rows, counts = scores["rows"], scores["counts"]
+        rows, counts, metrics = scores["rows"], scores["counts"], scores.get("metrics", {})
         experts = rows.get("experts", {})
         table = [
             {
                 "task": task,
                 "inputs": int(count),
                 "cells": [
-                    cell(float(row[task]), None if task in matthews else int(count), experts.get(task))
+                    _scored(float(row[task]), int(count), experts.get(task), metrics.get(task, "accuracy"))
                     for row in rows.values()
                 ],
             }

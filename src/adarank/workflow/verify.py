@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from adarank.errors import AdaRankError, CheckpointError, listed
+from adarank.io.adapter import WEIGHTS, is_adapter
+from adarank.io.adapter_config import CONFIG
 from adarank.io.files import file_sha256, read_json
-from adarank.io.hub import local_path, resolve
+from adarank.io.hub import local_path, resolve, split_adapter
 from adarank.io.output_folder import DIGEST, RECORD, differences, read_list, record_digest
 from adarank.io.record import Note, versions
 from adarank.recipe.job import open_job
@@ -19,6 +21,7 @@ from adarank.recipe.schema import Recipe
 from adarank.spectral.mask_file import FILE as MASKS
 from adarank.workflow.merge import merge
 
+_OF_ADAPTER = (CONFIG, *WEIGHTS)
 _LEARNED = ("adapt", "heads", "parameters")  # keys of a recipe that a masks file stands for
 
 
@@ -89,6 +92,8 @@ def verify(out: str | Path, folder: str | Path | None = None, note: Note = lambd
     findings = _Findings([*problems, *differences(out, files, whole=True)])
     if findings.problems:
         findings.notes.append("Not merged again, as the output's files differ from its record.")
+    elif "stages" in record:
+        findings.notes.append("Inputs were not hashed, nor merged again: what the stages gave was not kept.")
     elif "recipe" not in record:
         findings.notes.append("Inputs were not hashed: the record names no recipe.")
     else:
@@ -150,9 +155,20 @@ def _input_files(record: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[st
     if recipe.base_model:
         references["base"] = recipe.base_model
     for label, files in record["inputs"].items():
-        place = resolve(references[label], recipe.folder)
+        model, adapter = _places(references[label], recipe)
         for name, digest in files.items():
-            yield f"input {label}: {name}", ((place if place.is_dir() else place.parent) / name, digest)
+            folder = adapter if adapter is not None and name in _OF_ADAPTER else model
+            yield f"input {label}: {name}", (folder / name, digest)
+
+
+def _places(reference: str, recipe: Recipe) -> tuple[Path, Path | None]:
+    """The folder of a model, and that of its adapter: one without a model of its own is the base's."""
+    model, adapter = split_adapter(reference, recipe.folder)
+    over = None if adapter is None else resolve(adapter, recipe.folder, True)
+    place = resolve(model, recipe.folder)
+    if over is None and is_adapter(place) and recipe.base_model is not None:
+        place, over = resolve(recipe.base_model, recipe.folder), place
+    return place if place.is_dir() else place.parent, over
 
 
 def _merge_again(findings: _Findings, out: Path, record: Mapping[str, Any], recipe: Recipe, note: Note) -> None:
