@@ -362,7 +362,7 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     assert "masks file cannot be read" in Page(adarank.write_report([out])).text
 
 
-def test_only_shares_of_inputs_have_intervals_and_less_loss_is_better() -> None:
+def test_only_shares_have_intervals_and_less_loss_is_better() -> None:
     rows = {"experts": {"mood": 0.5, "colour": 90.0}, "adapted": {"mood": 1.0, "colour": 45.0}}
     table = score_table({**SCORES, "rows": rows, "metrics": {"mood": "loss", "colour": "macro_f1"}})
     loss, f1 = (row["cells"][1] for row in table["rows"])
