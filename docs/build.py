@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # records are read by what writes them
 
@@ -129,13 +130,13 @@ def _beside_paper(adapt: Mapping[str, Any]) -> dict[str, Any]:
 
 def cli_page() -> str:
     """Every command's --help."""
-    os.environ["COLUMNS"] = "100"
     top = parser()
     commands = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
     parts = ["# The command line\n\nGenerated from `--help`. Results go to stdout, progress to stderr. Exit codes: 0 done, 1 an error that the message"
              " explains, 2 wrong usage, 70 a bug of adarank, 130 interrupted.\n"]  # fmt: skip
-    for name, command in {"": top, **commands}.items():
-        parts.append(f"## adarank {name}".rstrip() + f"\n\n```text\n{command.format_help()}```\n")
+    with mock.patch.dict(os.environ, COLUMNS="100"):  # how wide argparse makes its help
+        for name, command in {"": top, **commands}.items():
+            parts.append(f"## adarank {name}".rstrip() + f"\n\n```text\n{command.format_help()}```\n")
     return "\n".join(parts)
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the network
+os.environ.pop("COLUMNS", None)  # names and paths stay whole in what tests read, however wide the terminal is
 torch.set_num_threads(1)
 settings.register_profile(
     "adarank",

@@ -50,6 +50,7 @@ def zoo(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def interrupt(kind: str, text: str, *command: str) -> str:
     """What a command says on stderr that is interrupted when `Screen`'s method of this kind is given the text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("COLUMNS", None)  # or its last sentence is folded
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, kind, text, *command], capture_output=True, text=True, env=environment
     )
