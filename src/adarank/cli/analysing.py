@@ -48,10 +48,10 @@ def _analyse(options: argparse.Namespace) -> None:
     from adarank.cli.progress import screen
     from adarank.workflow.analyse import Options, analyse
 
-    asked = Options(options.output, options.split, options.limit, options.data, options.image)
+    choices = Options(options.output, options.split, options.limit, options.data, options.image)
     with screen() as shown:
         result = analyse(
-            options.figure, options.recipe, options.out, settings_of(options.settings), asked, options.force, options.dry_run, shown.note
+            options.figure, options.recipe, options.out, settings_of(options.settings), choices, options.force, options.dry_run, shown.note
         )  # fmt: skip
     if options.json:
         about = {"figure": result.figure, "parts": result.parts, "cost": dict(result.cost)}
