@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank import __version__
 from adarank.cli import analysing, reports
+from adarank.cli.arguments import Command
 from adarank.cli.threads import wait_passively
 from adarank.errors import AdaRankError, Interrupted, RecipeError
 
@@ -109,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="print the result as JSON")
     form.add_argument("--format", choices=FORMATS, default="text", help="of the table that is printed (default: text)")
     tabular.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(parser_class=Command, title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", parents=[tabular], help="merge the eight vision experts that adarank ships")
     demo.add_argument(
