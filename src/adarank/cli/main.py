@@ -102,10 +102,10 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser of all commands."""
     top = argparse.ArgumentParser(prog="adarank", description="Turn many fine-tuned models into one.")
     top.add_argument("--version", action="version", version=f"adarank {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Command(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
-    tabular = argparse.ArgumentParser(add_help=False)
+    tabular = Command(add_help=False)
     form = tabular.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the result as JSON")
     form.add_argument("--format", choices=FORMATS, default="text", help="of the table that is printed (default: text)")
