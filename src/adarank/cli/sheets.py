@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adarank.cli.formats import Cell, Rounded, Sheet
-from adarank.data.metrics import LOSS
+from adarank.data.metrics import LESS_IS_BETTER, LOSS, PERPLEXITY
 from adarank.recipe.registry import METHODS
 from adarank.workflow.scores import Table
 
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 def cell(value: float, metric: str, digits: int = 1) -> Rounded:
-    """A score: per cent with one digit, a loss with three."""
-    return Rounded(value, 3 if metric == LOSS else digits)
+    """A score: per cent with one digit, a loss with three, a perplexity with two."""
+    if metric == PERPLEXITY:
+        return Rounded(value, 2)
+    return Rounded(value, 3 if metric in LESS_IS_BETTER else digits)
 
 
 def head(task: str, metric: str) -> str:
@@ -30,13 +32,15 @@ def head(task: str, metric: str) -> str:
 
 def title_of(table: Table) -> str:
     """What is scored, on what, in which unit."""
-    losses = [task for task in table.counts if table.metric(task) == LOSS]
-    unit = "losses, less is better" if len(losses) == len(table.counts) else "per cent"
+    losses = {task: table.metric(task) for task in table.counts if table.metric(task) in LESS_IS_BETTER}
+    kinds = " and ".join({LOSS: "losses", PERPLEXITY: "perplexities"}[kind] for kind in sorted(set(losses.values())))
+    unit = f"{kinds}, less is better" if len(losses) == len(table.counts) else "per cent"
     title = f"{table.split} split, {unit}, {table.protocol} protocol"
     if table.protocol == "transductive":
         title += " (adapted on the very inputs that are scored)"
     if losses and len(losses) < len(table.counts):
-        title += f"; mean without the loss of {', '.join(losses)}, of which less is better"
+        named = ", ".join(f"the {kind} of {task}" for task, kind in losses.items())
+        title += f"; mean without {named}, of which less is better"
     return title
 
 
@@ -72,7 +76,7 @@ def classes(table: Table) -> Sheet:
 def points(ranked: Sequence[Point], metrics: Mapping[str, str]) -> Sheet:
     """All points of a search, the best first."""
     first = ranked[0]
-    of_mean = LOSS if first.losses else ""
+    of_mean = next(iter(metrics.values())) if first.losses else ""
     rows: list[Sequence[Cell]] = [
         (
             *(

@@ -131,6 +131,10 @@ class TaskData:
             DataError: the data has no labels to score with.
         """
         labels = [self.labels[row] for row in rows]
+        if self.problem == "generation":
+            return known_labels(
+                labels, self.name, "Name the answers' column as columns: answer, and take rows without one out."
+            )
         rest = "" if all(label is None for label in labels) else ", or take the rows with label -1 out"
         return known_labels(labels, self.name, f"Name the label column under task: columns{rest}.")
 

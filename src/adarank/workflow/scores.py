@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from adarank.data.metrics import LOSS, ClassScore, class_scores, score
+from adarank.data.metrics import LESS_IS_BETTER, ClassScore, class_scores, score
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.models.family import Family
+from adarank.models.generation import GeneratingModels
 from adarank.models.predict import predict
+from adarank.models.text_scores import score_text
 
 
 @dataclass(frozen=True)
 class Table:
-    """Scores in per cent (a loss as it is), a row per model and a column per task.
+    """Scores in per cent (losses and perplexities as they are), a row per model and a column per task.
 
     Attributes:
         split: which split was scored.
@@ -42,8 +44,8 @@ class Table:
         return self.metrics.get(task, "accuracy")
 
     def averaged(self) -> list[str]:
-        """The tasks that means are over: those scored in per cent; where every task's score is a loss, all."""
-        shares = [task for task in self.counts if self.metric(task) != LOSS]
+        """The tasks that means are over: those scored in per cent; where there are none, all."""
+        shares = [task for task in self.counts if self.metric(task) not in LESS_IS_BETTER]
         return shares or list(self.counts)
 
     def mean(self, row: str) -> float:
@@ -52,7 +54,7 @@ class Table:
         return sum(scores) / len(scores)
 
     def normalised(self, row: str, reference: str = "experts") -> float | None:
-        """Mean over tasks of score ÷ expert's score, of a loss the expert's ÷ its own, in per cent; None without experts.
+        """Mean over tasks of score ÷ expert's score, of losses and perplexities the expert's ÷ its own, in per cent; None without experts.
 
         So 100 is as good as the experts, and more is better whatever the metric. Tasks whose expert scores 0 or less
         (a correlation may) are left out, and losses of 0.
@@ -60,7 +62,7 @@ class Table:
         if reference not in self.rows:
             return None
         pairs = [
-            (expert, self.rows[row][task]) if self.metric(task) == LOSS else (self.rows[row][task], expert)
+            (expert, self.rows[row][task]) if self.metric(task) in LESS_IS_BETTER else (self.rows[row][task], expert)
             for task, expert in self.rows[reference].items()
         ]
         shares = [above / below for above, below in pairs if below > 0]
@@ -91,6 +93,8 @@ class TaskScore:
 
 def measure_task(family: Family, module: nn.Module, data: TaskData, split: Split, per_class: bool = False) -> TaskScore:
     """The score of one task on a labelled split, and of each of its classes if they are wanted and it has classes."""
+    if isinstance(family, GeneratingModels):
+        return TaskScore(score_text(family, module, data, split))
     rows, logits = predict(family, module, data, split)
     labels = data.targets(rows)
     value = score(labels, logits, data.metric, data.problem)

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from adarank.data.metrics import LOSS
+from adarank.data.metrics import LESS_IS_BETTER
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import DataError, OutputError, Problems, RecipeError
@@ -216,7 +216,7 @@ def try_points(
         state: folder of the spectra, of statistics, and of the points done: those are not tried again.
     """
     tried: list[Point] = []
-    losses = all(of.metric == LOSS for of in data.values())
+    losses = all(of.metric in LESS_IS_BETTER for of in data.values())
     with stored_spectra(state / "spectra"), stage("Searching", len(points)):
         for number, (settings, method) in enumerate(points, start=1):
             kept = state / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}.json"
@@ -297,10 +297,11 @@ def _allowed(kind: type[MergeMethod], axis: str, value: float) -> bool:
 
 def _check_metrics(data: Mapping[str, TaskData]) -> None:
     """Refuse to rank by a mean of shares and losses."""
-    losses = [task for task, of in data.items() if of.metric == LOSS]
-    if losses and len(losses) < len(data):
+    losses = [task for task, of in data.items() if of.metric in LESS_IS_BETTER]
+    if losses and len({of.metric for of in data.values()}) > 1:
+        named = ", ".join(f"of '{task}' it is a {data[task].metric}" for task in losses)
         raise DataError(
-            f"metric: of {', '.join(map(repr, losses))} it is a loss, of which less is better, and of the other tasks it is not, so that no mean ranks the points. Give 'loss' to all tasks or to none."
+            f"metric: {named}, of which less is better, and of other tasks it is another metric, so that no mean ranks the points. Give such a metric to all tasks or to none."
         )
 
 
