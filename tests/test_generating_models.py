@@ -290,7 +290,6 @@ def test_text2text_answers_are_scored(t5: Path) -> None:
 def test_text2text_models_merge_without_data(t5: Path) -> None:
     adarank.merge_recipe(recipe(t5, merge_method="tsv_m"), t5 / "tsv")
     assert AutoModelForSeq2SeqLM.from_pretrained(t5 / "tsv", output_loading_info=True)[1]["missing_keys"] == set()
-    assert "a decoder predicts nothing without answers" in refused(recipe(t5, **ADAPT))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ METRICS: tuple[str, ...] = get_args(Metric)
 LOSS = "loss"
 PERPLEXITY, TOKEN_ACCURACY, CHOICE_ACCURACY = "perplexity", "token_accuracy", "choice_accuracy"
 EXACT_MATCH = "exact_match"
-LESS_IS_BETTER = frozenset({LOSS, PERPLEXITY})  # as they are, not in per cent
+_LESS = frozenset({LOSS, "bits_per_byte", "brier_score", "ter", "wer"})  # the last four are of lm-evaluation-harness
 
 _DEFAULTS: dict[Problem, str] = {
     "single_label_classification": "accuracy",
@@ -45,6 +45,11 @@ _KNOWN: dict[Problem, tuple[str, ...]] = {
     "regression": ("pearson", "spearman", LOSS),
     "generation": (PERPLEXITY, LOSS, TOKEN_ACCURACY, EXACT_MATCH, CHOICE_ACCURACY),
 }
+
+
+def less_is_better(metric: str) -> bool:
+    """True of losses and perplexities: they are as they are, not in per cent, and the smaller the better."""
+    return metric in _LESS or metric.split(" ")[0].endswith(PERPLEXITY)
 
 
 def chosen_metric(metric: str | None, problem: Problem, classes: int, where: str) -> str:

@@ -26,7 +26,10 @@ _POOL = 16  # adaptation batches that are formed together, so that inputs of lik
 class Examples(Protocol):
     """Encoded inputs of a task, by row number."""
 
-    lengths: Sequence[int]
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Of each row how long it is."""
+        ...
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The inputs of some rows, padded to the longest of them."""

@@ -69,7 +69,7 @@ class Family(Protocol):
 
     def without_effect(self, spec: TaskSpec) -> list[str]:
         """What a task says that is not of this family, in sentences: settings of generating models."""
-        given = sorted({"max_new_tokens", "stop"} & spec.model_fields_set)
+        given = sorted({"answers", "max_new_tokens", "stop"} & spec.model_fields_set)
         given += [f"columns.{key}" for key in ("answer", "choices") if getattr(spec.columns, key) is not None]
         return [f"{', '.join(given)}: of generating models, and this is {self.kind}. Remove it, or give kind."] if given else []  # fmt: skip
 

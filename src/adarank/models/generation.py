@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class GeneratingModels(Family):
         if answer is None:
             if choices is not None:
                 raise DataError(f"task '{task}': columns.choices is given without columns.answer. Name the column of the right option.")  # fmt: skip
-            return [self._unasked(value) for value in table[spec.columns.text]]
+            return [self._unasked(value, spec) for value in table[spec.columns.text]]
         if answer not in table or (choices is not None and choices not in table):
             return [None] * len(table[spec.columns.text])
         if choices is None:
@@ -119,7 +120,15 @@ class GeneratingModels(Family):
         cut = sum(len(prompt) > most for prompt in prompts)
         notes = [f"{cut} of {len(texts)} inputs are longer than {most} tokens{whose} and are cut there"] if cut else []
         special = tuple(special for _, special in pairs)
-        return Prompts(tokenizer, tuple(texts), special, tuple(prompts), tuple(passages), most, spec.max_new_tokens, spec.stop, self.form), notes  # fmt: skip
+        return Prompts(tokenizer, tuple(texts), special, tuple(prompts), tuple(passages), most, spec.max_new_tokens, spec.stop, self.form, self._asks(spec)), notes  # fmt: skip
+
+    def with_answers(self, prompts: Prompts, answers: Mapping[int, Ids]) -> Prompts:
+        """The same rows, those that have an answer with it as what counts."""
+        passages = [
+            self._joined(prompts, row, answers[row]) if row in answers else passage
+            for row, passage in enumerate(prompts.passages)
+        ]
+        return replace(prompts, passages=tuple(passages), asks=False)
 
     def scored(self, prompts: Prompts, row: int, answer: str | None) -> Passage:
         """A row with the answer that it is scored by; running text, of which no answer is known, as it is."""
@@ -148,8 +157,16 @@ class GeneratingModels(Family):
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
         return tuple(ids[:-1] if special and ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else ids)  # fmt: skip
 
+    def _asks(self, spec: TaskSpec) -> bool:
+        """Whether the experts' answers are what is adapted on."""
+        return spec.answers == "generate"
+
     @abstractmethod
-    def _unasked(self, value: Any) -> Answer | None:
+    def _joined(self, prompts: Prompts, row: int, answer: Ids) -> Passage:
+        """A prompt, as a model was asked it, with a model's answer."""
+
+    @abstractmethod
+    def _unasked(self, value: Any, spec: TaskSpec) -> Answer | None:
         """What a row is scored by, where the recipe names no column of answers."""
 
     @abstractmethod
@@ -179,8 +196,7 @@ class CausalModels(GeneratingModels):
 
     def asked(self, prompts: Prompts, rows: Sequence[int]) -> Batch:
         """The prompts of some rows, padded at the start, so that answers begin at one position. Long ones lose their start."""
-        ids = [prompts.prompts[row][-max(1, prompts.most - prompts.new_tokens) :] for row in rows]
-        return _masked([each[::-1] for each in ids], prompts.tokenizer, backwards=True)
+        return _masked([_last(prompts, row)[::-1] for row in rows], prompts.tokenizer, backwards=True)
 
     def answer_begins(self, batch: Batch) -> int:
         """Behind the prompts."""
@@ -207,8 +223,12 @@ class CausalModels(GeneratingModels):
         predicted: Tensor = out[:, :-1][batch[COUNTED][:, 1:]]
         return predicted.float()
 
-    def _unasked(self, value: Any) -> Answer:
-        return Answer(closing_answer(value))
+    def _joined(self, prompts: Prompts, row: int, answer: Ids) -> Passage:
+        return Passage(_last(prompts, row), answer)
+
+    def _unasked(self, value: Any, spec: TaskSpec) -> Answer | None:
+        answer = closing_answer(value)
+        return None if answer is None and self._asks(spec) else Answer(answer)
 
     def _passage(self, prompt: Ids, most: int) -> Passage:
         return Passage(prompt[:1], prompt[1:most])
@@ -267,7 +287,13 @@ class SequenceModels(GeneratingModels):
         """A text's tokens, its end among them: encoders were trained with it."""
         return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def _unasked(self, value: Any) -> Answer | None:
+    def _asks(self, spec: TaskSpec) -> bool:
+        return True
+
+    def _joined(self, prompts: Prompts, row: int, answer: Ids) -> Passage:
+        return Passage(prompts.passages[row].prompt, answer)
+
+    def _unasked(self, value: Any, spec: TaskSpec) -> Answer | None:
         answer = closing_answer(value)
         return None if answer is None else Answer(answer)
 
@@ -280,6 +306,11 @@ class SequenceModels(GeneratingModels):
     def _answered(self, prompts: Prompts, row: int, answer: str) -> Passage:
         ids = prompts.tokenizer(text_target=answer)["input_ids"]
         return Passage(prompts.passages[row].prompt, tuple(ids[: prompts.most]))
+
+
+def _last(prompts: Prompts, row: int) -> Ids:
+    """The end of a prompt, as much as leaves room for an answer."""
+    return prompts.prompts[row][-max(1, prompts.most - prompts.new_tokens) :]
 
 
 def _padded(rows: Sequence[Ids], filler: int) -> Tensor:

@@ -51,7 +51,8 @@ def answered(family: GeneratingModels, module: nn.Module, prompts: Prompts, rows
 
 def _settings(module: nn.Module, prompts: Prompts) -> Any:
     """The model's own settings of generation, without chance and without several beams."""
-    settings = copy.deepcopy(module.generation_config)
+    network: Any = module
+    settings = copy.deepcopy(network.generation_config)
     tokenizer: Any = prompts.tokenizer
     eos = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
     pad = settings.pad_token_id if settings.pad_token_id is not None else tokenizer.pad_token_id

@@ -221,8 +221,6 @@ def _refuse_of_generating(job: Job, family: Family) -> None:
     texts = []
     if job.method.of_inputs:
         texts.append(f"merge_method: '{name}' reads one prediction of each input, and models of {family.kind} predict every token. Use one such as adarank, regmean or ties.")  # fmt: skip
-    if job.method.data and family.kind == "text2text-generation":
-        texts.append(f"merge_method: '{name}' {job.method.use} what models predict, and a decoder predicts nothing without answers. Use a method without data.")  # fmt: skip
     if job.recipe.heads == "learn":
         texts.append(f"heads: learn is for classifiers: models of {family.kind} have no head of a task. Remove heads.")
     if job.method.in_force().get("adapt", {}).get("learn_heads") is True:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from adarank.data.metrics import LESS_IS_BETTER, LOSS, ClassScore, class_scores, score
+from adarank.data.metrics import LOSS, ClassScore, class_scores, less_is_better, score
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.models.family import Family
@@ -29,6 +29,8 @@ class Table:
         counts: task -> number of scored inputs.
         bundles: row -> kind of the bundle that it is of, whose user must know something of every input.
         metrics: task -> what it is scored by; accuracy where a task is not in it.
+        source: what measured, where that was not adarank.
+        notes: what else is to be said of the scores, in sentences.
         classes: model -> task -> precision, recall and F1 of each class, where they were wanted.
     """
 
@@ -39,6 +41,8 @@ class Table:
     bundles: dict[str, str] = field(default_factory=dict)
     metrics: Mapping[str, str] = field(default_factory=dict)
     classes: dict[str, dict[str, tuple[ClassScore, ...]]] = field(default_factory=dict)
+    source: str = ""
+    notes: tuple[str, ...] = ()
 
     def metric(self, task: str) -> str:
         """What a task is scored by."""
@@ -46,7 +50,7 @@ class Table:
 
     def averaged(self) -> list[str]:
         """The tasks that means are over: those scored in per cent; where there are none, all."""
-        shares = [task for task in self.counts if self.metric(task) not in LESS_IS_BETTER]
+        shares = [task for task in self.counts if not less_is_better(self.metric(task))]
         return shares or list(self.counts)
 
     def mean(self, row: str) -> float:
@@ -63,7 +67,7 @@ class Table:
         if reference not in self.rows:
             return None
         pairs = [
-            (expert, self.rows[row][task]) if self.metric(task) in LESS_IS_BETTER else (self.rows[row][task], expert)
+            (expert, self.rows[row][task]) if less_is_better(self.metric(task)) else (self.rows[row][task], expert)
             for task, expert in self.rows[reference].items()
         ]
         shares = [above / below for above, below in pairs if below > 0]
@@ -74,8 +78,9 @@ class Table:
         means = {row: {"mean": self.mean(row), "normalised": self.normalised(row)} for row in self.rows}
         content = asdict(self)
         bundles = content.pop("bundles")
-        if not self.classes:
-            del content["classes"]
+        for name in ("classes", "source", "notes"):
+            if not content[name]:
+                del content[name]
         return {**content, "task_aware": bundles, "summary": means}
 
 
