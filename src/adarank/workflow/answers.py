@@ -50,7 +50,9 @@ def with_answers(
         OutputError: the answers cannot be saved.
     """
     family = job.family
-    lacking = {task: of.examples for task, of in data.items() if isinstance(of.examples, Prompts) and of.examples.asks}
+    lacking = {
+        task: of.examples for task, of in data.items() if isinstance(of.examples, Prompts) and of.examples.lacks_answers
+    }
     if not isinstance(family, GeneratingModels) or not lacking:
         return dict(data)
     note("Generating the experts' answers")
