@@ -81,7 +81,7 @@ def test_commands_in_the_docs_parse_and_name_what_exists(page: Path, text: str) 
         if not words or words[0] != "adarank":
             continue
         options = vars(parser().parse_args(words[1:]))
-        if "recipe" in options:
+        if options.get("recipe"):
             assert (ROOT / options["recipe"]).is_file() or (page.parent / options["recipe"]).is_file()
 
 

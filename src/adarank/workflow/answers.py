@@ -120,4 +120,4 @@ def _note(prompts: Prompts, answers: Mapping[int, Ids]) -> str:
     lengths = [len(ids) for ids in answers.values()]
     full = sum(length >= prompts.new_tokens for length in lengths)
     mean = sum(lengths) / max(1, len(lengths))
-    return f"{len(lengths)} prompts answered by the expert, {mean:.1f} tokens each; {full} answers are of max_new_tokens, {prompts.new_tokens}"
+    return f"{len(lengths)} prompts answered by the expert, {mean:.1f} tokens each; {full} answers are as long as max_new_tokens lets them be ({prompts.new_tokens})"
