@@ -35,7 +35,8 @@ def of_merge(out: Path) -> str:
     stages = len(list(state.glob(f"{STAGES}/*/{RECORD}")))
     kept = [f"{stages} merged stage{'s' if stages > 1 else ''}"] if stages else []
     kept += ["the last saved step"] if "state.pt" in names else []
-    kept += ["what was computed of the experts"] if "state.pt" not in names and "experts.pt" in names else []
+    of_experts = "state.pt" not in names and any(name.endswith(".pt") for name in names)
+    kept += ["what was computed of the experts"] if of_experts else []
     untouched = f"Nothing was written to {out}"
     if not kept:
         return f"{untouched}, and nothing is kept: {_ANEW}."
