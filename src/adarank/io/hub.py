@@ -1,6 +1,6 @@
 """Where a model lies: a local path, or a hub id with an optional revision, to a local folder.
 
-The only file that names `huggingface_hub`.
+This file, `cards` and `push` are the only ones that name `huggingface_hub`.
 """
 
 from __future__ import annotations
@@ -74,6 +74,19 @@ def called(reference: str, folder: Path) -> str:
     reference = adapter or model
     name = Path(reference.split("@")[0]).name
     return name if name not in ("", "..") else (folder / reference).resolve().name
+
+
+def repository(path: Path) -> tuple[str, Path] | None:
+    """Of a path in a cache of the hub the repository's id and its folder there; None elsewhere.
+
+    Example:
+        repository(Path("models--org--name/snapshots/0a1b/sub")) == ("org/name", Path("models--org--name/snapshots/0a1b"))
+    """
+    for folder in (path, *path.parents):
+        kind, *name = folder.parent.parent.name.split("--")
+        if folder.parent.name == "snapshots" and kind == "models" and name:
+            return "/".join(name), folder
+    return None
 
 
 def resolve(reference: str, folder: Path | None = None, adapter: bool = False) -> Path:

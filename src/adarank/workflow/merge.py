@@ -21,6 +21,7 @@ from adarank.io.output_folder import check_outside, remove_ours
 from adarank.io.progress import stage
 from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import atomic_folder, check_output, check_shards, claimed, state_folder, write_record
+from adarank.outputs.card import write_card
 from adarank.outputs.write import check_side_files, write_result
 from adarank.recipe.draft import Draft
 from adarank.recipe.job import Job, open_job
@@ -156,6 +157,7 @@ def _run(
     with atomic_folder(out, force) as folder, stage("Writing", job.output_bytes()):
         record |= write_result(folder, job, result)
         record |= {**result.recorded(), **unheeded(job), "plan": describe(job), **clock.spent()}
+        write_card(folder, record)
         write_record(folder, record)
     return record
 
