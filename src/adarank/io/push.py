@@ -60,7 +60,7 @@ def push(
 
 def _check_name(name: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # it is there, and not in their list
 
     try:
         validate_repo_id(name)

@@ -36,6 +36,7 @@ from adarank.workflow.left_over import state_of
 from adarank.workflow.load_tasks import load_opened, load_tasks, refuse_without_classes
 from adarank.workflow.prepare import Prepared, job_reads_data, prepare, reads_data
 from adarank.workflow.stages import beginning, going_on, merged_stages, worth_keeping
+from adarank.workflow.track import check_trackers, tracked
 
 
 def merge(
@@ -118,6 +119,8 @@ def _check(prepared: Prepared, recipe: Recipe, out: Path, problems: Problems) ->
             check_side_files(job)
         with problems.noted():
             refuse_without_classes(job)
+        with problems.noted():
+            check_trackers(job.recipe.report_to)
     if prepared.stages is None:
         return
     with problems.noted():
@@ -148,8 +151,10 @@ def _run(
     record = {**beginning(job), "versions": versions(), "machine": machine(recipe.device), **(more or {})}
     state = state_of(out)
     with _kept(state) if data else nullcontext():
-        context = RecipeContext(job, data, record, state / "state.pt", note, telling_of_collapse(note, progress))
-        result = job.method.run(context)
+        about = {name: record[name] for name in ("recipe", "settings", "seed")}
+        with tracked(recipe.report_to, out, state, about, note, telling_of_collapse(note, progress)) as following:
+            context = RecipeContext(job, data, record, state / "state.pt", note, following)
+            result = job.method.run(context)
         if recipe.heads == "learn":
             result, of_heads = with_learned_heads(context, result)
             record |= of_heads

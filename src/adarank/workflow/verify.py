@@ -189,7 +189,7 @@ def _merge_again(findings: _Findings, out: Path, record: Mapping[str, Any], reci
 
 def _recipe_again(out: Path, record: Mapping[str, Any], recipe: Recipe) -> tuple[Recipe | None, str]:
     """The recipe that makes the output again without learning; or None, and what it would need."""
-    values = {key: value for key, value in record["recipe"].items() if key != "heads"}
+    values = {key: value for key, value in record["recipe"].items() if key not in ("heads", "report_to")}
     if (out / MASKS).exists() and "bundle" not in record:
         values = {key: value for key, value in values.items() if key not in _LEARNED}
         models = [{key: value for key, value in entry.items() if key != "parameters"} for entry in values["models"]]
