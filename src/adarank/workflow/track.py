@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,9 +108,10 @@ class _Telling:
         self.loops += 1
         run = self._run()
         for name in self.names:
-            self._try(
-                name, lambda name=name: self.trackers.__setitem__(name, _OPEN[name](run, self.out, self.about, step))
-            )  # type: ignore[misc]
+            self._try(name, partial(self._begin, name, run, step))
+
+    def _begin(self, name: str, run: str, step: int) -> None:
+        self.trackers[name] = _OPEN[name](run, self.out, self.about, step)
 
     def _run(self) -> str:
         """What the run is called: the output's name and what tells it from others of that name."""
@@ -123,7 +125,7 @@ class _Telling:
 
     def _tell(self, values: Mapping[str, float], step: int) -> None:
         for name, tracker in list(self.trackers.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(values, step))  # type: ignore[misc]
+            self._try(name, partial(tracker.log, values, step))
 
     def _try(self, name: str, call: Callable[[], Any]) -> None:
         """A tracker that fails is left out from there on: curves are no reason to lose a merge."""
