@@ -74,16 +74,16 @@ class Hub:
         if self.name is None or self.name not in path:
             return 404, {"error": "no such repository"}
         rest = path.partition(self.name)[2].partition("?")[0]
-        routes = {"": self._info, "/preupload/main": self._modes, ".git/info/lfs/objects/batch": self._batch, "/commit/main": self._commit}  # fmt: skip
+        routes = {"": self.info, "/preupload/main": self.modes, ".git/info/lfs/objects/batch": self.batch, "/commit/main": self.commit}  # fmt: skip
         return routes[rest](body)
 
-    def _info(self, body: bytes) -> tuple[int, Any]:
+    def info(self, body: bytes) -> tuple[int, Any]:
         siblings = [
             {"rfilename": path, "size": len(content), "blobId": git_id(content)} for path, content in self.files.items()
         ]
         return 200, {"id": self.name, "sha": f"{len(self.commits):040x}", "private": self.private, "siblings": siblings}
 
-    def _modes(self, body: bytes) -> tuple[int, Any]:
+    def modes(self, body: bytes) -> tuple[int, Any]:
         files = [
             {"path": file["path"], "shouldIgnore": False,
              "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
@@ -91,7 +91,7 @@ class Hub:
         ]  # fmt: skip
         return 200, {"files": files}
 
-    def _batch(self, body: bytes) -> tuple[int, Any]:
+    def batch(self, body: bytes) -> tuple[int, Any]:
         def entry(each: dict[str, Any]) -> dict[str, Any]:
             if each["oid"] in self.stored:
                 return each
@@ -99,7 +99,7 @@ class Hub:
 
         return 200, {"transfer": "basic", "objects": [entry(each) for each in json.loads(body)["objects"]]}
 
-    def _commit(self, body: bytes) -> tuple[int, Any]:
+    def commit(self, body: bytes) -> tuple[int, Any]:
         lines = [json.loads(line) for line in body.splitlines()]
         parent = lines[0]["value"].get("parentCommit")
         assert parent in (None, f"{len(self.commits):040x}")
@@ -128,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked" and not body:
-            body = self._chunks()
+            body = self.chunks()
         self.hub.requests += 1
         allowed = self.command == "PUT" or self.headers.get("Authorization") == f"Bearer {self.hub.token}"
         status, content = self.hub.answer(self.command, self.path, body) if allowed else (401, {"error": "no token"})
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def _chunks(self) -> bytes:
+    def chunks(self) -> bytes:
         parts = []
         while size := int(re.split(rb"[;\r]", self.rfile.readline())[0], 16):
             parts.append(self.rfile.read(size))

@@ -72,7 +72,12 @@ def test_the_wheel_has_the_package_and_the_whole_demo(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name.removeprefix("adarank/") for name in archive.namelist() if name.startswith("adarank/")}
     source = demo.ZOO.parent
-    pages = [path for path in (source / "report" / "template").iterdir() if path.is_file()]
+    pages = [
+        path
+        for place in ("report/template", "recipe/suite_files")
+        for path in (source / place).iterdir()
+        if path.is_file()
+    ]
     written = {path.relative_to(source).as_posix() for path in (*source.rglob("*.py"), *pages)}
     assert names == SHIPPED | written | {"py.typed"}
 

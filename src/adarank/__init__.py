@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from adarank.workflow.analyse import analyse
     from adarank.workflow.evaluate import evaluate as evaluate_recipe
     from adarank.workflow.merge import merge as merge_recipe
+    from adarank.workflow.reproduce import reproduce
     from adarank.workflow.score_card import score_card
     from adarank.workflow.verify import verify
 
@@ -56,6 +57,7 @@ __all__ = [
     "merge_recipe",
     "open_job",
     "push",
+    "reproduce",
     "score_card",
     "verify",
     "write_report",
@@ -83,6 +85,7 @@ _HOMES = {
     "merge_recipe": "workflow.merge:merge",
     "open_job": "recipe.job:open_job",
     "push": "io.push:push",
+    "reproduce": "workflow.reproduce:reproduce",
     "score_card": "workflow.score_card:score_card",
     "verify": "workflow.verify:verify",
     "write_report": "report.page:write_report",

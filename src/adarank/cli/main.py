@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank import __version__
-from adarank.cli import analysing, reports, sharing
+from adarank.cli import analysing, reports, reproducing, sharing
 from adarank.cli.threads import wait_passively
 from adarank.errors import AdaRankError, Interrupted, RecipeError
 
@@ -166,6 +166,8 @@ def parser() -> argparse.ArgumentParser:
 
     sharing.add(commands, common, _nothing_left, _left_of_merge)
 
+    reproducing.add(commands, tabular, _left_of_reproduce)
+
     inspect = commands.add_parser(
         "inspect",
         parents=[tabular],
@@ -216,6 +218,10 @@ def _left_of_search(options: argparse.Namespace) -> str:
     from adarank.workflow.left_over import of_search
 
     return of_search(options.best)
+
+
+def _left_of_reproduce(options: argparse.Namespace) -> str:
+    return "Rows that are merged lie in their folders, and an adaptation's last saved step beside its own: the same command goes on."
 
 
 def _left_of_demo(options: argparse.Namespace) -> str:

@@ -164,6 +164,29 @@ def _listed(name: str, revision: str | None) -> list[str] | None:
         return None
 
 
+def listed_files(name: str, dataset: bool = False) -> tuple[dict[str, int | None] | None, bool]:
+    """A repository's files with their sizes in bytes, and whether they are those that lie in the cache of this machine.
+
+    None where neither the cache nor the hub has them. Nothing is fetched but the list.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset" if dataset else "model")
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            api = HfApi()
+            info = api.dataset_info(name, files_metadata=True) if dataset else api.model_info(name, files_metadata=True)
+            return {file.rfilename: file.size for file in info.siblings or ()}, folder.is_dir()
+        except Exception:  # the hub client's errors share no base class; the cache may have it all the same
+            pass
+    reference = folder / "refs" / "main"
+    snapshot = folder / "snapshots" / (reference.read_text(encoding="utf-8").strip() if reference.is_file() else "")
+    files = [file for file in sorted(snapshot.rglob("*")) if file.is_file()] if reference.is_file() else []
+    sizes: dict[str, int | None] = {file.relative_to(snapshot).as_posix(): file.stat().st_size for file in files}
+    return (sizes, True) if sizes else (None, False)
+
+
 def configuration_errors() -> tuple[type[Exception], ...]:
     """What the configurations of `transformers` raise of values that they refuse: by version, classes of the hub's client."""
     from huggingface_hub import errors
