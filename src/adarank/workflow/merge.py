@@ -30,6 +30,7 @@ from adarank.recipe.plan import describe, unheeded
 from adarank.recipe.reader import RecipeLike, read_draft
 from adarank.recipe.schema import Recipe
 from adarank.workflow.adapt import telling_of_collapse
+from adarank.workflow.answers import with_answers
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
 from adarank.workflow.left_over import state_of
@@ -151,6 +152,7 @@ def _run(
     record = {**beginning(job), "versions": versions(), "machine": machine(recipe.device), **(more or {})}
     state = state_of(out)
     with _kept(state) if data else nullcontext():
+        data = with_answers(job, data, record["inputs"], state, note)
         about = {name: record[name] for name in ("recipe", "settings", "seed")}
         with tracked(recipe.report_to, out, state, about, note, telling_of_collapse(note, progress)) as following:
             context = RecipeContext(job, data, record, state / "state.pt", note, following)
