@@ -128,10 +128,10 @@ def needed_files(name: str, folder: str | Path = ".") -> list[Needed]:
 
 
 def _of_repository(source: str, repository: str, place: Path, inside: str, config: str | None = None) -> list[Needed]:
-    own = place / repository
-    if own.is_dir():
+    local = place / repository
+    if local.is_dir():
         sizes: Mapping[str, int | None] | None = {
-            f.relative_to(own).as_posix(): f.stat().st_size for f in sorted(own.rglob("*")) if f.is_file()
+            f.relative_to(local).as_posix(): f.stat().st_size for f in sorted(local.rglob("*")) if f.is_file()
         }
         here = True
     else:
