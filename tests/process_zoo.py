@@ -68,11 +68,13 @@ class Processes:
 
 def _serve() -> None:
     import torch
+    import transformers
 
     import adarank.workflow.merge  # noqa: F401 (before the forks, not after each)
     from adarank.cli import show  # noqa: F401 (before the forks, not after each)
 
     torch.set_num_threads(1)
+    _ = transformers.BertForSequenceClassification, transformers.BertTokenizerFast  # imported as they are named
     for line in sys.stdin:
         print(json.dumps(_forked(**json.loads(line))), flush=True)
 
@@ -102,12 +104,13 @@ def _end_here(file: Path, changes: dict[str, Any], arguments: list[str]) -> None
     handle = file.open("w", encoding="utf-8")
     os.dup2(handle.fileno(), 1)
     os.dup2(handle.fileno(), 2)
-    sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = handle  # type: ignore[misc]
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     try:
         code = _run_here(changes, arguments)
     except BaseException:
-        traceback.print_exc(file=handle)
-    handle.flush()
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 

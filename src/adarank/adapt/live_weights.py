@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adarank.adapt.settings import AdaptSettings, StepUnit
 from adarank.adapt.tying import LambdaPer, tie
 from adarank.errors import RecipeError
+from adarank.io import processes
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
@@ -139,7 +140,8 @@ class LiveWeights:
             gradient = self.blocks[name].gradient(grad, lam[row], mask, self.learn.masks)
             grad_lam[row] = gradient.lam
             slots[row].copy_(gradient.mask)
-        self._set_gradients(grad_lam.cpu(), grad_mask.cpu())
+        total = processes.add_up(torch.cat([grad_lam.flatten(), grad_mask]).cpu())  # of several processes, their tasks'
+        self._set_gradients(total[: lam.numel()].view_as(lam), total[lam.numel() :])
 
     def zero_grad(self) -> None:
         """Forget the gradients of the network's parameters."""

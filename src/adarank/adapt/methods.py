@@ -126,6 +126,11 @@ class AdaptiveMethod(Adapting):
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
 
     @classmethod
+    def shares_work(cls) -> bool:
+        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up."""
+        return True
+
+    @classmethod
     def memory(cls) -> str:
         """What is held at a time: all merged tensors, since networks are run."""
         parts = "spectra" if cls().spectra else "task vectors"

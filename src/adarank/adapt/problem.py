@@ -22,6 +22,7 @@ from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import QUICK_CHECK, Grid
 from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
+from adarank.io import processes
 from adarank.models import TaskModels
 from adarank.models.head_inputs import Pool, head_inputs, head_parts
 from adarank.models.predict import Forward
@@ -146,7 +147,9 @@ class Problem:
 
         @torch.no_grad()
         def judge(step: int) -> dict[str, Signals]:
-            return {task: self._signals(task, inputs.judged_on(most)) for task, inputs in self.inputs.items()}
+            tasks = list(self.inputs)
+            judged = processes.mapped(lambda task: self._signals(task, self.inputs[task].judged_on(most)), tasks)
+            return dict(zip(tasks, judged, strict=True))
 
         return judge
 
@@ -221,12 +224,14 @@ def expert_predictions(
     function: Function | None = None,
 ) -> dict[str, Predictions]:
     """task -> its expert's predictions, as far as losses and judge need them. The models hold the base's tensors afterwards."""
-    predictions = {}
-    for task, task_inputs in inputs.items():
+
+    def of_expert(task: str) -> Predictions:
         models.fill(member_tensors(network, network.experts[task]))
         head = head_parts(models, task) if not function and NEED_FEATURES & settings.weights(task).keys() else []
         predict = predictor(models.modules[task], head, forward)
-        predictions[task] = task_inputs.predictions(predict, not function and needs_targets(settings, task))
+        return inputs[task].predictions(predict, not function and needs_targets(settings, task))
+
+    predictions = dict(zip(inputs, processes.mapped(of_expert, list(inputs)), strict=True))
     models.fill(member_tensors(network, network.reference()))
     models.fill(network.averages())
     return predictions

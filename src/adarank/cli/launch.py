@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from adarank.errors import RecipeError
 
+_streams: dict[int, int] = {}  # of a silent process: what its output and its errors went to
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -47,10 +48,11 @@ def together() -> Iterator[None]:
     if launch is None:
         yield
         return
+    if launch.rank > 0:
+        _silence()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what its connections warn of is said in a sentence
     from adarank.io import processes
 
-    if launch.rank > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
     with processes.joined(launch.rank, launch.size, launch.local_rank):
         yield
 
@@ -84,6 +86,24 @@ def speaks() -> bool:
         return True
     from adarank.io import processes
 
-    if processes.speaks() and launch.rank > 0:
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    if processes.speaks():
+        _speak()
     return processes.speaks()
+
+
+def _silence() -> None:
+    """From now on nothing is printed, by libraries neither."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _streams.update({number: os.dup(number) for number in (1, 2)})
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for number in _streams:
+        os.dup2(nothing, number)
+    os.close(nothing)
+
+
+def _speak() -> None:
+    """Undo `_silence`."""
+    for number, stream in _streams.items():
+        os.dup2(stream, number)
+    _streams.clear()

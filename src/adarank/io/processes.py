@@ -213,6 +213,21 @@ def from_first(make: Callable[[], T]) -> T:
     return value
 
 
+def from_owner(number: int, value: T | None) -> T:
+    """The value of an item, in every process, of the one in whose share it is. All must call it.
+
+    Arguments:
+        number: the item's place among all.
+        value: its value where it is this process's; None elsewhere.
+    """
+    made: list[Any] = [value]
+    if size() > 1:
+        with _reaching():
+            dist.broadcast_object_list(made, src=number % size())
+    of_item: T = made[0]
+    return of_item
+
+
 def mapped(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """The function's value of every item, in every process; each computes its share. All must call it."""
     return whole([function(item) for item in share(items)])

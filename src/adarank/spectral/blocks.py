@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adarank.alignment.task_vectors import AlignedCheckpoints, OriginKind
+from adarank.io import processes
 from adarank.io.progress import advance, stage
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.svd import Spectrum, as_matrix, factors_of
@@ -160,17 +161,19 @@ def build_blocks(
         basis: how matrices are decomposed.
         spectra: False where all components stay kept: then no matrix needs an SVD.
     """
-    blocks = {}
-    with stage("Task vectors", len(network.merged())):
-        for name in network.merged():
-            origin = network.origin(name, origin_kind, device)
-            deltas = network.deltas(name, origin, origin_kind)
-            if spectra and network.choices[name].action == "decompose":
-                blocks[name] = task_vector_blocks(origin, deltas, name, basis)
-            else:
-                blocks[name] = scaled_block(origin, deltas, basis)
-            advance()
-    return blocks
+
+    def made(name: str) -> Blocks:
+        origin = network.origin(name, origin_kind, device)
+        deltas = network.deltas(name, origin, origin_kind)
+        decomposed = spectra and network.choices[name].action == "decompose"
+        block = task_vector_blocks(origin, deltas, name, basis) if decomposed else scaled_block(origin, deltas, basis)
+        advance()
+        return block
+
+    names = network.merged()
+    with stage("Task vectors", len(names)):
+        mine = {name: made(name) for name in processes.share(names)}
+        return {name: processes.from_owner(number, mine.get(name)) for number, name in enumerate(names)}
 
 
 def scaled_block(origin: Tensor, deltas: Mapping[str, Tensor], basis: Basis = BASES["task_vectors"]) -> Blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from adarank.adapt.live_weights import LiveWeights
 from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.task import TaskData
+from adarank.io import processes
 from adarank.io.record import Note
 from adarank.method import changed_tensors
 from adarank.recipe.job import Job
@@ -59,6 +61,8 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     problem = problem_of(job, models, data, settings, predictions)
     run.note("Adapting")
     history = problem.adapt(live, method.grid, run.state, fingerprint, run.progress)
+    bits = [tensor.detach().numpy().tobytes() for tensor in live.learned().values()]
+    processes.check_agreement("masks and λ", [hashlib.sha256(part).hexdigest() for part in bits])
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = live.mask_file(job.network.tasks, method.origin, about)
     of_masks = {

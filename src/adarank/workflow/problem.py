@@ -19,6 +19,7 @@ from adarank.adapt.problem import BatchPredictions, Chunk, Predict, Predictions,
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
+from adarank.io import processes
 from adarank.io.progress import advance, stage
 from adarank.io.record import Note
 from adarank.io.state import read_kept, write_state
@@ -154,12 +155,12 @@ def expert_predictions(
     kinds = {task: bool(NEED_FEATURES & settings.weights(task).keys()) for task in data}
     fingerprint = hashlib.sha256(json.dumps([mark, rows, kinds], sort_keys=True).encode()).hexdigest()
     kept = _read(folder / FILE, fingerprint) if folder else None
-    if kept is not None:
+    if all(processes.gathered(kept is not None)) and kept is not None:
         return kept
     note("Computing the experts' predictions")
     with stage("The experts' predictions", sum(len(part) - 1 for of_task in rows.values() for part in of_task)):
         predictions = problem.expert_predictions(job.network, models, inputs, settings, family_of(job).logits)
-    if folder:
+    if folder and processes.rank() == 0:
         outputs = {task: {"logits": each.logits, "features": each.features} for task, each in predictions.items()}
         write_state(folder / FILE, {"fingerprint": fingerprint, "outputs": outputs}, "the experts' predictions")
     return predictions
