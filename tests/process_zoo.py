@@ -39,13 +39,13 @@ class Processes:
     def __enter__(self) -> Processes:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__]
-        self._server = subprocess.Popen(
+        self.server = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.communicate()
+        self.server.communicate()
 
     def run(
         self,
@@ -57,13 +57,13 @@ class Processes:
         many: Sequence[tuple[str, str]] = (),
     ) -> list[Ended]:
         """Run a command in `count` processes in `folder`; by rank what came of them."""
-        assert self._server.stdin
-        assert self._server.stdout
+        assert self.server.stdin
+        assert self.server.stdout
         changes = {"dies": dies, "fails": fails, "many": many}
         order = {"count": count, "arguments": list(arguments), "folder": str(folder), "changes": changes}
-        self._server.stdin.write(json.dumps(order) + "\n")
-        self._server.stdin.flush()
-        return [Ended(*each) for each in json.loads(self._server.stdout.readline())]
+        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.flush()
+        return [Ended(*each) for each in json.loads(self.server.stdout.readline())]
 
 
 def _serve() -> None:

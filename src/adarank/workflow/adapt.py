@@ -61,6 +61,7 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     problem = problem_of(job, models, data, settings, predictions)
     run.note("Adapting")
     history = problem.adapt(live, method.grid, run.state, fingerprint, run.progress)
+    live.settle()
     bits = [tensor.detach().numpy().tobytes() for tensor in live.learned().values()]
     processes.check_agreement("masks and λ", [hashlib.sha256(part).hexdigest() for part in bits])
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
