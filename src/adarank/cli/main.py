@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank import __version__
-from adarank.cli import analysing, reports
+from adarank.cli import analysing, reports, scoring
 from adarank.cli.exits import ended, say
 from adarank.cli.launch import together
 from adarank.cli.threads import wait_passively
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=_merge, left=_left_of_merge, shares=True)
 
     evaluate = commands.add_parser("evaluate", parents=[tabular], help="base, experts and merged models in one table")
-    evaluate.add_argument("recipe", help="YAML recipe")
+    evaluate.add_argument("recipe", nargs="?", help="YAML recipe")
     evaluate.add_argument("outputs", nargs="*", type=Path, metavar="out", help="folders written by merge")
     evaluate.add_argument(
         "--split", choices=("test", "select"), default="test", help="which split to score (default: test)"
@@ -112,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--per-class", action="store_true", help="precision, recall and F1 of every class, too (csv: of these alone)"
     )
+    scoring.add_from_lm_eval(evaluate)
     evaluate.set_defaults(run=_evaluate, left=_nothing_left)
 
     search = commands.add_parser(
@@ -251,10 +252,9 @@ def _merge(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from adarank.cli import sheets, show
     from adarank.cli.progress import screen
-    from adarank.workflow.evaluate import evaluate
 
     with screen() as shown:
-        table = evaluate(options.recipe, options.outputs, options.split, shown.note, options.per_class)
+        table = scoring.table_of(options, shown.note)
     parts = [sheets.scores(table), *([sheets.classes(table)] if options.per_class else [])]
     if options.json:
         _print_json(table.plain())

@@ -44,6 +44,7 @@ class MergeMethod(Settings):
         use: what it does with them, for errors: "adapts on", "takes statistics of".
         labels: the labels that it cannot do without, in words; empty if it can.
         of_classes: True if it reads what networks give as shares of classes, so that of other outputs nothing can be learned.
+        of_inputs: True if it reads one prediction or one vector of each input, so that it is none for models that predict every token.
         in_use: what whoever uses the output must know of every input, a sentence; empty for one model for all.
         by_tensor: its settings may differ by tensor, so that they are parsed when the network's names are known.
         per_model: settings that each model of a recipe may carry.
@@ -63,6 +64,7 @@ class MergeMethod(Settings):
     use: ClassVar[str] = "reads"
     labels: ClassVar[str] = ""
     of_classes: ClassVar[bool] = False
+    of_inputs: ClassVar[bool] = False
     in_use: ClassVar[str] = ""
     by_tensor: ClassVar[bool] = False
     per_model: ClassVar[tuple[str, ...]] = ()

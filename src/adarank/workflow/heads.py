@@ -72,7 +72,9 @@ def learned_heads(job: Job, problem: Problem, note: Note, fill: Fill = _nothing)
     Arguments:
         fill: as for `learn_heads`.
     """
-    if processes.rank() > 0 or not any(map(problem.learns_head, problem.inputs)):
+    auto = problem.settings.learn_heads == "auto"
+    wanted = any(problem.learns_head(task) and (problem.models.heads[task] or not auto) for task in problem.inputs)
+    if processes.rank() > 0 or not wanted:
         return {}, {}
     note("Learning the heads")
     fits = learn_heads(problem, fill)

@@ -32,6 +32,7 @@ from adarank.recipe.plan import describe, unheeded
 from adarank.recipe.reader import RecipeLike, read_draft
 from adarank.recipe.schema import Recipe
 from adarank.workflow.adapt import telling_of_collapse
+from adarank.workflow.answers import with_answers
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
 from adarank.workflow.left_over import state_of
@@ -165,6 +166,7 @@ def _run(
             record["inputs"] = job.joined_hashes(hashed.result())
         state = state_of(out)
         with _kept(state) if data else nullcontext():
+            data = with_answers(job, data, record["inputs"], state, note)
             context = RecipeContext(job, data, record, state / "state.pt", note, telling_of_collapse(note, progress))
             result = job.method.run(context)
             if recipe.heads == "learn":

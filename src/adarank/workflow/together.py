@@ -38,6 +38,9 @@ def check_shared_work(recipe: Recipe, jobs: Sequence[Job]) -> None:
         "stages": "a recipe of several stages" if len(jobs) > 1 or recipe.stages else "",
         "heads": "learning heads" if recipe.heads == "learn" else "",
         "output.lora": "writing an adapter" if recipe.output.lora is not None else "",
+        "task": "what generating models learn from prompts"
+        if any(job.family and job.family.generates for job in jobs)
+        else "",
         "merge_method": ", ".join(f"'{job.method.name}'" for job in jobs if not job.method.shares_work()),
     }
     problems = Problems()
