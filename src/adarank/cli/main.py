@@ -17,7 +17,7 @@ from adarank import __version__
 from adarank.cli import analysing, reports, scoring
 from adarank.cli.exits import ended, say
 from adarank.cli.launch import together
-from adarank.cli.threads import wait_passively
+from adarank.cli.threads import keep_to_quota, wait_passively
 from adarank.errors import ProcessError, RecipeError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     options = commands.parse_args(given)
     wait_passively()
+    keep_to_quota()
     signal.signal(signal.SIGTERM, _terminate)  # so that a termination cleans up as Ctrl-C does
     try:
         with together():
@@ -68,12 +69,16 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(shares=False)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
-    common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    common.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: one a core that the process may use)"
+    )
     tabular = argparse.ArgumentParser(add_help=False)
     form = tabular.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the result as JSON")
     form.add_argument("--format", choices=FORMATS, default="text", help="of the table that is printed (default: text)")
-    tabular.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    tabular.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: one a core that the process may use)"
+    )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", parents=[tabular], help="merge the eight vision experts that adarank ships")
