@@ -24,6 +24,8 @@ from adarank.io.output_folder import check_outside, remove_ours
 from adarank.io.progress import stage
 from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import check_output, check_shards, state_folder, write_record
+from adarank.method import Result
+from adarank.outputs.card import write_card
 from adarank.outputs.write import check_side_files
 from adarank.recipe.draft import Draft
 from adarank.recipe.job import Job, open_job
@@ -47,6 +49,7 @@ from adarank.workflow.together import (
     shared_by,
     write_together,
 )
+from adarank.workflow.track import check_trackers, tracked
 
 
 def merge(
@@ -132,6 +135,8 @@ def _check(prepared: Prepared, recipe: Recipe, out: Path, problems: Problems) ->
             check_side_files(job)
         with problems.noted():
             refuse_without_classes(job)
+        with problems.noted():
+            check_trackers(job.recipe.report_to)
     if prepared.stages is None:
         return
     with problems.noted():
@@ -164,14 +169,7 @@ def _run(
         if data:  # what is kept of the experts is found by their hashes
             note("Hashing the inputs")
             record["inputs"] = job.joined_hashes(hashed.result())
-        state = state_of(out)
-        with _kept(state) if data else nullcontext():
-            data = with_answers(job, data, record["inputs"], state, note)
-            context = RecipeContext(job, data, record, state / "state.pt", note, telling_of_collapse(note, progress))
-            result = job.method.run(context)
-            if recipe.heads == "learn":
-                result, of_heads = with_learned_heads(context, result)
-                record |= of_heads
+        result = _made(job, out, data, record, note, progress)
         note_idle(job, note)
         note("Writing the bundle" if result.parts else "Writing the merged model")
         with folder_together(out, force) as folder, stage("Writing", job.output_bytes()):
@@ -180,8 +178,31 @@ def _run(
             record |= {**written.recorded, **unheeded(job), "plan": describe(job), **clock.spent()}
             record |= shared_by(record)
             if processes.rank() == 0:
+                write_card(folder, record)
                 write_record(folder, record, written.digests)
     return record
+
+
+def _made(
+    job: Job,
+    out: Path,
+    data: Mapping[str, TaskData],
+    record: dict[str, Any],
+    note: Note,
+    progress: Progress | None,
+) -> Result:
+    """What the job's method gives, heads learned where the recipe says so; what the record has of them is added to it."""
+    recipe, state = job.recipe, state_of(out)
+    with _kept(state) if data else nullcontext():
+        data = with_answers(job, data, record["inputs"], state, note)
+        about = {name: record[name] for name in ("recipe", "settings", "seed")}
+        trackers = recipe.report_to if processes.rank() == 0 else ()
+        with tracked(trackers, out, state, about, note, telling_of_collapse(note, progress)) as following:
+            result = job.method.run(RecipeContext(job, data, record, state / "state.pt", note, following))
+        if recipe.heads == "learn":
+            result, of_heads = with_learned_heads(RecipeContext(job, data, record, state / "state.pt", note), result)
+            record |= of_heads
+    return result
 
 
 @contextmanager
