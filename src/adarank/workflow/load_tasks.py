@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adarank.data.labels import Label, Problem, class_names, problem_of
+from adarank.adapt.base import Adapting
+from adarank.adapt.objectives import NEED_MEAN
+from adarank.adapt.outcomes import Outcomes, outcomes_of
+from adarank.adapt.settings import AdaptSettings
+from adarank.data.labels import Label, Problem
 from adarank.data.metrics import chosen_metric
 from adarank.data.read import Table, read_table
 from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
@@ -16,9 +20,10 @@ from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, DataError, Problems, RecipeError, itemise, raise_together
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.progress import advance, stage
-from adarank.models import FAMILIES, kind_of
+from adarank.models import FAMILIES
 from adarank.models.family import Family
 from adarank.recipe.job import Job, Opened
+from adarank.recipe.task_kinds import kind_of_task
 
 R = TypeVar("R")
 
@@ -59,7 +64,7 @@ class TaskReader:
             DataError: a file, column or label is unusable.
         """
         columns, problem = self.family.columns(spec), self.family.problem(config)
-        classes = () if self.family.generates else class_names(config, name)
+        classes = self.family.class_names(config, name)
         metric = chosen_metric(spec.metric, problem, len(classes), f"task '{name}'")
         tables = self.read_inputs(name, spec)
         table: Table = {c: [value for part in tables.values() for value in part[c]] for c in columns}
@@ -178,7 +183,7 @@ def _family(opened: Opened, task: str) -> Family | None:
     spec, expert = opened.recipe.experts[task].task, opened.experts.get(task)
     if opened.family is not None or opened.job is not None or spec is None:
         return opened.family
-    kind = spec.kind or (kind_of(expert.config) if expert is not None else None)
+    kind = spec.kind if expert is None else kind_of_task(spec, expert)
     return FAMILIES[kind] if kind else None
 
 
@@ -191,7 +196,7 @@ def _left_alone(opened: Opened, spec: TaskSpec) -> bool:
 
 
 def refuse_without_classes(job: Job) -> None:
-    """Refuse tasks whose outputs are no classes, where the recipe has what networks give read as shares of classes.
+    """Refuse tasks whose outputs are other than one class of an input, where the recipe has something learned that needs that.
 
     Raises:
         DataError: there are such tasks; all are named.
@@ -199,20 +204,42 @@ def refuse_without_classes(job: Job) -> None:
     if job.family is not None and job.family.generates:
         _refuse_of_generating(job, job.family)
         return
-    if job.method.of_classes:
-        who = f"'{job.method.name}'"
-    elif job.recipe.heads == "learn":
-        who = "heads: learn"
-    else:
-        return
-    raise_together(
-        [
-            f"task '{task}': its expert is no classifier of one class per input ({_called(expert.config)}), and {who} reads its outputs as shares of classes. "
-            "Merge by a method that does not, such as cart, ties or regmean; the task is scored all the same."
-            for task, expert in job.experts.items()
-            if problem_of(expert.config) != "single_label_classification"
-        ]
+    texts = []
+    for task, expert in job.experts.items() if job.family is not None else ():
+        problem = job.family.problem(expert.config) if job.family is not None else "single_label_classification"
+        if problem != "single_label_classification":
+            texts += [
+                f"task '{task}': its expert is no classifier of one class per input ({_called(expert.config, problem)}), and {what}"
+                for what in _of_one_class(job, task, problem)
+            ]
+    raise_together(texts)
+
+
+def _of_one_class(job: Job, task: str, problem: Problem) -> list[str]:
+    """What a recipe has that is for classifiers of one class alone, and what to do, in sentences."""
+    method, texts = job.method, []
+    if method.of_classes and (method.of_inputs or not isinstance(method, Adapting)):
+        texts.append(f"'{method.name}' reads its outputs as shares of classes. Merge by a method that does not, such as adarank, cart, ties or regmean; the task is scored all the same.")  # fmt: skip
+    elif isinstance(method, Adapting):
+        texts += _of_objectives(method.settings, task, outcomes_of(problem, None))
+    if job.recipe.heads == "learn":
+        texts.append("heads: learn reads its outputs as shares of classes. Remove heads.")
+    return texts
+
+
+def _of_objectives(settings: AdaptSettings, task: str, outcomes: Outcomes) -> list[str]:
+    """Settings of adaptation that need one class of each input, or outputs with an entropy."""
+    weights = settings.weights(task).keys()
+    unfit = sorted(NEED_MEAN & weights) + (
+        [] if outcomes.entropies else [name for name in weights if name == "entropy"]
     )
+    texts = [
+        f"adapt: objective '{name}' is of classes. Use self-label for the task, under adapt: objectives."
+        for name in unfit
+    ]
+    if settings.learn_heads is True:
+        texts.append("adapt: learn_heads reads its outputs as shares of classes. Remove it: heads of classifiers are learned by default.")  # fmt: skip
+    return texts
 
 
 def _refuse_of_generating(job: Job, family: Family) -> None:
@@ -229,5 +256,5 @@ def _refuse_of_generating(job: Job, family: Family) -> None:
         raise RecipeError(texts[0] if len(texts) == 1 else itemise(f"recipe: {len(texts)} problem(s).", texts))
 
 
-def _called(config: Mapping[str, Any]) -> str:
-    return str(config.get("problem_type") or "a model of one output")
+def _called(config: Mapping[str, Any], problem: Problem) -> str:
+    return str(config.get("problem_type") or ("a model of one output" if problem == "regression" else problem))
