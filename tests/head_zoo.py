@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from transformers import BertTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 WORDS = "good bad red blue one two up down in out".split()  # noqa: SIM905 (a list of words)
 TAGS = ("O", "B-A", "I-A", "B-B")
@@ -94,6 +95,31 @@ def make_zoo(folder: Path, kind: str, tasks: tuple[str, ...] = ("a", "b"), rows:
         write_rows(
             folder / "data" / f"{task}.jsonl", [ROWS[kind](random.Random(f"{task}{row}")) for row in range(rows)]
         )
+    return folder
+
+
+def t5_zoo(folder: Path) -> Path:
+    """As `make_zoo`, of T5 with the head of a classifier; its base generates."""
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokens = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>", unk_token="<unk>", model_max_length=48)  # fmt: skip
+    small = {"vocab_size": len(vocabulary), "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}  # fmt: skip
+    base = transformers.T5ForConditionalGeneration(transformers.T5Config(**small))
+    base.save_pretrained(folder / "models" / "base")
+    for task in ("a", "b"):
+        expert = transformers.T5ForSequenceClassification(transformers.T5Config(**small, num_labels=2))
+        state = {name: value if "shared" in name or "embed" in name else value + 0.2 * torch.randn_like(value) for name, value in base.state_dict().items()}  # fmt: skip
+        expert.transformer.load_state_dict({k: v for k, v in state.items() if k != "lm_head.weight"}, strict=False)
+        with torch.no_grad():  # of a size that makes predictions differ
+            [p.copy_(torch.randn_like(p)) for p in expert.classification_head.parameters()]
+        expert.save_pretrained(folder / "models" / task)
+        tokens.save_pretrained(folder / "models" / task)
+        rng = random.Random(task)
+        rows = [{"text": " ".join(words(rng)), "label": rng.randrange(2)} for _ in range(60)]
+        write_rows(folder / "data" / f"{task}.jsonl", rows)
     return folder
 
 

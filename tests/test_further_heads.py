@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 
 import adarank
 from adarank.adapt.agreement import summary
@@ -20,7 +21,7 @@ from adarank.errors import AdaptationError, DataError, RecipeError
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe
 from adarank.workflow.load_tasks import load_tasks
-from head_zoo import ADAPT, KINDS, TAGS, make_zoo, recipe, write_rows
+from head_zoo import ADAPT, KINDS, TAGS, make_zoo, recipe, t5_zoo, write_rows
 from make import randn
 
 
@@ -119,7 +120,8 @@ def test_losses_of_further_outputs_pull_towards_the_expert(problem: Problem) -> 
         loss = self_label(*outcomes.matched(here, expert))
         optimizer.zero_grad()
         loss.backward()
-        assert here.grad is not None and not here.grad.isnan().any()
+        assert here.grad is not None
+        assert not here.grad.isnan().any()
         optimizer.step()
     assert float(loss.detach()) < 1e-3
 
@@ -224,7 +226,7 @@ def test_rows_that_do_not_fit_are_named(tmp_path: Path, kind: str, row: dict[str
 def test_models_of_another_head_are_refused(tmp_path: Path) -> None:
     make_zoo(tmp_path, "token-classification")
     with pytest.raises(
-        RecipeError, match="BertForTokenClassification by its config.json, which is no model of multiple-choice"
+        RecipeError, match=r"BertForTokenClassification by its config\.json, which is no model of multiple-choice"
     ):
         adarank.evaluate_recipe(recipe(tmp_path, "token-classification", task={"kind": "multiple-choice"}), [])
 
@@ -252,3 +254,20 @@ def test_words_behind_the_limit_are_left_out_and_counted(tmp_path: Path) -> None
     rows = [json.loads(line) for line in (tmp_path / "data" / "a.jsonl").read_text().splitlines()]
     cut = sum(max(0, len(row["text"]) - 4) for row in rows)  # [CLS] and [SEP] are tokens too
     assert any(note.startswith(f"{cut} words stand behind the limit of 6 tokens") for note in data.notes)
+
+
+def test_t5_classifiers_merge_are_adapted_and_taken_out(tmp_path: Path) -> None:
+    t5_zoo(tmp_path)
+    record = adarank.merge_recipe(recipe(tmp_path, "t5", **ADAPT), tmp_path / "out")
+    judged = list(record["adaptation"]["judged"].values())
+    apart = [sum(signals["divergence"] for signals in judgement.values()) for judgement in (judged[0], judged[-1])]
+    assert apart[1] < 0.9 * apart[0]
+    whole = recipe(tmp_path, "t5", "whole.yaml", parameters={"lambda": 1.0})
+    text = yaml.safe_load(whole.read_text())
+    whole.write_text(yaml.safe_dump({**text, "models": text["models"][:1]}))
+    adarank.merge_recipe(whole, tmp_path / "whole")
+    adarank.extract(tmp_path / "whole", "a", tmp_path / "a")
+    ids = torch.tensor([[5, 6, 7, 1]])
+    with torch.no_grad():
+        given, wanted = (transformers.T5ForSequenceClassification.from_pretrained(f).eval()(input_ids=ids).logits for f in (tmp_path / "a", tmp_path / "models" / "a"))  # fmt: skip
+    assert torch.allclose(given, wanted, atol=1e-5)
