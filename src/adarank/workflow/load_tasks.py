@@ -26,6 +26,7 @@ from adarank.recipe.job import Job, Opened
 from adarank.recipe.task_kinds import kind_of_task
 
 R = TypeVar("R")
+TRAINED: tuple[Problem, ...] = ("multi_label_classification", "regression")  # problems of classifiers' configurations
 
 
 @dataclass(frozen=True)
@@ -204,24 +205,34 @@ def refuse_without_classes(job: Job) -> None:
     if job.family is not None and job.family.generates:
         _refuse_of_generating(job, job.family)
         return
+    if job.family is None:
+        return
     texts = []
-    for task, expert in job.experts.items() if job.family is not None else ():
-        problem = job.family.problem(expert.config) if job.family is not None else "single_label_classification"
+    for task, expert in job.experts.items():
+        problem, outputs = job.family.problem(expert.config), len(job.family.class_names(expert.config, task))
         if problem != "single_label_classification":
             texts += [
                 f"task '{task}': its expert is no classifier of one class per input ({_called(expert.config, problem)}), and {what}"
-                for what in _of_one_class(job, task, problem)
+                for what in _of_one_class(job, task, problem, outputs)
             ]
     raise_together(texts)
 
 
-def _of_one_class(job: Job, task: str, problem: Problem) -> list[str]:
-    """What a recipe has that is for classifiers of one class alone, and what to do, in sentences."""
+def _of_one_class(job: Job, task: str, problem: Problem, outputs: int) -> list[str]:
+    """What a recipe has that is for classifiers of one class alone, and what to do, in sentences.
+
+    Arguments:
+        outputs: how many the task's model gives.
+    """
     method, texts = job.method, []
-    if method.of_classes and (method.of_inputs or not isinstance(method, Adapting)):
+    if problem in TRAINED and not method.of_classes:  # a method that trains on their labels has a loss for them
+        pass
+    elif method.of_inputs or (method.of_classes and not isinstance(method, Adapting)):
         texts.append(f"'{method.name}' reads its outputs as shares of classes. Merge by a method that does not, such as adarank, cart, ties or regmean; the task is scored all the same.")  # fmt: skip
     elif isinstance(method, Adapting):
         texts += _of_objectives(method.settings, task, outcomes_of(problem, None))
+        if problem == "regression" and outputs != 1:
+            texts.append(f"adaptation is of one number an input, where it gives {outputs}. Leave its data out.")
     if job.recipe.heads == "learn":
         texts.append("heads: learn reads its outputs as shares of classes. Remove heads.")
     return texts
