@@ -150,7 +150,7 @@ def indicators(labels: Sequence[Label], classes: int) -> np.ndarray[Any, Any]:
     """(inputs, classes) of 0 and 1 from the numbers of each input's classes."""
     table = np.zeros((len(labels), classes), dtype=int)
     for row, numbers in enumerate(labels):
-        table[row, list(numbers)] = 1  # type: ignore[arg-type]
+        table[row, list(numbers)] = 1  # type: ignore[arg-type,index]
     return table
 
 

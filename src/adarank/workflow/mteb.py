@@ -78,7 +78,8 @@ def _scored(file: Path) -> tuple[str, Measured]:
         raise DataError(f"{file}: split '{split}' has a subset without a main_score. Run mteb again.")
     said = [f"mean of {len(mains)} subsets"] if len(mains) > 1 else []
     said += [f"split {split}"] if split != "test" or len(splits) > 1 else []
-    return task, Measured(_metric(subsets[0]), 100 * sum(mains) / len(mains), note=f"{task}: {', '.join(said)}." if said else "")  # fmt: skip
+    mean = sum(float(main or 0) for main in mains) / len(mains)
+    return task, Measured(_metric(subsets[0]), 100 * mean, note=f"{task}: {', '.join(said)}." if said else "")  # fmt: skip
 
 
 def _metric(subset: Mapping[str, Any]) -> str:
