@@ -169,3 +169,15 @@ def test_unknown_modules_and_poolings_are_refused(zoo: Path, tmp_path: Path) -> 
 def test_similarities_of_single_texts_are_refused(zoo: Path) -> None:
     with pytest.raises(DataError, match="similarities are of two texts"):
         adarank.evaluate_recipe(recipe(zoo, KIND, "single.yaml"), [])
+
+
+def test_a_task_of_a_bundle_is_a_whole_sentence_encoder(zoo: Path, tmp_path: Path) -> None:
+    path = recipe(zoo, KIND, "emr.yaml", task=PAIRS, merge_method="emr", data={"adapt": 0, "select": 0, "test": 1})
+    adarank.merge_recipe(path, tmp_path / "out")
+    given = next(row for name, row in adarank.evaluate_recipe(path, [tmp_path / "out"]).rows.items() if "out" in name)
+    adarank.extract(tmp_path / "out", "a", tmp_path / "a")
+    rows = rows_of(zoo, "a")
+    sides = [vectors(tmp_path / "a", [row[column] for row in rows]) for column in ("text", "other")]
+    wanted = scipy.stats.spearmanr((sides[0] * sides[1]).sum(-1).numpy(), [row["label"] for row in rows]).statistic
+    assert given["a"] == pytest.approx(100 * wanted, abs=0.05)
+    assert (tmp_path / "a" / "1_Pooling" / "config.json").is_file()

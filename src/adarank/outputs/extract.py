@@ -140,7 +140,7 @@ def _notes(models: str | None, files: Mapping[Path, str]) -> list[str]:
     """What inputs would need to be prepared with and the output does not hold, in sentences."""
     if models is None:
         return []
-    if models == "text-classification":
+    if models in FAMILIES and not FAMILIES[models].paths:  # of texts
         lacking = [] if tokenizer_files(files) else ["no tokenizer"]
     else:
         lacking = [] if set(files.values()) & set(_PROCESSORS) else ["no image processor (preprocessor_config.json)"]
