@@ -15,12 +15,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import adarank
+from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.top_logits import TopLogits
+from adarank.models.generation import CausalModels
 from adarank.models.prompts import Prompts
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe
 from adarank.workflow import answers as answering
 from adarank.workflow.answers import with_answers
+from adarank.workflow.build_networks import build_models
 from adarank.workflow.load_tasks import load_tasks
+from adarank.workflow.problem import expert_predictions
 from lm_zoo import ADAPT, TASKS, make_zoo, recipe
 
 ASKED: dict[str, Any] = {"answers": "generate", "max_new_tokens": 4}
@@ -101,6 +106,32 @@ def test_an_interrupted_run_generates_what_is_left(llama: Path, monkeypatch: pyt
     assert len(calls) == 6 + 2  # three batches for each of two tasks, one of them thrice
     one, other = weights(llama / "whole"), weights(llama / "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_predictions_are_kept_expert_by_expert(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = open_job(load_recipe(recipe(llama, "kept.yaml", **ADAPT)))
+    data, models, settings = load_tasks(job), build_models(job), AdaptSettings(top_logits=5)
+    logits, passes = CausalModels.logits, []
+
+    def counted(self: CausalModels, module: Any, batch: Any) -> Tensor:
+        passes.append(len(batch["input_ids"]))
+        return logits(self, module, batch)
+
+    monkeypatch.setattr(CausalModels, "logits", counted)
+    first = expert_predictions(job, models, data, settings, ["these"], tmp_path)
+    assert sum(passes) == 36 * len(TASKS)  # the adapt and select rows of each task
+    one, _ = sorted(tmp_path.rglob("experts.pt"))
+    one.write_bytes(one.read_bytes()[:99])
+    again = expert_predictions(job, models, data, settings, ["these"], tmp_path)
+    assert sum(passes) == 36 * (len(TASKS) + 1)
+    for task in TASKS:
+        row = data[task].splits.rows["select"][:1]
+        kept, made = again[task].logits[row], first[task].logits[row]
+        assert isinstance(kept, TopLogits)
+        assert isinstance(made, TopLogits)
+        assert torch.equal(kept.values, made.values)
+        assert torch.equal(kept.classes, made.classes)
+        assert torch.equal(kept.rest, made.rest)
 
 
 def test_only_answers_count(llama: Path, tmp_path: Path) -> None:

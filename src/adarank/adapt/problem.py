@@ -241,8 +241,13 @@ def expert_predictions(
     settings: AdaptSettings,
     forward: Forward,
     function: Function | None = None,
+    keep: Callable[[str, Predictions], None] = lambda task, predictions: None,
 ) -> dict[str, Predictions]:
-    """task -> its expert's predictions, as far as losses and judge need them. The models hold the base's tensors afterwards."""
+    """task -> its expert's predictions, as far as losses and judge need them. The models hold the base's tensors afterwards.
+
+    Arguments:
+        keep: called with each task's as soon as they are computed.
+    """
     predictions = {}
     for task, task_inputs in inputs.items():
         models.fill(member_tensors(network, network.experts[task]))
@@ -250,6 +255,7 @@ def expert_predictions(
         most = settings.top_logits if task_inputs.generate else None
         predict = predictor(models.modules[task], head, forward, most=most)
         predictions[task] = task_inputs.predictions(predict, not function and needs_targets(settings, task))
+        keep(task, predictions[task])
     models.fill(member_tensors(network, network.reference()))
     models.fill(network.averages())
     return predictions

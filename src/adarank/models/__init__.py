@@ -48,7 +48,7 @@ def classes_of(config: Mapping[str, Any]) -> str:
 
 
 def no_classifier(config: Mapping[str, Any], kind: str | None = None, head: bool = True) -> bool:
-    """True if the class that a model's `config.json` names does not do what tasks are of.
+    """True if the class that a model's `config.json` names is of another kind than tasks are.
 
     Arguments:
         kind: what tasks are of; None for any kind.

@@ -88,7 +88,7 @@ class GeneratingModels(Family):
         if answer is None:
             if choices is not None:
                 raise DataError(f"task '{task}': columns.choices is given without columns.answer. Name the column of the right option.")  # fmt: skip
-            return [self._unasked(value, spec) for value in table[spec.columns.text]]
+            return [self._unnamed(value, spec) for value in table[spec.columns.text]]
         if answer not in table or (choices is not None and choices not in table):
             return [None] * len(table[spec.columns.text])
         if choices is None:
@@ -120,7 +120,7 @@ class GeneratingModels(Family):
         cut = sum(len(prompt) > most for prompt in prompts)
         notes = [f"{cut} of {len(texts)} inputs are longer than {most} tokens{whose} and are cut there"] if cut else []
         special = tuple(special for _, special in pairs)
-        return Prompts(tokenizer, tuple(texts), special, tuple(prompts), tuple(passages), most, spec.max_new_tokens, spec.stop, self.form, self._asks(spec)), notes  # fmt: skip
+        return Prompts(tokenizer, tuple(texts), special, tuple(prompts), tuple(passages), most, spec.max_new_tokens, spec.stop, self.form, self._generates_answers(spec)), notes  # fmt: skip
 
     def with_answers(self, prompts: Prompts, answers: Mapping[int, Ids]) -> Prompts:
         """The same rows, those that have an answer with it as what counts."""
@@ -128,7 +128,7 @@ class GeneratingModels(Family):
             self._joined(prompts, row, answers[row]) if row in answers else passage
             for row, passage in enumerate(prompts.passages)
         ]
-        return replace(prompts, passages=tuple(passages), asks=False)
+        return replace(prompts, passages=tuple(passages), lacks_answers=False)
 
     def scored(self, prompts: Prompts, row: int, answer: str | None) -> Passage:
         """A row with the answer that it is scored by; running text, of which no answer is known, as it is."""
@@ -137,7 +137,7 @@ class GeneratingModels(Family):
         return self._answered(prompts, row, answer)
 
     @abstractmethod
-    def asked(self, prompts: Prompts, rows: Sequence[int]) -> Batch:
+    def to_answer(self, prompts: Prompts, rows: Sequence[int]) -> Batch:
         """The prompts of some rows as one batch, to be answered by the model."""
 
     @abstractmethod
@@ -157,16 +157,16 @@ class GeneratingModels(Family):
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
         return tuple(ids[:-1] if special and ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else ids)  # fmt: skip
 
-    def _asks(self, spec: TaskSpec) -> bool:
+    def _generates_answers(self, spec: TaskSpec) -> bool:
         """Whether the experts' answers are what is adapted on."""
         return spec.answers == "generate"
 
     @abstractmethod
     def _joined(self, prompts: Prompts, row: int, answer: Ids) -> Passage:
-        """A prompt, as a model was asked it, with a model's answer."""
+        """A prompt, as a model was given it, with a model's answer."""
 
     @abstractmethod
-    def _unasked(self, value: Any, spec: TaskSpec) -> Answer | None:
+    def _unnamed(self, value: Any, spec: TaskSpec) -> Answer | None:
         """What a row is scored by, where the recipe names no column of answers."""
 
     @abstractmethod
@@ -194,7 +194,7 @@ class CausalModels(GeneratingModels):
 
         return AutoModelForCausalLM
 
-    def asked(self, prompts: Prompts, rows: Sequence[int]) -> Batch:
+    def to_answer(self, prompts: Prompts, rows: Sequence[int]) -> Batch:
         """The prompts of some rows, padded at the start, so that answers begin at one position. Long ones lose their start."""
         return _masked([_last(prompts, row)[::-1] for row in rows], prompts.tokenizer, backwards=True)
 
@@ -226,9 +226,9 @@ class CausalModels(GeneratingModels):
     def _joined(self, prompts: Prompts, row: int, answer: Ids) -> Passage:
         return Passage(_last(prompts, row), answer)
 
-    def _unasked(self, value: Any, spec: TaskSpec) -> Answer | None:
+    def _unnamed(self, value: Any, spec: TaskSpec) -> Answer | None:
         answer = closing_answer(value)
-        return None if answer is None and self._asks(spec) else Answer(answer)
+        return None if answer is None and self._generates_answers(spec) else Answer(answer)
 
     def _passage(self, prompt: Ids, most: int) -> Passage:
         return Passage(prompt[:1], prompt[1:most])
@@ -260,7 +260,7 @@ class SequenceModels(GeneratingModels):
 
         return AutoModelForSeq2SeqLM
 
-    def asked(self, prompts: Prompts, rows: Sequence[int]) -> Batch:
+    def to_answer(self, prompts: Prompts, rows: Sequence[int]) -> Batch:
         """The prompts of some rows, for the encoder."""
         return _masked([prompts.passages[row].prompt for row in rows], prompts.tokenizer)
 
@@ -287,13 +287,13 @@ class SequenceModels(GeneratingModels):
         """A text's tokens, its end among them: encoders were trained with it."""
         return tuple(tokenizer(text, add_special_tokens=special)["input_ids"])
 
-    def _asks(self, spec: TaskSpec) -> bool:
+    def _generates_answers(self, spec: TaskSpec) -> bool:
         return True
 
     def _joined(self, prompts: Prompts, row: int, answer: Ids) -> Passage:
         return Passage(prompts.passages[row].prompt, answer)
 
-    def _unasked(self, value: Any, spec: TaskSpec) -> Answer | None:
+    def _unnamed(self, value: Any, spec: TaskSpec) -> Answer | None:
         answer = closing_answer(value)
         return None if answer is None else Answer(answer)
 

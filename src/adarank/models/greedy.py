@@ -40,7 +40,7 @@ def greedy_answers(
 def answered(family: GeneratingModels, module: nn.Module, prompts: Prompts, rows: Sequence[int]) -> dict[int, Ids]:
     """Row -> the tokens of the model's answer, of rows that are answered together."""
     device = next(module.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in family.asked(prompts, rows).items()}
+    inputs = {name: tensor.to(device) for name, tensor in family.to_answer(prompts, rows).items()}
     settings = _settings(module, prompts)
     with quiet_transformers():
         network: Any = module

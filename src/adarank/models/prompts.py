@@ -41,7 +41,7 @@ class Prompts:
         prompts: the rows as tokens, uncut.
         passages: of each row what is adapted on and measured without labels.
         most: how many tokens a passage has at most.
-        asks: answers to the adapt and select rows have yet to be generated; their passages are none.
+        lacks_answers: answers to the adapt and select rows have yet to be generated; their passages are none.
         max_new_tokens, stop: where generated answers end.
         form: brings passages to one batch, as the family's `logits` takes it.
     """
@@ -55,7 +55,7 @@ class Prompts:
     max_new_tokens: int
     stop: tuple[str, ...]
     form: Callable[[Any, Sequence[Passage]], Batch]
-    asks: bool = False
+    lacks_answers: bool = False
 
     @property
     def lengths(self) -> Sequence[int]:

@@ -138,9 +138,9 @@ def _side_files(source: Bundle | Merged, task: str) -> dict[Path, str]:
 
 def _notes(models: str | None, files: Mapping[Path, str]) -> list[str]:
     """What inputs would need to be prepared with and the output does not hold, in sentences."""
-    if models is None:
+    if models not in FAMILIES:
         return []
-    if models in FAMILIES and not FAMILIES[models].paths:  # of texts
+    if not FAMILIES[models].paths:  # of images paths stand in the data's columns
         lacking = [] if tokenizer_files(files) else ["no tokenizer"]
     else:
         lacking = [] if set(files.values()) & set(_PROCESSORS) else ["no image processor (preprocessor_config.json)"]

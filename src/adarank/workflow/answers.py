@@ -50,7 +50,9 @@ def with_answers(
         OutputError: the answers cannot be saved.
     """
     family = job.family
-    lacking = {task: of.examples for task, of in data.items() if isinstance(of.examples, Prompts) and of.examples.asks}
+    lacking = {
+        task: of.examples for task, of in data.items() if isinstance(of.examples, Prompts) and of.examples.lacks_answers
+    }
     if not isinstance(family, GeneratingModels) or not lacking:
         return dict(data)
     note("Generating the experts' answers")
@@ -118,4 +120,4 @@ def _note(prompts: Prompts, answers: Mapping[int, Ids]) -> str:
     lengths = [len(ids) for ids in answers.values()]
     full = sum(length >= prompts.new_tokens for length in lengths)
     mean = sum(lengths) / max(1, len(lengths))
-    return f"{len(lengths)} prompts answered by the expert, {mean:.1f} tokens each; {full} answers are of max_new_tokens, {prompts.new_tokens}"
+    return f"{len(lengths)} prompts answered by the expert, {mean:.1f} tokens each; {full} answers are as long as max_new_tokens lets them be ({prompts.new_tokens})"

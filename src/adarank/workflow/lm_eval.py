@@ -71,7 +71,7 @@ def _scores(content: Mapping[str, Any], file: Path) -> dict[str, Measured]:
     results = content.get("results")
     if not isinstance(results, Mapping):
         raise DataError(f"{file}: no results of lm-evaluation-harness. Give the JSON that lm_eval --output_path wrote.")
-    metrics = {task: _metrics(found) for task, found in results.items() if isinstance(found, Mapping)}
+    metrics = {task: _metrics(listed) for task, listed in results.items() if isinstance(listed, Mapping)}
     groups = content.get("group_subtasks")
     inside = {
         task
@@ -81,19 +81,19 @@ def _scores(content: Mapping[str, Any], file: Path) -> dict[str, Measured]:
         if task != group
     }
     scores = {
-        task: _score(task, found, _inputs(content, task))
-        for task, found in metrics.items()
-        if found and task not in inside
+        task: _score(task, listed, _inputs(content, task))
+        for task, listed in metrics.items()
+        if listed and task not in inside
     }
     if not scores:
         raise DataError(f"{file}: no task in it has a score.")
     return scores
 
 
-def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
+def _metrics(listed: Mapping[str, Any]) -> dict[str, float]:
     """Metric -> value of one task, in the order of the file; a filter's name stands behind its metric."""
     values = {}
-    for key, value in found.items():
+    for key, value in listed.items():
         metric, _, chosen = str(key).partition(",")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if number and "stderr" not in metric and metric not in ("samples", "sample_len", "name", "alias"):

@@ -174,17 +174,16 @@ def expert_predictions(
         task: [bool(NEED_FEATURES & settings.weights(task).keys()), settings.top_logits if of_task.generate else None]
         for task, of_task in inputs.items()
     }
-    fingerprint = hashlib.sha256(json.dumps([mark, rows, kinds], sort_keys=True).encode()).hexdigest()
-    kept = _read(folder / FILE, fingerprint) if folder else None
-    if kept is not None:
-        return kept
-    note("Computing the experts' predictions")
-    with stage("The experts' predictions", sum(len(part) - 1 for of_task in rows.values() for part in of_task)):
-        predictions = problem.expert_predictions(job.network, models, inputs, settings, family_of(job).logits)
-    if folder:
-        outputs = {task: _plain(each) for task, each in predictions.items()}
-        write_state(folder / FILE, {"fingerprint": fingerprint, "outputs": outputs}, "the experts' predictions")
-    return predictions
+    store = _Store(folder, {task: _digest([mark, task, rows[task], kinds[task]]) for task in inputs})
+    known = {task: kept for task in inputs if (kept := store.read(task)) is not None}
+    left = {task: of_task for task, of_task in inputs.items() if task not in known}
+    if left:
+        note("Computing the experts' predictions")
+        with stage("The experts' predictions", sum(len(part) - 1 for task in left for part in rows[task])):
+            known |= problem.expert_predictions(
+                job.network, models, left, settings, family_of(job).logits, keep=store.keep
+            )
+    return {task: known[task] for task in inputs}
 
 
 def head_features(
@@ -216,14 +215,34 @@ def _logits(stored: Any) -> Tensor | TokenTable:
     return stored if isinstance(stored, Tensor) else TokenTable.read(stored)
 
 
-def _read(path: Path, fingerprint: str) -> dict[str, Predictions] | None:
-    """What is kept, or None if there is nothing, it is damaged, or it is of others: then it is computed anew."""
-    content = read_kept(path)
-    try:
-        if content["fingerprint"] != fingerprint:
+@dataclass(frozen=True)
+class _Store:
+    """Experts' predictions in a file for each task, so that an interrupted run goes on with the next expert.
+
+    Attributes:
+        folder: where they are kept; None to keep none.
+        marks: task -> what tells its predictions from others.
+    """
+
+    folder: Path | None
+    marks: Mapping[str, str]
+
+    def keep(self, task: str, predictions: Predictions) -> None:
+        """Save a task's predictions."""
+        if self.folder:
+            write_state(self._path(self.folder, task), {"mark": self.marks[task], **_plain(predictions)}, "the experts' predictions")  # fmt: skip
+
+    def read(self, task: str) -> Predictions | None:
+        """What is kept, or None if there is nothing, it is damaged, or it is of others: then it is computed anew."""
+        content = read_kept(self._path(self.folder, task)) if self.folder else None
+        try:
+            return Predictions(_logits(content["logits"]), content["features"]) if content["mark"] == self.marks[task] else None  # fmt: skip
+        except (LookupError, TypeError, AttributeError):  # nothing was kept, or something else
             return None
-        return {
-            task: Predictions(_logits(each["logits"]), each["features"]) for task, each in content["outputs"].items()
-        }
-    except (LookupError, TypeError, AttributeError):  # nothing was kept, or something else
-        return None
+
+    def _path(self, folder: Path, task: str) -> Path:
+        return folder / "experts" / self.marks[task] / FILE
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
