@@ -13,6 +13,10 @@ Problem = Literal[
     "single_label_classification", "multi_label_classification", "regression", "generation",
     "token_classification", "spans", "multiple_choice", "embedding",
 ]  # fmt: skip
+OF_CLASSIFIERS: tuple[Problem, ...] = (
+    "single_label_classification", "multi_label_classification", "regression"
+)  # fmt: skip
+"""What the head of a classifier may give, by its configuration."""
 
 
 @dataclass(frozen=True)

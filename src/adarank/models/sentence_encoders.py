@@ -242,8 +242,8 @@ class TextGroups:
 
 def _reading(folder: Path) -> tuple[str, bool, int]:
     """What a folder says of how texts are read: the prompt before each, whether in lower case, tokens at most."""
-    general, own = read_json(folder / "config_sentence_transformers.json"), read_json(folder / "sentence_bert_config.json")  # fmt: skip
+    general, reading = (read_json(folder / f"{name}.json") for name in ("config_sentence_transformers", "sentence_bert_config"))  # fmt: skip
     prompts, name = general.get("prompts") or {}, general.get("default_prompt_name")
-    limit = own.get("max_seq_length")
+    limit = reading.get("max_seq_length")
     most = limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 1 else 10**9
-    return str(prompts.get(name, "")) if name else "", bool(own.get("do_lower_case")), most
+    return str(prompts.get(name, "")) if name else "", bool(reading.get("do_lower_case")), most

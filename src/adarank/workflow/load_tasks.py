@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adarank.adapt.base import Adapting
-from adarank.adapt.objectives import NEED_MEAN
-from adarank.adapt.outcomes import Outcomes, outcomes_of
-from adarank.adapt.settings import AdaptSettings
 from adarank.data.labels import Label, Problem
 from adarank.data.metrics import chosen_metric
 from adarank.data.read import Table, read_table
@@ -26,7 +22,6 @@ from adarank.recipe.job import Job, Opened
 from adarank.recipe.task_kinds import kind_of_task
 
 R = TypeVar("R")
-TRAINED: tuple[Problem, ...] = ("multi_label_classification", "regression")  # problems of classifiers' configurations
 
 
 @dataclass(frozen=True)
@@ -202,55 +197,21 @@ def refuse_without_classes(job: Job) -> None:
     Raises:
         DataError: there are such tasks; all are named.
     """
-    if job.family is not None and job.family.generates:
-        _refuse_of_generating(job, job.family)
-        return
     if job.family is None:
         return
-    texts = []
+    if job.family.generates:
+        _refuse_of_generating(job, job.family)
+        return
+    texts: list[str] = []
+    heads = ["heads: learn reads its outputs as shares of classes. Remove heads."] if job.recipe.heads == "learn" else []  # fmt: skip
     for task, expert in job.experts.items():
         problem, outputs = job.family.problem(expert.config), len(job.family.class_names(expert.config, task))
         if problem != "single_label_classification":
             texts += [
                 f"task '{task}': its expert is no classifier of one class per input ({_called(expert.config, problem)}), and {what}"
-                for what in _of_one_class(job, task, problem, outputs)
+                for what in [*job.method.unfit_for(task, problem, outputs), *heads]
             ]
     raise_together(texts)
-
-
-def _of_one_class(job: Job, task: str, problem: Problem, outputs: int) -> list[str]:
-    """What a recipe has that is for classifiers of one class alone, and what to do, in sentences.
-
-    Arguments:
-        outputs: how many the task's model gives.
-    """
-    method, texts = job.method, []
-    if problem in TRAINED and not method.of_classes:  # a method that trains on their labels has a loss for them
-        pass
-    elif method.of_inputs or (method.of_classes and not isinstance(method, Adapting)):
-        texts.append(f"'{method.name}' reads its outputs as shares of classes. Merge by a method that does not, such as adarank, cart, ties or regmean; the task is scored all the same.")  # fmt: skip
-    elif isinstance(method, Adapting):
-        texts += _of_objectives(method.settings, task, outcomes_of(problem, None))
-        if problem == "regression" and outputs != 1:
-            texts.append(f"adaptation is of one number an input, where it gives {outputs}. Leave its data out.")
-    if job.recipe.heads == "learn":
-        texts.append("heads: learn reads its outputs as shares of classes. Remove heads.")
-    return texts
-
-
-def _of_objectives(settings: AdaptSettings, task: str, outcomes: Outcomes) -> list[str]:
-    """Settings of adaptation that need one class of each input, or outputs with an entropy."""
-    weights = settings.weights(task).keys()
-    unfit = sorted(NEED_MEAN & weights) + (
-        [] if outcomes.entropies else [name for name in weights if name == "entropy"]
-    )
-    texts = [
-        f"adapt: objective '{name}' is of classes. Use self-label for the task, under adapt: objectives."
-        for name in unfit
-    ]
-    if settings.learn_heads is True:
-        texts.append("adapt: learn_heads reads its outputs as shares of classes. Remove it: heads of classifiers are learned by default.")  # fmt: skip
-    return texts
 
 
 def _refuse_of_generating(job: Job, family: Family) -> None:
