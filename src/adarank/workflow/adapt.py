@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from adarank.adapt.agreement import Judged, collapsed, first_collapse
@@ -16,10 +17,12 @@ from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.top_logits import TokenTable
 from adarank.data.task import TaskData
+from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
 from adarank.recipe.job import Job
 from adarank.spectral.mask_file import MaskFile
+from adarank.spectral.overlap import described
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.heads import learned_heads
 from adarank.workflow.problem import problem_of, table_inputs
@@ -67,6 +70,7 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
         "components_kept": live.kept_share(),
         "kept": [round(v, 5) for v in history.kept],
         "mask": live.mask_kind,
+        **spectra_of(live, masks),
     }
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
     of_masks |= kept_mass(predictions)
@@ -77,6 +81,15 @@ def kept_mass(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
     """Of generating models: task -> mean probability, by its expert, of the tokens whose logits were kept."""
     tables = {task: each.logits for task, each in predictions.items() if isinstance(each.logits, TokenTable)}
     return {"top_logits_mass": {task: round(table.tokens.mass, 5) for task, table in tables.items()}} if tables else {}
+
+
+def spectra_of(live: LiveWeights, masks: MaskFile) -> dict[str, Any]:
+    """What a record says of the task vectors' spectra and overlap, before and after; nothing where no matrix was decomposed."""
+    if not masks.masks:
+        return {}
+    blocks = {name: live.blocks[name] for name in masks.masks}
+    with torch.no_grad(), stage("Comparing the spectra", len(blocks)):
+        return {"spectra": described(blocks, masks.masks, masks.lam, masks.tasks)}
 
 
 def telling_of_collapse(note: Note, progress: Progress | None) -> Progress:

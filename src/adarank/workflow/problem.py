@@ -234,7 +234,7 @@ class _Store:
 
     def read(self, task: str) -> Predictions | None:
         """What is kept, or None if there is nothing, it is damaged, or it is of others: then it is computed anew."""
-        content = read_kept(self._path(self.folder, task)) if self.folder else None
+        content: Any = read_kept(self._path(self.folder, task)) if self.folder else None
         try:
             return Predictions(_logits(content["logits"]), content["features"]) if content["mark"] == self.marks[task] else None  # fmt: skip
         except (LookupError, TypeError, AttributeError):  # nothing was kept, or something else
