@@ -212,6 +212,7 @@ def test_a_span_never_ends_before_it_begins() -> None:
     ("token-classification", {"text": ["red"], "label": ["B-C"]}, "has label 'B-C'"),
     ("token-classification", {"text": "red", "label": ["O"]}, "no list of words|has 0 words"),
     ("question-answering", {"text": "red", "context": "one", "label": 3}, "row 61 has answer 3"),
+    ("question-answering", {"text": "red", "context": " ", "label": "red"}, "1 contexts are empty, such as that of row 61"),
     ("multiple-choice", {"text": "red", "choices": ["one"], "label": 0}, "fewer than two options"),
     ("multiple-choice", {"text": "red", "choices": ["one", "two"], "label": 2}, "row 61 has label 2, which is none of its 2"),
 ])  # fmt: skip

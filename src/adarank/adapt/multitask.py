@@ -51,6 +51,7 @@ class Multitask(MergeMethod):
     labels: ClassVar[str] = "labels of the adapt split"
     of_inputs: ClassVar[bool] = True
     keeps_embeddings: ClassVar[bool] = False  # fine-tuning trains them too
+    takes_steps: ClassVar[bool] = True
     not_searched: ClassVar[str] = "learns what it writes"
     python: ClassVar[tuple[str, str]] = ("", "trains on labels. Give it as a recipe to adarank.merge_recipe.")
 

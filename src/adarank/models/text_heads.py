@@ -241,6 +241,9 @@ class QuestionAnswering(TextClassifiers):
         long = [row for row, text in enumerate(questions, start=1) if len(tokenizer.tokenize(text)) >= room]
         if long:
             raise DataError(f"task '{spec.name}': {len(long)} questions leave no room for a context in {most} tokens, such as row {long[0]}. Raise max_length.")  # fmt: skip
+        empty = [row for row, text in enumerate(contexts, start=1) if not tokenizer.tokenize(text)]
+        if empty:
+            raise DataError(f"task '{spec.name}': {len(empty)} contexts are empty, such as that of row {empty[0]}. Take these rows out.")  # fmt: skip
         examples = SpanExamples(tokenizer, questions, contexts, most)
         cut = sum(length >= most for length in examples.lengths)
         notes = [f"{cut} of {len(questions)} contexts reach the limit of {most} tokens and are cut there, with answers that stand behind it"] if cut else []  # fmt: skip
