@@ -25,6 +25,7 @@ from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import QUICK_CHECK, Grid
 from adarank.adapt.top_logits import TopLogits
 from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
+from adarank.io import processes
 from adarank.models import TaskModels
 from adarank.models.head_inputs import Pool, head_inputs, head_parts
 from adarank.models.predict import Forward
@@ -166,7 +167,9 @@ class Problem:
 
         @torch.no_grad()
         def judge(step: int) -> dict[str, Signals]:
-            return {task: self._signals(task, inputs.judged_on(most)) for task, inputs in self.inputs.items()}
+            tasks = list(self.inputs)
+            judged = processes.mapped(lambda task: self._signals(task, self.inputs[task].judged_on(most)), tasks)
+            return dict(zip(tasks, judged, strict=True))
 
         return judge
 
@@ -248,14 +251,17 @@ def expert_predictions(
     Arguments:
         keep: called with each task's as soon as they are computed.
     """
-    predictions = {}
-    for task, task_inputs in inputs.items():
+
+    def of_expert(task: str) -> Predictions:
         models.fill(member_tensors(network, network.experts[task]))
         head = head_parts(models, task) if not function and NEED_FEATURES & settings.weights(task).keys() else []
-        most = settings.top_logits if task_inputs.generate else None
+        most = settings.top_logits if inputs[task].generate else None
         predict = predictor(models.modules[task], head, forward, most=most)
-        predictions[task] = task_inputs.predictions(predict, not function and needs_targets(settings, task))
-        keep(task, predictions[task])
+        predictions = inputs[task].predictions(predict, not function and needs_targets(settings, task))
+        keep(task, predictions)
+        return predictions
+
+    predictions = dict(zip(inputs, processes.mapped(of_expert, list(inputs)), strict=True))
     models.fill(member_tensors(network, network.reference()))
     models.fill(network.averages())
     return predictions

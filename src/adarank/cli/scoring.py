@@ -6,9 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 from adarank.errors import RecipeError
-from adarank.io.record import Note
 
 if TYPE_CHECKING:
+    from adarank.io.record import Note
     from adarank.workflow.scores import Table
 
 

@@ -112,6 +112,11 @@ class MergeMethod(Settings):
         return False
 
     @classmethod
+    def shares_work(cls) -> bool:
+        """Whether several processes that run it together share its work, and write what one alone would."""
+        return False
+
+    @classmethod
     def of_one_task(cls) -> tuple[str, ...]:
         """Settings that, given for one model, change the weights of its task alone: a search tunes them task by task."""
         return ()

@@ -21,6 +21,7 @@ from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.top_logits import TokenTable, TopLogits
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
+from adarank.io import processes
 from adarank.io.progress import advance, stage
 from adarank.io.record import Note
 from adarank.io.state import read_kept, write_state
@@ -176,7 +177,8 @@ def expert_predictions(
     }
     store = _Store(folder, {task: _digest([mark, task, rows[task], kinds[task]]) for task in inputs})
     known = {task: kept for task in inputs if (kept := store.read(task)) is not None}
-    left = {task: of_task for task, of_task in inputs.items() if task not in known}
+    lacking = {task for of_one in processes.gathered([task for task in inputs if task not in known]) for task in of_one}
+    left = {task: of_task for task, of_task in inputs.items() if task in lacking}
     if left:
         note("Computing the experts' predictions")
         with stage("The experts' predictions", sum(len(part) - 1 for task in left for part in rows[task])):
