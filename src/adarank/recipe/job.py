@@ -332,7 +332,12 @@ class _Opening:
             select = matching(select, [n for c in (self.base, *self.experts.values()) if c for n in c.tensors])
         keep_embeddings = bool(family and family.keep_embeddings) and self.recipe.kind.keeps_embeddings
         network = align(
-            self.base, self.experts, select, keep_embeddings, family is not None and not family.generates, kept
+            self.base,
+            self.experts,
+            select,
+            keep_embeddings,
+            family is not None and not (family.generates or family.headless),
+            kept,
         )
         _note_unused(network, self.base, self.experts)
         return network
