@@ -11,7 +11,8 @@ class Command(argparse.ArgumentParser):
 
     _mixed = False
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # what argparse itself calls, twice
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which calls this once more for the options alone, and once for the paths."""
         if self._mixed:
             return super().parse_known_args(args, namespace)
         self._mixed = True

@@ -311,7 +311,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.json:
         _print_json([dataclasses.asdict(row) for row in rows])
     elif not _tabled(options, sheets.tensors(rows)):
-        inspecting.tensors(rows)
+        inspecting.tensors(sheets.tensors(rows))
 
 
 def _methods(options: argparse.Namespace) -> None:
