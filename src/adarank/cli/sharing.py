@@ -1,4 +1,4 @@
-"""The commands that make an output ready for others: `extract`, `card` and `push`."""
+"""The commands that make an output ready for others, `extract`, `card` and `push`, and `convert`, for models of others."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def add(commands: Any, common: argparse.ArgumentParser, left: Left, left_of_merg
     card.add_argument("scores", type=Path, help="file with what adarank evaluate --json printed")
     card.add_argument("--row", help="the output's row in it (default: the one of its path, or the only one)")
     card.set_defaults(run=_card, left=left)
+
+    convert = commands.add_parser(
+        "convert",
+        parents=[common],
+        help="a checkpoint of open_clip as a folder of transformers, without running its code",
+    )
+    convert.add_argument("file", type=Path, help="such as finetuned.pt of task_vectors or TALL-masks")
+    convert.add_argument("out", type=Path, help="folder to write")
+    convert.add_argument("--force", action="store_true", help="replace an existing output of adarank")
+    convert.set_defaults(run=_convert, left=left)
 
     push = commands.add_parser("push", parents=[common], help="upload an output to the hub, checked, in one commit")
     push.add_argument("out", type=Path, help="folder written by merge or extract")
@@ -98,3 +108,17 @@ def _push(options: argparse.Namespace) -> None:
         console.head(pushed["name"], f"{private} would be given {whole}. Nothing was uploaded.")
     else:
         console.head(pushed["url"], f" has {whole}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from adarank.cli import console
+    from adarank.cli.progress import screen
+    from adarank.workflow.convert import convert
+
+    with screen():
+        record = convert(options.file, options.out, options.force)
+    if options.json:
+        print(json.dumps(record, indent=1, ensure_ascii=False))
+    else:
+        made = record["converted"]
+        console.head(options.out, f" written: {made['architecture']}, {made['tensors']} tensors")
