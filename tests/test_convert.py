@@ -127,7 +127,7 @@ IMAGES = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_pickled_encoder_becomes_a_tower_that_computes_the_same(
+def test_a_pickled_encoder_becomes_a_tower_of_equal_outputs(
     clip: Clip, elsewhere: ModuleType, tmp_path: Path, old: bool
 ) -> None:
     tower = nn.Module()

@@ -92,7 +92,8 @@ def _tensors(value: Any, name: str, above: set[int]) -> Iterator[tuple[str, Tens
                 if key not in hidden:
                     yield from _tensors(inner, f"{name}{key}.", above | {id(value)})
     elif isinstance(value, dict):
-        inner_of = value.get("state_dict") if isinstance(value.get("state_dict"), dict) else value
+        wrapped = value.get("state_dict")
+        inner_of = wrapped if isinstance(wrapped, dict) else value
         for key, inner in inner_of.items():
             if isinstance(key, str):
                 yield from _tensors(inner, f"{name}{key}.", above | {id(value)})
