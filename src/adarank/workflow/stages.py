@@ -52,13 +52,17 @@ class Made:
         return {"stages": {name: {k: v for k, v in of.items() if k not in _LEFT_OUT} for name, of in records}}
 
 
-def beginning(job: Job) -> dict[str, Any]:
-    """What tells one merge from another: the record's first entries."""
+def beginning(job: Job, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What tells one merge from another: the record's first entries.
+
+    Arguments:
+        inputs: the hashes of the inputs; by default they are computed here.
+    """
     return {
         "recipe": portable(job.recipe),
         "settings": settings_in_force(job),
         "seed": job.recipe.seed,
-        "inputs": job.inputs(),
+        "inputs": job.inputs() if inputs is None else inputs,
     }
 
 
