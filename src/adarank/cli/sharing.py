@@ -11,7 +11,9 @@ from adarank.cli.reports import Left
 from adarank.errors import RecipeError
 
 
-def add(commands: Any, common: argparse.ArgumentParser, left: Left, left_of_merge: Left) -> None:
+def add(
+    commands: Any, common: argparse.ArgumentParser, tabular: argparse.ArgumentParser, left: Left, left_of_merge: Left
+) -> None:
     """The commands' parsers, among the others.
 
     Arguments:
@@ -43,7 +45,7 @@ def add(commands: Any, common: argparse.ArgumentParser, left: Left, left_of_merg
     convert.add_argument("--force", action="store_true", help="replace an existing output of adarank")
     convert.set_defaults(run=_convert, left=left)
 
-    push = commands.add_parser("push", parents=[common], help="upload an output to the hub, checked, in one commit")
+    push = commands.add_parser("push", parents=[tabular], help="upload an output to the hub, checked, in one commit")
     push.add_argument("out", type=Path, help="folder written by merge or extract")
     push.add_argument("name", metavar="org/name", help="repository on the hub; made if it is not there")
     push.add_argument("--private", action="store_true", help="make it private; a public one is refused")
@@ -90,6 +92,7 @@ def _left_of_push(options: argparse.Namespace) -> str:
 
 def _push(options: argparse.Namespace) -> None:
     from adarank.cli import console
+    from adarank.cli.formats import Sheet, rendered
     from adarank.cli.progress import screen
     from adarank.cli.tables import lines, print_lines
     from adarank.io.push import push
@@ -98,6 +101,10 @@ def _push(options: argparse.Namespace) -> None:
         pushed = push(options.out, options.name, options.private, options.force, options.dry_run)
     if options.json:
         print(json.dumps(pushed, indent=1, ensure_ascii=False))
+        return
+    if options.format != "text":
+        rows = list(pushed["files"].items())
+        print(rendered([Sheet(("file", "bytes"), rows, pushed["name"], pushed["notes"])], options.format), end="")
         return
     for text in pushed["notes"]:
         console.head("note:", f" {text}", "bold yellow")
