@@ -25,11 +25,12 @@ from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.errors import RecipeError, itemise
 from adarank.method import Context, Given, Outline, Result
 from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
-from adarank.spectral.blocks import build_blocks
+from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import First, MaskKind
 
 
@@ -117,7 +118,23 @@ class AdaptiveMethod(Adapting):
             RecipeError: an unknown preset, or settings that do not fit.
         """
         method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset)
+        if settings.by == "block":
+            method._check_blocks(given.adapt or {})
         return method.with_settings(settings)
+
+    def _check_blocks(self, adapt: Mapping[str, Any]) -> None:
+        """Refuse what means nothing where a block is learned at a time."""
+        problems = [
+            f"adapt.{key}: by: block minimises the distance to what the experts' blocks give. Remove {key}, or use by: model."
+            for key in ("objective", "objectives", "self_label", "filter")
+            if key in adapt
+        ]
+        if self.lambda_per in ("task", "model"):
+            problems.append(
+                f"lambda_per: one λ for each {self.lambda_per} cannot be learned a block at a time. Use tensor, layer or shared-layer, or by: model."
+            )
+        if problems:
+            raise RecipeError(problems[0] if len(problems) == 1 else itemise("adapt: by block", problems))
 
     @classmethod
     def seeded(cls, given: Given) -> dict[str, Any]:
@@ -174,9 +191,16 @@ class AdaptiveMethod(Adapting):
     ) -> LiveWeights:
         """The live weights at the method's start, over the parameters that the networks share."""
         basis = self.decomposition(network, device)
+        blocks = build_blocks(network, self.origin, device, self.spectra, basis)
+        return self.live({name: shared[name] for name in network.merged()}, blocks, settings, basis)
+
+    def live(
+        self, parameters: Mapping[str, Tensor], blocks: Mapping[str, Blocks], settings: AdaptSettings, basis: Basis
+    ) -> LiveWeights:
+        """The live weights of some tensors at the method's start."""
         return LiveWeights(
-            {name: shared[name] for name in network.merged()},
-            build_blocks(network, self.origin, device, self.spectra, basis),
+            parameters,
+            blocks,
             self.learn(settings),
             self.grid.scales[self.grid.first[1]],
             self.grid.ranks[self.grid.first[0]],

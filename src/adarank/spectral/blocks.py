@@ -153,16 +153,19 @@ def build_blocks(
     device: torch.device | str = "cpu",
     spectra: bool = True,
     basis: Basis = BASES["task_vectors"],
+    names: Sequence[str] | None = None,
 ) -> dict[str, Blocks]:
     """Origin and task vectors of every merged tensor of a network, decomposed where the network says so.
 
     Arguments:
         basis: how matrices are decomposed.
         spectra: False where all components stay kept: then no matrix needs an SVD.
+        names: of these tensors alone.
     """
     blocks = {}
-    with stage("Task vectors", len(network.merged())):
-        for name in network.merged():
+    names = network.merged() if names is None else names
+    with stage("Task vectors", len(names)):
+        for name in names:
             origin = network.origin(name, origin_kind, device)
             deltas = network.deltas(name, origin, origin_kind)
             if spectra and network.choices[name].action == "decompose":
