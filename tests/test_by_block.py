@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import weakref
 from collections.abc import Callable, Mapping
@@ -63,13 +62,15 @@ class Net(nn.Module):
         return logits
 
 
-def models(tasks: str, spread: float = 0.2) -> tuple[Net, dict[str, nn.Module]]:
-    """A base, and an expert for each letter."""
+def models(tasks: str, spread: float = 0.2, moved: str = "") -> tuple[Net, dict[str, nn.Module]]:
+    """A base, and for each letter an expert, whose tensors of names that begin with `moved` are others."""
     torch.manual_seed(0)
     base, experts = Net(), {}
     for task in tasks:
         experts[task] = Net()
-        experts[task].load_state_dict({name: t + spread * torch.randn_like(t) for name, t in base.state_dict().items()})
+        state = {name: t + spread * torch.randn_like(t) for name, t in base.state_dict().items()}
+        kept = {name: t for name, t in base.state_dict().items() if not name.startswith(moved)}
+        experts[task].load_state_dict({**state, **kept})
     return base, experts
 
 
@@ -77,12 +78,16 @@ def batches(tasks: str) -> dict[str, list[Tensor]]:
     return {task: [randn(10 * place + i, 16, 5) for i in range(4)] for place, task in enumerate(tasks)}
 
 
-def adapted(tasks: str, parameters: Mapping[str, Any], settings: Mapping[str, Any], **given: Any) -> adarank.Adapted:
-    base, experts = models(tasks)
+def adapted(
+    tasks: str,
+    parameters: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    moved: str = "",
+    method: str | type[AdaRank] = "adarank",
+) -> adarank.Adapted:
+    base, experts = models(tasks, moved=moved)
     select = adarank.Select(head=("classifier.*",))
-    return adarank.adapt(
-        base, experts, batches(tasks), given.pop("method", "adarank"), parameters, settings, select=select, **given
-    )
+    return adarank.adapt(base, experts, batches(tasks), method, parameters, settings, select=select)
 
 
 def test_the_state_of_one_expert_is_kept() -> None:
@@ -93,16 +98,17 @@ def test_the_state_of_one_expert_is_kept() -> None:
 
 def test_one_expert_is_recovered_from_half_the_way() -> None:
     long = {**FAST, "steps": 150, "lr_masks": 0.0}
-    result, expert = adapted("a", {**ALL, "lambda": 0.5}, long), models("a")[1]["a"].state_dict()
-    inside = [name for name in result.state if name.startswith("layers.")]
-    assert len(inside) == 6 * LAYERS
-    start, end = (max(float((state[name] - expert[name]).abs().max()) for name in inside)
-                  for state in (adapted("a", {**ALL, "lambda": 0.5}, {**FAST, "steps": 0}).state, result.state))  # fmt: skip
-    assert start > 0.2
-    assert end < start / 4
-    assert torch.equal(
-        result.state["stem.weight"], adapted("a", {**ALL, "lambda": 0.5}, {**FAST, "steps": 0}).state["stem.weight"]
+    result, start = (
+        adapted("a", {**ALL, "lambda": 0.5}, settings, "layers.").state for settings in (long, {**FAST, "steps": 0})
     )
+    expert = models("a", moved="layers.")[1]["a"].state_dict()
+    learned = [name for name in result if name.startswith("layers.")]
+    assert len(learned) == 6 * LAYERS
+    for name in learned:
+        before, after = (float((state[name] - expert[name]).abs().max()) for state in (start, result))
+        assert before > 0.05
+        assert after < before / 5, name
+    assert torch.equal(result["stem.weight"], start["stem.weight"])
 
 
 @pytest.mark.parametrize(
@@ -118,8 +124,8 @@ def test_zero_steps_give_the_start_of_the_whole(parameters: dict[str, Any]) -> N
 
 
 def test_every_block_comes_nearer_and_says_so() -> None:
-    kept = adapted("ab", {"rank": 0.5, "lambda": 1.0}, {**FAST, "steps": 40, "keep": "last"})
-    start = adapted("ab", {"rank": 0.5, "lambda": 1.0}, {**FAST, "steps": 0})
+    few = {**ALL, "lambda": 0.1}
+    kept, start = (adapted("ab", few, {**FAST, "steps": steps, "keep": "last"}) for steps in (40, 0))
     experts, given = models("ab")[1], batches("ab")
 
     def apart(result: adarank.Adapted, task: str) -> float:
@@ -127,7 +133,8 @@ def test_every_block_comes_nearer_and_says_so() -> None:
         seen: list[Tensor] = []
         for module in (result.modules[task], experts[task]):
             handle = module.layers[-1].register_forward_hook(lambda layer, taken, output: seen.append(output[0]))  # type: ignore[union-attr, operator]
-            module(torch.cat(given[task]))
+            with torch.no_grad():
+                module(torch.cat(given[task]))
             handle.remove()
         return float((seen[0] - seen[1]).square().sum() / seen[1].square().sum())
 
@@ -181,7 +188,6 @@ class Counted(AdaRank):
     name = "counted"
 
     def live(self, parameters: Any, blocks: Any, settings: Any, basis: Any) -> LiveWeights:
-        gc.collect()
         made = super().live(parameters, blocks, settings, basis)
         ALIVE.add(made)
         MOST.append(sum(len(each.blocks) for each in ALIVE))
@@ -190,22 +196,20 @@ class Counted(AdaRank):
 
 def test_factors_of_one_block_are_in_memory_at_a_time() -> None:
     MOST.clear()
-    adapted("abc", {}, FAST, method=Counted)
+    adapted("abc", {"rank": 0.5, "lambda": 1.0}, FAST, method=Counted)
     assert len(MOST) > 3 * LAYERS
     assert max(MOST) == len([name for name in Net().state_dict() if name.startswith("layers.0.")])
 
 
 def run(zoo: ModuleType, folder: Path, out: str, progress: Any = None, **adapt: Any) -> dict[str, Any]:
-    recipe = zoo.recipe(folder, **{**zoo_adapt(zoo), "adapt": {"batch_size": 4, **FAST, **adapt}})
+    block = {"batch_size": 4, **FAST, **adapt}
+    start = {"origin": "pretrained", "rank": 1.0, "lambda": 0.1}
+    recipe = zoo.recipe(folder, merge_method="adarank", parameters=start, adapt=block)
     return adarank.merge_recipe(load_recipe(recipe), folder / out, progress=progress)["adaptation"]
 
 
-def zoo_adapt(zoo: ModuleType) -> dict[str, Any]:
-    return {"merge_method": "adarank", "parameters": {"rank": 0.25, "lambda": 1.0}}
-
-
-CASES = [(text_zoo, {"architecture": name}) for name in ("bert", "roberta", "distilbert", "gpt2")]
-CASES += [(image_zoo, {"architecture": name}) for name in ("vit", "dinov2", "convnext", "resnet", "swin")] + [
+CASES = [(text_zoo, {"architecture": name}) for name in ("bert", "distilbert", "gpt2")]
+CASES += [(image_zoo, {"architecture": name}) for name in ("vit", "convnext", "resnet", "swin")] + [
     (clip_zoo, {})
 ]
 
@@ -236,15 +240,15 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return text_zoo.make_zoo(tmp_path_factory.mktemp("zoo"))
 
 
-def test_its_masks_give_its_weights_and_can_be_looked_at(zoo: Path, tmp_path: Path) -> None:
+def test_its_masks_give_its_weights_and_can_be_looked_at(zoo: Path) -> None:
     run(text_zoo, zoo, "seen", keep="last")
     again = text_zoo.recipe(zoo, "again.yaml", merge_method="masked", parameters={"masks": str(zoo / "seen" / FILE)})
     adarank.merge_recipe(load_recipe(again), zoo / "again")
     one, other = (Checkpoint(zoo / name) for name in ("seen", "again"))
     assert all(torch.equal(one.read(name), other.read(name)) for name in one.tensors)
-    for command in (["inspect", str(zoo / "seen")], ["verify", str(zoo / "seen")],
-                    ["report", str(zoo / "seen"), "--out", str(tmp_path / "page.html")]):  # fmt: skip
-        assert main(command) == 0
+    for command in ("inspect", "verify", "report"):
+        assert main([command, str(zoo / "seen")]) == 0
+    assert "encoder.layer.1" in (zoo / "seen.html").read_text()
 
 
 class Killed(Exception):

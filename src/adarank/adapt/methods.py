@@ -24,6 +24,7 @@ from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
+from adarank.alignment.layers import layer_groups
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError, itemise
 from adarank.method import Context, Given, Outline, Result
@@ -154,12 +155,22 @@ class AdaptiveMethod(Adapting):
         return self.spectra
 
     def held_bytes(self, outline: Outline) -> int:
-        """Origin, live weight and gradient of every merged tensor, its spectra or task vectors, what is kept, and heads."""
+        """Live weights, what is kept, heads; and origin, gradient, and spectra or task vectors of every merged tensor, or of the
+        largest block where one is learned at a time."""
         network = outline.network
         numel = {name: info.numel for name, info in network.tensors.items()}
         kept = sum(numel[name] for name, choice in network.choices.items() if choice.action in ("keep", "average"))
-        merged = sum(3 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged())
-        return 4 * (merged + kept + outline.head_numel())
+        learned = {
+            name: 2 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged()
+        }
+        held = sum(learned.values())
+        if self.settings.by == "block":
+            groups = layer_groups(network.merged())
+            held = max(
+                (sum(learned[n] for n, g in zip(learned, groups, strict=True) if g == group) for group in groups),
+                default=0,
+            )
+        return 4 * (sum(numel[name] for name in learned) + held + kept + outline.head_numel())
 
     def _stored(self, network: AlignedCheckpoints, name: str) -> int:
         """Numbers that one task's part of a tensor takes: factors, or the task vector."""
