@@ -209,9 +209,7 @@ def run(zoo: ModuleType, folder: Path, out: str, progress: Any = None, **adapt: 
 
 
 CASES = [(text_zoo, {"architecture": name}) for name in ("bert", "distilbert", "gpt2")]
-CASES += [(image_zoo, {"architecture": name}) for name in ("vit", "convnext", "resnet", "swin")] + [
-    (clip_zoo, {})
-]
+CASES += [(image_zoo, {"architecture": name}) for name in ("vit", "convnext", "resnet", "swin")] + [(clip_zoo, {})]
 
 
 @pytest.mark.parametrize(
