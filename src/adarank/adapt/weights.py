@@ -38,4 +38,5 @@ def adapt_weights(
     note("Adapting")
     history = problem.adapt(live, method.grid, state, fingerprint, progress)
     live.zero_grad()
-    return Learned(history, live.parameters, live.mask_file(network.tasks, method.origin, {}))
+    masks = live.mask_file(network.tasks, method.origin, {})
+    return Learned(history, live.parameters, masks, factors=live.blocks)

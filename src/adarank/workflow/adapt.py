@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from adarank.adapt.agreement import Judged, collapsed, first_collapse
@@ -14,10 +15,13 @@ from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.weights import adapt_weights
 from adarank.data.task import TaskData
+from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
 from adarank.recipe.job import Job
+from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
+from adarank.spectral.overlap import described
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.heads import learned_heads
 from adarank.workflow.problem import problem_of, table_inputs
@@ -72,7 +76,16 @@ def _of_masks(learned: Learned) -> dict[str, Any]:
     if learned.masks is not None:
         kept = [round(v, 5) for v in learned.history.kept]
         said |= {"components_kept": learned.masks.kept_share(), "kept": kept, "mask": learned.masks.kind}
+        said |= spectra_of(learned.factors, learned.masks)
     return said
+
+
+def spectra_of(factors: Mapping[str, Blocks], masks: MaskFile) -> dict[str, Any]:
+    """What a record says of the task vectors' spectra and overlap, before and after; nothing where no matrix was decomposed."""
+    if not masks.masks or not factors:
+        return {}
+    with torch.no_grad(), stage("Comparing the spectra", len(factors)):
+        return {"spectra": described(factors, masks.masks, masks.lam, masks.tasks)}
 
 
 def telling_of_collapse(note: Note, progress: Progress | None) -> Progress:
