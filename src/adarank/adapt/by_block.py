@@ -139,6 +139,7 @@ class _Walk:
         before = self._distances(place)
         units = {task: max(before[task], _SMALLEST) for task in before}
         self._take_steps(live, {task: self._loss(task, place, units[task]) for task in units}, progress)
+        live.settle()
         after = self._distances(place)
         nearer = self._settings.keep == "last" or sum(after[t] / units[t] for t in units) < len(units)
         if not nearer:

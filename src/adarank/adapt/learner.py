@@ -53,6 +53,10 @@ class LiveLearner(Learner, Protocol):
 
     parameters: dict[str, Tensor]
 
+    def settle(self) -> None:
+        """Compose what steps left in lower precision as it will be written. Steps are over."""
+        ...
+
     def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile | None:
         """The current masks and λ, as the file that the method `masked` applies; None if something else is learned."""
         ...

@@ -27,6 +27,7 @@ from adarank.adapt.tying import LambdaPer
 from adarank.alignment.layers import layer_groups
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError, itemise
+from adarank.io import processes
 from adarank.method import Context, Given, Outline, Result
 from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
@@ -134,6 +135,8 @@ class AdaptiveMethod(Adapting):
             problems.append(
                 f"lambda_per: one λ for each {self.lambda_per} cannot be learned a block at a time. Use tensor, layer or shared-layer, or by: model."
             )
+        if processes.size() > 1:
+            problems.append("adapt.by: block runs in one process. Start it without torchrun, or use by: model.")
         if problems:
             raise RecipeError(problems[0] if len(problems) == 1 else itemise("adapt: by block", problems))
 
@@ -142,6 +145,11 @@ class AdaptiveMethod(Adapting):
         """The settings given, with the recipe's seed where the method draws and none is given."""
         drawn = given.seed is not None and "seed" in cls.model_fields
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
+
+    @classmethod
+    def shares_work(cls) -> bool:
+        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up."""
+        return True
 
     @classmethod
     def memory(cls) -> str:
@@ -179,7 +187,15 @@ class AdaptiveMethod(Adapting):
             return info.numel
         rows = info.shape[0] if info.shape else 1
         columns = info.numel // max(1, rows)
-        return min(rows, columns) * (rows + columns)
+        factors = min(rows, columns) * (rows + columns)
+        if self.soft:
+            return factors + (factors // 2 if self.settings.precision == "bfloat16" else 0)
+        return factors + (info.numel if max(self.grid.ranks) > 0.5 else 0)  # whole task vectors, less what is pruned
+
+    @property
+    def soft(self) -> bool:
+        """Whether masks are any numbers; else components are kept or not."""
+        return False
 
     def run(self, context: Context) -> Result:
         """Adapt, from a saved state if there is one. Reads no label."""
@@ -293,6 +309,11 @@ class AdaRank(AdaptiveMethod):
         """False if nothing needs decomposing; bases of other methods always do."""
         return super().spectra or self.basis != "task_vectors"
 
+    @property
+    def soft(self) -> bool:
+        """Whether soft masks are learned."""
+        return self.mask == "soft" and self.learn_masks
+
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         """The basis that the settings name."""
         return BASES[self.basis]
@@ -306,6 +327,7 @@ class AdaRank(AdaptiveMethod):
             unit=settings.step_unit,
             first=self.first,
             seed=self.seed,
+            precision=settings.precision,
         )
 
 

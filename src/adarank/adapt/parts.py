@@ -94,6 +94,7 @@ class PartWeights:
 
     def _compose(self, number: int) -> None:
         live = self._there(number)
+        live.settle()
         live.write()
         self.rest(live)
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from adarank.adapt.agreement import Judged, collapsed, first_collapse
 from adarank.adapt.history import History, Learned, Progress
 from adarank.adapt.methods import AdaptiveMethod
+from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.top_logits import TokenTable
 from adarank.adapt.weights import adapt_weights
 from adarank.data.task import TaskData
 from adarank.io.progress import stage
@@ -66,7 +68,7 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = learned.masks and replace(learned.masks, about=about)
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
-    of_loop = report(learned.history, job, settings, data) | _of_masks(learned)
+    of_loop = report(learned.history, job, settings, data) | _of_masks(learned) | kept_mass(predictions)
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
 
 
@@ -78,6 +80,12 @@ def _of_masks(learned: Learned) -> dict[str, Any]:
         said |= {"components_kept": learned.masks.kept_share(), "kept": kept, "mask": learned.masks.kind}
         said |= spectra_of(learned.factors, learned.masks)
     return said
+
+
+def kept_mass(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    """Of generating models: task -> mean probability, by its expert, of the tokens whose logits were kept."""
+    tables = {task: each.logits for task, each in predictions.items() if isinstance(each.logits, TokenTable)}
+    return {"top_logits_mass": {task: round(table.tokens.mass, 5) for task, table in tables.items()}} if tables else {}
 
 
 def spectra_of(factors: Mapping[str, Blocks], masks: MaskFile) -> dict[str, Any]:
