@@ -145,7 +145,12 @@ class ImageClassifiers(Family):
         """(inputs, classes) float32: what the network gives for a batch."""
         try:
             out: Tensor = module(**batch).logits
-        except ValueError as error:  # how these models refuse images of another size or number of channels
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # how these models refuse images of another size or number of channels
+            if isinstance(error, RuntimeError) and "size" not in str(error):
+                raise  # of the machine, and not of the images
             shape = tuple(batch["pixel_values"].shape[1:])
             raise DataError(
                 f"{type(module).__name__}: refuses images of shape {shape} ({_short(error)}). Check preprocessor_config.json beside the expert's weights."
