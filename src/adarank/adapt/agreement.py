@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,29 +15,40 @@ from torch import Tensor
 from adarank.adapt.objectives import divergences, entropy
 from adarank.errors import AdaptationError
 
-Signal = Literal["agreement", "divergence"]
-
 
 @dataclass(frozen=True)
 class Signals:
     """What one task's predictions look like beside its expert's, on the same unlabelled inputs.
 
     Attributes:
-        agreement: share of inputs where both predict the same class.
+        agreed: for each input 1 where both predict the same class, else 0.
         divergence: mean Kullback-Leibler divergence from the expert's predictions, in nats.
         histogram: total-variation distance between the histograms of predicted classes, 0 to 1.
         entropy: mean entropy of the predictions, in nats.
         largest, expert_largest: share of inputs that get the most frequent class, here and from the expert.
-        inputs: how many inputs this rests on.
     """
 
-    agreement: float
+    agreed: bytes
     divergence: float
     histogram: float
     entropy: float
     largest: float
     expert_largest: float
-    inputs: int
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs this rests on."""
+        return len(self.agreed)
+
+    @property
+    def agreement(self) -> float:
+        """Share of inputs where both predict the same class."""
+        return sum(self.agreed) / len(self.agreed)
+
+    def numbers(self) -> dict[str, float]:
+        """All of it in numbers, as a record has them."""
+        of_all = {name: value for name, value in vars(self).items() if name != "agreed"}
+        return {"agreement": self.agreement, **of_all, "inputs": self.inputs}
 
 
 Judged = Mapping[str, Signals]
@@ -71,44 +81,46 @@ def signals(logits: Tensor, expert: Tensor) -> Signals:
     answered = ~logits.isnan().any(dim=-1)  # a prediction of NaN agrees with none
     counts, targets = (torch.bincount(y, minlength=logits.shape[-1]).double() / len(y) for y in (predicted, wanted))
     return Signals(
-        agreement=float(((predicted == wanted) & answered).double().mean()),
+        agreed=bytes(((predicted == wanted) & answered).tolist()),
         divergence=float(divergences(logits.double(), expert.double()).mean()),
         histogram=float((counts - targets).abs().sum() / 2),
         entropy=float(entropy(logits.double())),
         largest=float(counts.max()),
         expert_largest=float(targets.max()),
-        inputs=len(predicted),
     )
 
 
-def mean_signal(judged: Judged, signal: Signal) -> float:
-    """Mean over tasks, signed so that larger is better; -inf if some task's predictions are NaN."""
+def mean_agreement(judged: Judged) -> float:
+    """Mean over tasks; -inf if some task's predictions are NaN."""
     if any(math.isnan(of_task.entropy) for of_task in judged.values()):
         return -math.inf
-    values = [of_task.agreement if signal == "agreement" else -of_task.divergence for of_task in judged.values()]
-    mean = sum(values) / len(values)
-    return round(mean, 12) if math.isfinite(mean) else -math.inf  # rounded, so that equal shares are equal
+    mean = sum(of_task.agreement for of_task in judged.values()) / len(judged)
+    return round(mean, 12)  # so that equal shares are equal
 
 
-def standard_error(of_task: Signals) -> float:
-    """Of the agreement, a share a of n inputs: √(a(1-a)/n), with one agreeing and one other input added, so that it is above 0
-    for a task that agrees everywhere."""
-    share = (of_task.agreement * of_task.inputs + 1) / (of_task.inputs + 2)
-    return math.sqrt(share * (1 - share) / (of_task.inputs + 2))
-
-
-def mean_error(judged: Judged) -> float:
-    """Standard error of the mean agreement over tasks."""
-    return math.sqrt(sum(standard_error(of_task) ** 2 for of_task in judged.values())) / len(judged)
+def change(now: Signals, before: Signals) -> tuple[int, int]:
+    """Inputs (lost, gained) since another judgement: that agreed with the expert then alone, or now alone."""
+    pairs = list(zip(before.agreed, now.agreed, strict=True))
+    return sum(then > here for then, here in pairs), sum(then < here for then, here in pairs)
 
 
 def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
-    """Tasks whose agreement is below the start's by more than `tolerance` standard errors of it."""
-    return [
-        task
-        for task, first in start.items()
-        if judged[task].agreement < first.agreement - tolerance * standard_error(first) - 1e-12
-    ]
+    """Tasks behind their start: they lost more inputs than they gained, by more than `tolerance` standard errors.
+
+        lost - gained > tolerance · √(lost + gained)
+
+    Inputs that changed neither way say nothing of which is better (McNemar 1947). If the two were equally good, each of the
+    others would be lost or gained by the toss of a coin.
+    """
+    changes = {task: change(judged[task], first) for task, first in start.items()}
+    return [task for task, (lost, gained) in changes.items() if lost - gained > tolerance * math.sqrt(lost + gained)]
+
+
+def level(judged: Judged, other: Judged) -> bool:
+    """True if the mean agreement is not below the other's by more than one standard error of the difference, input by input."""
+    changes = [(change(judged[task], of_task), of_task.inputs) for task, of_task in other.items()]
+    below = sum((lost - gained) / inputs for (lost, gained), inputs in changes)
+    return below <= math.sqrt(sum((lost + gained) / inputs**2 for (lost, gained), inputs in changes)) + 1e-12
 
 
 def collapsed(now: Signals, start: Signals) -> bool:

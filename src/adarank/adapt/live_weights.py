@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.settings import AdaptSettings, StepUnit
+from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.tying import LambdaPer, tie
 from adarank.errors import RecipeError
 from adarank.spectral.bases import BASES, Basis
@@ -34,7 +34,6 @@ class Learn:
         per: what has a λ of its own.
         returnable: components pruned at the start may come back. If not, their logits have no gradient.
         mask: `binary` or `soft`, where masks are learned.
-        unit: for soft masks, what a step changes equally for all components of a matrix and task: `weights` or `mask`.
         first: which components the start keeps, the `top` ones or `random` ones; `seed` of the latter.
     """
 
@@ -45,7 +44,6 @@ class Learn:
     per: LambdaPer = "tensor"
     returnable: bool = True
     mask: MaskKind = "binary"
-    unit: StepUnit = "weights"
     first: First = "top"
     seed: int = 0
 
@@ -63,7 +61,7 @@ class LiveWeights:
     Attributes:
         lam: the coefficients, on the CPU: (tensors, tasks), or fewer rows and columns where they are tied.
         logits: (all components,) mask logits, on the CPU, matrix after matrix in the order of `blocks`. Soft masks move
-            `pace` times as far from their start, where steps count in weights.
+            `pace` times as far from their start: steps count in weights.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class LiveWeights:
         self._parts = [sum(block.sizes) for block in self.blocks.values()]
         self.logits = torch.empty(sum(self._parts), dtype=dtype)
         self._logit = logit
-        self._pace = self._paces() if self.mask_kind == "soft" and learn.unit == "weights" else None
+        self._pace = self._paces() if self.mask_kind == "soft" else None
         self.reset(scale, rank)
         # buffers such as running statistics are written, but have no gradient
         for parameter in self.parameters.values():
@@ -100,7 +98,7 @@ class LiveWeights:
             groups.append({"params": [self.logits], "lr": step, "start": step})
         if not groups:
             raise RecipeError("adapt: neither λ nor masks are learned. Use a data-free method, or learn one of them.")
-        return torch.optim.Adam(groups, betas=settings.betas)
+        return torch.optim.Adam(groups)
 
     def learned(self) -> dict[str, Tensor]:
         """λ and mask logits, also those that are not learned."""

@@ -71,6 +71,7 @@ class AdaptiveMethod(Adapting):
         lambda_per: what has its λ: every `tensor` of every task (what the papers call layer-wise); every
             `layer` of every task, as tensors' names number them; every layer for all tasks together (`shared-layer`, which
             is how AdaRank's Equation 5 is printed); every `task`; or only the `model`.
+        clamp: range in which λ is used, such as AdaMerging's [0, 1]; none by default.
         learn_masks, learn_lambda: the two switches.
     """
 
@@ -84,8 +85,15 @@ class AdaptiveMethod(Adapting):
         "tensor",
         description="what has a λ of its own: each tensor or layer of each task, each layer for all, each task, the model",
     )
+    clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
     learn_masks: bool = Field(True, description="learn the masks")
     learn_lambda: bool = Field(True, description="learn λ")
+
+    @model_validator(mode="after")
+    def _range(self: A) -> A:
+        if self.clamp is not None and self.clamp[0] > self.clamp[1]:
+            raise ValueError(f"clamp: {self.clamp[0]} is above {self.clamp[1]}")
+        return self
 
     @classmethod
     def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +103,7 @@ class AdaptiveMethod(Adapting):
             given: what a recipe says itself.
         """
         return {
-            "origin": "pretrained", "rank": 1.0, "lambda": 0.3, "lambda_per": "tensor",
+            "origin": "pretrained", "rank": 1.0, "lambda": 0.3, "lambda_per": "tensor", "clamp": None,
             "learn_masks": True, "learn_lambda": True,
         }  # fmt: skip
 
@@ -161,9 +169,9 @@ class AdaptiveMethod(Adapting):
         """How task vectors are decomposed into blocks. May read every tensor, one at a time."""
         return BASES["task_vectors"]
 
-    def learn(self, settings: AdaptSettings) -> Learn:
+    def learn(self) -> Learn:
         """What is learned, and how its gradient is taken."""
-        return Learn(self.learn_masks, self.learn_lambda, settings.temperature, settings.clamp, self.lambda_per)
+        return Learn(self.learn_masks, self.learn_lambda, clamp=self.clamp, per=self.lambda_per)
 
     def start(
         self,
@@ -177,11 +185,10 @@ class AdaptiveMethod(Adapting):
         return LiveWeights(
             {name: shared[name] for name in network.merged()},
             build_blocks(network, self.origin, device, self.spectra, basis),
-            self.learn(settings),
+            self.learn(),
             self.grid.scales[self.grid.first[1]],
             self.grid.ranks[self.grid.first[0]],
-            settings.logit,
-            basis,
+            basis=basis,
         )
 
 
@@ -262,13 +269,12 @@ class AdaRank(AdaptiveMethod):
         """The basis that the settings name."""
         return BASES[self.basis]
 
-    def learn(self, settings: AdaptSettings) -> Learn:
+    def learn(self) -> Learn:
         """What is learned: also which kind of mask, and whether pruned components may come back."""
         return replace(
-            super().learn(settings),
+            super().learn(),
             returnable=self.returnable,
             mask=self.mask,
-            unit=settings.step_unit,
             first=self.first,
             seed=self.seed,
         )

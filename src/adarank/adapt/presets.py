@@ -16,14 +16,14 @@ A = TypeVar("A", bound="AdaptiveMethod")
 
 # What all the papers do: entropy, constant step sizes, all the steps that are set, the last one kept. Everything that
 # the result depends on is written down, so that a default that changes changes no preset. Neither paper says how many
-# steps; `logit` is the released code's, τ, Adam's rates, step size and batch size are of AdaRank's Appendix A.
+# steps; step size and batch size are of AdaRank's Appendix A.
 _PAPER: dict[str, Any] = {
-    "objective": "entropy", "objectives": {}, "schedule": "constant", "warmup": 0.0, "keep": "last", "patience": None,
-    "repair": 0, "retreat": 0, "lr_masks": 1e-3, "lr_lambda": 1e-3, "betas": [0.9, 0.999], "balance": 0.0,
-    "batch_size": 16, "steps": 200, "temperature": 10.0, "logit": 0.1, "step_unit": "mask", "clamp": None, "learn_heads": False,
+    "objective": "entropy", "objectives": {}, "schedule": "constant", "keep": "last", "lr_masks": 1e-3, "lr_lambda": 1e-3,
+    "batch_size": 16, "steps": 200, "learn_heads": False,
 }  # fmt: skip
 # Two batches of 16 a step, as the released loop really uses. AdaMerging++ takes the same.
-_ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500, "clamp": [0.0, 1.0]}
+_ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500}
+_CLAMPED = {"lambda": 0.3, "clamp": (0.0, 1.0)}
 
 
 def _preset(
@@ -55,8 +55,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "roberta-7-cart": _preset("average", 1.6, 0.04, 8, 5_000, 1e-4),
     "gpt2-7-ta": _preset("pretrained", 0.3, 1.0, 8, 5_000, 5e-5),
     "gpt2-7-cart": _preset("average", 1.3, 0.01, 8, 5_000, 5e-5),
-    "adamerging": {"parameters": {"lambda": 0.3}, "adapt": _ADAMERGING},
-    "adamerging-task": {"parameters": {"lambda": 0.3, "lambda_per": "task"}, "adapt": _ADAMERGING},
+    "adamerging": {"parameters": _CLAMPED, "adapt": _ADAMERGING},
+    "adamerging-task": {"parameters": {**_CLAMPED, "lambda_per": "task"}, "adapt": _ADAMERGING},
 }
 
 

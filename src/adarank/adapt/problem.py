@@ -189,9 +189,9 @@ class Problem:
             if function is not None:
                 return function(logits)
             if NEED_MEAN & weights.keys():
-                self.memory[task] = running_mean(logits, self.memory.get(task), self.settings.momentum)
+                self.memory[task] = running_mean(logits, self.memory.get(task))
             view = self._view(task, where, logits, seen[-1] if seen else None)
-            return objective(view, weights, self.settings.self_label, self.settings.filter)
+            return objective(view, weights, self.settings.self_label)
 
         return loss
 

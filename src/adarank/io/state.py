@@ -14,7 +14,7 @@ from adarank.io.archive import load_signed, signed
 from adarank.io.pickled import DAMAGED
 
 _STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
-          "judged", "judging_seconds", "start", "best", "source", "starts", "memory"}  # fmt: skip
+          "judged", "judging_seconds", "start", "best", "nearest", "starts", "memory"}  # fmt: skip
 
 
 def read_state(path: Path, fingerprint: str) -> dict[str, Any]:

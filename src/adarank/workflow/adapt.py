@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -65,6 +65,7 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
         "components_kept": live.kept_share(),
         "kept": [round(v, 5) for v in history.kept],
         "mask": live.mask_kind,
+        "start_at_edge": method.grid.at_edge(history.starts),
     }
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
     return Adaptation(job, live, masks, report(history, job, settings, data) | of_masks | of_heads, heads)
@@ -111,8 +112,6 @@ def report(
         "protocol": job.recipe.data.protocol,
         "starts": [tried.named() for tried in history.starts],
         "steps": history.step,
-        "stopped_early": (history.ended or 0) < settings.steps,
-        "repair_steps": history.step - (history.ended or 0),
         "step_kept": choice.step,
         "share_kept": choice.share,
         "why_kept": choice.why,
@@ -139,4 +138,6 @@ def report(
 
 
 def _rounded(seen: Judged) -> dict[str, dict[str, float]]:
-    return {task: {name: round(value, 5) for name, value in asdict(signals).items()} for task, signals in seen.items()}
+    return {
+        task: {name: round(value, 5) for name, value in signals.numbers().items()} for task, signals in seen.items()
+    }
