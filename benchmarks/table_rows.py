@@ -153,5 +153,8 @@ TRAINED = "multi-task training"
 LEARNED_HEADS = (
     "learned heads"  # kind of the records of rows whose heads were learned; those of the kind "row" have the experts'
 )
-WITH_HEADS = ("weight average", "TA", "TIES", "TSV-M", "CART", "AdaRank")
+WITH_HEADS = (
+    *("weight average", "TA", "TIES", "TSV-M", "CART", "DC-Merge", "SVC", "WUDI", "SWUDI", "ACTMat", "ESM"),
+    *("RegMean", "FeatCal", "AdaMerging", "AdaRank"),
+)
 WORTH = 0.25  # points of mean score that a search must gain beyond its grid to go on there
