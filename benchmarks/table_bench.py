@@ -68,7 +68,8 @@ class Bench:
 
     def record(self, row: str, seed: int, content: dict[str, Any], kind: str = "row") -> None:
         """Score what the networks hold on test and write the row's record."""
-        table = Table("test", "disjoint", {})
+        tested = {task: len(of.splits.rows["test"]) for task, of in self.data.items()}
+        table = Table("test", "disjoint", tested, metrics={task: of.metric for task, of in self.data.items()})
         table.rows[row] = content.pop("scores", None) or score_all(self.job, self.models, self.data, "test")
         counts = {
             task: {split: len(rows) for split, rows in own.splits.rows.items()} for task, own in self.data.items()

@@ -169,7 +169,8 @@ def test_every_preset_parses_for_every_adaptive_method(preset: str, method: str)
     found, settings = with_preset(ADAPTIVE[method], {}, {}, preset)
     for key, value in PRESETS[preset]["parameters"].items():
         assert found.model_dump(by_alias=True)[key] == value
-    for key, value in PRESETS[preset]["adapt"].items():
+    beside = ADAPTIVE[method].paper_loop(text=False) if preset == "paper" else {}
+    for key, value in {**PRESETS[preset]["adapt"], **beside}.items():
         assert settings.model_dump(mode="json")[key] == value
 
 

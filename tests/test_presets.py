@@ -70,10 +70,11 @@ ADAMERGING: Mapping[str, Any] = {
 }
 CLAMPED: Mapping[str, Any] = {**LAMBDA_ONLY, "clamp": (0.0, 1.0)}
 PAPER: Mapping[str, Any] = {"batch_size": 16, "steps": 200, "lr_masks": 1e-3, "lr_lambda": 1e-3}
+OF_ADARANK: Mapping[str, Any] = {**PAPER, "steps": 10_000}
 OTHERS: list[tuple[str, str, dict[str, Any], dict[str, Any], Mapping[str, Any]]] = [
-    ("adarank", "paper", {}, {**ABOUT_MEAN, **MASKS}, PAPER),
-    ("adarank", "paper", {"origin": "pretrained"}, {**ABOUT_BASE, **MASKS}, PAPER),
-    ("adarank", "paper", {"basis": "tsv_m"}, {**ABOUT_BASE, **MASKS, "lambda": 1.0, "basis": "tsv_m"}, PAPER),
+    ("adarank", "paper", {}, {**ABOUT_MEAN, **MASKS}, OF_ADARANK),
+    ("adarank", "paper", {"origin": "pretrained"}, {**ABOUT_BASE, **MASKS}, OF_ADARANK),
+    ("adarank", "paper", {"basis": "tsv_m"}, {**ABOUT_BASE, **MASKS, "lambda": 1.0, "basis": "tsv_m"}, OF_ADARANK),
     ("adamerging", "paper", {}, {**ABOUT_BASE, **LAMBDA_ONLY}, PAPER),
     ("adamerging++", "paper", {}, {**ABOUT_BASE, **LAMBDA_ONLY, "density": 0.2}, PAPER),
     ("cart++", "paper", {}, {**CART, **LAMBDA_ONLY}, PAPER),
@@ -110,6 +111,28 @@ def test_a_preset_is_its_papers(
     name: str, preset: str, given: dict[str, Any], method: dict[str, Any], loop: Mapping[str, Any]
 ) -> None:
     compare(name, preset, given, method, loop)
+
+
+@pytest.mark.parametrize("given", [{}, {"origin": "pretrained"}, {"basis": "tsv_m"}])
+def test_the_papers_preset_on_texts_has_the_language_settings(given: dict[str, Any]) -> None:
+    """Steps and batches as released, the step size of the paper, and the start of RoBERTa's released file."""
+    found, loop = with_preset(ADAPTIVE["adarank"], given, {}, "paper", text=True)
+    released = "roberta-7-ta" if given else "roberta-7-cart"
+    beside, of_loop = with_preset(ADAPTIVE["adarank"], given, {}, released)
+    assert found == (beside if "basis" not in given else with_preset(ADAPTIVE["adarank"], given, {}, "paper")[0])
+    assert loop == of_loop.model_copy(update={"lr_masks": 5e-5, "lr_lambda": 5e-5})
+
+
+@pytest.mark.parametrize("kind", [text_zoo, image_zoo])
+def test_a_recipes_paper_preset_is_that_of_its_tasks(kind: Any, tmp_path: Path) -> None:
+    folder = kind.make_zoo(tmp_path)
+    recipe = load_recipe(
+        kind.recipe(folder, "paper.yaml", merge_method="adarank", adapt={"preset": "paper"}, parameters={})
+    )
+    method = adarank.open_job(recipe).method
+    of_text = kind is text_zoo
+    assert (method.rank, method.scale) == ((0.04, 1.6) if of_text else (0.16, 2.3))
+    assert (method.settings.steps, method.settings.lr_masks) == ((5_000, 5e-5) if of_text else (10_000, 1e-3))
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)

@@ -96,16 +96,22 @@ class AdaptiveMethod(Adapting):
         return self
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """What the method's paper starts from, beside the settings given: every setting, so that no preset depends on a default.
 
         Arguments:
             given: what a recipe says itself.
+            text: the tasks are of texts.
         """
         return {
             "origin": "pretrained", "rank": 1.0, "lambda": 0.3, "lambda_per": "tensor", "clamp": None,
             "learn_masks": True, "learn_lambda": True,
         }  # fmt: skip
+
+    @classmethod
+    def paper_loop(cls, text: bool) -> dict[str, Any]:
+        """What `preset: paper` has of the method's loop beside what all papers have, on images or on texts."""
+        return {}
 
     @property
     def spectra(self) -> bool:
@@ -124,8 +130,12 @@ class AdaptiveMethod(Adapting):
         Raises:
             RecipeError: an unknown preset, or settings that do not fit.
         """
-        method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset)
+        method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset, given.text)
         return method.with_settings(settings)
+
+    def over(self: A, given: Given) -> A:
+        """The method resolved anew: where the models are open it is known whether the tasks are of texts."""
+        return type(self).resolve(given) if given.preset else self
 
     @classmethod
     def seeded(cls, given: Given) -> dict[str, Any]:
@@ -227,10 +237,11 @@ class AdaRank(AdaptiveMethod):
     mask: MaskKind = Field("soft", description="any number for each component, or binary: kept or not, the paper's")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks."""
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
+        """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks,
+        on texts those of RoBERTa with 7."""
         learned = {
-            **super().paper(given),
+            **super().paper(given, text),
             "basis": "task_vectors",
             "returnable": True,
             "mask": "binary",
@@ -239,8 +250,16 @@ class AdaRank(AdaptiveMethod):
         }
         if given.get("basis", "task_vectors") != "task_vectors":
             return {**learned, "lambda": 1.0}
-        about_average = given.get("origin", "average") == "average"
-        return {**learned, **({"origin": "average", "rank": 0.16, "lambda": 2.3} if about_average else {})}
+        if given.get("origin", "average") != "average":
+            return learned
+        start = {"rank": 0.04, "lambda": 1.6} if text else {"rank": 0.16, "lambda": 2.3}
+        return {**learned, "origin": "average", **start}
+
+    @classmethod
+    def paper_loop(cls, text: bool) -> dict[str, Any]:
+        """Step size and batch size of Appendix A, and as many steps as the released files have. Where these have another step
+        size, 1e-4 of RoBERTa about the average, they are the presets named after them."""
+        return {"steps": 5_000, "batch_size": 8, "lr_masks": 5e-5, "lr_lambda": 5e-5} if text else {"steps": 10_000}
 
     @model_validator(mode="before")
     @classmethod
@@ -290,9 +309,9 @@ class AdaMerging(AdaptiveMethod):
     learn_masks: Literal[False] = Field(False, description="learn the masks")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """λ 0.3 about the base, without masks."""
-        return {**super().paper(given), "learn_masks": False}
+        return {**super().paper(given, text), "learn_masks": False}
 
 
 class AdaMergingPP(AdaMerging):
@@ -310,9 +329,9 @@ class AdaMergingPP(AdaMerging):
     density: float = Field(0.2, gt=0, le=1, description="share of the model's entries kept")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """As AdaMerging's, with the entries that TIES keeps."""
-        return {**super().paper(given), "density": 0.2}
+        return {**super().paper(given, text), "density": 0.2}
 
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         """Task vectors above the magnitudes that leave `density` of the model's entries. Reads every tensor, one at a time."""
@@ -333,10 +352,10 @@ class CARTpp(AdaptiveMethod):
     learn_masks: Literal[False] = Field(False, description="learn the masks")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """The best rank of CART's paper (Fig. 5), with the experts' full deviations from their mean."""
         start = {"origin": "average", "rank": 0.08, "lambda": 1.0, "learn_masks": False}
-        return {**super().paper(given), **start}
+        return {**super().paper(given, text), **start}
 
 
 ADAPTIVE: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (AdaRank, AdaMerging, AdaMergingPP, CARTpp)}

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound="AdaptiveMethod")
 
 # What all the papers do: entropy, constant step sizes, all the steps that are set, the last one kept. Everything that
-# the result depends on is written down, so that a default that changes changes no preset. Neither paper says how many
-# steps; step size and batch size are of AdaRank's Appendix A.
+# the result depends on is written down, so that a default that changes changes no preset. Step size and batch size are
+# those of AdaRank's Appendix A on images; what it has on text, and how many steps, is `AdaRank.paper_loop`.
 _PAPER: dict[str, Any] = {
     "objective": "entropy", "objectives": {}, "schedule": "constant", "keep": "last", "lr_masks": 1e-3, "lr_lambda": 1e-3,
     "batch_size": 16, "steps": 200, "learn_heads": False,
@@ -61,9 +61,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def with_preset(
-    kind: type[A], parameters: Mapping[str, Any], adapt: Mapping[str, Any], preset: str | None
+    kind: type[A], parameters: Mapping[str, Any], adapt: Mapping[str, Any], preset: str | None, text: bool = False
 ) -> tuple[A, AdaptSettings]:
     """An adaptive method and its loop's settings: preset first, then what is given by hand.
+
+    Arguments:
+        text: the tasks are of texts, so that `paper` is what the papers have for language models.
 
     Raises:
         RecipeError: an unknown preset, or settings that do not fit.
@@ -75,6 +78,7 @@ def with_preset(
     given = {preferred.get(key, key): value for key, value in parameters.items()}
     # released starts are of plain task vectors: with another basis it is that of its static method
     released = values["parameters"] if given.get("basis", "task_vectors") == "task_vectors" else {}
-    start = {**kind.paper(given), **released} if preset else {}
+    start = {**kind.paper(given, text), **released} if preset else {}
+    loop = {**values["adapt"], **(kind.paper_loop(text) if preset == "paper" else {})}
     method = parse(kind, {**start, **given}, f"parameters of '{kind.name}'")
-    return method, parse(AdaptSettings, {**values["adapt"], **adapt}, "adapt")
+    return method, parse(AdaptSettings, {**loop, **adapt}, "adapt")
