@@ -227,6 +227,17 @@ def ablation(bed: str) -> list[str]:
     return lines
 
 
+def heads_masks_lambda(bed: str) -> list[str]:
+    """AdaRank's default with each of masks, λ and heads learned or not: seed 0 of every cell."""
+    lines = ["| learned without labels | experts' heads | learned heads |", "|---|---|---|"]
+    variants = {"nothing: the start": "AdaRank's start", "λ": "AdaRank, λ alone", "masks": "AdaRank, masks alone",
+                "masks and λ: the default": "AdaRank"}  # fmt: skip
+    for label, row in variants.items():
+        cells = [[r for r in load(bed, row, kind) if r["seed"] == 0] for kind in ("row", "learned heads")]
+        lines.append(f"| {label} | " + " | ".join(f"{of[0]['mean']:.1f}" if of else "not run" for of in cells) + " |")
+    return lines
+
+
 def _mean(bed: str, row: str) -> str:
     records = load(bed, row)
     return _spread(records) + (f" ({len(records)} seeds)" if len(records) > 1 else "") if records else "not run"

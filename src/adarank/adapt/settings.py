@@ -77,8 +77,8 @@ class AdaptSettings(Settings):
 
     replaced: ClassVar[Mapping[str, str]] = _REPLACED
 
-    steps: int = Field(200, ge=0, description="Adam steps")
-    batch_size: int = Field(8, ge=1, description="inputs per task and step")
+    steps: int = Field(150, ge=0, description="Adam steps")
+    batch_size: int = Field(16, ge=1, description="inputs per task and step")
     lr_masks: Annotated[float | Literal["auto"], BeforeValidator(_at_least_zero_or_auto)] = Field(
         AUTO, description="Adam step size of the mask logits; auto: 0.01 for soft masks, 0.005 for binary ones"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from adarank.io.record import Note
 from adarank.method import changed_tensors
 from adarank.recipe.job import Job
 from adarank.spectral.mask_file import MaskFile
+from adarank.spectral.svd import stored_spectra
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.heads import learned_heads
 from adarank.workflow.problem import problem_of, table_inputs
@@ -55,7 +57,9 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     models = build_models(job)
     predictions = run.expert_predictions(models, settings)
     run.note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
-    live = method.start(job.network, models.shared, settings, job.recipe.device)
+    # kept beside the state, so that a run that goes on decomposes nothing anew
+    with stored_spectra(run.folder / "spectra") if run.folder else nullcontext():
+        live = method.start(job.network, models.shared, settings, job.recipe.device)
     problem = problem_of(job, models, data, settings, predictions)
     run.note("Adapting")
     history = problem.adapt(live, method.grid, run.state, fingerprint, run.progress)
