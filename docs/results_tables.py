@@ -16,54 +16,14 @@ TASKS = {
     "demo-8": ["mnist", "fashion_mnist", "kannada_mnist", "chars74k_fnt", "mnist_m", "usps", "gtsrb", "cifar10"],
 }
 ROWS = [
-    "base",
-    "weight average",
-    "TA",
-    "SVD_k",
-    "TIES",
-    "DARE+TA",
-    "DARE+TIES",
-    "Consensus-TA",
-    "Consensus-TIES",
-    "Breadcrumbs",
-    "DELLA",
-    "SCE",
-    "Model Stock",
-    "STAR",
-    "TSV-M",
-    "Iso-C",
-    "Iso-CTS",
-    "SVC",
-    "DC-Merge",
-    "WUDI",
-    "SWUDI",
-    "ACTMat",
-    "CART",
-    "CART, energy",
-    "Fisher",
-    "Fisher, empirical",
-    "RegMean",
-    "RegMean++",
-    "FeatCal",
-    "FeatCal, from the average",
-    "ESM",
-    "AdaMerging, task-wise",
-    "AdaMerging",
-    "AdaMerging++",
-    "TA+AdaRank",
-    "CART++",
-    "CART+AdaRank",
-    "AdaRank about the base",
-    "TSV-M+AdaRank",
-    "Iso-C+AdaRank",
-    "Iso-CTS+AdaRank",
-    "TSV-M+AdaRank, soft masks",
-    "AdaRank, binary masks",
-    "AdaRank",
-    "AdaRank, 32 inputs a step",
-    "multi-task training",
-    "experts",
-]
+    "base", "weight average", "TA", "SVD_k", "TIES", "DARE+TA", "DARE+TIES", "Consensus-TA", "Consensus-TIES",
+    "Breadcrumbs", "DELLA", "SCE", "Model Stock", "STAR", "TSV-M", "Iso-C", "Iso-CTS", "SVC", "DC-Merge", "WUDI",
+    "SWUDI", "ACTMat", "CART", "CART, energy", "Fisher", "Fisher, empirical", "RegMean", "RegMean++", "FeatCal",
+    "FeatCal, from the average", "ESM", "AdaMerging, task-wise", "AdaMerging", "AdaMerging++", "TA+AdaRank",
+    "CART++", "CART+AdaRank", "AdaRank about the base", "TSV-M+AdaRank", "Iso-C+AdaRank", "Iso-CTS+AdaRank",
+    "TSV-M+AdaRank, soft masks", "AdaRank, binary masks", "AdaRank", "AdaRank, 32 inputs a step",
+    "multi-task training", "experts",
+]  # fmt: skip
 TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing", "TA+Surgery", "WEMoE, entropy", "WEMoE", "Twin-Merging"]
 HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
         "AdaRank, binary masks", "AdaRank", "experts"]  # fmt: skip
@@ -161,7 +121,7 @@ def first_run() -> list[str]:
     """How long `adarank demo` took, on what, and the means that it came to."""
     demo, quick = (record_of("demo-8", "demo", name) for name in ("whole", "quick"))
     machine = demo["machine"]
-    means = {line.split()[0]: line.split()[1] for line in demo["shown"][2:9]}
+    means = {line.split()[0]: line.split()[1] for line in demo["shown"][2:10]}
     default = load("demo-8", "AdaRank")
     taken, whole = load_recipe(ZOO / "recipe.yaml").method().settings.steps, default[0]["settings"]["adapt"]["steps"]
     return [

@@ -225,7 +225,7 @@ class Overshot(Falling):
 
 
 @pytest.mark.parametrize(("near", "share", "points"), [(0.9, 0.8, 1), (0.7, 0.6, 2), (0.25, 0.2, 4)])
-def test_the_line_search_keeps_the_farthest_that_leaves_none_behind(near: float, share: float, points: int) -> None:
+def test_the_line_search_keeps_the_farthest_that_fits(near: float, share: float, points: int) -> None:
     torch.manual_seed(0)
     problem = Overshot()
     problem.near = near

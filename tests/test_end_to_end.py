@@ -29,6 +29,7 @@ from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import heads_of
 from adarank.workflow.load_tasks import load_tasks
+from make import agreeing
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 
@@ -207,7 +208,7 @@ def test_the_record_accounts_for_inputs_settings_and_tensors(zoo: Path, tmp_path
     record = json.loads((tmp_path / "out" / "adarank.json").read_text())
     assert set(record["inputs"]) == {"base", *TASKS}
     assert all(len(digest) == 64 for files in record["inputs"].values() for digest in files.values())
-    assert record["settings"]["adapt"]["temperature"] == 10.0
+    assert record["settings"]["adapt"]["schedule"] == "cosine"
     assert set(record["plan"]["tensors"]) == set(weights(tmp_path / "out"))
     assert record["versions"]["torch"] == torch.__version__
 
@@ -255,7 +256,7 @@ def test_masks_weights_and_record_are_of_the_kept_step(
 
     def judge(self: Problem, most: int | None = None) -> Any:
         real = real_judge(self, most)
-        return lambda step: {t: replace(s, agreement=1 - abs(step - 4) / 20) for t, s in real(step).items()}
+        return lambda step: {t: replace(s, agreed=agreeing(1 - abs(step - 4) / 20)) for t, s in real(step).items()}
 
     settings = {**ADAPT["adapt"], "schedule": "constant", "check_every": 2, "objective": "infomax"}
     monkeypatch.setattr(Problem, "judge", judge)
