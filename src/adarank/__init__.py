@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from adarank.recipe.reader import load_recipe
     from adarank.report.page import write_report
     from adarank.spectral.mask_file import MaskFile
+    from adarank.workflow.analyse import analyse
     from adarank.workflow.evaluate import evaluate as evaluate_recipe
     from adarank.workflow.merge import merge as merge_recipe
     from adarank.workflow.verify import verify
@@ -39,6 +40,7 @@ __all__ = [
     "MaskFile",
     "Select",
     "adapt",
+    "analyse",
     "evaluate",
     "evaluate_recipe",
     "extract",
@@ -63,6 +65,7 @@ _HOMES = {
     "MaskFile": "spectral.mask_file:MaskFile",
     "Select": "alignment.selection:Select",
     "adapt": "api:adapt",
+    "analyse": "workflow.analyse:analyse",
     "evaluate": "api:evaluate",
     "evaluate_recipe": "workflow.evaluate:evaluate",
     "extract": "outputs.extract:extract",

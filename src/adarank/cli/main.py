@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank import __version__
-from adarank.cli import reports
+from adarank.cli import analysing, reports
 from adarank.cli.threads import wait_passively
 from adarank.errors import AdaRankError, Interrupted, RecipeError
 
@@ -184,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--full", action="store_true", help="every tensor of an adapted output, a row for each task")
     inspect.set_defaults(run=_inspect, left=_nothing_left)
 
+    analysing.add(commands, common)
     reports.add(commands, common, _nothing_left)
 
     methods = commands.add_parser("methods", parents=[tabular], help="the catalogue of methods")

@@ -166,10 +166,15 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, scratch: Path | None = None) -> None:
+    """Write a small file whole, as `write_bytes` does."""
+    write_bytes(path, _encoded(text), scratch)
+
+
+def write_bytes(path: Path, content: bytes, scratch: Path | None = None) -> None:
     """Write a small file whole: to a temporary name (in `scratch`, on the same disk, if it is given), then renamed."""
     partial = (scratch or path.parent) / f".{path.name}.{secrets.token_hex(8)}.partial"
     try:
-        partial.write_bytes(_encoded(text))
+        partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,18 +84,23 @@ class TaskScore:
     Attributes:
         value: its score, as `data.metrics` counts it.
         classes: of each class; empty unless wanted.
+        loss: beside the score; NaN unless wanted.
     """
 
     value: float
     classes: tuple[ClassScore, ...] = ()
+    loss: float = math.nan
 
 
-def measure_task(family: Family, module: nn.Module, data: TaskData, split: Split, per_class: bool = False) -> TaskScore:
-    """The score of one task on a labelled split, and of each of its classes if they are wanted and it has classes."""
+def measure_task(
+    family: Family, module: nn.Module, data: TaskData, split: Split, per_class: bool = False, loss: bool = False
+) -> TaskScore:
+    """The score of one task on a labelled split, with its loss and the scores of each of its classes, if they are wanted."""
     rows, logits = predict(family, module, data, split)
     labels = data.targets(rows)
     value = score(labels, logits, data.metric, data.problem)
-    return TaskScore(value, class_scores(labels, logits, data.problem, data.classes) if per_class else ())
+    classes = class_scores(labels, logits, data.problem, data.classes) if per_class else ()
+    return TaskScore(value, classes, score(labels, logits, LOSS, data.problem) if loss else math.nan)
 
 
 def evaluate_task(family: Family, module: nn.Module, data: TaskData, split: Split) -> float:

@@ -39,9 +39,9 @@ from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import score_result
 from adarank.workflow.left_over import state_of_search
+from adarank.workflow.listed_files import ListedFiles
 from adarank.workflow.load_tasks import load_opened
 from adarank.workflow.prepare import check_labels, open_recipe, whole
-from adarank.workflow.search_files import Written
 
 SPLIT: Split = "select"
 _MOST = 100_000
@@ -135,7 +135,7 @@ def search(
             f"{best}: is not the name of a file, which the best recipe needs. Give a name such as best.yaml."
         )
     best = resolved(best)
-    files = Written(best, best.with_suffix(".search.json"), state_of_search(best))
+    files = ListedFiles((best,), best.with_suffix(".search.json"), state_of_search(best), "search", "a search")
     _check_place(path, best)
     files.check(force)
     with locked(files.record):  # which names the state, too, and is the same for best.yaml and best.yml
@@ -144,7 +144,7 @@ def search(
 
 
 def _search(
-    path: Path, files: Written, axes: Sequence[Axis], note: Note, progress: Callable[[Point, int, int], None]
+    path: Path, files: ListedFiles, axes: Sequence[Axis], note: Note, progress: Callable[[Point, int, int], None]
 ) -> tuple[list[Point], dict[str, Any]]:
     """What `search` does, once its output is this run's alone."""
     clock = Clock()
@@ -196,7 +196,7 @@ def _search(
             "machine": machine(recipe.device),
             **clock.spent(),
         }
-        files.write(_best_text(path, recipe, ranked[0], files.record), record)
+        files.write({files.made[0]: _best_text(path, recipe, ranked[0], files.record).encode()}, record)
     remove_ours(files.state)
     return ranked, record
 
