@@ -21,16 +21,24 @@ from adarank.errors import AdaRankError
 from adarank.workflow.analyse import Analysed, Options, analyse
 from text_zoo import ADAPT, make_zoo, recipe
 
+TASKS = {"mood": 2, "colour": 3, "size": 2}
+
 DATA_ONLY = Options(image="none")
-QUICK: dict[str, dict[str, Any]] = {}
+QUICK: dict[str, dict[str, Any]] = {
+    "components": {"tasks": ["mood"], "top": 0.05},
+    "rank-sweep": {"shares": [0, 0.5]},
+    "task-count": {"methods": {"average": {}}},
+    "landscape": {"points": 2, "shares": [0.5], "cart": [1], "ta": []},
+}
 """Settings with which a figure has little to compute."""
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_zoo(tmp_path_factory.mktemp("analyse"))
-    adarank.merge_recipe(recipe(folder, "adarank.yaml", **ADAPT), folder / "merged")
-    adarank.merge_recipe(recipe(folder), folder / "plain")
+    folder = make_zoo(tmp_path_factory.mktemp("analyse"), tasks=TASKS)
+    models = [{"model": f"models/{task}", "task": {"name": task, "data": f"data/{task}.tsv"}} for task in TASKS]
+    adarank.merge_recipe(recipe(folder, "adarank.yaml", models=models, **ADAPT), folder / "merged")
+    adarank.merge_recipe(recipe(folder, models=models), folder / "plain")
     return folder
 
 
@@ -199,7 +207,7 @@ def test_scores_and_losses_are_those_of_evaluate(zoo: Path, tmp_path: Path) -> N
     rows = run(zoo, "radar", tmp_path / "radar").rows
     losses = [
         {"model": f"models/{task}", "task": {"name": task, "data": f"data/{task}.tsv", "metric": "loss"}}
-        for task in ("mood", "colour")
+        for task in TASKS
     ]
     recipe(zoo, "losses.yaml", models=losses)
     scores = adarank.evaluate_recipe(zoo / "recipe.yaml", [zoo / "merged"]).rows

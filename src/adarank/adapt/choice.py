@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from adarank.adapt.agreement import Judged, change, level, mean_agreement, worse
+from adarank.adapt.agreement import Judged, level, mean_agreement, standard_error, worse
 
 SHARES = (0.8, 0.6, 0.4, 0.2)  # of the way from the start: the points of the line search
 
@@ -93,17 +93,17 @@ def choose_best(judged: Mapping[int, Judged], tolerance: float, points: Sequence
         if fits(point, judged, tolerance) and mean_agreement(point.judged) > mean_agreement(kept.judged):
             kept = point
     start, now = (f"{100 * mean_agreement(judgement):.2f}%" for judgement in (judged[0], kept.judged))
-    within = f", beyond {tolerance:g} standard error(s)" if tolerance else ""
+    within = f" by more than {tolerance:g} standard error(s)" if tolerance else ""
     later = {s: worse(judgement, judged[0], tolerance) for s, judgement in judged.items() if s > 0}
     if kept.step > 0:
-        why = f"mean agreement with the experts {now}, {start} at the start; no task lost more inputs than it gained{within}"
+        why = f"mean agreement with the experts {now}, {start} at the start; no task agrees less{within}"
         return Choice(kept.step, why, share=kept.share)
     if not later:
         return Choice(0, "no step was taken")
     fell = Counter(task for tasks in later.values() for task in tasks)
     refused = sum(bool(tasks) for tasks in later.values())
     names = ", ".join(f"{task} at {times}" for task, times in fell.most_common(3))
-    least = f"; at {refused} of them a task lost more inputs than it gained{within} ({names})" if refused else ""
+    least = f"; at {refused} of them a task agreed less with its expert{within} ({names})" if refused else ""
     on_line = f" and {len(points)} points on the line to it" if points else ""
     why = f"none of {len(later)} judged steps{on_line} was better than the start (mean agreement {start}){least}"
     return Choice(0, why + _forgone(judged), rolled_back=True)
@@ -119,7 +119,8 @@ def _forgone(judged: Mapping[int, Judged]) -> str:
     step = nearest_step(judged)
     if step == 0:
         return ""
-    changes = [change(judged[step][task], first) for task, first in judged[0].items()]
-    errors = max((lost - gained) / math.sqrt(lost + gained) for lost, gained in changes if lost + gained)
+    errors = max(
+        (first.agreement - judged[step][t].agreement) / standard_error(first) for t, first in judged[0].items()
+    )
     needed = math.ceil(10 * errors) / 10
     return f"; step {step}, at {100 * mean_agreement(judged[step]):.2f}%, would be kept with tolerance: {needed:g}"

@@ -62,8 +62,7 @@ class AdaptSettings(Settings):
         check_inputs: inputs per task that a judgement looks at, at most.
         keep: `best`: of the judged steps at which no task is behind its start, within the `tolerance`, the latest that is as near
             to the experts as any; the start if there is none. `last`: the last step, as in the papers.
-        tolerance: how many standard errors more inputs a task may lose than it gains, of those on which it agrees with its
-            expert, before it counts as behind its start; with 0 it may not lose more than it gains.
+        tolerance: how many standard errors a task's agreement may fall below the start's; with 0 it may not fall at all.
 
     Raises:
         RecipeError: from a mapping or a recipe, for an unknown setting or a value out of range.
@@ -98,7 +97,7 @@ class AdaptSettings(Settings):
     check_inputs: int = Field(256, ge=1, description="inputs per task that a judgement looks at, at most")
     keep: Literal["best", "last"] = Field("best", description="which step's weights are written")
     tolerance: float = Field(
-        1.0, ge=0, description="standard errors by which a task may lose more inputs than it gains since the start"
+        1.0, ge=0, description="standard errors that a task's agreement may fall below the start's"
     )
 
     @field_validator("objective", mode="before")

@@ -61,7 +61,7 @@ def lines(
     """A line per series, each with its colour and mark; with `errors` a bar at every point."""
     for number, (name, points) in enumerate(series.items()):
         across, up = [x for x, _ in points], [y for _, y in points]
-        how = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)], "label": name,
+        how: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)], "label": name,
                "linestyle": (dashes or {}).get(name, DASHES[number // len(COLOURS) % len(DASHES)])}  # fmt: skip
         if errors is None:
             axis.plot(across, up, **how)
@@ -102,6 +102,16 @@ def heat(
     axis.set_xlabel(across)
     if bar:
         axis.figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02)
+
+
+def contours(axis: Any, heights: Mapping[tuple[float, float], float], title: str) -> None:
+    """Heights over a grid of places, filled between lines of equal height."""
+    across, up = (sorted({place[side] for place in heights}) for side in (0, 1))
+    cells = [[heights[x, y] for x in across] for y in up]
+    filled = axis.contourf(across, up, cells, levels=12, cmap="cividis")
+    axis.figure.colorbar(filled, ax=axis, fraction=0.05, pad=0.02)
+    axis.grid(False)
+    axis.set_title(title)
 
 
 def layer_ticks(layers: Sequence[Any]) -> dict[float, str]:

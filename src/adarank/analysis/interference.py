@@ -1,12 +1,9 @@
 """How much task vectors are in each other's way: singular-task interference, and cosines.
 
-    U = [U_1 … U_T], V alike, S = diag(s_1, …, s_T)        the top k components of each task vector of a matrix
-    STI = ‖ (UᵀU - I) S (VᵀV - I) ‖₁                         entry by entry; 0 if all tasks' vectors are orthogonal
-    of two tasks, with A = U_iᵀU_j and B = V_iᵀV_j:          STI = ‖A S_j Bᵀ‖₁ + ‖Aᵀ S_i B‖₁
-    cosine = ⟨τ_i, τ_j⟩ / (‖τ_i‖ ‖τ_j‖)
+    STI ÷ Σs, of all tasks and of each pair               singular-task interference, as in `spectral/overlap.py`
+    cosine = ⟨τ_i, τ_j⟩ / (‖τ_i‖ ‖τ_j‖)                  over all merged tensors together
 
-Singular-task interference is of Gargiulo et al. 2024, arXiv:2412.00081 (Task Singular Vectors). It grows with the
-singular values, so that here it is also given as a share of their sum, Σ_t Σ_r s_tr, which layers can be compared by.
+Gargiulo et al. 2024, arXiv:2412.00081 (Task Singular Vectors).
 """
 
 from __future__ import annotations
@@ -16,19 +13,15 @@ from itertools import combinations
 from math import nan
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from adarank.analysis import drawing
 from adarank.analysis.bench import Bench
 from adarank.analysis.figure import Figure, Row, mean, values_of, where
 from adarank.analysis.ranks import ABOUT
 from adarank.sparsify.threshold import top_count
-from adarank.spectral.svd import Spectrum, spectrum_of
-
-_EVERY = "all"
-"""What stands for all tasks together, or for all tensors."""
+from adarank.spectral.overlap import ALL, interferences
+from adarank.spectral.svd import spectrum_of
 
 
 class Interference(Figure):
@@ -105,34 +98,6 @@ class Interference(Figure):
         return figure
 
 
-def interferences(tops: Mapping[str, Spectrum]) -> list[tuple[str, str, float, float]]:
-    """(task, other, STI, Σs) of each pair of tasks, then of all of them.
-
-    Arguments:
-        tops: task -> the components that count.
-    """
-    u, v = (torch.cat([getattr(top, key) for top in tops.values()], dim=1).double() for key in "uv")
-    s = torch.cat([top.s for top in tops.values()]).double()
-    across_u, across_v = _off_diagonal(u), _off_diagonal(v)
-    columns = dict(zip(tops, torch.arange(s.numel()).split([top.s.numel() for top in tops.values()]), strict=True))
-    entries = []
-    for one, other in combinations(tops, 2):
-        both = torch.cat([columns[one], columns[other]])
-        square = (both[:, None], both[None, :])
-        entries.append((one, other, _interference(across_u[square], s[both], across_v[square]), float(s[both].sum())))
-    return [*entries, (_EVERY, _EVERY, _interference(across_u, s, across_v), float(s.sum()))]
-
-
-def _off_diagonal(vectors: Tensor) -> Tensor:
-    """VᵀV - I, the components of one task among themselves too, where they are orthogonal up to rounding."""
-    product = vectors.T @ vectors
-    return product - torch.eye(len(product), dtype=product.dtype, device=product.device)
-
-
-def _interference(across_u: Tensor, s: Tensor, across_v: Tensor) -> float:
-    return float(((across_u * s) @ across_v).abs().sum())
-
-
 def _row(about: Row, kind: str, task: str, other: str, value: float, of: float | None = None) -> Row:
     relative = None if of is None else value / of if of > 0 else 0.0
     return {**about, "kind": kind, "task": task, "other": other, "value": value, "relative": relative}
@@ -156,13 +121,13 @@ def interference_of_pairs(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
     shares: dict[tuple[str, str], list[float]] = {}
     for row in where(rows, kind="interference"):
         shares.setdefault((str(row["task"]), str(row["other"])), []).append(float(row["relative"]))
-    return {pair: mean(values) for pair, values in shares.items() if pair[0] != _EVERY}
+    return {pair: mean(values) for pair, values in shares.items() if pair[0] != ALL}
 
 
 def interference_by_layer(rows: Sequence[Row]) -> dict[int, float]:
     """Layer -> interference of all tasks ÷ Σs, mean over its matrices; the rows are of one origin."""
     shares: dict[int, list[float]] = {}
-    for row in where(rows, kind="interference", task=_EVERY):
+    for row in where(rows, kind="interference", task=ALL):
         if row["layer"] is not None:
             shares.setdefault(int(row["layer"]), []).append(float(row["relative"]))
     return {layer: mean(values) for layer, values in sorted(shares.items())}

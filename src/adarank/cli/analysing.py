@@ -10,7 +10,7 @@ from typing import Any
 
 from adarank.errors import RecipeError
 
-FIGURES = ("ranks", "interference", "masks", "radar")
+FIGURES = ("components", "ranks", "masks", "radar", "rank-sweep", "task-count", "landscape", "interference")
 
 
 def add(commands: Any, common: argparse.ArgumentParser) -> None:

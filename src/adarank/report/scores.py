@@ -8,6 +8,7 @@ from typing import Any
 
 from adarank.data.metrics import LOSS
 from adarank.errors import DataError
+from adarank.report.figures import radar
 
 _SHARES = ("accuracy", "exact_match")  # metrics that are a share of the inputs, and so have an interval
 _Z = 1.959964  # 95% of a normal distribution lie within
@@ -72,7 +73,11 @@ def score_table(scores: Mapping[str, Any]) -> dict[str, Any]:
             for task, count in counts.items()
         ]
         means = [scores["summary"][model] for model in rows]
+        series = {
+            model: [row["cells"][place]["normalised"] for row in table] for place, model in enumerate(rows) if experts
+        }
         return {
+            "radar": radar("Score, % of the expert's.", list(counts), series) if series else None,
             "split": str(scores["split"]),
             "protocol": str(scores["protocol"]),
             "models": list(rows),

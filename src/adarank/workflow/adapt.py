@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from adarank.adapt.agreement import Judged, collapsed, first_collapse
@@ -15,10 +16,12 @@ from adarank.adapt.live_weights import LiveWeights
 from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.settings import AdaptSettings
 from adarank.data.task import TaskData
+from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
 from adarank.recipe.job import Job
 from adarank.spectral.mask_file import MaskFile
+from adarank.spectral.overlap import described
 from adarank.spectral.svd import stored_spectra
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.heads import learned_heads
@@ -70,9 +73,19 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
         "kept": [round(v, 5) for v in history.kept],
         "mask": live.mask_kind,
         "start_at_edge": method.grid.at_edge(history.starts),
+        **spectra_of(live, masks),
     }
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
     return Adaptation(job, live, masks, report(history, job, settings, data) | of_masks | of_heads, heads)
+
+
+def spectra_of(live: LiveWeights, masks: MaskFile) -> dict[str, Any]:
+    """What a record says of the task vectors' spectra and overlap, before and after; nothing where no matrix was decomposed."""
+    if not masks.masks:
+        return {}
+    blocks = {name: live.blocks[name] for name in masks.masks}
+    with torch.no_grad(), stage("Comparing the spectra", len(blocks)):
+        return {"spectra": described(blocks, masks.masks, masks.lam, masks.tasks)}
 
 
 def telling_of_collapse(note: Note, progress: Progress | None) -> Progress:
