@@ -39,6 +39,7 @@ class Adapting(MergeMethod):
     data: ClassVar[str] = "unlabelled inputs of each task"
     use: ClassVar[str] = "adapts on"
     of_classes: ClassVar[bool] = True
+    takes_steps: ClassVar[bool] = True
     adapt_block: ClassVar[type[Settings] | None] = AdaptSettings
     not_searched: ClassVar[str] = "learns what it writes"
 

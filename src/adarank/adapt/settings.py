@@ -55,6 +55,8 @@ class AdaptSettings(Settings):
         objective: what every task minimises: a name, or a mapping from names to weights.
         objectives: task -> its objective, instead of `objective`.
         self_label: settings of the objective `self-label`.
+        top_logits: of generating models: how many logits of the expert are kept of each token that counts, the largest; all
+            other tokens of the vocabulary are one more, with the probability that is left.
         learn_heads: learn each task's head, too, after masks and λ: towards its expert's predictions, kept if it then agrees
             with the expert more often on inputs held out. `auto`: where the task's objective compares with the expert.
         check_every: steps between two judgements, at which the state is saved, too; `auto` is 40, or two passes over the inputs
@@ -88,6 +90,9 @@ class AdaptSettings(Settings):
     )
     objectives: dict[str, str | Weights] = Field({}, description="task: its own objective")
     self_label: SelfLabel = SelfLabel()
+    top_logits: int = Field(
+        64, ge=1, description="of generating models: logits of the expert that are kept of each token, the largest"
+    )
     learn_heads: bool | Literal["auto"] = Field(
         AUTO, description="learn heads on the merged body afterwards; auto: where the objective looks at the expert"
     )

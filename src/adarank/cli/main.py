@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank import __version__
-from adarank.cli import analysing, reports
+from adarank.cli import analysing, reports, reproducing, scoring, sharing
 from adarank.cli.threads import wait_passively
 from adarank.errors import AdaRankError, Interrupted, RecipeError
 
@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=_merge, left=_left_of_merge)
 
     evaluate = commands.add_parser("evaluate", parents=[tabular], help="base, experts and merged models in one table")
-    evaluate.add_argument("recipe", help="YAML recipe")
+    evaluate.add_argument("recipe", nargs="?", help="YAML recipe")
     evaluate.add_argument("outputs", nargs="*", type=Path, metavar="out", help="folders written by merge")
     evaluate.add_argument(
         "--split", choices=("test", "select"), default="test", help="which split to score (default: test)"
@@ -147,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--per-class", action="store_true", help="precision, recall and F1 of every class, too (csv: of these alone)"
     )
+    scoring.add_from_lm_eval(evaluate)
     evaluate.set_defaults(run=_evaluate, left=_nothing_left)
 
     search = commands.add_parser(
@@ -164,15 +165,9 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
     search.set_defaults(run=_search, left=_left_of_search)
 
-    extract = commands.add_parser(
-        "extract", parents=[common], help="one task of an output as an ordinary folder of transformers"
-    )
-    extract.add_argument("output", type=Path, help="folder that merge wrote: one model with heads, or a bundle")
-    extract.add_argument("task", nargs="?", help="one of its tasks")
-    extract.add_argument("out", type=Path, help="folder to write")
-    extract.add_argument("--task", dest="named", metavar="NAME", help="the same, by name")
-    extract.add_argument("--force", action="store_true", help="replace an existing output of adarank")
-    extract.set_defaults(run=_extract, left=_left_of_merge)
+    sharing.add(commands, common, _nothing_left, _left_of_merge)
+
+    reproducing.add(commands, tabular, _left_of_reproduce)
 
     inspect = commands.add_parser(
         "inspect",
@@ -224,6 +219,10 @@ def _left_of_search(options: argparse.Namespace) -> str:
     from adarank.workflow.left_over import of_search
 
     return of_search(options.best)
+
+
+def _left_of_reproduce(options: argparse.Namespace) -> str:
+    return "Rows that are merged lie in their folders, and an adaptation's last saved step beside its own: the same command goes on."
 
 
 def _left_of_demo(options: argparse.Namespace) -> str:
@@ -295,10 +294,9 @@ def _merge(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from adarank.cli import sheets, show
     from adarank.cli.progress import screen
-    from adarank.workflow.evaluate import evaluate
 
     with screen() as shown:
-        table = evaluate(options.recipe, options.outputs, options.split, shown.note, options.per_class)
+        table = scoring.table_of(options, shown.note)
     parts = [sheets.scores(table), *([sheets.classes(table)] if options.per_class else [])]
     if options.json:
         _print_json(table.plain())
@@ -321,22 +319,6 @@ def _search(options: argparse.Namespace) -> None:
         return
     if not _tabled(options, sheets.points(ranked, record["metrics"])):
         show.searched(ranked, record["metrics"], record["at_the_edge"], level(ranked), options.best)
-
-
-def _extract(options: argparse.Namespace) -> None:
-    from adarank.cli import show
-    from adarank.cli.progress import screen
-    from adarank.outputs.extract import extract
-
-    task = options.named if options.task is None else options.task
-    if task is None or None not in (options.named, options.task):
-        raise RecipeError("extract: one task is needed. Write adarank extract OUTPUT TASK OUT.")
-    with screen():
-        record = extract(options.output, task, options.out, options.force)
-    if options.json:
-        _print_json(record)
-    else:
-        show.extracted(record, options.output, options.out)
 
 
 def _inspect(options: argparse.Namespace) -> None:

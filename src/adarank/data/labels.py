@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from adarank.errors import DataError
 from adarank.io.parsing import parse_json
 
-Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
-Label = int | float | tuple[int, ...]
-"""A class number; a number; or the numbers of all classes that an input has."""
+Problem = Literal["single_label_classification", "multi_label_classification", "regression", "generation"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a generating model's text is scored by.
+
+    Attributes:
+        text: the answer to the prompt; None where the input is running text, which is scored itself.
+        options: what the answer is chosen from; empty where it is free.
+    """
+
+    text: str | None = None
+    options: tuple[str, ...] = ()
+
+
+Label = int | float | tuple[int, ...] | Answer
+"""A class number; a number; the numbers of all classes that an input has; or the answer to a prompt."""
 
 
 def problem_of(config: Mapping[str, Any]) -> Problem:

@@ -3,8 +3,10 @@
     single label    accuracy, f1 (two classes, of class 1), macro_f1, matthews, loss (cross-entropy)
     several labels  micro_f1, macro_f1, exact_match, loss (binary cross-entropy)        a class is predicted where its logit is > 0
     regression      pearson, spearman, loss (mean squared error)
+    generation      perplexity, loss (cross-entropy per token, in nats), token_accuracy, exact_match, choice_accuracy
 
-All are in per cent but the loss, which is as it is, and of which less is better.
+All are in per cent but loss and perplexity, which are as they are, and of which less is better. Those of generation are
+counted token by token: see `models/text_scores.py`.
 """
 
 from __future__ import annotations
@@ -22,21 +24,32 @@ from adarank.data.labels import Label, Problem
 from adarank.errors import DataError
 
 Metric = Literal[
-    "accuracy", "f1", "macro_f1", "micro_f1", "exact_match", "matthews", "pearson", "spearman", "loss"
+    "accuracy", "f1", "macro_f1", "micro_f1", "exact_match", "matthews", "pearson", "spearman", "loss",
+    "perplexity", "token_accuracy", "choice_accuracy",
 ]  # fmt: skip
 METRICS: tuple[str, ...] = get_args(Metric)
 LOSS = "loss"
+PERPLEXITY, TOKEN_ACCURACY, CHOICE_ACCURACY = "perplexity", "token_accuracy", "choice_accuracy"
+EXACT_MATCH = "exact_match"
+_LESS = frozenset({LOSS, "bits_per_byte", "brier_score", "ter", "wer"})  # the last four are of lm-evaluation-harness
 
 _DEFAULTS: dict[Problem, str] = {
     "single_label_classification": "accuracy",
     "multi_label_classification": "micro_f1",
     "regression": "pearson",
+    "generation": PERPLEXITY,
 }
 _KNOWN: dict[Problem, tuple[str, ...]] = {
     "single_label_classification": ("accuracy", "f1", "macro_f1", "matthews", LOSS),
-    "multi_label_classification": ("micro_f1", "macro_f1", "exact_match", LOSS),
+    "multi_label_classification": ("micro_f1", "macro_f1", EXACT_MATCH, LOSS),
     "regression": ("pearson", "spearman", LOSS),
+    "generation": (PERPLEXITY, LOSS, TOKEN_ACCURACY, EXACT_MATCH, CHOICE_ACCURACY),
 }
+
+
+def less_is_better(metric: str) -> bool:
+    """True of losses and perplexities: they are as they are, not in per cent, and the smaller the better."""
+    return metric in _LESS or metric.split(" ")[0].endswith(PERPLEXITY)
 
 
 def chosen_metric(metric: str | None, problem: Problem, classes: int, where: str) -> str:
@@ -154,7 +167,7 @@ def _sides(labels: Sequence[Label], logits: Tensor, problem: Problem) -> tuple[A
 def _counted(metric: str) -> Callable[[Any, Any], float]:
     from sklearn import metrics  # imported on use: it is slow, and merging needs none
 
-    if metric in ("accuracy", "exact_match"):
+    if metric in ("accuracy", EXACT_MATCH):
         return lambda labels, given: float(metrics.accuracy_score(labels, given))
     if metric == "matthews":
         return lambda labels, given: float(metrics.matthews_corrcoef(labels, given))

@@ -170,6 +170,15 @@ def record_digest(content: bytes) -> str:
     return sha256(_DIGEST_ENTRY.sub(f'"{DIGEST}": "{_UNKNOWN}"'.encode(), content))
 
 
+def record_problems(out: Path) -> list[str]:
+    """What is wrong with a record's bytes, by the digest at their end, in sentences."""
+    content = (out / RECORD).read_bytes()
+    if DIGEST.encode() not in content:
+        return [f"{RECORD}: holds no hash of itself (an older version wrote it, or it was changed)"]
+    held = f'"{DIGEST}": "{record_digest(content)}"'
+    return [] if held.encode() in content else [f"{RECORD}: is not as adarank wrote it"]
+
+
 _DIGEST_ENTRY = re.compile(rb'"%s": "[0-9a-f]{64}"(?=\n}\n\Z)' % DIGEST.encode())
 
 

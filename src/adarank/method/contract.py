@@ -44,9 +44,11 @@ class MergeMethod(Settings):
         use: what it does with them, for errors: "adapts on", "takes statistics of".
         labels: the labels that it cannot do without, in words; empty if it can.
         of_classes: True if it reads what networks give as shares of classes, so that of other outputs nothing can be learned.
+        of_inputs: True if it reads one prediction or one vector of each input, so that it is none for models that predict every token.
         in_use: what whoever uses the output must know of every input, a sentence; empty for one model for all.
         by_tensor: its settings may differ by tensor, so that they are parsed when the network's names are known.
         per_model: settings that each model of a recipe may carry.
+        takes_steps: True if it adapts or trains, step by step.
         adapt_block: the settings that a recipe's `adapt` block holds; None if it takes no such block.
         unused: settings of that block that mean nothing here. `defaults`: values of those whose default is another here.
         fixed: settings that have but one value here; the catalogue leaves them out.
@@ -63,9 +65,11 @@ class MergeMethod(Settings):
     use: ClassVar[str] = "reads"
     labels: ClassVar[str] = ""
     of_classes: ClassVar[bool] = False
+    of_inputs: ClassVar[bool] = False
     in_use: ClassVar[str] = ""
     by_tensor: ClassVar[bool] = False
     per_model: ClassVar[tuple[str, ...]] = ()
+    takes_steps: ClassVar[bool] = False
     adapt_block: ClassVar[type[Settings] | None] = None
     unused: ClassVar[frozenset[str]] = frozenset()
     defaults: ClassVar[Mapping[str, Any]] = {}

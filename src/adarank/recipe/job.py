@@ -319,7 +319,9 @@ class _Opening:
         if not self.whole:  # a pattern may be meant for a model that is not here
             select = matching(select, [n for c in (self.base, *self.experts.values()) if c for n in c.tensors])
         keep_embeddings = bool(family and family.keep_embeddings) and self.recipe.kind.keeps_embeddings
-        network = align(self.base, self.experts, select, keep_embeddings, family is not None, kept)
+        network = align(
+            self.base, self.experts, select, keep_embeddings, family is not None and not family.generates, kept
+        )
         _note_unused(network, self.base, self.experts)
         return network
 

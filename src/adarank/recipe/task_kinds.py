@@ -19,8 +19,8 @@ def family_of_tasks(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family
         RecipeError: it cannot be told, there are several, or an expert is no classifier; all problems at once.
     """
     kinds = {name: task.kind or kind_of(experts[name].config) for name, task in recipe.tasks.items()}
-    others = [name for name in recipe.tasks if no_classifier(experts[name].config)]
-    problems = [_no_classifier(name, experts[name]) for name in others]
+    others = [name for name, task in recipe.tasks.items() if no_classifier(experts[name].config, task.kind)]
+    problems = [_no_classifier(name, experts[name], recipe.tasks[name].kind) for name in others]
     problems += [
         f"models: the kind of task '{name}' cannot be told from {experts[name].folder / 'config.json'}. Give task: kind, one of {', '.join(FAMILIES)}."
         for name, kind in kinds.items()
@@ -44,9 +44,11 @@ def check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: Ali
     _refuse([_no_classifier(task, experts[task]) for task in bodies])
 
 
-def _no_classifier(task: str, expert: Checkpoint) -> str:
+def _no_classifier(task: str, expert: Checkpoint, kind: str | None = None) -> str:
+    generates = kind is not None and FAMILIES[kind].generates
+    lacks = f"which is no model of {kind}" if generates else "without the head of a classifier"
     return (
-        f"models: the expert of task '{task}' ({expert.label}) is a {classes_of(expert.config)} by its config.json, without the head of a classifier. "
+        f"models: the expert of task '{task}' ({expert.label}) is a {classes_of(expert.config)} by its config.json, {lacks}. "
         f"Tasks are of {', '.join(FAMILIES)}: give the model that was fine-tuned as one, or no task, as models merge without tasks too."
     )
 

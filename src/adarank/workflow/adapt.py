@@ -14,7 +14,9 @@ from adarank.adapt.agreement import Judged, collapsed, first_collapse
 from adarank.adapt.history import History, Progress
 from adarank.adapt.live_weights import LiveWeights
 from adarank.adapt.methods import AdaptiveMethod
+from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.top_logits import TokenTable
 from adarank.data.task import TaskData
 from adarank.io.progress import stage
 from adarank.io.record import Note
@@ -76,7 +78,14 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
         **spectra_of(live, masks),
     }
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
+    of_masks |= kept_mass(predictions)
     return Adaptation(job, live, masks, report(history, job, settings, data) | of_masks | of_heads, heads)
+
+
+def kept_mass(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    """Of generating models: task -> mean probability, by its expert, of the tokens whose logits were kept."""
+    tables = {task: each.logits for task, each in predictions.items() if isinstance(each.logits, TokenTable)}
+    return {"top_logits_mass": {task: round(table.tokens.mass, 5) for task, table in tables.items()}} if tables else {}
 
 
 def spectra_of(live: LiveWeights, masks: MaskFile) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def learned_heads(job: Job, problem: Problem, note: Note, fill: Fill = _nothing)
     Arguments:
         fill: as for `learn_heads`.
     """
-    if not any(map(problem.learns_head, problem.inputs)):
+    auto = problem.settings.learn_heads == "auto"
+    if not any(problem.learns_head(task) and (problem.models.heads[task] or not auto) for task in problem.inputs):
         return {}, {}
     note("Learning the heads")
     fits = learn_heads(problem, fill)

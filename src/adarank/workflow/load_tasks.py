@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adarank.data.labels import Label, Problem, class_names, problem_of, read_labels
+from adarank.data.labels import Label, Problem, class_names, problem_of
 from adarank.data.metrics import chosen_metric
 from adarank.data.read import Table, read_table
 from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
 from adarank.data.splits import Splits, budgeted, by_file, by_fraction, limited
 from adarank.data.task import TaskData
-from adarank.errors import AdaRankError, DataError, Problems, raise_together
+from adarank.errors import AdaRankError, DataError, Problems, RecipeError, itemise, raise_together
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.progress import advance, stage
 from adarank.models import FAMILIES, kind_of
@@ -58,11 +58,12 @@ class TaskReader:
         Raises:
             DataError: a file, column or label is unusable.
         """
-        columns, problem, classes = self.family.columns(spec), problem_of(config), class_names(config, name)
+        columns, problem = self.family.columns(spec), self.family.problem(config)
+        classes = () if self.family.generates else class_names(config, name)
         metric = chosen_metric(spec.metric, problem, len(classes), f"task '{name}'")
         tables = self.read_inputs(name, spec)
         table: Table = {c: [value for part in tables.values() for value in part[c]] for c in columns}
-        labels = tuple(label for part in tables.values() for label in _labels(part, spec, config, name))
+        labels = tuple(label for part in tables.values() for label in self.family.labels(part, spec, config, name))
         keys = list(zip(*([self.family.key(value) for value in table[c]] for c in columns), strict=True))
         counts = {split: len(part[columns[0]]) for split, part in tables.items()}
         whole = not isinstance(spec.data, SplitData)
@@ -99,7 +100,7 @@ class TaskReader:
         if not given:
             raise DataError(f"task '{name}': none of adapt, select and test is given. Give at least one file.")
         return {
-            split: read_table(source, self.folder, columns, [spec.columns.label], self.family.paths)
+            split: read_table(source, self.folder, columns, self.family.label_columns(spec), self.family.paths)
             for split, source in given.items()
         }
 
@@ -189,18 +190,15 @@ def _left_alone(opened: Opened, spec: TaskSpec) -> bool:
     return (spec.data is None and not opened.sound) or any(isinstance(part, HubData) for part in parts)
 
 
-def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[Label | None]:
-    if spec.columns.label not in table:
-        return [None] * len(next(iter(table.values())))
-    return read_labels(table[spec.columns.label], config, name)
-
-
 def refuse_without_classes(job: Job) -> None:
     """Refuse tasks whose outputs are no classes, where the recipe has what networks give read as shares of classes.
 
     Raises:
         DataError: there are such tasks; all are named.
     """
+    if job.family is not None and job.family.generates:
+        _refuse_of_generating(job, job.family)
+        return
     if job.method.of_classes:
         who = f"'{job.method.name}'"
     elif job.recipe.heads == "learn":
@@ -215,6 +213,20 @@ def refuse_without_classes(job: Job) -> None:
             if problem_of(expert.config) != "single_label_classification"
         ]
     )
+
+
+def _refuse_of_generating(job: Job, family: Family) -> None:
+    """Refuse what is of classifiers alone in a recipe of generating models."""
+    name = job.method.name
+    texts = []
+    if job.method.of_inputs:
+        texts.append(f"merge_method: '{name}' reads one prediction of each input, and models of {family.kind} predict every token. Use one such as adarank, regmean or ties.")  # fmt: skip
+    if job.recipe.heads == "learn":
+        texts.append(f"heads: learn is for classifiers: models of {family.kind} have no head of a task. Remove heads.")
+    if job.method.in_force().get("adapt", {}).get("learn_heads") is True:
+        texts.append(f"adapt: learn_heads is for classifiers: models of {family.kind} have no head of a task. Remove it.")  # fmt: skip
+    if texts:
+        raise RecipeError(texts[0] if len(texts) == 1 else itemise(f"recipe: {len(texts)} problem(s).", texts))
 
 
 def _called(config: Mapping[str, Any]) -> str:

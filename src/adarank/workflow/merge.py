@@ -21,6 +21,7 @@ from adarank.io.output_folder import check_outside, remove_ours
 from adarank.io.progress import stage
 from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import atomic_folder, check_output, check_shards, claimed, state_folder, write_record
+from adarank.outputs.card import write_card
 from adarank.outputs.write import check_side_files, write_result
 from adarank.recipe.draft import Draft
 from adarank.recipe.job import Job, open_job
@@ -29,12 +30,14 @@ from adarank.recipe.plan import describe, unheeded
 from adarank.recipe.reader import RecipeLike, read_draft
 from adarank.recipe.schema import Recipe
 from adarank.workflow.adapt import telling_of_collapse
+from adarank.workflow.answers import with_answers
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
 from adarank.workflow.left_over import state_of
 from adarank.workflow.load_tasks import load_opened, load_tasks, refuse_without_classes
 from adarank.workflow.prepare import Prepared, job_reads_data, prepare, reads_data
 from adarank.workflow.stages import beginning, going_on, merged_stages, worth_keeping
+from adarank.workflow.track import check_trackers, tracked
 
 
 def merge(
@@ -117,6 +120,8 @@ def _check(prepared: Prepared, recipe: Recipe, out: Path, problems: Problems) ->
             check_side_files(job)
         with problems.noted():
             refuse_without_classes(job)
+        with problems.noted():
+            check_trackers(job.recipe.report_to)
     if prepared.stages is None:
         return
     with problems.noted():
@@ -147,8 +152,11 @@ def _run(
     record = {**beginning(job), "versions": versions(), "machine": machine(recipe.device), **(more or {})}
     state = state_of(out)
     with _kept(state) if data else nullcontext():
-        context = RecipeContext(job, data, record, state / "state.pt", note, telling_of_collapse(note, progress))
-        result = job.method.run(context)
+        data = with_answers(job, data, record["inputs"], state, note)
+        about = {name: record[name] for name in ("recipe", "settings", "seed")}
+        with tracked(recipe.report_to, out, state, about, note, telling_of_collapse(note, progress)) as following:
+            context = RecipeContext(job, data, record, state / "state.pt", note, following)
+            result = job.method.run(context)
         if recipe.heads == "learn":
             result, of_heads = with_learned_heads(context, result)
             record |= of_heads
@@ -156,6 +164,7 @@ def _run(
     with atomic_folder(out, force) as folder, stage("Writing", job.output_bytes()):
         record |= write_result(folder, job, result)
         record |= {**result.recorded(), **unheeded(job), "plan": describe(job), **clock.spent()}
+        write_card(folder, record)
         write_record(folder, record)
     return record
 

@@ -26,6 +26,7 @@ from adarank.recipe.job import Job, open_job
 from adarank.recipe.paths import portable
 from adarank.recipe.plan import settings_in_force
 from adarank.recipe.schema import Recipe
+from adarank.workflow.answers import FOLDER as ANSWERS
 
 Run = Callable[[Job, Path, Mapping[str, TaskData], Clock], dict[str, Any]]
 _LEFT_OUT = ("plan", "files", "versions", "machine")
@@ -131,5 +132,6 @@ def going_on(state: Path, note: Note) -> Iterator[None]:
 
 
 def worth_keeping(state: Path) -> bool:
-    """Whether a run can go on from what lies there: a saved state, of a start that is adapted itself too, or a merged stage."""
-    return any(state.rglob("state.pt")) or any(state.rglob(RECORD))
+    """Whether a run can go on from what lies there: a saved state, of a start that is adapted itself too, generated answers, or a
+    merged stage."""
+    return any(state.rglob("state.pt")) or any(state.rglob(f"{ANSWERS}/*/*.pt")) or any(state.rglob(RECORD))
