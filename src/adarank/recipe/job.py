@@ -328,7 +328,7 @@ class _Opening:
 
 def _method(recipe: Recipe, network: AlignedCheckpoints, family: Family | None) -> MergeMethod:
     """The recipe's method, checked against the network, as is the form of its output: before anything is computed."""
-    method = recipe.method(network.merged(), text=bool(family and family.keep_embeddings))
+    method = recipe.method(network.merged(), text=bool(family and not family.paths))
     method.check(network)
     if recipe.output.lora is not None:
         slots_of(network)
