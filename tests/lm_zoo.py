@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ import torch
 import transformers
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import adarank
+from adarank.recipe.job import open_job
+from adarank.recipe.reader import load_recipe
+from adarank.workflow.load_tasks import load_tasks
 
 WORDS = "the a cat dog sees likes red blue big small and runs sleeps here there now".split()  # noqa: SIM905
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -107,3 +114,19 @@ def recipe(folder: Path, name: str = "recipe.yaml", task: dict[str, Any] | None 
     path = folder / name
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
     return path
+
+
+def model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).float().eval()
+
+
+def texts(zoo: Path, task: str, split: str) -> Iterator[Tensor]:
+    """The tokens of a split's rows, as the tokenizer gives them."""
+    rows = [json.loads(line)["text"] for line in (zoo / "data" / f"{task}.jsonl").read_text().splitlines()]
+    tokens = AutoTokenizer.from_pretrained(zoo / "models" / "base")
+    data = load_tasks(open_job(load_recipe(recipe(zoo))))
+    return (tokens(rows[row], return_tensors="pt").input_ids for row in data[task].splits.rows[split])
+
+
+def evaluated(path: Path, *outputs: Path) -> dict[str, dict[str, float]]:
+    return adarank.evaluate_recipe(path, outputs).rows

@@ -110,7 +110,7 @@ def test_an_interrupted_run_generates_what_is_left(llama: Path, monkeypatch: pyt
 
 def test_predictions_are_kept_expert_by_expert(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = open_job(load_recipe(recipe(llama, "kept.yaml", **ADAPT)))
-    data, models, settings = load_tasks(job), build_models(job), AdaptSettings(top_logits=5)
+    data, models, settings = load_tasks(job), build_models(job), AdaptSettings(self_label={"top_logits": 5})
     logits, passes = CausalModels.logits, []
 
     def counted(self: CausalModels, module: Any, batch: Any) -> Tensor:

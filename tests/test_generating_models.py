@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import adarank
 from adarank.adapt.settings import AdaptSettings
@@ -24,7 +23,7 @@ from adarank.recipe.reader import load_recipe
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.problem import expert_predictions, problem_of
-from lm_zoo import ADAPT, TASKS, WORDS, make_zoo, recipe, write
+from lm_zoo import ADAPT, TASKS, WORDS, evaluated, make_zoo, model, recipe, texts, write
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +43,6 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged(zoo: Path) -> Path:
     adarank.merge_recipe(recipe(zoo, "adapted.yaml", **ADAPT), zoo / "adapted")
     return zoo / "adapted"
-
-
-def model(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).float().eval()
-
-
-def texts(zoo: Path, task: str, split: str) -> Iterator[Tensor]:
-    """The tokens of a split's rows, as the tokenizer gives them."""
-    rows = [json.loads(line)["text"] for line in (zoo / "data" / f"{task}.jsonl").read_text().splitlines()]
-    tokens = AutoTokenizer.from_pretrained(zoo / "models" / "base")
-    data = load_tasks(open_job(load_recipe(recipe(zoo))))
-    return (tokens(rows[row], return_tensors="pt").input_ids for row in data[task].splits.rows[split])
-
-
-def evaluated(path: Path, *outputs: Path) -> dict[str, dict[str, float]]:
-    return adarank.evaluate_recipe(path, outputs).rows
 
 
 @torch.no_grad()
@@ -219,7 +202,7 @@ def plain_kl(zoo: Path, rows: list[int], top: int) -> float:
 def test_the_loss_is_the_divergence_over_all_tokens(zoo: Path, top: int) -> None:
     job = open_job(load_recipe(recipe(zoo, "loss.yaml", **ADAPT)))
     data, models = load_tasks(job), build_models(job)
-    settings = AdaptSettings(batch_size=4, top_logits=top)
+    settings = AdaptSettings(batch_size=4, self_label={"top_logits": top})
     problem = problem_of(job, models, data, settings, expert_predictions(job, models, data, settings))
     with torch.no_grad():
         rows = list(data["verse"].adapt_rows(3, 4))

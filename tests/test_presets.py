@@ -50,7 +50,7 @@ MASKS: Mapping[str, Any] = {
     "basis": "task_vectors", "returnable": True, "mask": "binary", "first": "top", "seed": 0,
 }  # fmt: skip
 LOOP: Mapping[str, Any] = {
-    "objective": "entropy", "objectives": {}, "schedule": "constant", "learn_heads": False, "keep": "last", "top_logits": 64,
+    "objective": "entropy", "objectives": {}, "schedule": "constant", "learn_heads": False, "keep": "last", "precision": "float32",
 }  # fmt: skip
 # Nothing that a preset gives depends on these: how steps are judged, and settings of another objective.
 IDLE: Mapping[str, Any] = {

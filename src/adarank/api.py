@@ -195,6 +195,7 @@ def adapt(
     with torch.enable_grad():  # whatever the caller has switched off
         problem = Problem(models, inputs, loop, call, predictions, function)
         history = problem.adapt(live, chosen.grid, progress=progress)
+    live.settle()
     live.zero_grad()
     fits = learn_task_heads(problem)
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}

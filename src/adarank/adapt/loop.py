@@ -32,6 +32,7 @@ from adarank.adapt.learner import Learner, Loss, Memory, between
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import Grid, Tried, best_of, find_start
 from adarank.errors import AdaptationError, Interrupted
+from adarank.io import processes
 from adarank.io.state import read_state, write_state
 
 SAVED_WITHIN = 60.0  # seconds: the state is saved at every judgement, and in between where steps take long
@@ -86,7 +87,7 @@ def adapt(
             run.judge_if_due()
             if progress:
                 progress(run.history, settings.steps)
-            if stopped and not run.over():
+            if any(processes.gathered(bool(stopped))) and not run.over():
                 run.stop()
             run.save_if_due()
         run.search_line(stopped)
@@ -147,11 +148,12 @@ class _Run:
         step = self.history.step
         self.live.zero_grad()
         values = []
-        for loss in losses.values():
+        for loss in processes.share(list(losses.values())):
             value = loss(step)
             value.backward()
             values.append(value.detach())
-        step_losses = dict(zip(losses, torch.stack(values).tolist(), strict=True))
+        shared = processes.whole(torch.stack(values).tolist() if values else [])
+        step_losses = dict(zip(losses, shared, strict=True))
         self._check(step_losses)
         self.live.pull_back()
         self._check_gradients()
@@ -190,7 +192,7 @@ class _Run:
         self.save()
         last = self._now()
         for step, share in points:
-            if stopped:
+            if any(processes.gathered(bool(stopped))):
                 self._set(last)
                 self.stop()
             on_line = between(self.start, self.nearest, share)
@@ -272,6 +274,9 @@ class _Run:
         self.saved = time.monotonic()
         if self.state is None:
             return
+        memory = self._memory()
+        if processes.rank() > 0:
+            return
         content: dict[str, Any] = {
             "fingerprint": self.fingerprint,
             "learned": self._now(),
@@ -290,9 +295,16 @@ class _Run:
             "best": self.best,
             "nearest": self.nearest,
             "starts": [asdict(tried) for tried in self.history.starts],
-            "memory": {name: tensor.cpu() for name, tensor in self.memory.items()},
+            "memory": memory,
         }
         write_state(self.state, content, "the state")
+
+    def _memory(self) -> dict[str, Tensor]:
+        """What the losses remember, of several processes each task's by the one that steps it."""
+        memories = processes.gathered({name: tensor.cpu() for name, tensor in self.memory.items()})
+        stepped_by = {task: number % len(memories) for number, task in enumerate(self.history.losses)}
+        names = dict.fromkeys(name for memory in memories for name in memory)
+        return {name: memories[stepped_by.get(name, 0)][name] for name in names}
 
     def restore(self) -> bool:
         """Continue from the saved state; False if there is none."""

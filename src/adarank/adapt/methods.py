@@ -144,6 +144,11 @@ class AdaptiveMethod(Adapting):
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
 
     @classmethod
+    def shares_work(cls) -> bool:
+        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up."""
+        return True
+
+    @classmethod
     def memory(cls) -> str:
         """What is held at a time: all merged tensors, since networks are run."""
         parts = "spectra" if cls().spectra else "task vectors"
@@ -169,7 +174,15 @@ class AdaptiveMethod(Adapting):
             return info.numel
         rows = info.shape[0] if info.shape else 1
         columns = info.numel // max(1, rows)
-        return min(rows, columns) * (rows + columns)
+        factors = min(rows, columns) * (rows + columns)
+        if self.soft:
+            return factors + (factors // 2 if self.settings.precision == "bfloat16" else 0)
+        return factors + (info.numel if max(self.grid.ranks) > 0.5 else 0)  # whole task vectors, less what is pruned
+
+    @property
+    def soft(self) -> bool:
+        """Whether masks are any numbers; else components are kept or not."""
+        return False
 
     def run(self, context: Context) -> Result:
         """Adapt, from a saved state if there is one. Reads no label."""
@@ -179,7 +192,7 @@ class AdaptiveMethod(Adapting):
         """How task vectors are decomposed into blocks. May read every tensor, one at a time."""
         return BASES["task_vectors"]
 
-    def learn(self) -> Learn:
+    def learn(self, settings: AdaptSettings) -> Learn:
         """What is learned, and how its gradient is taken."""
         return Learn(self.learn_masks, self.learn_lambda, clamp=self.clamp, per=self.lambda_per)
 
@@ -195,7 +208,7 @@ class AdaptiveMethod(Adapting):
         return LiveWeights(
             {name: shared[name] for name in network.merged()},
             build_blocks(network, self.origin, device, self.spectra, basis),
-            self.learn(),
+            self.learn(settings),
             self.grid.scales[self.grid.first[1]],
             self.grid.ranks[self.grid.first[0]],
             basis=basis,
@@ -284,18 +297,24 @@ class AdaRank(AdaptiveMethod):
         """False if nothing needs decomposing; bases of other methods always do."""
         return super().spectra or self.basis != "task_vectors"
 
+    @property
+    def soft(self) -> bool:
+        """Whether soft masks are learned."""
+        return self.mask == "soft" and self.learn_masks
+
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         """The basis that the settings name."""
         return BASES[self.basis]
 
-    def learn(self) -> Learn:
+    def learn(self, settings: AdaptSettings) -> Learn:
         """What is learned: also which kind of mask, and whether pruned components may come back."""
         return replace(
-            super().learn(),
+            super().learn(settings),
             returnable=self.returnable,
             mask=self.mask,
             first=self.first,
             seed=self.seed,
+            precision=settings.precision,
         )
 
 

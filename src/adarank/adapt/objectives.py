@@ -38,12 +38,17 @@ class SelfLabel(Settings):
         temperature: divides both logits; the loss is multiplied by its square, so that gradients keep their size.
         hard: the target is the expert's most probable class, not its probabilities.
         confidence: inputs where the expert's largest probability is below this are left out.
+        top_logits: of generating models: how many logits of the expert are kept of each token that counts, the largest; all
+            other tokens of the vocabulary are one more, with the probability that is left.
     """
 
     temperature: float = Field(1.0, gt=0, description="divides both logits before the softmax")
     hard: bool = Field(False, description="target: the expert's most probable class instead of its probabilities")
     confidence: float = Field(
         0.0, ge=0, lt=1, description="inputs where the expert's largest probability is below this are left out"
+    )
+    top_logits: int = Field(
+        64, ge=1, description="of generating models: logits of the expert that are kept of each token, the largest"
     )
 
     @model_validator(mode="after")
@@ -210,7 +215,10 @@ def _given(tensor: Tensor | None) -> Tensor:
 Loss = Callable[[View, SelfLabel], Tensor]
 _BUILT_IN: dict[str, Loss] = {
     "self-label": lambda v, labels: self_label(
-        v.logits if v.matched is None else v.matched, _given(v.expert), **labels.model_dump(), rest=v.rest
+        v.logits if v.matched is None else v.matched,
+        _given(v.expert),
+        **labels.model_dump(exclude={"top_logits"}),
+        rest=v.rest,
     ),
     "entropy": lambda v, _: entropy(v.logits),
     "infomax": lambda v, _: infomax(v.logits, _given(v.mean)),

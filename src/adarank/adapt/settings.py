@@ -15,10 +15,12 @@ AUTO: Literal["auto"] = "auto"
 EVERY = 40  # steps between two judgements, at most
 PASSES = 2  # over the inputs of the task that has fewest: from few inputs a model learns, and overfits, sooner
 SHORTEST = 5  # steps between two judgements, at least
+Precision = Literal["float32", "bfloat16"]
 _NAMES = ", ".join(OBJECTIVES.built_in)
 
 # Settings that are no more -> what stands in their place.
 _REPLACED = {
+    "top_logits": "is a setting of self-labels: self_label: {top_logits}",
     "balance": "tasks count equally in every step, and a step that leaves one behind its start is not kept (keep: best)",
     "patience": "all `steps` are taken, and the best judged one is kept. Set fewer `steps`",
     "repair": "there is none: where the best step leaves a task behind, the line from the start to it is searched",
@@ -55,10 +57,11 @@ class AdaptSettings(Settings):
         objective: what every task minimises: a name, or a mapping from names to weights.
         objectives: task -> its objective, instead of `objective`.
         self_label: settings of the objective `self-label`.
-        top_logits: of generating models: how many logits of the expert are kept of each token that counts, the largest; all
-            other tokens of the vocabulary are one more, with the probability that is left.
         learn_heads: learn each task's head, too, after masks and λ: towards its expert's predictions, kept if it then agrees
             with the expert more often on inputs held out. `auto`: where the task's objective compares with the expert.
+        precision: of the products with singular components while soft masks are learned. `bfloat16` is about three times as fast
+            where the processor has units for it and matrices have a few hundred rows; it takes half as much memory again for components. What is
+            written is composed in float32 in either.
         check_every: steps between two judgements, at which the state is saved, too; `auto` is 40, or two passes over the inputs
             of the task with the fewest where that is less, 5 at least.
         check_inputs: inputs per task that a judgement looks at, at most.
@@ -90,11 +93,11 @@ class AdaptSettings(Settings):
     )
     objectives: dict[str, str | Weights] = Field({}, description="task: its own objective")
     self_label: SelfLabel = SelfLabel()
-    top_logits: int = Field(
-        64, ge=1, description="of generating models: logits of the expert that are kept of each token, the largest"
-    )
     learn_heads: bool | Literal["auto"] = Field(
         AUTO, description="learn heads on the merged body afterwards; auto: where the objective looks at the expert"
+    )
+    precision: Precision = Field(
+        "float32", description="of the products with singular components while soft masks are learned"
     )
     check_every: int | Literal["auto"] = Field(
         AUTO, description="steps between two judgements without labels; auto: 40, fewer where inputs are few"

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from adarank.errors import OutputError, itemise
@@ -156,12 +157,17 @@ def remove_ours(folder: Path) -> None:
             folder.rmdir()
 
 
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Path under `folder` -> what tells a file from others: its length and its SHA-256. The record is not among them."""
+def list_files(folder: Path, known: Mapping[str, str | None] = MappingProxyType({})) -> dict[str, dict[str, Any]]:
+    """Path under `folder` -> what tells a file from others: its length and its SHA-256. The record is not among them.
+
+    Arguments:
+        known: the same paths -> SHA-256, where it is known already.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RECORD)
+    names = {path.relative_to(folder).as_posix(): path for path in files}
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in files
+        name: {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
+        for name, path in names.items()
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from adarank.data.task import Batch
@@ -57,12 +58,12 @@ class Prompts:
     form: Callable[[Any, Sequence[Passage]], Batch]
     lacks_answers: bool = False
 
-    @property
+    @cached_property
     def lengths(self) -> Sequence[int]:
         """Tokens of each row."""
         return [passage.length for passage in self.passages]
 
-    @property
+    @cached_property
     def predictions(self) -> Sequence[int]:
         """How many predictions a model gives for each row: as many as tokens count."""
         return [len(passage.answer) for passage in self.passages]

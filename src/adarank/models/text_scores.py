@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from adarank.data.labels import Answer
@@ -78,11 +78,8 @@ def passage_losses(
     family: GeneratingModels, module: nn.Module, prompts: Prompts, passages: Mapping[K, Passage]
 ) -> dict[K, TextLoss]:
     """Of each passage the loss of the tokens that count, in batches of like length."""
-    device = next(module.parameters()).device
     losses: dict[K, TextLoss] = {}
-    for keys in _batches(passages, family.token_budget):
-        batch = {name: tensor.to(device) for name, tensor in prompts.form(prompts.tokenizer, [passages[k] for k in keys]).items()}  # fmt: skip
-        logits, counted = family.logits(module, batch), family.counted(batch)
+    for keys, logits, counted in _predicted(family, module, prompts, passages):
         each = functional.cross_entropy(logits, counted, reduction="none").double()
         right = logits.argmax(dim=-1) == counted
         sizes = [len(passages[key].answer) for key in keys]
@@ -90,6 +87,26 @@ def passage_losses(
             losses[key] = TextLoss(len(loss), float(loss.sum()), int(hits.sum()))
         advance(len(keys))
     return losses
+
+
+def parts_of_loss(family: GeneratingModels, module: nn.Module, data: TaskData, split: Split) -> Iterator[Tensor]:
+    """Scalars with their graphs, one for each batch of a split, which add up to the mean loss per token that counts."""
+    prompts, answers = _references(data, split)
+    passages = {row: family.scored(prompts, row, answer.text) for row, answer in answers.items()}
+    tokens = sum(len(passage.answer) for passage in passages.values())
+    for _, logits, counted in _predicted(family, module, prompts, passages):
+        yield functional.cross_entropy(logits, counted, reduction="sum") / tokens
+
+
+def _predicted(
+    family: GeneratingModels, module: nn.Module, prompts: Prompts, passages: Mapping[K, Passage]
+) -> Iterator[tuple[list[K], Tensor, Tensor]]:
+    """(keys of passages, what the model predicts for their tokens that count, these tokens), in batches of like length."""
+    device = next(module.parameters()).device
+    for keys in _batches(passages, family.token_budget):
+        formed = prompts.form(prompts.tokenizer, [passages[key] for key in keys])
+        batch = {name: tensor.to(device) for name, tensor in formed.items()}
+        yield keys, family.logits(module, batch), family.counted(batch)
 
 
 def _references(data: TaskData, split: Split) -> tuple[Prompts, dict[int, Answer]]:

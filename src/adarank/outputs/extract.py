@@ -85,7 +85,8 @@ def extract(output: str | Path, task: str, out: str | Path, force: bool = False)
     }
     check_outside(resolved(out), [source.folder])
     with atomic_folder(out, force) as target:
-        write_folders(target, layout, _finite(tensors, source.folder), source.module_paths())
+        given = _finite(tensors, source.folder)
+        digests = write_folders(target, layout, lambda wanted: given, source.module_paths())
         for file, name in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target / name)  # with its permissions
@@ -97,7 +98,7 @@ def extract(output: str | Path, task: str, out: str | Path, force: bool = False)
             shutil.copy(source.head_file(task), beside)
             write_json(beside / CONFIG, source.config(task))
         write_card(target, record)
-        write_record(target, record)
+        write_record(target, record, digests)
     return record
 
 

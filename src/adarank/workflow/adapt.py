@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.top_logits import TokenTable
 from adarank.data.task import TaskData
+from adarank.io import processes
 from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
@@ -68,6 +70,9 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     problem = problem_of(job, models, data, settings, predictions)
     run.note("Adapting")
     history = problem.adapt(live, method.grid, run.state, fingerprint, run.progress)
+    live.settle()
+    bits = [tensor.detach().numpy().tobytes() for tensor in live.learned().values()]
+    processes.check_agreement("masks and λ", [hashlib.sha256(part).hexdigest() for part in bits])
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = live.mask_file(job.network.tasks, method.origin, about)
     of_masks = {

@@ -15,11 +15,13 @@ from torch import Tensor
 from adarank.adapt import problem
 from adarank.adapt.learner import Memory
 from adarank.adapt.objectives import NEED_FEATURES
+from adarank.adapt.outcomes import Outcomes, outcomes_of
 from adarank.adapt.problem import BatchPredictions, Chunk, Predict, Predictions, Problem, needs_targets, predictor
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.top_logits import TokenTable, TopLogits
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
+from adarank.io import processes
 from adarank.io.progress import advance, stage
 from adarank.io.record import Note
 from adarank.io.state import read_kept, write_state
@@ -50,6 +52,12 @@ class TableInputs:
     def one_pass(self) -> int:
         """Steps after which each row of the adapt split has been seen."""
         return self.data.one_pass(self.settings.batch_size)
+
+    def outcomes(self, expert: Predictions | None) -> Outcomes:
+        """How outputs are read as predictions, by what the task's model gives."""
+        data, split = self.judged
+        judged = expert.logits[list(data.splits.rows[split])] if expert is not None else None
+        return outcomes_of(self.data.problem, judged if isinstance(judged, Tensor) else None)
 
     @property
     def generate(self) -> bool:
@@ -114,7 +122,7 @@ class TableInputs:
         return split_batches(self.family, data, split, self.device)
 
     def _table(self, rows: list[int], values: list[Tensor]) -> Tensor:
-        table = torch.zeros(len(self.data.examples.lengths), values[0].shape[-1])
+        table = torch.zeros(len(self.data.examples.lengths), *values[0].shape[1:])
         table[rows] = torch.cat(values)
         return table
 
@@ -164,12 +172,16 @@ def expert_predictions(
     inputs = table_inputs(job, data, settings)
     rows = {task: of_task.rows_to_predict(needs_targets(settings, task)) for task, of_task in inputs.items()}
     kinds = {
-        task: [bool(NEED_FEATURES & settings.weights(task).keys()), settings.top_logits if of_task.generate else None]
+        task: [
+            bool(NEED_FEATURES & settings.weights(task).keys()),
+            settings.self_label.top_logits if of_task.generate else None,
+        ]
         for task, of_task in inputs.items()
     }
     store = _Store(folder, {task: _digest([mark, task, rows[task], kinds[task]]) for task in inputs})
     known = {task: kept for task in inputs if (kept := store.read(task)) is not None}
-    left = {task: of_task for task, of_task in inputs.items() if task not in known}
+    lacking = {task for of_one in processes.gathered([task for task in inputs if task not in known]) for task in of_one}
+    left = {task: of_task for task, of_task in inputs.items() if task in lacking}
     if left:
         note("Computing the experts' predictions")
         with stage("The experts' predictions", sum(len(part) - 1 for task in left for part in rows[task])):
