@@ -84,9 +84,9 @@ class Setup:
         return found
 
     def live(self) -> LiveWeights:
-        learn = Learn(temperature=self.settings.temperature, clamp=self.settings.clamp)
+        learn = Learn(clamp=self.method.clamp)
         merged = {name: self.models.shared[name] for name in self.job.network.merged()}
-        return LiveWeights(merged, self.blocks, learn, self.method.scale, self.method.rank, self.settings.logit)
+        return LiveWeights(merged, self.blocks, learn, self.method.scale, self.method.rank)
 
     def run_engine(self, steps: int, progress: Any = None) -> LiveWeights:
         live = self.live()
@@ -117,20 +117,19 @@ class Autograd:
 
     def __init__(self, setup: Setup, by_task: bool) -> None:
         self.setup, self.by_task, settings = setup, by_task, setup.settings
-        if settings.clamp is not None or settings.schedule != "constant":
+        if setup.method.clamp is not None or settings.schedule != "constant":
             raise ValueError("The reference has no clamp and no schedule.")
         self.parts = {name: _parts(block) for name, block in setup.blocks.items()}
         self.sizes = {name: block.sizes for name, block in setup.blocks.items()}
         masks = torch.cat([top_mask(sizes, setup.method.rank) for sizes in self.sizes.values()])
-        self.logits = torch.where(masks, settings.logit, -settings.logit).requires_grad_()
+        self.logits = torch.where(masks, 0.1, -0.1).requires_grad_()
         tasks = len(setup.job.network.tasks)
         self.lam = torch.full((len(self.sizes), tasks), setup.method.scale, requires_grad=True)
         self.optimiser = torch.optim.Adam(
             [
                 {"params": [self.lam], "lr": settings.lr_lambda},
                 {"params": [self.logits], "lr": settings.mask_step(False)},
-            ],
-            betas=settings.betas,
+            ]
         )
         self.keys = {task: self._keys(task) for task in setup.job.network.tasks}
 
@@ -145,7 +144,7 @@ class Autograd:
 
     def _weights(self) -> dict[str, Tensor]:
         counts = [sum(sizes) for sizes in self.sizes.values()]
-        masks = StraightThrough.apply(self.logits, self.setup.settings.temperature).split(counts)
+        masks = StraightThrough.apply(self.logits, 10.0).split(counts)
         return {name: self._compose(name, self.lam[row], masks[row]) for row, name in enumerate(self.sizes)}
 
     def _compose(self, name: str, lam: Tensor, mask: Tensor) -> Tensor:
