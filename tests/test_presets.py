@@ -47,10 +47,10 @@ RELEASED: Mapping[str, tuple[str, float, float, int, int, float]] = {
 # temperature 10 from logits of ±0.1, a λ for each task and tensor (also Section 6.1 and Appendix A of the paper).
 MASKS: Mapping[str, Any] = {
     "lambda_per": "tensor", "clamp": None, "learn_masks": True, "learn_lambda": True,
-    "basis": "task_vectors", "returnable": True, "mask": "binary", "first": "top", "seed": 0,
+    "basis": "task_vectors", "returnable": True, "mask": "binary", "first": "top", "seed": 0, "precision": "float32",
 }  # fmt: skip
 LOOP: Mapping[str, Any] = {
-    "objective": "entropy", "objectives": {}, "schedule": "constant", "learn_heads": False, "keep": "last", "precision": "float32",
+    "by": "model", "objective": "entropy", "objectives": {}, "schedule": "constant", "learn_heads": False, "keep": "last",
 }  # fmt: skip
 # Nothing that a preset gives depends on these: how steps are judged, and settings of another objective.
 IDLE: Mapping[str, Any] = {

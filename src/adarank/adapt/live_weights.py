@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.settings import AdaptSettings, Precision
+from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.tying import LambdaPer, tie
 from adarank.errors import RecipeError
 from adarank.io import processes
@@ -23,6 +23,8 @@ from adarank.spectral.blocks import Blocks
 from adarank.spectral.half import HalfFactors
 from adarank.spectral.mask_file import MaskFile
 from adarank.spectral.masks import First, MaskKind, first_mask, hard, pace, soft, straight_through
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)

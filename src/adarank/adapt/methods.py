@@ -19,17 +19,20 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.base import Adapting
-from adarank.adapt.live_weights import Learn, LiveWeights
+from adarank.adapt.live_weights import Learn, LiveWeights, Precision
 from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
+from adarank.alignment.layers import layer_groups
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.errors import RecipeError, itemise
+from adarank.io import processes
 from adarank.method import Context, Given, Outline, Result
 from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
-from adarank.spectral.blocks import build_blocks
+from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import First, MaskKind
 
 
@@ -131,11 +134,29 @@ class AdaptiveMethod(Adapting):
             RecipeError: an unknown preset, or settings that do not fit.
         """
         method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset, given.text)
+        if settings.by == "block":
+            method._check_blocks(given.adapt or {})
         return method.with_settings(settings)
 
     def over(self: A, given: Given) -> A:
         """The method resolved anew: where the models are open it is known whether the tasks are of texts."""
         return type(self).resolve(given) if given.preset else self
+
+    def _check_blocks(self, adapt: Mapping[str, Any]) -> None:
+        """Refuse what means nothing where a block is learned at a time."""
+        problems = [
+            f"adapt.{key}: by: block minimises the distance to what the experts' blocks give. Remove {key}, or use by: model."
+            for key in ("objective", "objectives", "self_label")
+            if key in adapt
+        ]
+        if self.lambda_per in ("task", "model"):
+            problems.append(
+                f"lambda_per: one λ for each {self.lambda_per} cannot be learned a block at a time. Use tensor, layer or shared-layer, or by: model."
+            )
+        if processes.size() > 1:
+            problems.append("adapt.by: block runs in one process. Start it without torchrun, or use by: model.")
+        if problems:
+            raise RecipeError(problems[0] if len(problems) == 1 else itemise("adapt: by block", problems))
 
     @classmethod
     def seeded(cls, given: Given) -> dict[str, Any]:
@@ -160,12 +181,22 @@ class AdaptiveMethod(Adapting):
         return self.spectra
 
     def held_bytes(self, outline: Outline) -> int:
-        """Origin, live weight and gradient of every merged tensor, its spectra or task vectors, what is kept, and heads."""
+        """Live weights, what is kept, heads; and origin, gradient, and spectra or task vectors of every merged tensor, or of the
+        largest block where one is learned at a time."""
         network = outline.network
         numel = {name: info.numel for name, info in network.tensors.items()}
         kept = sum(numel[name] for name, choice in network.choices.items() if choice.action in ("keep", "average"))
-        merged = sum(3 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged())
-        return 4 * (merged + kept + outline.head_numel())
+        learned = {
+            name: 2 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged()
+        }
+        held = sum(learned.values())
+        if self.settings.by == "block":
+            groups = layer_groups(network.merged())
+            held = max(
+                (sum(learned[n] for n, g in zip(learned, groups, strict=True) if g == group) for group in groups),
+                default=0,
+            )
+        return 4 * (sum(numel[name] for name in learned) + held + kept + outline.head_numel())
 
     def _stored(self, network: AlignedCheckpoints, name: str) -> int:
         """Numbers that one task's part of a tensor takes: factors, or the task vector."""
@@ -176,7 +207,7 @@ class AdaptiveMethod(Adapting):
         columns = info.numel // max(1, rows)
         factors = min(rows, columns) * (rows + columns)
         if self.soft:
-            return factors + (factors // 2 if self.settings.precision == "bfloat16" else 0)
+            return factors + (factors // 2 if self.learn().precision == "bfloat16" else 0)
         return factors + (info.numel if max(self.grid.ranks) > 0.5 else 0)  # whole task vectors, less what is pruned
 
     @property
@@ -192,7 +223,7 @@ class AdaptiveMethod(Adapting):
         """How task vectors are decomposed into blocks. May read every tensor, one at a time."""
         return BASES["task_vectors"]
 
-    def learn(self, settings: AdaptSettings) -> Learn:
+    def learn(self) -> Learn:
         """What is learned, and how its gradient is taken."""
         return Learn(self.learn_masks, self.learn_lambda, clamp=self.clamp, per=self.lambda_per)
 
@@ -205,10 +236,17 @@ class AdaptiveMethod(Adapting):
     ) -> LiveWeights:
         """The live weights at the method's start, over the parameters that the networks share."""
         basis = self.decomposition(network, device)
+        blocks = build_blocks(network, self.origin, device, self.spectra, basis)
+        return self.live({name: shared[name] for name in network.merged()}, blocks, settings, basis)
+
+    def live(
+        self, parameters: Mapping[str, Tensor], blocks: Mapping[str, Blocks], settings: AdaptSettings, basis: Basis
+    ) -> LiveWeights:
+        """The live weights of some tensors at the method's start."""
         return LiveWeights(
-            {name: shared[name] for name in network.merged()},
-            build_blocks(network, self.origin, device, self.spectra, basis),
-            self.learn(settings),
+            parameters,
+            blocks,
+            self.learn(),
             self.grid.scales[self.grid.first[1]],
             self.grid.ranks[self.grid.first[0]],
             basis=basis,
@@ -228,6 +266,9 @@ class AdaRank(AdaptiveMethod):
         seed: of random ones; by default the recipe's.
         mask: `soft`: what a component is multiplied by is learned, from 1 where it is kept at the start and 0 where not.
             `binary`: whether it is kept, as in the paper.
+        precision: of the products with singular components while soft masks are learned. `bfloat16` is about three times as fast
+            where the processor has units for it and matrices have a few hundred rows; it takes half as much memory again for components. What is
+            written is composed in float32 in either.
     """
 
     name: ClassVar[str] = "adarank"
@@ -248,6 +289,9 @@ class AdaRank(AdaptiveMethod):
     first: First = Field("top", description="which components the start keeps: the top ones, or random ones, as many")
     seed: int = Field(0, description="of random ones; by default the recipe's seed")
     mask: MaskKind = Field("soft", description="any number for each component, or binary: kept or not, the paper's")
+    precision: Precision = Field(
+        "float32", description="of the products with singular components while soft masks are learned"
+    )
 
     @classmethod
     def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
@@ -260,6 +304,7 @@ class AdaRank(AdaptiveMethod):
             "mask": "binary",
             "first": "top",
             "seed": 0,
+            "precision": "float32",
         }
         if given.get("basis", "task_vectors") != "task_vectors":
             return {**learned, "lambda": 1.0}
@@ -306,15 +351,15 @@ class AdaRank(AdaptiveMethod):
         """The basis that the settings name."""
         return BASES[self.basis]
 
-    def learn(self, settings: AdaptSettings) -> Learn:
+    def learn(self) -> Learn:
         """What is learned: also which kind of mask, and whether pruned components may come back."""
         return replace(
-            super().learn(settings),
+            super().learn(),
             returnable=self.returnable,
             mask=self.mask,
             first=self.first,
             seed=self.seed,
-            precision=settings.precision,
+            precision=self.precision,
         )
 
 

@@ -18,8 +18,8 @@ A = TypeVar("A", bound="AdaptiveMethod")
 # the result depends on is written down, so that a default that changes changes no preset. Step size and batch size are
 # those of AdaRank's Appendix A on images; what it has on text, and how many steps, is `AdaRank.paper_loop`.
 _PAPER: dict[str, Any] = {
-    "objective": "entropy", "objectives": {}, "schedule": "constant", "keep": "last", "lr_masks": 1e-3, "lr_lambda": 1e-3,
-    "batch_size": 16, "steps": 200, "learn_heads": False, "precision": "float32",
+    "by": "model", "objective": "entropy", "objectives": {}, "schedule": "constant", "keep": "last", "lr_masks": 1e-3,
+    "lr_lambda": 1e-3, "batch_size": 16, "steps": 200, "learn_heads": False,
 }  # fmt: skip
 # Two batches of 16 a step, as the released loop really uses. AdaMerging++ takes the same.
 _ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -15,11 +14,11 @@ AUTO: Literal["auto"] = "auto"
 EVERY = 40  # steps between two judgements, at most
 PASSES = 2  # over the inputs of the task that has fewest: from few inputs a model learns, and overfits, sooner
 SHORTEST = 5  # steps between two judgements, at least
-Precision = Literal["float32", "bfloat16"]
 _NAMES = ", ".join(OBJECTIVES.built_in)
 
 # Settings that are no more -> what stands in their place.
 _REPLACED = {
+    "precision": "is a parameter of the method: parameters: {precision: bfloat16}",
     "top_logits": "is a setting of self-labels: self_label: {top_logits}",
     "balance": "tasks count equally in every step, and a step that leaves one behind its start is not kept (keep: best)",
     "patience": "all `steps` are taken, and the best judged one is kept. Set fewer `steps`",
@@ -49,7 +48,9 @@ class AdaptSettings(Settings):
     """How adaptation runs. The defaults were chosen without labels (docs/adaptation.md); `preset: paper` has the papers'.
 
     Arguments:
-        steps: Adam steps; each sees one batch of every task.
+        by: what is learned at a time: all of the `model`, by its predictions; or a `block`, so that it gives what the experts'
+            blocks give, which needs the memory of one block (docs/blocks.md).
+        steps: Adam steps; each sees one batch of every task. By block so many for each.
         batch_size: inputs per task and step.
         lr_masks, lr_lambda: Adam step sizes of mask logits and of λ. `lr_masks: auto` is 0.01 for soft masks and 0.005 for
             binary ones.
@@ -59,9 +60,6 @@ class AdaptSettings(Settings):
         self_label: settings of the objective `self-label`.
         learn_heads: learn each task's head, too, after masks and λ: towards its expert's predictions, kept if it then agrees
             with the expert more often on inputs held out. `auto`: where the task's objective compares with the expert.
-        precision: of the products with singular components while soft masks are learned. `bfloat16` is about three times as fast
-            where the processor has units for it and matrices have a few hundred rows; it takes half as much memory again for components. What is
-            written is composed in float32 in either.
         check_every: steps between two judgements, at which the state is saved, too; `auto` is 40, or two passes over the inputs
             of the task with the fewest where that is less, 5 at least.
         check_inputs: inputs per task that a judgement looks at, at most.
@@ -79,9 +77,8 @@ class AdaptSettings(Settings):
         adapted = adarank.adapt(base, {"a": a, "b": b}, batches, settings=settings)
     """
 
-    replaced: ClassVar[Mapping[str, str]] = _REPLACED
-
-    steps: int = Field(150, ge=0, description="Adam steps")
+    by: Literal["model", "block"] = Field("model", description="what is learned at a time; a block needs less memory")
+    steps: int = Field(150, ge=0, description="Adam steps; by block so many for each")
     batch_size: int = Field(16, ge=1, description="inputs per task and step")
     lr_masks: Annotated[float | Literal["auto"], BeforeValidator(_at_least_zero_or_auto)] = Field(
         AUTO, description="Adam step size of the mask logits; auto: 0.01 for soft masks, 0.005 for binary ones"
@@ -95,9 +92,6 @@ class AdaptSettings(Settings):
     self_label: SelfLabel = SelfLabel()
     learn_heads: bool | Literal["auto"] = Field(
         AUTO, description="learn heads on the merged body afterwards; auto: where the objective looks at the expert"
-    )
-    precision: Precision = Field(
-        "float32", description="of the products with singular components while soft masks are learned"
     )
     check_every: int | Literal["auto"] = Field(
         AUTO, description="steps between two judgements without labels; auto: 40, fewer where inputs are few"

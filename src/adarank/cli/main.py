@@ -136,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
     search.set_defaults(run=_search, left=_left_of_search)
 
-    sharing.add(commands, common, _nothing_left, _left_of_merge)
+    sharing.add(commands, common, tabular, _nothing_left, _left_of_merge)
 
     reproducing.add(commands, tabular, _left_of_reproduce)
 
