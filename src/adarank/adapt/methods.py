@@ -15,48 +15,23 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.base import Adapting
 from adarank.adapt.live_weights import Learn, LiveWeights, Precision
+from adarank.adapt.parameters import Number, Share, check_blocks, known_basis
 from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
 from adarank.alignment.layers import layer_groups
 from adarank.alignment.task_vectors import AlignedCheckpoints
-from adarank.errors import RecipeError, itemise
-from adarank.io import processes
 from adarank.method import Context, Given, Outline, Result
-from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import First, MaskKind
-
-
-def _number_or_auto(given: Any) -> Any:
-    if given != AUTO and (isinstance(given, bool) or not isinstance(given, (int, float))):
-        raise ValueError("a number or auto was needed")
-    return given
-
-
-def _share_or_auto(given: Any) -> Any:
-    if _number_or_auto(given) != AUTO and not 0 < given <= 1:
-        raise ValueError("a share above 0 and at most 1, or auto, was needed")
-    return given
-
-
-def _known_basis(given: str) -> str:
-    if given not in BASES:
-        raise ValueError(f"unknown basis.{nearest(given, BASES)}")
-    return given
-
-
-Number = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
-Share = Annotated[float | Literal["auto"], BeforeValidator(_share_or_auto)]
-
 
 A = TypeVar("A", bound="AdaptiveMethod")
 
@@ -135,28 +110,12 @@ class AdaptiveMethod(Adapting):
         """
         method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset, given.text)
         if settings.by == "block":
-            method._check_blocks(given.adapt or {})
+            check_blocks(method.lambda_per, given.adapt or {})
         return method.with_settings(settings)
 
     def over(self: A, given: Given) -> A:
         """The method resolved anew: where the models are open it is known whether the tasks are of texts."""
         return type(self).resolve(given) if given.preset else self
-
-    def _check_blocks(self, adapt: Mapping[str, Any]) -> None:
-        """Refuse what means nothing where a block is learned at a time."""
-        problems = [
-            f"adapt.{key}: by: block minimises the distance to what the experts' blocks give. Remove {key}, or use by: model."
-            for key in ("objective", "objectives", "self_label")
-            if key in adapt
-        ]
-        if self.lambda_per in ("task", "model"):
-            problems.append(
-                f"lambda_per: one λ for each {self.lambda_per} cannot be learned a block at a time. Use tensor, layer or shared-layer, or by: model."
-            )
-        if processes.size() > 1:
-            problems.append("adapt.by: block runs in one process. Start it without torchrun, or use by: model.")
-        if problems:
-            raise RecipeError(problems[0] if len(problems) == 1 else itemise("adapt: by block", problems))
 
     @classmethod
     def seeded(cls, given: Given) -> dict[str, Any]:
@@ -279,7 +238,7 @@ class AdaRank(AdaptiveMethod):
 
     fixed: ClassVar[frozenset[str]] = frozenset()
 
-    basis: Annotated[str, AfterValidator(_known_basis)] = Field(
+    basis: Annotated[str, AfterValidator(known_basis)] = Field(
         "task_vectors", description="what the components are of", json_schema_extra={"choices": list(BASES.built_in)}
     )
     origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")
