@@ -28,6 +28,7 @@ def _share_or_auto(given: Any) -> Any:
 
 
 def known_basis(given: str) -> str:
+    """The name of a basis, if there is one of that name; else a `ValueError`."""
     if given not in BASES:
         raise ValueError(f"unknown basis.{nearest(given, BASES)}")
     return given
