@@ -75,7 +75,7 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
         "components_kept": live.kept_share(),
         "kept": [round(v, 5) for v in history.kept],
         "mask": live.mask_kind,
-        **spectra_of(live, masks),
+        **(spectra_of(live, masks) if processes.rank() == 0 else {}),  # which alone writes the record
     }
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
     of_masks |= kept_mass(predictions)
