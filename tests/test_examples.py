@@ -101,7 +101,9 @@ def test_recipes_of_a_users_text_models_plan(path: Path, user_folder: Path) -> N
     assert set(describe(job)["tasks"]) <= set(TEXT_TASKS)
 
 
-@pytest.mark.parametrize("path", [*recipes("clip"), *recipes("minilm-8"), *recipes("adapters"), *recipes("language")])
+@pytest.mark.parametrize(
+    "path", [*recipes("clip"), *recipes("minilm-8"), *recipes("adapters"), *recipes("language"), *recipes("sentences")]
+)
 def test_recipes_of_other_models_load(path: Path) -> None:
     assert adarank.load_recipe(path).experts
 

@@ -80,6 +80,9 @@ def test_a_dry_run_lists_and_connects_to_nothing(out: Path, hub: Hub, capsys: py
     said = capsys.readouterr().out
     assert all(name in said for name in contents(out))
     assert "Nothing was uploaded" in said
+    assert main(["push", str(out), NAME, "--dry-run", "--format", "csv"]) == 0
+    rows = dict(line.split(",") for line in capsys.readouterr().out.splitlines()[1:])
+    assert rows == {name: str(len(content)) for name, content in contents(out).items()}
     assert hub.requests == 0
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from adarank.report.page import write_report
     from adarank.spectral.mask_file import MaskFile
     from adarank.workflow.analyse import analyse
+    from adarank.workflow.convert import convert
     from adarank.workflow.evaluate import evaluate as evaluate_recipe
     from adarank.workflow.merge import merge as merge_recipe
     from adarank.workflow.reproduce import reproduce
@@ -44,6 +45,7 @@ __all__ = [
     "Select",
     "adapt",
     "analyse",
+    "convert",
     "evaluate",
     "evaluate_recipe",
     "extract",
@@ -72,6 +74,7 @@ _HOMES = {
     "Select": "alignment.selection:Select",
     "adapt": "api:adapt",
     "analyse": "workflow.analyse:analyse",
+    "convert": "workflow.convert:convert",
     "evaluate": "api:evaluate",
     "evaluate_recipe": "workflow.evaluate:evaluate",
     "extract": "outputs.extract:extract",

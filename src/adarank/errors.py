@@ -88,6 +88,13 @@ class Problems:
         except AdaRankError as error:
             self.errors.append(error)
 
+    @contextmanager
+    def of(self, part: str) -> Iterator[Problems]:
+        """What is noted inside is of one part, and is noted here with the part's name before it (none if it is empty)."""
+        here = Problems()
+        yield here
+        self.errors += [type(error)(f"{part}: {error}") if part else error for error in here.errors]
+
     def refuse(self, heading: str = "") -> None:
         """Raise what was noted, if anything: one error as it is; several as one that is of each of their kinds."""
         if len(self.errors) == 1:

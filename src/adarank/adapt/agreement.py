@@ -102,7 +102,8 @@ def summary(parts: Sequence[Compared]) -> Signals:
         torch.cat([getattr(part, name) for part in parts])
         for name in ("predicted", "wanted", "answered", "divergences", "entropies")
     )
-    counts, targets = (torch.bincount(y, minlength=parts[0].classes).double() / len(y) for y in (predicted, wanted))
+    classes = max(part.classes for part in parts)  # of neighbours as many as a batch has texts
+    counts, targets = (torch.bincount(y, minlength=classes).double() / len(y) for y in (predicted, wanted))
     return Signals(
         agreement=float(((predicted == wanted) & answered).double().mean()),
         divergence=float(apart.mean()),

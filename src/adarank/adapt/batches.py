@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from adarank.adapt.outcomes import Classes, Outcomes
 from adarank.adapt.problem import Chunk, Predict, Predictions
 from adarank.adapt.schedule import Schedule
 from adarank.adapt.settings import AdaptSettings
@@ -43,6 +44,10 @@ class BatchInputs:
         """The step's batch."""
         place = step % len(self.batches)
         return (False, place), self.batches[place]
+
+    def outcomes(self, expert: Predictions | None) -> Outcomes:
+        """Classes: modules say no more of their outputs."""
+        return Classes()
 
     @property
     def generate(self) -> bool:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.agreement import Compared, Judge, Signals, compare, summary
+from adarank.adapt.agreement import Compared, Judge, Signals, summary
 from adarank.adapt.history import History, Progress
 from adarank.adapt.learner import Learner, Loss, Memory
 from adarank.adapt.loop import adapt
 from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
+from adarank.adapt.outcomes import Outcomes
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import QUICK_CHECK, Grid
-from adarank.adapt.top_logits import TopLogits, matched
+from adarank.adapt.top_logits import TopLogits
 from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
 from adarank.io import processes
 from adarank.models import TaskModels
@@ -98,6 +100,10 @@ class Inputs(Protocol):
         """
         ...
 
+    def outcomes(self, expert: Predictions | None) -> Outcomes:
+        """How a network's outputs are read as predictions, given the expert's if there are any."""
+        ...
+
     @property
     def generate(self) -> bool:
         """True if the network gives a prediction for each of several tokens of an input."""
@@ -141,7 +147,12 @@ class Problem:
 
     def learns_head(self, task: str) -> bool:
         """True if the task's head is to be learned: by default where its objective has a target."""
-        return not self.function and learns_head(self.settings, task)
+        return not self.function and self.outcomes[task].of_one_class and learns_head(self.settings, task)
+
+    @cached_property
+    def outcomes(self) -> dict[str, Outcomes]:
+        """task -> how its outputs are read."""
+        return {task: inputs.outcomes(self.predictions.get(task)) for task, inputs in self.inputs.items()}
 
     def losses(self) -> dict[str, Loss]:
         """task -> its loss on its batch of a step, with a graph."""
@@ -208,21 +219,22 @@ class Problem:
         return loss
 
     def _view(self, task: str, where: Any, logits: Tensor, features: Tensor | None) -> View:
+        outcomes = self.outcomes[task]
         if not compares(self.settings, task):
-            return View(logits, mean=self.memory.get(task), features=features)
+            return View(outcomes.read(logits), mean=self.memory.get(task), features=features)
         expert = self.predictions[task]
         targets = expert.logits[where]
-        here, there = matched(logits, targets)
+        here, there = outcomes.matched(logits, targets)
         rest = isinstance(targets, TopLogits) and targets.has_rest
         expert_features = expert.features[where].to(logits) if expert.features is not None else None
-        return View(logits, there, self.memory.get(task), features, expert_features, here, rest)
+        return View(outcomes.read(logits), there, self.memory.get(task), features, expert_features, here, rest)
 
     def _signals(self, task: str, chunks: Iterable[Chunk]) -> Signals:
         return summary([self._compared(task, where, batch) for where, batch in chunks])
 
     def _compared(self, task: str, where: Any, batch: Any) -> Compared:
         logits, expert = self.forward(self.models.modules[task], batch), self.predictions[task].logits[where]
-        return compare(logits.cpu() if isinstance(expert, Tensor) else logits, expert)
+        return self.outcomes[task].compared(logits.cpu() if isinstance(expert, Tensor) else logits, expert)
 
 
 def expert_predictions(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank import __version__
 from adarank.cli import analysing, reports, reproducing, scoring, sharing
+from adarank.cli.arguments import Command
 from adarank.cli.exits import ended, say
 from adarank.cli.launch import together
 from adarank.cli.threads import keep_to_quota, wait_passively
@@ -67,19 +68,19 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="adarank", description="Turn many fine-tuned models into one.")
     top.add_argument("--version", action="version", version=f"adarank {__version__}")
     top.set_defaults(shares=False)
-    common = argparse.ArgumentParser(add_help=False)
+    common = Command(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
     common.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: one a core that the process may use)"
     )
-    tabular = argparse.ArgumentParser(add_help=False)
+    tabular = Command(add_help=False)
     form = tabular.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the result as JSON")
     form.add_argument("--format", choices=FORMATS, default="text", help="of the table that is printed (default: text)")
     tabular.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: one a core that the process may use)"
     )
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(parser_class=Command, title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", parents=[tabular], help="merge the eight vision experts that adarank ships")
     demo.add_argument(
@@ -117,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--per-class", action="store_true", help="precision, recall and F1 of every class, too (csv: of these alone)"
     )
-    scoring.add_from_lm_eval(evaluate)
+    scoring.add_sources(evaluate)
     evaluate.set_defaults(run=_evaluate, left=_nothing_left)
 
     search = commands.add_parser(
@@ -135,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
     search.set_defaults(run=_search, left=_left_of_search)
 
-    sharing.add(commands, common, _nothing_left, _left_of_merge)
+    sharing.add(commands, common, tabular, _nothing_left, _left_of_merge)
 
     reproducing.add(commands, tabular, _left_of_reproduce)
 
@@ -310,7 +311,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.json:
         _print_json([dataclasses.asdict(row) for row in rows])
     elif not _tabled(options, sheets.tensors(rows)):
-        inspecting.tensors(rows)
+        inspecting.tensors(sheets.tensors(rows))
 
 
 def _methods(options: argparse.Namespace) -> None:

@@ -90,10 +90,9 @@ def files(chosen: Suite, needed: list[Needed], rows: list[str]) -> Sheet:
     known = sum(each.bytes for each in needed if each.bytes is not None)
     missing = sum(each.bytes for each in needed if each.bytes is not None and not each.here)
     unknown = [each for each in needed if each.bytes is None]
-    notes = [
-        f"Rows: {', '.join(rows)}.",
-        f"{known / 1e9:.3f} GB, of which {missing / 1e9:.3f} GB are not on this machine yet.",
-    ]
+    notes = [f"Rows: {', '.join(rows)}."]
+    if len(unknown) < len(needed):
+        notes.append(f"{known / 1e9:.3f} GB, of which {missing / 1e9:.3f} GB are not on this machine yet.")
     if unknown:
         notes.append(f"Of {len(unknown)} repositories the size is not known offline.")
     lines: list[list[Cell]] = [

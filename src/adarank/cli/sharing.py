@@ -1,4 +1,4 @@
-"""The commands that make an output ready for others: `extract`, `card` and `push`."""
+"""The commands that make an output ready for others, `extract`, `card` and `push`, and `convert`, for models of others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from adarank.cli.reports import Left
 from adarank.errors import RecipeError
 
 
-def add(commands: Any, common: argparse.ArgumentParser, left: Left, left_of_merge: Left) -> None:
+def add(
+    commands: Any, common: argparse.ArgumentParser, tabular: argparse.ArgumentParser, left: Left, left_of_merge: Left
+) -> None:
     """The commands' parsers, among the others.
 
     Arguments:
@@ -33,7 +35,17 @@ def add(commands: Any, common: argparse.ArgumentParser, left: Left, left_of_merg
     card.add_argument("--row", help="the output's row in it (default: the one of its path, or the only one)")
     card.set_defaults(run=_card, left=left)
 
-    push = commands.add_parser("push", parents=[common], help="upload an output to the hub, checked, in one commit")
+    convert = commands.add_parser(
+        "convert",
+        parents=[common],
+        help="a checkpoint of open_clip as a folder of transformers, without running its code",
+    )
+    convert.add_argument("file", type=Path, help="such as finetuned.pt of task_vectors or TALL-masks")
+    convert.add_argument("out", type=Path, help="folder to write")
+    convert.add_argument("--force", action="store_true", help="replace an existing output of adarank")
+    convert.set_defaults(run=_convert, left=left)
+
+    push = commands.add_parser("push", parents=[tabular], help="upload an output to the hub, checked, in one commit")
     push.add_argument("out", type=Path, help="folder written by merge or extract")
     push.add_argument("name", metavar="org/name", help="repository on the hub; made if it is not there")
     push.add_argument("--private", action="store_true", help="make it private; a public one is refused")
@@ -80,6 +92,7 @@ def _left_of_push(options: argparse.Namespace) -> str:
 
 def _push(options: argparse.Namespace) -> None:
     from adarank.cli import console
+    from adarank.cli.formats import Sheet, rendered
     from adarank.cli.progress import screen
     from adarank.cli.tables import lines, print_lines
     from adarank.io.push import push
@@ -88,6 +101,10 @@ def _push(options: argparse.Namespace) -> None:
         pushed = push(options.out, options.name, options.private, options.force, options.dry_run)
     if options.json:
         print(json.dumps(pushed, indent=1, ensure_ascii=False))
+        return
+    if options.format != "text":
+        rows = list(pushed["files"].items())
+        print(rendered([Sheet(("file", "bytes"), rows, pushed["name"], pushed["notes"])], options.format), end="")
         return
     for text in pushed["notes"]:
         console.head("note:", f" {text}", "bold yellow")
@@ -98,3 +115,17 @@ def _push(options: argparse.Namespace) -> None:
         console.head(pushed["name"], f"{private} would be given {whole}. Nothing was uploaded.")
     else:
         console.head(pushed["url"], f" has {whole}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from adarank.cli import console
+    from adarank.cli.progress import screen
+    from adarank.workflow.convert import convert
+
+    with screen():
+        record = convert(options.file, options.out, options.force)
+    if options.json:
+        print(json.dumps(record, indent=1, ensure_ascii=False))
+    else:
+        made = record["converted"]
+        console.head(options.out, f" written: {made['architecture']}, {made['tensors']} tensors")

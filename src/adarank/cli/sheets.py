@@ -101,9 +101,9 @@ def points(ranked: Sequence[Point], metrics: Mapping[str, str]) -> Sheet:
 
 def tensors(rows: Sequence[TensorRow]) -> Sheet:
     """A checkpoint's tensors; of a task vector its norm in per cent of the base's."""
-    columns = ("tensor", "shape", "dtype", "norm", "‖τ‖/‖W₀‖ %", "rank for 95%", "rank")
+    columns = ("tensor", "shape", "dtype", "norm", "‖τ‖/‖W₀‖ %", "rank for 95%", "of")
     return Sheet(columns, [
-        (row.name, _shape(row.shape), row.dtype, Rounded(row.norm, 4), None if row.delta is None else Rounded(100 * row.delta, 2), row.rank95, row.rank)
+        (row.name, _shape(row.shape), row.dtype, Rounded(row.norm, 4, in_all=True), None if row.delta is None else Rounded(100 * row.delta, 2), row.rank95, row.rank)
         for row in rows
     ])  # fmt: skip
 

@@ -11,7 +11,8 @@ from adarank.settings import Settings
 
 Split = Literal["adapt", "select", "test"]
 Kind = Literal[
-    "text-classification", "image-classification", "zero-shot-image-classification", "text-generation", "text2text-generation"
+    "text-classification", "image-classification", "zero-shot-image-classification", "text-generation", "text2text-generation",
+    "token-classification", "question-answering", "multiple-choice", "sentence-similarity",
 ]  # fmt: skip
 SPLITS: tuple[Split, ...] = ("adapt", "select", "test")
 
@@ -37,11 +38,13 @@ class Columns(Settings):
     """Column names.
 
     Attributes:
-        text_pair: makes two-sentence inputs.
+        text: of token classification lists of words.
+        text_pair: makes two-sentence inputs. Of question answering the context, by default column `context`.
         image: of image tasks.
         answer: of generating models: the answer to each prompt, by which models are scored and nothing else. Without it the
             text is running text, which is scored itself.
-        choices: of generating models: the options that `answer` is one of, or the number of one, counted from 0.
+        choices: of generating models: the options that `answer` is one of, or the number of one, counted from 0. Of multiple
+            choice the options, by default column `choices`.
     """
 
     text: str = "text"
@@ -62,7 +65,8 @@ class TaskSpec(Settings):
         columns: where inputs and labels are.
         metric: what the task is scored by. Of one class an input `accuracy` (if not given), `f1`, `macro_f1`, `matthews`;
             of several `micro_f1` (if not given), `macro_f1`, `exact_match`; of numbers `pearson` (if not given), `spearman`;
-            of any `loss`. Of generated text `perplexity` (if not given), `loss`, `token_accuracy`, `exact_match`,
+            of any of these `loss`. Of words `accuracy` (if not given), `entity_f1`, `macro_f1`, `loss`; of answers in a context `f1`
+            (if not given), `exact_match`; of options `accuracy`; of similarities `spearman` (if not given), `pearson`. Of generated text `perplexity` (if not given), `loss`, `token_accuracy`, `exact_match`,
             `choice_accuracy`. All are per cent but loss and perplexity, of which less is better.
         max_length: tokens per input at most; longer inputs are cut, and their number is reported.
         limit: use at most this many rows (a seeded choice).

@@ -67,7 +67,9 @@ def claimed(out: Path, force: bool = False) -> Iterator[Path]:
     """
     place = resolved(out)
     try:
-        check_output(place, force)  # without the lock: who is refused anyhow keeps nobody else off
+        # Without the lock: who is refused anyhow keeps nobody else off. An output that is to be replaced may just be
+        # changing under another run's hands, so it is looked at with the lock alone.
+        _check_place(place, force)
     except OutputError:
         if leavings(place):
             with suppress(OutputError), locked(place):
@@ -107,6 +109,12 @@ def atomic_folder(out: Path, force: bool = False) -> Iterator[Path]:
 
 def check_output(out: Path, force: bool) -> None:
     """Refuse an output path that would overwrite something, or that no folder can have, before any work is done."""
+    if _check_place(out, force):
+        check_replaceable(out)
+
+
+def _check_place(out: Path, force: bool) -> bool:
+    """As `check_output`, but for what an output consists of that is to be replaced; returns whether there is one."""
     local_path(out, kind=OutputError)
     place = out.resolve()
     if os.path.ismount(place) or place in (Path.cwd(), *Path.cwd().parents):
@@ -124,14 +132,14 @@ def check_output(out: Path, force: bool) -> None:
     if not os.access(parent, os.W_OK):
         raise OutputError(f"{out}: {parent} is not writable. Give another output folder or mend its permissions.")
     if not out.exists():
-        return
+        return False
     if not out.is_dir():
         raise OutputError(f"{out}: is a file, and an output is a folder. Give another path.")
     if not any(out.iterdir()):
-        return
+        return False
     if not force:
         raise OutputError(f"{out}: already exists. Give another path, or --force to replace it.")
-    check_replaceable(out)
+    return True
 
 
 def write_record(folder: Path, record: dict[str, Any], known: Mapping[str, str | None] = MappingProxyType({})) -> None:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.data.labels import OF_CLASSIFIERS, Problem
 from adarank.io.bundle import PartFile
 from adarank.io.writer import Layout, layout_bytes
 from adarank.method.context import Context, Result
@@ -146,6 +147,19 @@ class MergeMethod(Settings):
             tasks: the recipe's.
         """
         return []
+
+    def unfit_for(self, task: str, problem: Problem, outputs: int) -> list[str]:
+        """What of it is for one class of an input alone, and what to do: sentences that go on from what the task's model is.
+
+        Arguments:
+            problem: what the model gives: not one class of an input.
+            outputs: how many classes or numbers it gives.
+        """
+        if not self.of_classes and not (self.of_inputs and problem not in OF_CLASSIFIERS):
+            return []
+        return [
+            f"'{self.name}' reads its outputs as shares of classes. Merge by a method that does not, such as adarank, cart, ties or regmean; the task is scored all the same."
+        ]
 
     def put_on(self) -> Another | None:
         """The method that this one is put on, if there is one: its part of the recipe is checked as a recipe is."""

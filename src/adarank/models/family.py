@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from adarank.data.labels import Label, Problem, problem_of, read_labels
+from adarank.data.labels import Label, Problem, class_names, problem_of, read_labels
 from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch, Examples
@@ -31,6 +31,8 @@ class Family(Protocol):
         mlps: what the two linear layers of a block's MLP are called in checkpoints, after the block's own name.
         expanded: parameters of shape (1, ...) that networks of the family expand over the batch.
         head_apart: no class of `transformers` has a task's head, so that an ordinary folder holds it beside the base's class.
+        headless: all tensors of a model merge: it has no head of a task.
+        by_class: models are of the family only where their configuration or the recipe says so, whatever their architecture.
         generates: models give tokens one after another: they predict each token of a text, and have no head of a task.
     """
 
@@ -43,6 +45,8 @@ class Family(Protocol):
     expanded: tuple[str, ...]
     head_apart: bool = False
     generates: bool = False
+    headless: bool = False
+    by_class: bool = False
 
     def auto_class(self) -> Any:
         """The class of `transformers` that finds a model's own class by its configuration."""
@@ -92,6 +96,10 @@ class Family(Protocol):
     def label_columns(self, spec: TaskSpec) -> list[str]:
         """The columns that labels are read from, where they are there."""
         return [spec.columns.label]
+
+    def class_names(self, config: Mapping[str, Any], task: str) -> tuple[str, ...]:
+        """The names of the classes that a model knows, in the order of their numbers; none where outputs are no classes."""
+        return () if self.generates else class_names(config, task)
 
     def problem(self, config: Mapping[str, Any]) -> Problem:
         """What a model's outputs are, by its `config.json`."""

@@ -43,7 +43,7 @@ class TextClassifiers(Family):
     """The family of `AutoModelForSequenceClassification`."""
 
     kind = "text-classification"
-    architectures = ("ForSequenceClassification",)
+    architectures: tuple[str, ...] = ("ForSequenceClassification",)
     keep_embeddings = True
     paths = False
     token_budget = 8192

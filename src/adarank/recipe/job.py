@@ -130,7 +130,7 @@ def open_job(recipe: Recipe, stages: Mapping[str, Checkpoint] | None = None) -> 
             print(name, choice.action, choice.reason)
     """
     problems = Problems()
-    opened = open_draft(Draft(recipe), problems, stages)
+    opened = open_draft(Draft.of(recipe), problems, stages)
     problems.refuse()
     assert opened.job is not None
     return opened.job
@@ -155,11 +155,11 @@ class Opened:
     family: Family | None
 
 
-def open_draft(draft: Draft, problems: Problems, stages: Mapping[str, Checkpoint] | None = None) -> Opened:
+def open_draft(draft: Draft, problems: Problems, stages: Mapping[str, Checkpoint | None] | None = None) -> Opened:
     """Open and align what a recipe names. What is wrong is noted, and all is checked that it leaves possible.
 
     Arguments:
-        stages: as for `open_job`.
+        stages: as for `open_job`; None for a stage of which nothing is known, as something is wrong with it.
     """
     before = len(problems.errors)
     if draft.recipe.stages and stages is None:
@@ -332,7 +332,12 @@ class _Opening:
             select = matching(select, [n for c in (self.base, *self.experts.values()) if c for n in c.tensors])
         keep_embeddings = bool(family and family.keep_embeddings) and self.recipe.kind.keeps_embeddings
         network = align(
-            self.base, self.experts, select, keep_embeddings, family is not None and not family.generates, kept
+            self.base,
+            self.experts,
+            select,
+            keep_embeddings,
+            family is not None and not (family.generates or family.headless),
+            kept,
         )
         _note_unused(network, self.base, self.experts)
         return network

@@ -9,32 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adarank.data.metrics import less_is_better
-from adarank.errors import DataError, itemise
+from adarank.errors import DataError
 from adarank.io.files import read_json
+from adarank.workflow.measured import Measured, add_row, measured_table, named_path
 from adarank.workflow.scores import Table
 
 SOURCE = "lm-evaluation-harness"
 _WHOLE = frozenset({"bleu", "chrf", "ter"})  # the harness has them in per cent already
-
-
-@dataclass(frozen=True)
-class _Score:
-    """One model on one task.
-
-    Attributes:
-        others: further metrics that the harness reports of it.
-        inputs: how many it rests on; 0 if the file does not say.
-    """
-
-    metric: str
-    value: float
-    others: tuple[str, ...]
-    inputs: int
 
 
 def read_lm_eval(sources: Sequence[str]) -> Table:
@@ -51,33 +36,17 @@ def read_lm_eval(sources: Sequence[str]) -> Table:
         table = read_lm_eval(["base=results/base.json", "merged=results/merged.json"])
         print(table.rows["merged"])
     """
-    rows: dict[str, dict[str, _Score]] = {}
+    rows: dict[str, Mapping[str, Measured]] = {}
     for source in sources:
         name, file = _named(source)
         content = read_json(file)
-        row = name or _model(content, file)
-        if row in rows:
-            raise DataError(f"{source}: a second row called '{row}'. Give each a name: NAME={file}.")
-        rows[row] = _scores(content, file)
-    _refuse_differing(rows)
-    first = next(iter(rows.values()))
-    notes = [f"{task}: {score.metric}; the harness also has {', '.join(score.others)}." for task, score in first.items() if score.others]  # fmt: skip
-    return Table(
-        "test",
-        "disjoint",
-        {task: score.inputs for task, score in first.items()},
-        {row: {task: score.value for task, score in scores.items()} for row, scores in rows.items()},
-        metrics={task: score.metric for task, score in first.items()},
-        source=SOURCE,
-        notes=tuple(notes),
-    )
+        add_row(rows, name or _model(content, file), _scores(content, file), source)
+    return measured_table(rows, SOURCE, "lm_eval")
 
 
 def _named(source: str) -> tuple[str, Path]:
     """A row's name, empty if none is given, and its file."""
-    name, equals, rest = source.partition("=")
-    path = Path(source) if Path(source).exists() or not equals else Path(rest)
-    name = "" if path == Path(source) else name
+    name, path = named_path(source)
     if path.is_dir():
         files = sorted(path.rglob("results*.json"))
         if len(files) != 1:
@@ -97,7 +66,7 @@ def _model(content: Mapping[str, Any], file: Path) -> str:
     return str(named or (matched and matched.group(1)) or content.get("model_name") or file.stem)
 
 
-def _scores(content: Mapping[str, Any], file: Path) -> dict[str, _Score]:
+def _scores(content: Mapping[str, Any], file: Path) -> dict[str, Measured]:
     """Task -> score; of a group of tasks the group's alone, where it has one."""
     results = content.get("results")
     if not isinstance(results, Mapping):
@@ -112,7 +81,7 @@ def _scores(content: Mapping[str, Any], file: Path) -> dict[str, _Score]:
         if task != group
     }
     scores = {
-        task: _score(listed, _inputs(content, task))
+        task: _score(task, listed, _inputs(content, task))
         for task, listed in metrics.items()
         if listed and task not in inside
     }
@@ -132,10 +101,11 @@ def _metrics(listed: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def _score(values: Mapping[str, float], inputs: int) -> _Score:
+def _score(task: str, values: Mapping[str, float], inputs: int) -> Measured:
     (metric, value), *others = values.items()
     share = not less_is_better(metric) and metric.split()[0] not in _WHOLE and 0 <= value <= 1
-    return _Score(metric, 100 * value if share else value, tuple(name for name, _ in others), inputs)
+    note = f"{task}: {metric}; the harness also has {', '.join(name for name, _ in others)}." if others else ""
+    return Measured(metric, 100 * value if share else value, inputs, note)
 
 
 def _inputs(content: Mapping[str, Any], task: str) -> int:
@@ -143,26 +113,3 @@ def _inputs(content: Mapping[str, Any], task: str) -> int:
     count = counts.get(task) if isinstance(counts, Mapping) else None
     effective = count.get("effective") if isinstance(count, Mapping) else None
     return effective if isinstance(effective, int) else 0
-
-
-def _refuse_differing(rows: Mapping[str, Mapping[str, _Score]]) -> None:
-    """Rows of one table are of the same tasks, by the same metrics, on as many inputs."""
-    (name, first), *others = rows.items()
-    problems = []
-    for row, scores in others:
-        lost = [f"'{row}' lacks {task}" for task in first if task not in scores]
-        lost += [f"'{name}' lacks {task}" for task in scores if task not in first]
-        both = [task for task in first if task in scores]
-        lost += [
-            f"{task} is {first[task].metric} in '{name}' and {scores[task].metric} in '{row}'"
-            for task in both
-            if first[task].metric != scores[task].metric
-        ]
-        lost += [
-            f"{task} has {first[task].inputs} inputs in '{name}' and {scores[task].inputs} in '{row}'"
-            for task in both
-            if first[task].inputs != scores[task].inputs
-        ]
-        problems += lost
-    if problems:
-        raise DataError(itemise("The results are not of the same tasks:", problems, "Run lm_eval on all models alike."))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adarank.data.labels import Label, Problem, class_names, problem_of
+from adarank.data.labels import Label, Problem
 from adarank.data.metrics import chosen_metric
 from adarank.data.read import Table, read_table
 from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
@@ -16,9 +16,10 @@ from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, DataError, Problems, RecipeError, itemise, raise_together
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.progress import advance, stage
-from adarank.models import FAMILIES, kind_of
+from adarank.models import FAMILIES
 from adarank.models.family import Family
 from adarank.recipe.job import Job, Opened
+from adarank.recipe.task_kinds import kind_of_task
 
 R = TypeVar("R")
 
@@ -59,7 +60,7 @@ class TaskReader:
             DataError: a file, column or label is unusable.
         """
         columns, problem = self.family.columns(spec), self.family.problem(config)
-        classes = () if self.family.generates else class_names(config, name)
+        classes = self.family.class_names(config, name)
         metric = chosen_metric(spec.metric, problem, len(classes), f"task '{name}'")
         tables = self.read_inputs(name, spec)
         table: Table = {c: [value for part in tables.values() for value in part[c]] for c in columns}
@@ -178,7 +179,7 @@ def _family(opened: Opened, task: str) -> Family | None:
     spec, expert = opened.recipe.experts[task].task, opened.experts.get(task)
     if opened.family is not None or opened.job is not None or spec is None:
         return opened.family
-    kind = spec.kind or (kind_of(expert.config) if expert is not None else None)
+    kind = spec.kind if expert is None else kind_of_task(spec, expert)
     return FAMILIES[kind] if kind else None
 
 
@@ -191,28 +192,26 @@ def _left_alone(opened: Opened, spec: TaskSpec) -> bool:
 
 
 def refuse_without_classes(job: Job) -> None:
-    """Refuse tasks whose outputs are no classes, where the recipe has what networks give read as shares of classes.
+    """Refuse tasks whose outputs are other than one class of an input, where the recipe has something learned that needs that.
 
     Raises:
         DataError: there are such tasks; all are named.
     """
-    if job.family is not None and job.family.generates:
+    if job.family is None:
+        return
+    if job.family.generates:
         _refuse_of_generating(job, job.family)
         return
-    if job.method.of_classes:
-        who = f"'{job.method.name}'"
-    elif job.recipe.heads == "learn":
-        who = "heads: learn"
-    else:
-        return
-    raise_together(
-        [
-            f"task '{task}': its expert is no classifier of one class per input ({_called(expert.config)}), and {who} reads its outputs as shares of classes. "
-            "Merge by a method that does not, such as cart, ties or regmean; the task is scored all the same."
-            for task, expert in job.experts.items()
-            if problem_of(expert.config) != "single_label_classification"
-        ]
-    )
+    texts: list[str] = []
+    heads = ["heads: learn reads its outputs as shares of classes. Remove heads."] if job.recipe.heads == "learn" else []  # fmt: skip
+    for task, expert in job.experts.items():
+        problem, outputs = job.family.problem(expert.config), len(job.family.class_names(expert.config, task))
+        if problem != "single_label_classification":
+            texts += [
+                f"task '{task}': its expert is no classifier of one class per input ({_called(expert.config, problem)}), and {what}"
+                for what in [*job.method.unfit_for(task, problem, outputs), *heads]
+            ]
+    raise_together(texts)
 
 
 def _refuse_of_generating(job: Job, family: Family) -> None:
@@ -229,5 +228,5 @@ def _refuse_of_generating(job: Job, family: Family) -> None:
         raise RecipeError(texts[0] if len(texts) == 1 else itemise(f"recipe: {len(texts)} problem(s).", texts))
 
 
-def _called(config: Mapping[str, Any]) -> str:
-    return str(config.get("problem_type") or "a model of one output")
+def _called(config: Mapping[str, Any], problem: Problem) -> str:
+    return str(config.get("problem_type") or ("a model of one output" if problem == "regression" else problem))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -38,8 +38,8 @@ from adarank.workflow.answers import with_answers
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
 from adarank.workflow.left_over import state_of
-from adarank.workflow.load_tasks import load_opened, load_tasks, refuse_without_classes
-from adarank.workflow.prepare import Prepared, job_reads_data, prepare, reads_data
+from adarank.workflow.load_tasks import load_opened, refuse_without_classes
+from adarank.workflow.prepare import Prepared, prepare
 from adarank.workflow.stages import beginning, going_on, merged_stages, worth_keeping
 from adarank.workflow.together import (
     check_shared_work,
@@ -107,21 +107,16 @@ def _merge(
     recipe, prepared = draft.recipe, prepare(draft, problems)
     _check(prepared, recipe, out, problems)
     with problems.noted():
-        check_shared_work(recipe, prepared.jobs)
-    if data is None:
-        data = load_opened(prepared.opened, problems) if prepared.opened and reads_data(draft) else {}
-    of_stages: dict[str, Mapping[str, TaskData]] = {}
-    for name, job in prepared.before.items():
-        with problems.noted():
-            of_stages[name] = load_tasks(job) if job_reads_data(job) else {}
-    stages = prepared.whole(problems)
-    for job, of_job in zip(stages.jobs, [*of_stages.values(), data], strict=True):
-        job.method.of_data(of_job)  # what it cannot use is refused before anything is computed
+        check_shared_work(recipe, list(prepared.jobs.values()))
+    of_stages = prepared.data(load_opened, problems) if data is None else {"": data}
+    jobs = prepared.whole(problems)
+    for name, job in jobs.items():
+        job.method.of_data(of_stages[name])  # what it cannot use is refused before anything is computed
     state = state_of(out)
-    with going_on(state, note) if stages.before else nullcontext():
+    with going_on(out, note) if recipe.stages else nullcontext():
         made = merged_stages(recipe, state, of_stages, partial(_run, force=True, note=note, progress=progress), note)
-        job = open_job(recipe, made.folders) if stages.before else stages.output
-        record = _run(job, out, data, clock, force, note, progress, made.recorded())
+        job = open_job(recipe, made.folders) if recipe.stages else jobs[""]
+        record = _run(job, out, of_stages[""], clock, force, note, progress, made.recorded())
     if processes.rank() == 0:
         remove_ours(state)
     return record
@@ -129,21 +124,21 @@ def _merge(
 
 def _check(prepared: Prepared, recipe: Recipe, out: Path, problems: Problems) -> None:
     """Note what keeps opened stages from being merged to an output."""
-    for job in prepared.jobs:
+    for name, job in prepared.jobs.items():
+        with problems.of(prepared.label(name)) as here:
+            with here.noted():
+                check_outside(out, read_paths(job))
+                check_side_files(job)
+            with here.noted():
+                refuse_without_classes(job)
+            with here.noted():
+                check_trackers(job.recipe.report_to)
+            if not name and recipe.max_shard_size is not None:
+                with here.noted():
+                    check_shards(job.layout(), recipe.max_shard_size)
+    if len(prepared.jobs) == len(prepared.parts):
         with problems.noted():
-            check_outside(out, read_paths(job))
-            check_side_files(job)
-        with problems.noted():
-            refuse_without_classes(job)
-        with problems.noted():
-            check_trackers(job.recipe.report_to)
-    if prepared.stages is None:
-        return
-    with problems.noted():
-        _check_disk(prepared.jobs, out)
-    if recipe.max_shard_size is not None:
-        with problems.noted():
-            check_shards(prepared.stages.output.layout(), recipe.max_shard_size)
+            _check_disk(prepared.jobs.values(), out)
 
 
 def _run(
@@ -220,7 +215,7 @@ def _kept(state: Path) -> Iterator[None]:
             raise
 
 
-def _check_disk(jobs: Sequence[Job], out: Path) -> None:
+def _check_disk(jobs: Collection[Job], out: Path) -> None:
     parent = next(p for p in (out.resolve(), *out.resolve().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     needed = sum(job.output_bytes() for job in jobs)

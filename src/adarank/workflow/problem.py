@@ -15,6 +15,7 @@ from torch import Tensor
 from adarank.adapt import problem
 from adarank.adapt.learner import Memory
 from adarank.adapt.objectives import NEED_FEATURES
+from adarank.adapt.outcomes import Outcomes, outcomes_of
 from adarank.adapt.problem import BatchPredictions, Chunk, Predict, Predictions, Problem, needs_targets, predictor
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.top_logits import TokenTable, TopLogits
@@ -51,6 +52,12 @@ class TableInputs:
     def one_pass(self) -> int:
         """Steps after which each row of the adapt split has been seen."""
         return self.data.one_pass(self.settings.batch_size)
+
+    def outcomes(self, expert: Predictions | None) -> Outcomes:
+        """How outputs are read as predictions, by what the task's model gives."""
+        data, split = self.judged
+        judged = expert.logits[list(data.splits.rows[split])] if expert is not None else None
+        return outcomes_of(self.data.problem, judged if isinstance(judged, Tensor) else None)
 
     @property
     def generate(self) -> bool:
@@ -115,7 +122,7 @@ class TableInputs:
         return split_batches(self.family, data, split, self.device)
 
     def _table(self, rows: list[int], values: list[Tensor]) -> Tensor:
-        table = torch.zeros(len(self.data.examples.lengths), values[0].shape[-1])
+        table = torch.zeros(len(self.data.examples.lengths), *values[0].shape[1:])
         table[rows] = torch.cat(values)
         return table
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from adarank.data.metrics import LOSS, ClassScore, class_scores, less_is_better, score
+from adarank.data.answers import answer_score
+from adarank.data.metrics import LOSS, ClassScore, class_scores, has_loss, less_is_better, score
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.models.family import Family
 from adarank.models.generation import GeneratingModels
 from adarank.models.predict import predict
+from adarank.models.text_heads import SpanExamples
 from adarank.models.text_scores import score_text
 
 
@@ -108,9 +110,13 @@ def measure_task(
         return TaskScore(score_text(family, module, data, split), loss=mean)
     rows, logits = predict(family, module, data, split)
     labels = data.targets(rows)
-    value = score(labels, logits, data.metric, data.problem)
+    if isinstance(data.examples, SpanExamples):
+        answers = [label if isinstance(label, tuple) else () for label in labels]
+        return TaskScore(100 * answer_score(answers, data.examples.answers(rows, logits), data.metric))  # type: ignore[arg-type]
+    value = score(labels, logits, data.metric, data.problem, data.classes)
     classes = class_scores(labels, logits, data.problem, data.classes) if per_class else ()
-    return TaskScore(value, classes, score(labels, logits, LOSS, data.problem) if loss else math.nan)
+    known = loss and has_loss(data.problem)
+    return TaskScore(value, classes, score(labels, logits, LOSS, data.problem) if known else math.nan)
 
 
 def evaluate_task(family: Family, module: nn.Module, data: TaskData, split: Split) -> float:
