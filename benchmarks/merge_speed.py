@@ -165,7 +165,13 @@ def main() -> None:
     for method in options.methods:
         file = recipe(folder, method).name
         ours = [sys.executable, "-m", "adarank", "merge", file, f"{method}-adarank", "--no-report", "--threads", "1"]
-        theirs = [str(options.venv / "bin" / "mergekit-yaml"), file, f"{method}-mergekit", "--no-copy-tokenizer"]
+        theirs = [
+            str(options.venv / "bin" / "mergekit-yaml"),
+            file,
+            f"{method}-mergekit",
+            "--no-copy-tokenizer",
+            "--no-write-model-card",
+        ]
         copy = [sys.executable, "-c", COPY, f"{method}-copy", "base", *EXPERTS]
         record["methods"][method] = compared(
             folder, method, {"copy": copy, "adarank": ours, "mergekit": theirs}, options.repeats
