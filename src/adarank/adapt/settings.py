@@ -28,7 +28,9 @@ class AdaptSettings(Settings):
     """How adaptation runs. The defaults were chosen without labels (docs/adaptation.md); `preset: paper` has the papers'.
 
     Arguments:
-        steps: Adam steps; each sees one batch of every task.
+        by: what is learned at a time: all of the `model`, by its predictions; or a `block`, so that it gives what the experts'
+            blocks give, which needs the memory of one block (docs/blocks.md).
+        steps: Adam steps; each sees one batch of every task. By block so many for each.
         batch_size: inputs per task and step.
         lr_masks, lr_lambda: Adam step sizes of mask logits and of λ. `lr_masks: auto` is 0.01 where steps count in weights
             and 0.005 elsewhere.
@@ -78,7 +80,8 @@ class AdaptSettings(Settings):
         adapted = adarank.adapt(base, {"a": a, "b": b}, batches, settings=settings)
     """
 
-    steps: int = Field(200, ge=0, description="Adam steps")
+    by: Literal["model", "block"] = Field("model", description="what is learned at a time; a block needs less memory")
+    steps: int = Field(200, ge=0, description="Adam steps; by block so many for each")
     batch_size: int = Field(8, ge=1, description="inputs per task and step")
     lr_masks: Annotated[float | Literal["auto"], BeforeValidator(_at_least_zero_or_auto)] = Field(
         AUTO, description="Adam step size of the mask logits; auto: 0.01 where steps count in weights, 0.005 elsewhere"

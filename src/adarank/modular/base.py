@@ -69,7 +69,7 @@ __all__ = [
 M = TypeVar("M", bound="Modular")
 
 # Settings of the loop that are about λ and masks, or about logits.
-OF_COMPONENTS = frozenset({"lr_masks", "lr_lambda", "step_unit", "temperature", "logit", "clamp", "learn_heads"})
+OF_COMPONENTS = frozenset({"by", "lr_masks", "lr_lambda", "step_unit", "temperature", "logit", "clamp", "learn_heads"})
 OF_LOGITS = frozenset({"objective", "objectives", "self_label", "filter", "momentum", "balance"})
 
 

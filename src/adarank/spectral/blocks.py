@@ -167,12 +167,14 @@ def build_blocks(
     device: torch.device | str = "cpu",
     spectra: bool = True,
     basis: Basis = BASES["task_vectors"],
+    names: Sequence[str] | None = None,
 ) -> dict[str, Blocks]:
     """Origin and task vectors of every merged tensor of a network, decomposed where the network says so.
 
     Arguments:
         basis: how matrices are decomposed.
         spectra: False where all components stay kept: then no matrix needs an SVD.
+        names: of these tensors alone.
     """
 
     def made(name: str) -> Blocks:
@@ -183,7 +185,7 @@ def build_blocks(
         advance()
         return block
 
-    names = network.merged()
+    names = network.merged() if names is None else names
     with stage("Task vectors", len(names)):
         mine = {name: made(name) for name in processes.share(names)}
         return {name: processes.from_owner(number, mine.get(name)) for number, name in enumerate(names)}
