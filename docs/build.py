@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # r
 
 import adaptation_tables
 import performance_tables
+from peer_tables import forms, fusion_bench, peers, vocabularies
 from results_tables import (
     HEAD,
     ROWS,
@@ -28,14 +29,11 @@ from results_tables import (
     costs,
     first_run,
     flat,
-    fusion_bench,
-    peers,
     record_of,
     settings,
     short_table,
     table,
     task_aware,
-    vocabularies,
 )
 
 from adarank.cli.main import parser
@@ -175,6 +173,7 @@ def results_page() -> str:
         "demo_collapse": lambda: collapse("demo-8"),
         "costs": costs,
         "peers": peers,
+        "forms": forms,
         "vocabularies": vocabularies,
         "fusion_bench": fusion_bench,
     }
