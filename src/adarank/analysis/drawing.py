@@ -57,12 +57,17 @@ def lines(
     title: str = "",
     errors: Mapping[str, Sequence[float]] | None = None,
     dashes: Mapping[str, str] | None = None,
+    outlined: bool = False,
 ) -> None:
-    """A line per series, each with its colour and mark; with `errors` a bar at every point."""
+    """A line per series, each with its colour and mark; with `errors` a bar at every point; outlined where they lie on a map."""
+    from matplotlib.patheffects import withStroke
+
     for number, (name, points) in enumerate(series.items()):
         across, up = [x for x, _ in points], [y for _, y in points]
         how: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)], "label": name,
                "linestyle": (dashes or {}).get(name, DASHES[number // len(COLOURS) % len(DASHES)])}  # fmt: skip
+        if outlined:
+            how["path_effects"] = [withStroke(linewidth=2.6, foreground="white")]
         if errors is None:
             axis.plot(across, up, **how)
         else:

@@ -173,7 +173,7 @@ class Landscape(Figure):
             if places:
                 series[kind] = places
         dashes = dict.fromkeys(("expert", "average", "base"), "none")
-        drawing.lines(axis, series, ("", ""), f"loss: {title}", dashes=dashes)
+        drawing.lines(axis, series, ("", ""), f"loss: {title}", dashes=dashes, outlined=True)
 
     def _paths(self, bench: Bench) -> dict[str, tuple[str, float, float]]:
         """Name -> method, λ, share."""

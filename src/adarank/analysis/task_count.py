@@ -119,6 +119,7 @@ class TaskCount(Figure):
                 ("merged tasks", f"mean {column}"),
                 errors={method: [error for _, error in curve.values()] for method, curve in curves.items()},
             )
+            axis.set_xticks(sorted(values_of(rows, "count")))
         drawing.legend_below(figure, axes[0][0])
         return figure
 

@@ -147,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--per-class", action="store_true", help="precision, recall and F1 of every class, too (csv: of these alone)"
     )
+    analysing.add_metric(evaluate)
     evaluate.set_defaults(run=_evaluate, left=_nothing_left)
 
     search = commands.add_parser(
@@ -161,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="AXIS",
         help="name=first:last:step or name=a,b,c; several make a grid",
     )
+    analysing.add_metric(search)
     search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
     search.set_defaults(run=_search, left=_left_of_search)
 
@@ -298,7 +300,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from adarank.workflow.evaluate import evaluate
 
     with screen() as shown:
-        table = evaluate(options.recipe, options.outputs, options.split, shown.note, options.per_class)
+        table = evaluate(options.recipe, options.outputs, options.split, shown.note, options.per_class, options.metric)
     parts = [sheets.scores(table), *([sheets.classes(table)] if options.per_class else [])]
     if options.json:
         _print_json(table.plain())
@@ -314,8 +316,9 @@ def _search(options: argparse.Namespace) -> None:
     from adarank.workflow.search import level, parse_axis, search
 
     axes = [parse_axis(text) for text in options.over]
+    given = (options.recipe, options.best, axes, options.force)
     with screen() as shown:
-        ranked, record = search(options.recipe, options.best, axes, options.force, shown.note, shown.point)
+        ranked, record = search(*given, shown.note, shown.point, options.metric)
     if options.json:
         _print_json(record)
         return
