@@ -39,7 +39,7 @@ FIGURES: dict[str, dict[str, tuple[dict[str, Any], int | None]]] = {
     "minilm-8": {
         "ranks": ({}, None),
         "interference": ({}, None),
-        "components": ({"lambda": 0.3, "top": 0.01, "tasks": ("sst2", "trec", "agnews", "cola")}, 12),
+        "components": ({"lambda": 0.3, "top": 0.01, "of": ("sst2", "trec", "agnews", "cola")}, 12),
         "rank-sweep": (
             {"ta": 0.3, "cart": 1.3, "shares": (0, 0.02, 0.04, 0.08, 0.16, 0.5, 1), "ways": ("merged",)},
             12,

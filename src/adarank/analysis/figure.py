@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from adarank.analysis.bench import Bench
+from adarank.errors import RecipeError
 from adarank.settings import Settings
 
 Row = dict[str, Any]
@@ -25,6 +26,8 @@ class Figure(Settings):
         source: the papers' figures that it is after.
         data: what it reads of the tasks' data, in words; empty if it reads none.
         outputs: what it needs of outputs of `merge`, in words; empty if it takes none.
+        tasks: how many experts it takes at least.
+        decomposed: it takes matrices that are decomposed.
     """
 
     name: ClassVar[str]
@@ -32,9 +35,19 @@ class Figure(Settings):
     source: ClassVar[str]
     data: ClassVar[str] = "labels of the scored split"
     outputs: ClassVar[str] = ""
+    tasks: ClassVar[int] = 1
+    decomposed: ClassVar[bool] = False
 
     def check(self, bench: Bench) -> None:
         """Raise a `RecipeError` if the recipe has not what the figure needs. Called before any work."""
+        if len(bench.tasks) < self.tasks:
+            raise RecipeError(
+                f"{self.name}: takes {self.tasks} experts or more, and the recipe has {len(bench.tasks)}."
+            )
+        if self.decomposed and not bench.matrices:
+            raise RecipeError(f"{self.name}: no matrix of these models is decomposed. Let select: decompose name some.")
+        if self.outputs and not bench.outputs:
+            raise RecipeError(f"{self.name}: {self.outputs}, are needed. Give --output FOLDER for each.")
 
     def parts(self, bench: Bench) -> list[str]:
         """The names of the parts, in the order in which they are computed."""

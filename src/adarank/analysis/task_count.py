@@ -46,6 +46,7 @@ class TaskCount(Figure):
 
     def check(self, bench: Bench) -> None:
         """Refuse methods that need data or give no single model, and counts that no subset has."""
+        super().check(bench)
         for name in self.methods:
             kind = METHODS.named(name, f"{self.name}: methods: unknown method")
             if kind.data or kind.in_use:
