@@ -26,15 +26,15 @@ from adarank.workflow.analyse import Options, analyse
 from adarank.workflow.demo import ZOO
 
 DRAWINGS = Path(__file__).resolve().parent.parent / "docs" / "figures"
-SHARES = (0, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1)
+SHARES = (0, 0.02, 0.04, 0.08, 0.16, 0.32, 1)
 FIGURES: dict[str, dict[str, tuple[dict[str, Any], int | None]]] = {
     "demo-8": {
         "ranks": ({}, None),
         "interference": ({}, None),
         "components": ({"lambda": 0.1, "top": 0.05}, 40),
-        "rank-sweep": ({"ta": 0.1, "cart": 0.7, "shares": SHARES}, 40),
-        "task-count": ({"most": 6}, 40),
-        "landscape": ({"points": 9, "cart": (0.7, 1.5), "ta": (0.1,)}, 30),
+        "rank-sweep": ({"ta": 0.1, "cart": 0.7, "shares": SHARES}, 30),
+        "task-count": ({"counts": (2, 4, 8), "most": 4}, 16),
+        "landscape": ({"points": 6, "shares": (0, 0.04, 0.16, 0.64, 1), "cart": (0.7, 1.5), "ta": (0.1,)}, 10),
     },
     "minilm-8": {
         "ranks": ({}, None),

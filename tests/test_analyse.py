@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import adarank
+from adarank.analysis import drawing
 from adarank.analysis.bench import Bench
 from adarank.analysis.figure import Figure, Row
 from adarank.analysis.figures import FIGURES
@@ -118,6 +119,11 @@ def test_the_same_rows_are_drawn_the_same(zoo: Path, tmp_path: Path) -> None:
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     run(zoo, "ranks", tmp_path / "three.png", Options())
     assert (tmp_path / "three.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawings_are_small_and_their_words_whole() -> None:
+    drawn = b'<path d="M 1.234567 -0.5 L 20.004999 3"/><text x="7.125001">-0.0256789</text>'
+    assert drawing.compact(drawn) == b'<path d="M 1.23 -0.5 L 20 3"/><text x="7.13">-0.0256789</text>'
 
 
 def test_an_interrupted_analysis_goes_on(
@@ -232,6 +238,19 @@ def test_the_page_of_figures_names_every_setting(figure: str) -> None:
     section = text.partition(f"\n## {figure}\n")[2].partition("\n## ")[0]
     assert section
     assert all(f"`{name}`" in section for name in keys(FIGURES[figure]))
+
+
+def test_the_page_of_figures_says_what_was_recorded() -> None:
+    root = Path(__file__).resolve().parent.parent
+    text = (root / "docs" / "analysis.md").read_text(encoding="utf-8")
+    lines = (root / "records" / "analysis.jsonl").read_text(encoding="utf-8").splitlines()
+    recorded = [record for record in map(json.loads, lines) if record["kind"] == "analysis"]
+    assert recorded
+    for record in recorded:
+        assert all(f"\n- {sentence}\n" in text for sentence in record["sentences"])
+        drawn = root / "docs" / "figures" / f"{record['study']}-{record['name']}.svg"
+        assert drawn.stat().st_size < 100_000
+        assert f"figures/{drawn.name}" in text
 
 
 def test_settings_are_typed_as_yaml_or_lists() -> None:

@@ -141,7 +141,7 @@ def test_first_order_is_the_slope_of_the_loss(zoo: Path, oracle: Oracle, tmp_pat
 
 def test_single_matrices_have_single_components(zoo: Path, oracle: Oracle, tmp_path: Path) -> None:
     name = oracle.matrices[3]
-    rows = rows_of(zoo, "components", tmp_path / "c", {"of": ["mood"], "matrices": [f"*{name[5:]}"], "top": 0.1})
+    rows = rows_of(zoo, "components", tmp_path / "c", {"of": "mood", "matrices": f"*{name[5:]}", "top": 0.1})
     (row,) = (row for row in rows if row["kind"] == "exact")
     merge = without(oracle, "mood", "pretrained", 0.3)
     part = component(oracle.bodies["mood"][name] - oracle.bodies["base"][name], 0)

@@ -158,6 +158,7 @@ class Components(Figure):
                 series |= {f"{what}{style}": [(row["component"], row[what]) for row in here] for what in ("net", "own")}
             dashes = {name: "--" if "first" in name else "-" for name in series}
             drawing.lines(axis, series, ("component", "change of loss"), f"components of {task}", dashes=dashes)
+            axis.locator_params(nbins=4)
         strongest = where(rows, kind=EXACT, component=1)
         cells = [[row[_on(other)] for other in tasks_of(rows)] for row in strongest]
         ticks = {float(place): str(place + 1) for place in range(len(tasks_of(rows)))}

@@ -7,7 +7,9 @@ interrupted analysis goes on; its rows are a tidy table, the same that is writte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_origin
+
+from pydantic import model_validator
 
 from adarank.analysis.bench import Bench
 from adarank.errors import RecipeError
@@ -37,6 +39,17 @@ class Figure(Settings):
     outputs: ClassVar[str] = ""
     tasks: ClassVar[int] = 1
     decomposed: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        """One value for a setting that is a list, as it may be typed."""
+        if not isinstance(given, Mapping):
+            return given
+        lists = {
+            field.alias or name for name, field in cls.model_fields.items() if get_origin(field.annotation) is tuple
+        }
+        return {k: (v,) if k in lists and not isinstance(v, (list, tuple)) else v for k, v in given.items()}
 
     def check(self, bench: Bench) -> None:
         """Raise a `RecipeError` if the recipe has not what the figure needs. Called before any work."""
