@@ -77,6 +77,37 @@ def merging(count: int = len(METHODS)) -> tuple[Callable[[Path], object], ...]:
     return tuple(command("merge", f"recipe{number}.yaml", "../results/out", "--no-report") for number in range(count))
 
 
+def adapters(folder: Path) -> None:
+    """A base and adapters over it, as files of two kinds, with recipes that name them in each way and write one."""
+    layers, source = ("layers.0.proj", "layers.1.proj"), torch.Generator().manual_seed(0)
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text(json.dumps({"model_type": "x", "architectures": ["X"]}))
+    state = {f"{name}.{part}": torch.randn(shape, generator=source) for name in layers for part, shape in (("weight", (6, 4)), ("bias", (6,)))}  # fmt: skip
+    save_file(state, folder / "base" / "model.safetensors", {"format": "pt"})
+    more: dict[str, dict[str, Any]] = {
+        "a": {"rank_pattern": {"layers.1.proj": 1}, "modules_to_save": ["head"]},
+        "b": {"use_dora": True, "use_rslora": True, "alpha_pattern": {"proj": 3}},
+    }
+    for name, settings in more.items():
+        (folder / name).mkdir()
+        written = {}
+        for number, layer in enumerate(layers):
+            rank = 1 if "rank_pattern" in settings and number else 2
+            parts = {"lora_A": (rank, 4), "lora_B": (6, rank), **({"lora_magnitude_vector": (6,)} if "use_dora" in settings else {})}  # fmt: skip
+            written |= {f"base_model.model.{layer}.{part}.weight": torch.randn(shape, generator=source) for part, shape in parts.items()}  # fmt: skip
+        if name == "a":
+            save_file(written, folder / name / "adapter_model.safetensors")
+        else:
+            torch.save(written, folder / name / "adapter_model.bin")
+        said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["proj"], "base_model_name_or_path": "base", **settings}  # fmt: skip
+        (folder / name / "adapter_config.json").write_text(json.dumps(said))
+    methods = [METHODS[0], METHODS[3], {"merge_method": "tsv_m"}, {**METHODS[0], "output": {"lora": {"rank": 2}}}]
+    for number, method in enumerate(methods):
+        models = [{"model": "base+a" if number % 2 else "a"}, {"model": {"model": "base", "lora": "b"} if number % 2 else "b"}]  # fmt: skip
+        values = {**method, "base_model": "base", "models": models, "device": "cpu"}
+        (folder / f"recipe{number}.yaml").write_text(yaml.safe_dump(values))
+
+
 def text_inputs(folder: Path) -> None:
     """Text classifiers with data, recipes that merge, adapt, mask and bundle, and what they write."""
     text_zoo.make_zoo(folder)
@@ -216,6 +247,7 @@ KINDS = [
     Kind("pickles", lambda f: plain_zoo(f, "bin"), ("*/pytorch_model.bin",), (*merging(), command("inspect", "a", "--base", "base"))),
     Kind("indices", lambda f: plain_zoo(f, "shards"), ("*/*.index.json", "*/*.index.json", "a/*.safetensors"), merging()),
     Kind("recipes", plain_zoo, ("recipe*.yaml",), (*merging(), *(command("plan", f"recipe{n}.yaml", "-v") for n in range(5)))),
+    Kind("adapters", adapters, ("[ab]/adapter_config.json", "[ab]/adapter_model.*", "base/model.safetensors"), (*merging(4), command("plan", "recipe1.yaml"))),
     Kind("task recipes", text_inputs, ("recipe.yaml", "adapted.yaml", "masked.yaml", "bundled.yaml"), tuple(
         command("plan", f"{name}.yaml") for name in ("recipe", "adapted", "masked", "bundled"))),
     Kind("tables", tables, ("data/mood.*",), tuple(loading(f"{end}.yaml") for end in ("tsv", "csv", "jsonl", "parquet")),

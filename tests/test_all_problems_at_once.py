@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,48 @@ def test_python_raises_the_same_list(call: Callable[[Any], Any], zoo: Path, monk
         with pytest.raises(AdaRankError) as caught:
             call(given)
         assert all(sentence in str(caught.value) for sentence in PROBLEMS.values())
+
+
+FIRST: tuple[Spoil, ...] = (wrong_key, lost_checkpoint, other_shape, lost_column)
+LAST: tuple[Spoil, ...] = (odd_dtype, quantised, other_tokens, label_out_of_range)
+
+
+def write_stages(folder: Path, first: Sequence[Spoil], last: Sequence[Spoil]) -> Path:
+    """A recipe of a stage that is merged first, and of an output that it is the base of."""
+    of_first = {**yaml.safe_load(write(folder, *first).read_text()), "name": "first"}
+    of_last = {**yaml.safe_load(write(folder, *last).read_text()), "base_model": "first"}
+    path = folder / "r.yaml"
+    path.write_text("---\n".join(yaml.safe_dump(values) for values in (of_first, of_last)))
+    return path
+
+
+@pytest.mark.parametrize("command", [("plan", "r.yaml"), ("merge", "r.yaml", "out")], ids=lambda c: c[0])
+def test_every_stages_problems_come_in_one_run(
+    command: tuple[str, ...], zoo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_stages(zoo, FIRST, LAST)
+    forbid_work(monkeypatch)
+    assert main(list(command)) == 1
+    text = " ".join(capsys.readouterr().err.split())
+    missing = [spoil.__name__ for spoil in (*FIRST, *LAST) if PROBLEMS[spoil] not in text]
+    assert not missing, text
+    assert "stage 1 ('first')" in text
+    assert "stage 'first': " in text
+    assert "the output's stage: " in text
+    assert not list(zoo.glob("*out*"))
+
+
+@pytest.mark.parametrize("spoil", [*FIRST, *LAST], ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize("of_first", [True, False], ids=["first", "last"])
+def test_one_stages_problem_is_told_without_others(spoil: Spoil, of_first: bool, zoo: Path) -> None:
+    path = write_stages(zoo, *([[spoil], []] if of_first else [[], [spoil]]))
+    with pytest.raises(AdaRankError) as caught:
+        plan(path)
+    assert PROBLEMS[spoil] in str(caught.value)
+    others = [text for other, text in PROBLEMS.items() if other is not spoil]
+    assert not any(text in str(caught.value) for text in others)
+    if spoil is not label_out_of_range:  # in the data of both
+        assert "things are wrong" not in str(caught.value)
 
 
 @pytest.mark.parametrize("spoil", PROBLEMS, ids=lambda spoil: spoil.__name__)

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 
 import adarank
-from adarank.cli.main import main
+from adarank.cli.main import main, parser
 from adarank.errors import CheckpointError
 from adarank.io.hub import is_hub_id, resolve
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
@@ -164,3 +164,30 @@ def test_merge_takes_a_size_of_files_before_the_recipes(zoo: Path, tmp_path: Pat
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert main(["merge", str(path), str(tmp_path / "other"), "--max-shard-size", "8"]) == 1
     assert main(["merge", str(path), str(tmp_path / "other"), "--max-shard-size", "huge"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("paths", "options"),
+    [
+        (["extract", "out", "task", "folder"], ["--force"]),
+        (["extract", "out", "folder"], ["--task=t", "--force"]),
+        (["evaluate", "r.yaml", "one", "two"], ["--split", "select"]),
+        (["search", "r.yaml", "best.yaml"], ["--over", "lambda=1,2"]),
+        (["merge", "r.yaml", "out"], ["--force"]),
+        (["report", "one", "two"], ["--force"]),
+        (["methods", "cart"], ["--json"]),
+    ],
+    ids=lambda part: part[0],
+)
+def test_options_may_stand_anywhere_after_the_command(paths: list[str], options: list[str]) -> None:
+    read = [vars(parser().parse_args([*paths[:n], *options, *paths[n:]])) for n in range(1, len(paths) + 1)]
+    assert all(each == read[0] for each in read)
+    given = {str(value) for entry in read[0].values() for value in (entry if isinstance(entry, list) else [entry])}
+    assert given >= set(paths[1:])
+
+
+def test_a_path_too_few_or_too_many_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, said in ((["extract", "out"], "required: out"), (["extract", "a", "b", "c", "d"], "arguments: d")):
+        with pytest.raises(SystemExit, match="2"):
+            main(given)
+        assert said in capsys.readouterr().err

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -87,6 +88,53 @@ def test_a_stopped_adaptation_goes_on(zoo: Path) -> None:
     assert "Run the same command to continue" in text
     assert list((zoo / ".out.state").rglob("state.pt"))
     assert main(["merge", "r.yaml", "out"]) == 0
+
+
+def stages(zoo: Path, first: dict[str, Any], last: dict[str, Any]) -> None:
+    """A recipe of a stage that is merged first, and of an output that it is the base of."""
+    texts = [recipe(zoo, "r.yaml", **values).read_text() for values in (first, last)]
+    (zoo / "r.yaml").write_text("name: first\n" + "---\n".join(texts))
+
+
+AVERAGE = {"merge_method": "average"}
+
+
+def test_of_stages_the_first_leaves_nothing_before_it_is_merged(zoo: Path) -> None:
+    stages(zoo, AVERAGE, {**AVERAGE, "base_model": "first"})
+    assert "nothing is kept" in interrupt("note", "Writing", "merge", "r.yaml", "out")
+    assert not (zoo / "out").exists()
+    assert not states(zoo)
+
+
+def test_stages_that_are_merged_are_kept(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages(zoo, AVERAGE, {**AVERAGE, "base_model": "first"})
+    text = interrupt("note", "Stage 2 of 2", "merge", "r.yaml", "out")
+    assert "Nothing was written to out. 1 merged stage is kept in" in text
+    assert ".out.state" in text
+    assert not (zoo / "out").exists()
+    assert main(["merge", "r.yaml", "out"]) == 0
+    assert "Stage 1 of 2, first: merged already" in capsys.readouterr().err
+    assert not states(zoo)
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "said", "file"),
+    [
+        ("note", "Decomposing", "hat was computed of the experts", "experts.pt"),
+        ("step", "History", "Run the same command to continue", "state.pt"),
+    ],
+    ids=["experts", "step"],
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_adapted_stage_goes_on(number: int, kind: str, at: str, said: str, file: str, zoo: Path) -> None:
+    of_last = {"base_model": "first"}
+    stages(zoo, *((ADAPT, {**AVERAGE, **of_last}) if number == 1 else (AVERAGE, {**ADAPT, **of_last})))
+    text = interrupt(kind, at, "merge", "r.yaml", "out")
+    assert said in text
+    assert ("1 merged stage and" in text) == (number == 2 and kind == "note")
+    assert list((zoo / ".out.state").rglob(file))
+    assert main(["merge", "r.yaml", "out"]) == 0
+    assert not states(zoo)
 
 
 def test_an_evaluation_keeps_nothing_and_says_so(zoo: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,21 @@ def test_a_strange_state_is_refused_before_any_work(zoo: Path, tmp_path: Path, k
 
 
 # One run at a time
+
+
+def test_an_output_in_another_runs_hands_is_not_judged(tmp_path: Path) -> None:
+    """Between its record and its files another run may put others there: whose fault they are cannot be said."""
+    out = tmp_path / "out"
+    made(out)
+    (out / "model.safetensors").write_text("of the next output")
+    code = (
+        "import sys; from pathlib import Path; from adarank.io.writer import claimed\n"
+        "with claimed(Path(sys.argv[1]), force=True): pass"
+    )
+    for held, said in ((True, "another run is writing there"), (False, "is not as adarank wrote it")):
+        with hold(out) if held else nullcontext():
+            done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False)
+        assert said in done.stderr
 
 
 def test_a_second_run_is_told_who_holds_the_output(tmp_path: Path) -> None:

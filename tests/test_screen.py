@@ -27,6 +27,7 @@ from adarank.adapt.history import History
 from adarank.cli import console, show
 from adarank.cli.main import main, parser
 from adarank.cli.progress import Screen, screen, steps_view
+from adarank.cli.sheets import title_of
 from adarank.io.progress import advance, stage
 from adarank.recipe.papers import ROWS, SETTINGS
 from adarank.recipe.registry import METHODS
@@ -150,7 +151,7 @@ def test_inspect_of_checkpoints_and_bundles_is_whole(zoo: Path, terminal: Shown)
     for row in json.loads(_json("inspect", models / "digits", "--base", models / "base")):
         line = words(text[text.index(row["name"]) :])[:200]
         assert f"{row['norm']:.4g}" in line
-        assert row["rank95"] is None or f"{row['rank95']} of {row['rank']}" in line
+        assert row["rank95"] is None or f" {row['rank95']} {row['rank']} " in line
     assert "layer.1.output.dense.weight" in terminal("inspect", models / "base")
     text = terminal("inspect", zoo / "bundled")
     assert all(f"{task}, with its head" in text for task in TASKS)
@@ -164,6 +165,39 @@ def test_a_search_shows_every_point_whole(zoo: Path, terminal: Shown) -> None:
         line = next(line for line in text.splitlines() if line.split()[:1] == [str(point["settings"]["lambda"])])
         assert all(f"{score:.1f}" in line for score in point["scores"].values())
         assert f"{point['mean']:.2f}" in line
+
+
+def test_a_plan_of_stages_shows_each_of_them_whole(zoo: Path, terminal: Shown) -> None:
+    path = recipe(zoo, "stages.yaml", merge_method="average")
+    last = recipe(zoo, "last.yaml", merge_method="task_arithmetic", base_model="first")
+    path.write_text(f"name: first\n{path.read_text()}---\n{last.read_text()}")
+    text = terminal("plan", path, "--verbose")
+    described = json.loads(_json("plan", path))
+    stages = [("stage first:", described["stages"]["first"]), ("the output:", described)]
+    for (start, of), shown in zip(stages, text.split("the output:"), strict=True):
+        assert start in text
+        assert f"{of['merge_method']} of {len(TASKS)}" in shown
+        for name, row in of["tensors"].items():
+            assert words(f"{row['dtype']} {row['action']} {row['reason']}") in words(shown[shown.index(name) :])[:300]
+
+
+def test_every_class_is_in_the_table(zoo: Path, terminal: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(zoo)
+    text = terminal("evaluate", "plain.yaml", "plain", "--per-class")
+    of_models = json.loads(_json("evaluate", "plain.yaml", "plain", "--per-class"))["classes"]
+    assert set(of_models["plain"]) == set(TASKS)
+    for model, of_tasks in of_models.items():
+        for task, classes in of_tasks.items():
+            for each in classes:
+                scores = [f"{each[key]:.1f}" for key in ("precision", "recall", "f1")]
+                cells = [task, model, each["name"], str(each["inputs"]), *scores]
+                assert re.search(r"[,\s]+".join(map(re.escape, cells)), text), cells
+
+
+def test_commands_that_look_back_are_whole(zoo: Path, terminal: Shown) -> None:
+    assert "is as it was recorded" in words(terminal("verify", zoo / "plain", "--from", zoo))
+    text = terminal("report", zoo / "plain", "--to", zoo / "page.html", "--force")
+    assert whole(str(zoo / "page.html")) in whole(text)
 
 
 def test_an_extracted_task_is_named_whole(zoo: Path, terminal: Shown) -> None:
@@ -197,9 +231,10 @@ def test_the_papers_rows_have_every_figure_and_recipe(terminal: Shown) -> None:
         assert words(row.yaml() if row.recipe else row.hint) in words(text)
 
 
-@pytest.mark.parametrize(
-    "command", ["", "demo", "plan", "merge", "evaluate", "search", "extract", "inspect", "methods"]
-)
+COMMANDS = re.findall(r"^    ([a-z]+)", parser().format_help(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_help_fits(
     command: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -220,23 +255,29 @@ def test_errors_are_broken_between_words(zoo: Path, terminal: Shown) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
-@pytest.mark.parametrize("tasks", [8, 20])
+@pytest.mark.parametrize(("tasks", "losses"), [(8, 0), (20, 0), (8, 3), (8, 8)])
 def test_a_table_names_every_task_whole_at_any_width(
-    width: int, tasks: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    width: int, tasks: int, losses: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "out", Console(width=width, highlight=False, markup=False))
     scores = {f"task_number_{i}": i + 12.3 for i in range(tasks)}
-    show.scores(Table("test", "disjoint", dict.fromkeys(scores, 1000), {"merged": scores, "experts": scores}))
+    of_losses = list(scores)[:losses]
+    rows, metrics = {"merged": scores, "experts": scores}, dict.fromkeys(of_losses, "loss")
+    table = Table("test", "disjoint", dict.fromkeys(scores, 1000), rows, metrics=metrics)
+    show.scores(table)
     lines = capsys.readouterr().out.splitlines()
+    titles = next(n for n in range(1, len(lines)) if words(" ".join(lines[:n])) == title_of(table))
     assert max(map(len, lines)) <= width
     seen: dict[str, str] = {}
     for place in (i for i, line in enumerate(lines) if line.startswith("merged")):
-        cells = [(m.end(), m.group()) for m in re.finditer(r"\d+\.\d", lines[place])]
-        top = max((i for i in range(1, place) if not lines[i]), default=0) + 1  # below the title, or an empty line
+        cells = [(m.end(), m.group()) for m in re.finditer(r"\d+\.\d+", lines[place])]
+        top = max((i + 1 for i in range(place) if not lines[i]), default=titles)  # below the title, or an empty line
         starts = [len("merged"), *(end for end, _ in cells)]
         heads = ["".join(line[a:b].strip() for line in lines[top:place]) for a, b in itertools.pairwise(starts)]
         seen |= {head: figure for head, (_, figure) in zip(heads, cells, strict=True) if head.startswith("task")}
-    assert seen == {task: f"{score:.1f}" for task, score in scores.items()}
+    as_loss = {f"{task}(loss)": f"{scores[task]:.3f}" for task in of_losses}
+    wanted = as_loss | {task: f"{score:.1f}" for task, score in scores.items() if task not in of_losses}
+    assert {head.replace(" ", ""): figure for head, figure in seen.items()} == wanted
 
 
 def test_points_with_long_settings_are_whole(
@@ -298,7 +339,7 @@ def test_steps_are_told_now_and_then_in_a_pipe(
         now[0] += 1
         shown.step(history(3, step, "task"), 100)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1].rstrip(",") for line in lines] == ["1/100", "31/100", "61/100", "91/100", "100/100"]
+    assert [line.split()[1].rstrip(",") for line in lines] == [f"{n}/100" for n in (1, 6, 36, 66, 96, 100)]
     assert all("mean loss 1.250; agreement at step 0: mean 87.5%" in line for line in lines)
 
 

@@ -11,11 +11,11 @@ import yaml
 from torch import Tensor
 
 from adarank.cli.main import main
-from adarank.errors import AdaRankError, CheckpointError, Interrupted, OutputError, RecipeError
+from adarank.errors import AdaRankError, CheckpointError, Interrupted, OutputError, Problems, RecipeError
 from adarank.io.checkpoint import Checkpoint
 from adarank.recipe.job import open_job
-from adarank.recipe.planned import open_stages
-from adarank.recipe.reader import load_recipe
+from adarank.recipe.planned import open_parts
+from adarank.recipe.reader import load_recipe, read_draft
 from adarank.workflow.merge import merge
 from adarank.workflow.verify import verify
 from make import family, read_all, same, save
@@ -78,6 +78,7 @@ def test_the_output_alone_is_left_and_its_record_has_all(folder: Path) -> None:
     record = merge(stages(folder, FIRST, SECOND, LAST), folder / "out")
     assert set(folder.iterdir()) - before == {folder / "stages.yaml", folder / "out"}
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "README.md",
         "adarank.json",
         "config.json",
         "model.safetensors",
@@ -118,7 +119,7 @@ WRONG: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "two bad stages": ([{**FIRST, "merge_method": "slrp"}, {**SECOND, "modls": 1}, LAST], ["stage 1 ('first')", "'slerp'", "stage 2 ('second')", "modls"]),
     "models that are not there": (
         [{**FIRST, "base_model": "./nope"}, {**SECOND, "models": [{"model": "./nix"}]}, LAST],
-        ["2 stages cannot be merged", "stage 'first'", "nope", "stage 'second'", "nix"],
+        ["Several things are wrong", "stage 'first'", "nope", "stage 'second'", "nix"],
     ),
     "networks for each task": ([{**LAST, "name": "first", "models": SECOND["models"][1:], "merge_method": "tall_masks", "parameters": {}}, SECOND, LAST],
                                ["stage 'first': 'tall_masks' writes a network for each task"]),
@@ -152,9 +153,9 @@ def test_what_does_not_fit_a_stages_output_is_found_first(folder: Path) -> None:
 
 def test_a_stage_to_come_is_known_as_it_will_be(folder: Path) -> None:
     half = {**FIRST, "dtype": "bfloat16"}
-    planned = open_stages(load_recipe(stages(folder, half, {**LAST, "models": [{"model": "first"}]}))).output.experts[
-        "first"
-    ]
+    draft = read_draft(stages(folder, half, {**LAST, "models": [{"model": "first"}]}), Problems())
+    assert draft is not None
+    planned = open_parts(draft, Problems())[-1].opened.experts["first"]
     file = folder / "half.yaml"
     file.write_text(yaml.safe_dump({key: value for key, value in half.items() if key != "name"}))
     merge(load_recipe(file), folder / "half")

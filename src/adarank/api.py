@@ -17,6 +17,7 @@ from adarank.adapt.history import Adapted, Progress
 from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.problem import Problem, expert_predictions, learns_head
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.weights import adapt_weights
 from adarank.alignment.align import align
 from adarank.alignment.selection import Select
 from adarank.alignment.task_vectors import AlignedCheckpoints
@@ -191,14 +192,12 @@ def adapt(
     inputs = {task: BatchInputs(batches[task], held_out.get(task, ()), loop, heads[task]) for task in experts}
     predictions = expert_predictions(network, models, inputs, loop, call, function)
     device = next(iter(models.shared.values())).device
-    live = chosen.start(network, models.shared, loop, device)
+    problem = Problem(models, inputs, loop, call, predictions, function)
     with torch.enable_grad():  # whatever the caller has switched off
-        problem = Problem(models, inputs, loop, call, predictions, function)
-        history = problem.adapt(live, chosen.grid, progress=progress)
-    live.zero_grad()
+        learned = adapt_weights(problem, chosen, network, device, progress=progress)
     fits = learn_task_heads(problem)
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
-    return Adapted(models.modules, state, live.mask_file(network.tasks, chosen.origin, {}), history, fits)
+    return Adapted(models.modules, state, learned.masks, learned.history, fits)
 
 
 def learn_heads(

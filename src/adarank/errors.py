@@ -7,7 +7,8 @@
     ├── DataError         a data file, column, label or split is unusable
     ├── AdaptationError   adaptation cannot go on (a loss is not finite, ...)
     ├── Interrupted       stopped by a signal; the state was saved
-    └── OutputError       the output cannot be written where it was asked for
+    ├── OutputError       the output cannot be written where it was asked for
+    └── ProcessError      of several processes that share the work, another one has stopped or died
 
 Every message is a sentence that says what, where, what was got and needed, and what to do.
 """
@@ -58,6 +59,10 @@ class OutputError(AdaRankError):
     """The output cannot be written where it was asked for."""
 
 
+class ProcessError(AdaRankError):
+    """Of several processes that share the work of a command another one has stopped or died, or they do not meet."""
+
+
 class Problems:
     """What independent checks refuse, gathered so that all of it comes at once.
 
@@ -82,6 +87,13 @@ class Problems:
             yield
         except AdaRankError as error:
             self.errors.append(error)
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[Problems]:
+        """What is noted inside is of one part, and is noted here with the part's name before it (none if it is empty)."""
+        here = Problems()
+        yield here
+        self.errors += [type(error)(f"{part}: {error}") if part else error for error in here.errors]
 
     def refuse(self, heading: str = "") -> None:
         """Raise what was noted, if anything: one error as it is; several as one that is of each of their kinds."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from adarank.adapt.agreement import Signals
 from adarank.adapt.choice import Choice, LinePoint
 from adarank.adapt.start_search import Tried
+from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
 
 if TYPE_CHECKING:
@@ -64,13 +65,32 @@ Progress = Callable[[History, int], None]
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What adaptation gave. The networks hold what is kept.
+
+    Attributes:
+        parameters: merged tensor -> the parameter that holds it.
+        masks: masks and λ; None if what is learned is something else.
+        blocks: by block: of each its name, its distances before and after, and whether what was learned is kept.
+        factors: merged tensor -> origin, task vectors and spectra; by block read when looked up, and none where no state is kept.
+    """
+
+    history: History
+    parameters: Mapping[str, Tensor]
+    masks: MaskFile | None
+    blocks: Sequence[Mapping[str, Any]] = ()
+    factors: Mapping[str, Blocks] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Adapted:
     """What `adapt` returns.
 
     Attributes:
         modules: task -> the merged network with that task's head, in float32 and evaluation mode. They share memory.
         state: tensor name -> merged tensor, in float32, heads not among them.
-        masks: masks and λ; `masks.save(path)` writes the file that the method `masked` applies.
+        masks: masks and λ; `masks.save(path)` writes the file that the method `masked` applies. None if a method learns
+            something else.
         history: losses and components kept, step by step; judgements; which step was kept and why (`history.choice`).
         heads: task -> what learning its head gave, for those that were to be learned.
 
@@ -84,6 +104,6 @@ class Adapted:
 
     modules: Mapping[str, nn.Module]
     state: dict[str, Tensor]
-    masks: MaskFile
+    masks: MaskFile | None
     history: History
     heads: Mapping[str, HeadFit] = field(default_factory=dict)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from adarank.adapt.settings import AdaptSettings
+from adarank.spectral.mask_file import MaskFile
 
 
 class Learner(Protocol):
@@ -40,6 +41,24 @@ class Learner(Protocol):
 
     def kept_share(self) -> float | None:
         """Share of components kept now; None where there are none to keep."""
+        ...
+
+
+class LiveLearner(Learner, Protocol):
+    """What merged weights of a network are a function of.
+
+    Attributes:
+        parameters: tensor name -> the network's parameter (or buffer) that `write` writes.
+    """
+
+    parameters: dict[str, Tensor]
+
+    def settle(self) -> None:
+        """Compose what steps left in lower precision as it will be written. Steps are over."""
+        ...
+
+    def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile | None:
+        """The current masks and λ, as the file that the method `masked` applies; None if something else is learned."""
         ...
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.settings import AdaptSettings, StepUnit
+from adarank.adapt.settings import AdaptSettings, Precision, StepUnit
 from adarank.adapt.tying import LambdaPer, tie
 from adarank.errors import RecipeError
+from adarank.io import processes
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import Blocks
+from adarank.spectral.half import HalfFactors
 from adarank.spectral.mask_file import MaskFile
 from adarank.spectral.masks import First, MaskKind, first_mask, hard, pace, soft, straight_through
 
@@ -36,6 +38,7 @@ class Learn:
         mask: `binary` or `soft`, where masks are learned.
         unit: for soft masks, what a step changes equally for all components of a matrix and task: `weights` or `mask`.
         first: which components the start keeps, the `top` ones or `random` ones; `seed` of the latter.
+        precision: of the products with components while steps are taken, where soft masks are learned.
     """
 
     masks: bool = True
@@ -48,6 +51,7 @@ class Learn:
     unit: StepUnit = "weights"
     first: First = "top"
     seed: int = 0
+    precision: Precision = "float32"
 
 
 class LiveWeights:
@@ -84,6 +88,8 @@ class LiveWeights:
         self._parts = [sum(block.sizes) for block in self.blocks.values()]
         self.logits = torch.empty(sum(self._parts), dtype=dtype)
         self._logit = logit
+        halves = learn.precision == "bfloat16" and self.mask_kind == "soft"
+        self._halves = {n: HalfFactors.of(block) for n, block in self.blocks.items() if halves and block.components}
         self._pace = self._paces() if self.mask_kind == "soft" and learn.unit == "weights" else None
         self.reset(scale, rank)
         # buffers such as running statistics are written, but have no gradient
@@ -122,7 +128,13 @@ class LiveWeights:
         """Compose every merged tensor from the current λ and masks, into the network's parameters."""
         lam = self.used_lam()
         for row, (name, mask) in enumerate(self.masks().items()):
-            self.parameters[name].copy_(self.blocks[name].compose(lam[row], mask))
+            self.parameters[name].copy_((self._halves.get(name) or self.blocks[name]).compose(lam[row], mask))
+
+    def settle(self) -> None:
+        """Compose every merged tensor in float32, as the method `masked` will. Steps are over."""
+        if self._halves:
+            self._halves = {}
+            self.write()
 
     @torch.no_grad()
     def pull_back(self) -> None:
@@ -136,10 +148,15 @@ class LiveWeights:
             grad = self.parameters[name].grad
             if grad is None:  # the tensor takes no part in any task's output
                 continue
-            gradient = self.blocks[name].gradient(grad, lam[row], mask, self.learn.masks)
+            half = self._halves.get(name)
+            if half is None:
+                gradient = self.blocks[name].gradient(grad, lam[row], mask, self.learn.masks)
+            else:
+                gradient = half.gradient(grad, lam[row], mask)
             grad_lam[row] = gradient.lam
             slots[row].copy_(gradient.mask)
-        self._set_gradients(grad_lam.cpu(), grad_mask.cpu())
+        total = processes.add_up(torch.cat([grad_lam.flatten(), grad_mask]).cpu())  # of several processes, their tasks'
+        self._set_gradients(total[: lam.numel()].view_as(lam), total[lam.numel() :])
 
     def zero_grad(self) -> None:
         """Forget the gradients of the network's parameters."""

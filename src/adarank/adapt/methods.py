@@ -24,12 +24,15 @@ from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
+from adarank.alignment.layers import layer_groups
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.errors import RecipeError, itemise
+from adarank.io import processes
 from adarank.method import Context, Given, Outline, Result
 from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
-from adarank.spectral.blocks import build_blocks
+from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import First, MaskKind
 
 
@@ -117,13 +120,36 @@ class AdaptiveMethod(Adapting):
             RecipeError: an unknown preset, or settings that do not fit.
         """
         method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset)
+        if settings.by == "block":
+            method._check_blocks(given.adapt or {})
         return method.with_settings(settings)
+
+    def _check_blocks(self, adapt: Mapping[str, Any]) -> None:
+        """Refuse what means nothing where a block is learned at a time."""
+        problems = [
+            f"adapt.{key}: by: block minimises the distance to what the experts' blocks give. Remove {key}, or use by: model."
+            for key in ("objective", "objectives", "self_label", "filter")
+            if key in adapt
+        ]
+        if self.lambda_per in ("task", "model"):
+            problems.append(
+                f"lambda_per: one λ for each {self.lambda_per} cannot be learned a block at a time. Use tensor, layer or shared-layer, or by: model."
+            )
+        if processes.size() > 1:
+            problems.append("adapt.by: block runs in one process. Start it without torchrun, or use by: model.")
+        if problems:
+            raise RecipeError(problems[0] if len(problems) == 1 else itemise("adapt: by block", problems))
 
     @classmethod
     def seeded(cls, given: Given) -> dict[str, Any]:
         """The settings given, with the recipe's seed where the method draws and none is given."""
         drawn = given.seed is not None and "seed" in cls.model_fields
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
+
+    @classmethod
+    def shares_work(cls) -> bool:
+        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up."""
+        return True
 
     @classmethod
     def memory(cls) -> str:
@@ -137,12 +163,22 @@ class AdaptiveMethod(Adapting):
         return self.spectra
 
     def held_bytes(self, outline: Outline) -> int:
-        """Origin, live weight and gradient of every merged tensor, its spectra or task vectors, what is kept, and heads."""
+        """Live weights, what is kept, heads; and origin, gradient, and spectra or task vectors of every merged tensor, or of the
+        largest block where one is learned at a time."""
         network = outline.network
         numel = {name: info.numel for name, info in network.tensors.items()}
         kept = sum(numel[name] for name, choice in network.choices.items() if choice.action in ("keep", "average"))
-        merged = sum(3 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged())
-        return 4 * (merged + kept + outline.head_numel())
+        learned = {
+            name: 2 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged()
+        }
+        held = sum(learned.values())
+        if self.settings.by == "block":
+            groups = layer_groups(network.merged())
+            held = max(
+                (sum(learned[n] for n, g in zip(learned, groups, strict=True) if g == group) for group in groups),
+                default=0,
+            )
+        return 4 * (sum(numel[name] for name in learned) + held + kept + outline.head_numel())
 
     def _stored(self, network: AlignedCheckpoints, name: str) -> int:
         """Numbers that one task's part of a tensor takes: factors, or the task vector."""
@@ -151,7 +187,15 @@ class AdaptiveMethod(Adapting):
             return info.numel
         rows = info.shape[0] if info.shape else 1
         columns = info.numel // max(1, rows)
-        return min(rows, columns) * (rows + columns)
+        factors = min(rows, columns) * (rows + columns)
+        if self.soft:
+            return factors + (factors // 2 if self.settings.precision == "bfloat16" else 0)
+        return factors + (info.numel if max(self.grid.ranks) > 0.5 else 0)  # whole task vectors, less what is pruned
+
+    @property
+    def soft(self) -> bool:
+        """Whether masks are any numbers; else components are kept or not."""
+        return False
 
     def run(self, context: Context) -> Result:
         """Adapt, from a saved state if there is one. Reads no label."""
@@ -174,9 +218,16 @@ class AdaptiveMethod(Adapting):
     ) -> LiveWeights:
         """The live weights at the method's start, over the parameters that the networks share."""
         basis = self.decomposition(network, device)
+        blocks = build_blocks(network, self.origin, device, self.spectra, basis)
+        return self.live({name: shared[name] for name in network.merged()}, blocks, settings, basis)
+
+    def live(
+        self, parameters: Mapping[str, Tensor], blocks: Mapping[str, Blocks], settings: AdaptSettings, basis: Basis
+    ) -> LiveWeights:
+        """The live weights of some tensors at the method's start."""
         return LiveWeights(
-            {name: shared[name] for name in network.merged()},
-            build_blocks(network, self.origin, device, self.spectra, basis),
+            parameters,
+            blocks,
             self.learn(settings),
             self.grid.scales[self.grid.first[1]],
             self.grid.ranks[self.grid.first[0]],
@@ -258,6 +309,11 @@ class AdaRank(AdaptiveMethod):
         """False if nothing needs decomposing; bases of other methods always do."""
         return super().spectra or self.basis != "task_vectors"
 
+    @property
+    def soft(self) -> bool:
+        """Whether soft masks are learned."""
+        return self.mask == "soft" and self.learn_masks
+
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         """The basis that the settings name."""
         return BASES[self.basis]
@@ -271,6 +327,7 @@ class AdaRank(AdaptiveMethod):
             unit=settings.step_unit,
             first=self.first,
             seed=self.seed,
+            precision=settings.precision,
         )
 
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from adarank.adapt.agreement import Judge, Signal, mean_signal
-from adarank.adapt.learner import Learner
 from adarank.io.progress import advance, stage
 
 AUTO: Literal["auto"] = "auto"
@@ -99,7 +98,19 @@ def best_of(tried: list[Tried]) -> Tried:
     return max(tried, key=lambda start: start.value)
 
 
-def find_start(live: Learner, grid: Grid, quick_check: Judge, signal: Signal) -> list[Tried]:
+class HasStarts(Protocol):
+    """Weights that can go to a start of the grid."""
+
+    def reset(self, scale: float, rank: float) -> None:
+        """Go to λ and rank."""
+        ...
+
+    def write(self) -> None:
+        """Write the weights into the networks."""
+        ...
+
+
+def find_start(live: HasStarts, grid: Grid, quick_check: Judge, signal: Signal) -> list[Tried]:
     """Put the live weights at the best start of the grid; returns what was tried."""
 
     def value(rank: float, scale: float) -> float:

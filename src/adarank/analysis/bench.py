@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adarank.alignment.layers import layer_number
 from adarank.alignment.task_vectors import AlignedCheckpoints, OriginKind, TaskVectors
@@ -18,7 +18,9 @@ from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import RecipeError
 from adarank.models import Family, TaskModels
+from adarank.models.generation import GeneratingModels
 from adarank.models.predict import predict, split_batches
+from adarank.models.text_scores import parts_of_loss, score_text
 from adarank.recipe.job import Job
 from adarank.spectral.svd import stored_spectra
 
@@ -108,6 +110,10 @@ class Bench:
     def measure(self, task: str) -> Measured:
         """A task's score and loss with the tensors that the networks hold now."""
         data = self.data[task]
+        if isinstance(self.family, GeneratingModels):
+            module, by_loss = self.models.modules[task], replace(data, metric=LOSS)
+            scores = (score_text(self.family, module, of, self.split) for of in (data, by_loss))
+            return Measured(*scores)
         rows, logits = predict(self.family, self.models.modules[task], data, self.split)
         labels = data.targets(rows)
         lost = score(labels, logits, LOSS, data.problem)
@@ -119,18 +125,26 @@ class Bench:
 
     def gradients(self, task: str) -> dict[str, Tensor]:
         """Tensor -> gradient of a task's mean loss over the split, at the tensors that the networks hold now."""
-        module, data, total = self.models.modules[task], self.data[task], self.inputs(task)
+        module = self.models.modules[task]
         parameters = {n: t for n, t in self.models.shared.items() if t.requires_grad}
         module.zero_grad(set_to_none=True)
-        for rows, batch in split_batches(self.family, data, self.split, next(module.parameters()).device):
-            with torch.enable_grad():
-                logits = self.family.logits(module, batch)
-                part = loss(data.targets(rows), logits, data.problem) * (len(rows) / total)
-            part.backward()
+        with torch.enable_grad():
+            for part in self._parts_of_loss(task, module):
+                part.backward()
         gradients = {n: t.grad.detach() for n, t in parameters.items() if t.grad is not None}
         for tensor in parameters.values():
             tensor.grad = None
         return gradients
+
+    def _parts_of_loss(self, task: str, module: nn.Module) -> Iterator[Tensor]:
+        """Scalars with their graphs, which add up to a task's mean loss."""
+        data, total = self.data[task], self.inputs(task)
+        if isinstance(self.family, GeneratingModels):
+            yield from parts_of_loss(self.family, module, data, self.split)
+            return
+        for rows, batch in split_batches(self.family, data, self.split, next(module.parameters()).device):
+            logits = self.family.logits(module, batch)
+            yield loss(data.targets(rows), logits, data.problem) * (len(rows) / total)
 
     @contextmanager
     def one_svd(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from adarank.analysis import drawing
 from adarank.analysis.bench import Bench
 from adarank.analysis.figure import Figure, Row, mean, values_of, where
-from adarank.data.metrics import LOSS
+from adarank.data.metrics import less_is_better
 
 EXPERTS = "experts"
 
@@ -55,7 +55,7 @@ class Radar(Figure):
             shares = relative(rows, model)
             weakest = min(shares, key=lambda task: shares[task]) if shares else ""
             text = f"; furthest from its expert: {weakest} ({100 * shares[weakest]:.1f}% of its score)" if shares and model != EXPERTS else ""  # fmt: skip
-            scores = [float(row["score"]) for row in where(rows, model=model) if row["metric"] != LOSS]
+            scores = [float(row["score"]) for row in where(rows, model=model) if not less_is_better(row["metric"])]
             losses = [float(row["loss"]) for row in where(rows, model=model)]
             of = f"mean score {mean(scores):.1f}, " if scores else ""
             said.append(f"{model}: {of}mean loss {mean(losses):.3f}{text}")
@@ -84,7 +84,7 @@ def relative(rows: Sequence[Row], model: Any) -> dict[str, float]:
     shares = {}
     for row in where(rows, model=model):
         above, below = float(row["score"]), float(experts[row["task"]]["score"])
-        if row["metric"] == LOSS:
+        if less_is_better(row["metric"]):
             above, below = below, above
         if below > 0:
             shares[str(row["task"])] = max(0.0, above / below)

@@ -23,7 +23,7 @@ from adarank.alignment.task_vectors import OriginKind
 from adarank.analysis import drawing
 from adarank.analysis.bench import Bench
 from adarank.analysis.figure import Figure, Row, mean, values_of, where
-from adarank.data.metrics import LOSS
+from adarank.data.metrics import less_is_better
 from adarank.spectral.svd import Spectrum, spectrum_of
 
 ORIGINS: dict[str, OriginKind] = {"TA": "pretrained", "CART": "average"}
@@ -179,7 +179,7 @@ def cut(spectrum: Spectrum, share: float, order: Order = "top") -> Tensor:
 
 def means(rows: Sequence[Row]) -> dict[float, float]:
     """Share -> mean score over the tasks that are scored in per cent; where all are losses, the negative mean loss."""
-    shares = [row for row in rows if row["metric"] != LOSS]
+    shares = [row for row in rows if not less_is_better(row["metric"])]
     return {
         share: mean([row["score"] for row in where(shares, share=share)])
         if shares

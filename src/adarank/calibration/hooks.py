@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank.models.chain import positions
+
 
 @dataclass(frozen=True)
 class LinearLayer:
@@ -116,23 +118,8 @@ def recording_grams(layers: Sequence[LinearLayer], grams: Grams) -> Iterator[Non
 
 
 def counted(given: Tensor, mask: Tensor | None) -> Tensor:
-    """(n, width) float32: the vectors of a layer's input that count.
-
-    Arguments:
-        given: (…, width).
-        mask: (batch, positions), 0 where an input is padded; None if nothing is.
-    """
-    given = given.detach().float()
-    leading = given.shape[:-1]
-    if mask is not None and mask.dim() == 2:
-        kept = mask.bool()
-        if leading == kept.shape:
-            return given[kept]
-        if leading == (kept.numel(),):
-            return given[kept.flatten()]
-        if leading == kept.T.shape:
-            return given[kept.T]
-    return given.reshape(-1, given.shape[-1])
+    """(n, width) float32, without a graph: the vectors of a layer's input that count, as `positions` says."""
+    return positions(given.detach().float(), mask)
 
 
 def label_weights(logits: Tensor, label: int | None, classes: int, generator: torch.Generator) -> dict[int, float]:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rounded:
-    """A number that people see with so many digits after the point, and programs whole."""
+    """A number that people see with so many digits after the point, or so many in all, and programs whole."""
 
     value: float
     digits: int
+    in_all: bool = False
 
     def __str__(self) -> str:
-        return f"{self.value:.{self.digits}f}"
+        return f"{self.value:.{self.digits}{'g' if self.in_all else 'f'}}"
 
 
 Cell = str | int | Rounded | None

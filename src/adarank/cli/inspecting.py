@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adarank.alignment.layers import layer_groups
+from adarank.cli import sheets
 from adarank.cli.console import head, size, write
+from adarank.cli.formats import Sheet
 from adarank.cli.show import bundle_size
 from adarank.cli.tables import fit, lines, listing, print_lines
 from adarank.io.bundle import About
 from adarank.recipe.registry import METHODS
-from adarank.workflow.inspect import LayerRow, TensorRow
+from adarank.workflow.inspect import LayerRow
 
 _BAR = 20
 _LEGEND = (
-    "kept: of the components (singular directions) of a task's matrices those that were added to the origin, each times λ. "
-    "Tensors that are no matrices have no components: the whole of them was added, times λ."
+    "What a task's expert changed of a matrix is a sum of components (singular directions). kept: those of them that went into "
+    "this model, each times λ. Tensors that are no matrices have no components: all that was changed went in, times λ."
 )
 
 
-def tensors(rows: Sequence[TensorRow]) -> None:
-    """A checkpoint's tensors."""
-    cells = []
-    for row in rows:
-        share = "" if row.delta is None else f"{100 * row.delta:.2f}%"
-        rank = "" if row.rank95 is None else f"{row.rank95} of {row.rank}"
-        cells.append([row.name, "×".join(map(str, row.shape)), row.dtype, f"{row.norm:.4g}", share, rank])
-    heads = ["tensor", "shape", "dtype", "norm", "‖τ‖/‖W₀‖", "rank for 95%"]
-    with_base = any(row.delta is not None for row in rows)
-    count = len(heads) if with_base else 4  # without a base there is no task vector to speak of
-    listing(heads[:count], [row[:count] for row in cells], right=range(3, count))
+def tensors(content: Sheet) -> None:
+    """A checkpoint's tensors; without a base there is no task vector to speak of."""
+    columns = [column for column in content.texts() if any(column[1:])]
+    heads, *rows = zip(*columns, strict=True)
+    listing(heads, rows, right=range(3, len(heads)))
 
 
 def output(tasks: Sequence[str], rows: Sequence[LayerRow], full: bool, method: str) -> None:
@@ -44,14 +41,14 @@ def output(tasks: Sequence[str], rows: Sequence[LayerRow], full: bool, method: s
         f" of {len(tasks)} tasks: {matrices} matrices by their components{share}, {len(rows) - matrices} other tensors whole",
         hang=2,
     )
+    content = sheets.layers(tasks, rows)
     if full:
-        _every_tensor(tasks, rows)
+        _every_tensor(content)
     else:
         _by_task(tasks, rows)
         _by_layer(tasks, rows)
-    if any(row.soft for row in rows):
-        write("Masks are soft: a component counts as kept where its mask is ½ or more.", style="dim")
-    write(_LEGEND, style="dim")
+    for text in (*content.notes, _LEGEND):
+        write(text, style="dim")
     if not full:
         write("Every tensor: inspect --full. As data: inspect --json.", style="dim")
 
@@ -98,12 +95,12 @@ def _by_layer(tasks: Sequence[str], rows: Sequence[LayerRow]) -> None:
         listing(["part", "kept", "least of", "most of"], cells, right=[1])
 
 
-def _every_tensor(tasks: Sequence[str], rows: Sequence[LayerRow]) -> None:
+def _every_tensor(content: Sheet) -> None:
     """A tensor's name, and beneath it a row per task."""
-    for row in rows:
-        write(row.name, hang=2, style="bold")
-        kept = [f"kept {k} of {n}" for k, n in zip(row.kept, row.sizes, strict=True)] if row.kept else [""] * len(tasks)
-        cells = [[task, f"λ {lam:.3f}", part] for task, lam, part in zip(tasks, row.lam, kept, strict=True)]
+    of_all = zip(*(column[1:] for column in content.texts()), strict=True)
+    for name, of_one in itertools.groupby(of_all, key=lambda row: row[0]):
+        write(name, hang=2, style="bold")
+        cells = [[task, f"λ {lam}", f"kept {kept} of {of}" if kept else ""] for _, task, lam, kept, of in of_one]
         made = lines(cells, right=[1])
         if fit(made, 2):
             print_lines(made, 2, heads=0)
@@ -126,6 +123,5 @@ def bundle(about: About, sizes: Mapping[str, Any]) -> None:
     """What a bundle is, and the size of each of its parts."""
     head(about.kind, f" bundle: {bundle_size(sizes)}", hang=2)
     write(METHODS[about.kind].in_use)
-    rows = [["shared by all tasks", size(sizes["shared"])]]
-    rows += [[f"{task}, with its head", size(count)] for task, count in sizes["tasks"].items()]
+    rows = [[str(part), size(int(str(count)))] for part, count in sheets.bundle(about, sizes).rows]
     listing(["weights", "size"], rows, right=[1])

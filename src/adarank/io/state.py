@@ -13,8 +13,9 @@ from adarank.errors import OutputError, RecipeError
 from adarank.io.archive import load_signed, signed
 from adarank.io.pickled import DAMAGED
 
-_STATE = {"fingerprint", "learned", "optimiser", "rng", "losses", "kept", "seconds", "resumed_from",
-          "judged", "judging_seconds", "start", "best", "source", "starts", "memory"}  # fmt: skip
+_STATE = {"fingerprint", "losses", "seconds", "resumed_from", "judged", "judging_seconds", "starts"}
+_BY_STEP = _STATE | {"learned", "optimiser", "rng", "kept", "start", "best", "source", "memory"}
+_BY_BLOCK = _STATE | {"blocks"}
 
 
 def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def read_state(path: Path, fingerprint: str) -> dict[str, Any]:
         content: dict[str, Any] = load_signed(path)
     except (pickle.UnpicklingError, *DAMAGED) as error:
         raise RecipeError(f"{path}: the saved state is damaged ({error}). Delete it to start anew.") from None
-    if not isinstance(content, dict) or not content.keys() >= _STATE:
+    if not isinstance(content, dict) or not any(content.keys() >= keys for keys in (_BY_STEP, _BY_BLOCK)):
         raise RecipeError(f"{path}: not a saved state of this version. Delete it to start anew.")
     if content["fingerprint"] != fingerprint:
         raise RecipeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,11 +25,20 @@ class Draft:
         recipe: it, without what is wrong.
         left_out: its keys of which something was left out.
         sound: nothing is wrong with it, as far as it alone tells.
+        stages: name -> stage that is merged before, each after those that it names; None for what cannot be read at all.
+        downloads: its models may be downloaded. Not if another stage of its file is wrong.
     """
 
     recipe: Recipe
     left_out: frozenset[str] = frozenset()
     sound: bool = True
+    stages: Mapping[str, Draft | None] = field(default_factory=dict)
+    downloads: bool = True
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Draft:
+        """A recipe without mistakes."""
+        return cls(recipe, stages={name: cls(stage) for name, stage in recipe.stages.items()})
 
 
 def salvaged(values: Mapping[str, Any], where: str, problems: Problems) -> Draft | None:

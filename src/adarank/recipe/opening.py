@@ -17,7 +17,7 @@ from adarank.recipe.draft import Draft
 
 
 def open_checkpoints(
-    draft: Draft, problems: Problems, stages: Mapping[str, Checkpoint]
+    draft: Draft, problems: Problems, stages: Mapping[str, Checkpoint | None]
 ) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
     """Those of the recipe's base and experts that can be read and are not quantised, or turned into floats.
 
@@ -26,7 +26,7 @@ def open_checkpoints(
 
     Arguments:
         problems: what is wrong with the others is noted there.
-        stages: name -> what an earlier stage of the recipe gave, which models may be called by.
+        stages: name -> what an earlier stage of the recipe gives, which models may be called by; None of a stage that is wrong.
     """
     opener = _Opener(draft, stages)
     base = opener.base()
@@ -67,9 +67,9 @@ def _last(reference: str) -> str:
 class _Opener:
     """Opens references, each model once. Attributes: problems, in sentences."""
 
-    def __init__(self, draft: Draft, stages: Mapping[str, Checkpoint]) -> None:
+    def __init__(self, draft: Draft, stages: Mapping[str, Checkpoint | None]) -> None:
         self._recipe, self._stages = draft.recipe, stages
-        self._find = resolve if draft.sound else resolve_without_download
+        self._find = resolve if draft.sound and draft.downloads else resolve_without_download
         self._models: dict[Path, Checkpoint] = {}
         self._base: Checkpoint | None = None
         self.problems: list[str] = []
@@ -101,14 +101,14 @@ class _Opener:
         if self._recipe.base_model is not None:
             if self.problems:
                 raise CheckpointError(f"{reference}: an adapter of the base, which cannot be read.")
-            return None  # the base is on the hub, and stays there
+            return None  # the base will not be here, and that is no fault of this recipe
         named = adapter.config.base or "MODEL"
         raise CheckpointError(
             f"{reference}: an adapter, and the recipe names no base_model that it changes. Give base_model, or '{named}+{reference}'."
         )
 
     def _model(self, reference: str) -> Checkpoint | None:
-        """A model, opened once; None if it would have to be downloaded for a recipe that will not run."""
+        """A model, opened once; None if nothing can be known of it: it is to be downloaded, or of a stage, and will not be."""
         if reference in self._stages:
             return self._stages[reference]
         place = self._find(reference, self._recipe.folder)

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from adarank.alignment.task_vectors import AlignedCheckpoints
-from adarank.errors import AdaRankError, RecipeError, itemise
+from adarank.errors import Problems, RecipeError
 from adarank.io.checkpoint import Checkpoint, TensorInfo
 from adarank.io.hub import is_hub_id, local_path
-from adarank.recipe.job import Job, open_job
+from adarank.recipe.draft import Draft
+from adarank.recipe.job import Job, Opened, open_draft
 from adarank.recipe.schema import Recipe
 from adarank.settings import nearest
 
@@ -57,52 +58,43 @@ class PlannedCheckpoint(Checkpoint):
 
 
 @dataclass(frozen=True)
-class Stages:
-    """A recipe's jobs.
+class Part:
+    """A stage of a recipe, or its whole where it has no stages, as far as it could be opened.
 
     Attributes:
-        before: name -> what is merged before the output, in that order.
-        output: the last.
+        name: the stage's; empty for the output's.
+        label: what it is called before its problems; empty if the recipe has no other.
+        draft: what the recipe says of it.
+        opened: what that names.
     """
 
-    before: Mapping[str, Job]
-    output: Job
-
-    @property
-    def jobs(self) -> list[Job]:
-        """All, in the order in which they are merged."""
-        return [*self.before.values(), self.output]
+    name: str
+    label: str
+    draft: Draft
+    opened: Opened
 
 
-def open_stages(recipe: Recipe) -> Stages:
-    """Open and align all that a recipe's stages name.
+def open_parts(draft: Draft, problems: Problems) -> list[Part]:
+    """Open and align all that a recipe's stages name, in the order in which they are merged; the output's is the last.
 
-    Raises:
-        AdaRankError: as `open_job`, of all stages that can be looked at.
+    What is wrong is noted, with the stage that it is of; of a stage that names one with problems the rest is checked.
     """
-    planned: dict[str, Checkpoint] = {}
-    names = [*recipe.stages, *recipe.unread]
-    before: dict[str, Job] = {}
-    errors: list[AdaRankError] = []
-    for name, stage in recipe.stages.items():
-        if stage.references & (recipe.stages.keys() - planned.keys()):
-            continue  # of a stage that cannot be merged nothing is known
-        try:
-            _check_references(stage, names)
-            before[name] = open_job(stage, planned)
-            planned[name] = _planned(name, before[name])
-        except AdaRankError as error:
-            errors.append(_of_stage(name, error))
-    if recipe.references & (recipe.stages.keys() - planned.keys()):
-        raise _together(errors)
-    try:
-        _check_references(recipe, names)
-        output = open_job(recipe, planned)
-    except AdaRankError as error:
-        errors.append(_of_stage("", error) if recipe.stages else error)
-    if errors:
-        raise _together(errors)
-    return Stages(before, output)
+    planned: dict[str, Checkpoint | None] = dict.fromkeys(draft.stages)
+    names = [*draft.stages, *draft.recipe.unread]
+    parts = []
+    for name, stage in [*draft.stages.items(), ("", draft)]:
+        if stage is None:
+            continue
+        label = (f"stage '{name}'" if name else "the output's stage") if names else ""
+        with problems.of(label) as here:
+            mistyped = _mistyped(stage.recipe, names) if names else {}
+            here.errors += [RecipeError(text) for text in mistyped.values()]
+            opened = open_draft(stage, here, {**planned, **dict.fromkeys(mistyped)})
+            if name and opened.job is not None:
+                with here.noted():
+                    planned[name] = _planned(name, opened.job)
+            parts.append(Part(name, label, stage, opened))
+    return parts
 
 
 def _planned(name: str, job: Job) -> Checkpoint:
@@ -117,24 +109,10 @@ def _planned(name: str, job: Job) -> Checkpoint:
     return PlannedCheckpoint(name, job)
 
 
-def _check_references(recipe: Recipe, stages: Sequence[str]) -> None:
-    """A name that is neither a stage, a path nor a hub id is most likely a stage's, mistyped."""
-    unknown = [
-        name
-        for name in sorted(recipe.references - set(stages) if stages else ())
+def _mistyped(recipe: Recipe, stages: Sequence[str]) -> Mapping[str, str]:
+    """Reference -> what is wrong, of those that are neither a stage, a path nor a hub id: most likely a stage's, mistyped."""
+    return {
+        name: f"'{name}' is neither a stage of this file nor a model's folder.{nearest(name, stages)}"
+        for name in sorted(recipe.references - set(stages))
         if not is_hub_id(name) and not local_path(name, recipe.folder).exists() and "/" not in name
-    ]  # fmt: skip
-    if unknown:
-        lines = [f"'{name}' is neither a stage of this file nor a model's folder.{nearest(name, stages)}" for name in unknown]  # fmt: skip
-        raise RecipeError(lines[0] if len(lines) == 1 else itemise("models:", lines))
-
-
-def _of_stage(name: str, error: AdaRankError) -> AdaRankError:
-    label = f"stage '{name}'" if name else "the output's stage"
-    return type(error)(f"{label}: {error}")
-
-
-def _together(errors: list[AdaRankError]) -> AdaRankError:
-    if len(errors) == 1:
-        return errors[0]
-    return type(errors[0])(itemise(f"{len(errors)} stages cannot be merged:", ["\n  ".join(str(e).split("\n")) for e in errors]))  # fmt: skip
+    }

@@ -19,7 +19,7 @@ from adarank.recipe.mergekit import NOT_DONE, whole_models
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
 from adarank.recipe.sizes import shard_bytes
-from adarank.recipe.stages import parse_stages
+from adarank.recipe.stages import draft_stages
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 """A recipe, its file, or what would be in its file."""
@@ -55,7 +55,7 @@ def read_draft(given: RecipeLike, problems: Problems) -> Draft | None:
         given: as for `load_recipe`.
     """
     if isinstance(given, Recipe):
-        return Draft(given)
+        return Draft.of(given)
     with problems.noted():
         if isinstance(given, Mapping):
             return draft_recipe(given, Path.cwd(), "recipe", problems)
@@ -65,7 +65,11 @@ def read_draft(given: RecipeLike, problems: Problems) -> Draft | None:
         folder = path.resolve().parent
         if len(documents) == 1:
             return draft_recipe(documents[0], folder, str(path), problems)
-        return Draft(parse_stages(documents, lambda values, where: parse_recipe(values, folder, where), str(path)))
+
+        def read(values: Mapping[str, Any], where: str, problems: Problems) -> Draft | None:
+            return draft_recipe(values, folder, where, problems)
+
+        return draft_stages(documents, read, str(path), problems)
     return None
 
 

@@ -11,43 +11,56 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from adarank.errors import RecipeError, itemise, listed
-from adarank.recipe.schema import Recipe
+from adarank.errors import Problems, RecipeError, itemise
+from adarank.recipe.draft import Draft
 
-Parse = Callable[[Mapping[str, Any], str], Recipe]
+Read = Callable[[Mapping[str, Any], str, Problems], Draft | None]
 
 
-def parse_stages(documents: Sequence[Mapping[str, Any]], parse: Parse, where: str) -> Recipe:
-    """The recipe of the output, with the stages that are merged before it.
+def draft_stages(documents: Sequence[Mapping[str, Any]], read: Read, where: str, problems: Problems) -> Draft | None:
+    """The recipe of the output, with the stages that are merged before it; None if nothing can be said of these.
 
     Arguments:
         documents: what the file holds, a mapping for each stage.
-        parse: makes a recipe of a mapping and of what to call it in errors.
+        read: reads a recipe from a mapping, and from what to call it in errors.
         where: the file, for errors.
-
-    Raises:
-        RecipeError: names are missing or not unique, stages name one another in a circle, or a stage has problems.
+        problems: what is wrong is noted there: names that are missing or not unique, stages that name one another in a
+            circle, and what is wrong with each stage.
     """
     names = [document.get("name") for document in documents]
-    output = names.index(None) if None in names else len(names) - 1
-    _check_names(names, where)
-    recipes, problems = {}, []
+    known = len(problems.errors)
+    with problems.noted():
+        _check_names(names, where)
+    unique = len(problems.errors) == known
+    drafts: dict[Any, Draft | None] = {}
     for number, (name, document) in enumerate(zip(names, documents, strict=True)):
         label = f"{where}, stage {number + 1}" + (f" ('{name}')" if name else "")
-        try:
-            recipes[name] = parse({key: value for key, value in document.items() if key != "name"}, label)
-        except RecipeError as error:
-            problems += listed(error)
-    if problems:
-        raise RecipeError(itemise(f"{where}: {len(problems)} problem(s) in {len(documents)} stages.", problems))
-    order = _order({name: recipe.references & recipes.keys() for name, recipe in recipes.items()}, where)
-    needed = _needed(names[output], recipes)
-    before = {name: recipes[name] for name in order if name in needed and name != names[output]}
-    unread = tuple(name for name in names if name is not None and name not in needed)
-    return recipes[names[output]].after(before, unread)
+        draft = read({key: value for key, value in document.items() if key != "name"}, label, problems)
+        if unique:
+            drafts[name] = draft
+    output = names[-1] if unique and None not in names else None
+    if drafts.get(output) is None:
+        return None
+    named = {name: draft.recipe.references & drafts.keys() if draft else set() for name, draft in drafts.items()}
+    with problems.noted():
+        _refuse_circles(named, where)
+    whole = len(problems.errors) == known
+    return _whole(output, {name: draft and replace(draft, downloads=whole) for name, draft in drafts.items()}, named)
+
+
+def _whole(output: Any, drafts: Mapping[Any, Draft | None], named: Mapping[Any, set[str]]) -> Draft:
+    """The draft of the output, with those of the stages that it needs, each after those that it names."""
+    needed = _needed(output, named)
+    before = {name: drafts[name] for name in _order(named) if name in needed and name != output}
+    unread = tuple(name for name in drafts if name is not None and name not in needed)
+    last = drafts[output]
+    assert last is not None
+    recipe = last.recipe.after({name: draft.recipe for name, draft in before.items() if draft}, unread)
+    return replace(last, recipe=recipe, stages=before)
 
 
 def _check_names(names: Sequence[Any], where: str) -> None:
@@ -61,20 +74,27 @@ def _check_names(names: Sequence[Any], where: str) -> None:
         raise RecipeError(itemise(f"{where}: {len(problems)} problem(s).", problems))
 
 
-def _order(named: Mapping[Any, set[str]], where: str) -> list[Any]:
-    """Stages, each after those that it names."""
+def _refuse_circles(named: Mapping[Any, set[str]], where: str) -> None:
     try:
-        return list(TopologicalSorter(named).static_order())
+        TopologicalSorter(named).prepare()
     except CycleError as error:
         circle = " → ".join(str(name or "the output") for name in reversed(error.args[1]))
         raise RecipeError(f"{where}: stages name one another in a circle ({circle}). Remove one of the references.") from None  # fmt: skip
 
 
-def _needed(name: Any, recipes: Mapping[Any, Recipe]) -> set[Any]:
+def _order(named: Mapping[Any, set[str]]) -> list[Any]:
+    """Stages, each after those that it names; as they come if there is no such order."""
+    try:
+        return list(TopologicalSorter(named).static_order())
+    except CycleError:
+        return list(named)
+
+
+def _needed(name: Any, named: Mapping[Any, set[str]]) -> set[Any]:
     needed, left = set(), [name]
     while left:
         current = left.pop()
         if current not in needed:
             needed.add(current)
-            left += recipes[current].references & recipes.keys()
+            left += named[current]
     return needed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from adarank.io.hub import local_path
 from adarank.io.parsing import parse_json
 from adarank.io.writer import write_tensors
 from adarank.spectral.bases import BASES, COMMON, Basis
-from adarank.spectral.masks import _check_header, kept, scattered
+from adarank.spectral.masks import MaskKind, _check_header, kept, scattered
 
 FILE = "masks.safetensors"
 
@@ -77,10 +77,15 @@ class MaskFile:
         """A matrix's masks in random places, each task's as dense as it is."""
         return scattered(self.masks[name], self.sizes[name], seed, name)
 
+    @property
+    def kind(self) -> MaskKind:
+        """`soft` if some mask is of real numbers."""
+        return "soft" if any(mask.is_floating_point() for mask in self.masks.values()) else "binary"
+
     def kept_share(self) -> float:
-        """Share of all components that are kept, from 0 to 1; of soft masks, those at ½ or above."""
+        """Share of all components that are kept, from 0 to 1; of soft masks, those at ½ or above. 1 if there are none."""
         total = sum(mask.numel() for mask in self.masks.values())
-        return sum(int(kept(mask).sum()) for mask in self.masks.values()) / max(1, total)
+        return sum(int(kept(mask).sum()) for mask in self.masks.values()) / total if total else 1.0
 
     def kept(self, name: str) -> list[int]:
         """Components kept per task in one matrix, in the order of `tasks`."""
@@ -93,7 +98,7 @@ class MaskFile:
         tensors = {"lambda": torch.stack([self.lam[name].float().cpu() for name in names])}
         for name, mask in self.masks.items():
             tensors[f"mask.{name}"] = mask.float().cpu() if mask.is_floating_point() else pack(mask)
-        form = _SOFT_FORMAT if any(mask.is_floating_point() for mask in self.masks.values()) else _FORMAT
+        form = _SOFT_FORMAT if self.kind == "soft" else _FORMAT
         header = {"origin": self.origin, "tasks": list(self.tasks), "tensors": names, "about": dict(self.about), "basis": self.basis,
                   "sizes": {name: list(sizes) for name, sizes in self.sizes.items()},
                   **({"thresholds": dict(self.thresholds)} if self.thresholds else {})}  # fmt: skip
@@ -149,3 +154,20 @@ def _mask(stored: Tensor, components: int) -> Tensor:
     if stored.shape != (components,):
         raise ValueError(f"a soft mask of shape {tuple(stored.shape)} for {components} components")
     return stored
+
+
+def joined(files: Sequence[MaskFile], names: Sequence[str]) -> MaskFile | None:
+    """The masks files of parts of one network as one; None if there are none.
+
+    Arguments:
+        names: of the tensors, in the order in which they are to be.
+    """
+    if not files:
+        return None
+
+    def whole(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        together = {name: value for part in parts for name, value in part.items()}
+        return {name: together[name] for name in names if name in together}
+
+    lam, masks, sizes = (whole([getattr(file, part) for file in files]) for part in ("lam", "masks", "sizes"))
+    return replace(files[0], lam=lam, masks=masks, sizes=sizes)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adarank.adapt.agreement import Judged, collapsed, first_collapse
-from adarank.adapt.history import History, Progress
-from adarank.adapt.live_weights import LiveWeights
+from adarank.adapt.history import History, Learned, Progress
 from adarank.adapt.methods import AdaptiveMethod
+from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.top_logits import TokenTable
+from adarank.adapt.weights import adapt_weights
 from adarank.data.task import TaskData
 from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
 from adarank.recipe.job import Job
+from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
 from adarank.spectral.overlap import described
 from adarank.workflow.build_networks import build_models
@@ -34,20 +37,21 @@ class Adaptation:
     """What adapting a job gave.
 
     Attributes:
-        masks: masks and λ of the kept step.
+        parameters: merged tensor -> the parameter that holds it.
+        masks: masks and λ of the kept step; None if something else is learned.
         report: what the record says of it: losses, judgements, the step kept and why, collapse, heads.
         heads: task -> its head, where a learned one is kept.
     """
 
     job: Job
-    live: LiveWeights
-    masks: MaskFile
+    parameters: Mapping[str, Tensor]
+    masks: MaskFile | None
     report: dict[str, Any]
     heads: Mapping[str, Mapping[str, Tensor]]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the merged model that is not a head, in the network's order."""
-        return changed_tensors(self.job.network, self.live.parameters, "adaptation")
+        return changed_tensors(self.job.network, self.parameters, "adaptation")
 
 
 def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
@@ -57,30 +61,39 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     run.note("Loading the networks")
     models = build_models(job)
     predictions = run.expert_predictions(models, settings)
-    run.note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
-    live = method.start(job.network, models.shared, settings, job.recipe.device)
     problem = problem_of(job, models, data, settings, predictions)
-    run.note("Adapting")
-    history = problem.adapt(live, method.grid, run.state, fingerprint, run.progress)
+    learned = adapt_weights(
+        problem, method, job.network, job.recipe.device, run.state, fingerprint, run.progress, run.note
+    )
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
-    masks = live.mask_file(job.network.tasks, method.origin, about)
-    of_masks = {
-        "components_kept": live.kept_share(),
-        "kept": [round(v, 5) for v in history.kept],
-        "mask": live.mask_kind,
-        **spectra_of(live, masks),
-    }
+    masks = learned.masks and replace(learned.masks, about=about)
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
-    return Adaptation(job, live, masks, report(history, job, settings, data) | of_masks | of_heads, heads)
+    of_loop = report(learned.history, job, settings, data) | _of_masks(learned) | kept_mass(predictions)
+    return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
 
 
-def spectra_of(live: LiveWeights, masks: MaskFile) -> dict[str, Any]:
+def _of_masks(learned: Learned) -> dict[str, Any]:
+    """What a record says of masks, and of blocks where these were learned one at a time."""
+    said: dict[str, Any] = {"blocks": list(learned.blocks)} if learned.blocks else {}
+    if learned.masks is not None:
+        kept = [round(v, 5) for v in learned.history.kept]
+        said |= {"components_kept": learned.masks.kept_share(), "kept": kept, "mask": learned.masks.kind}
+        said |= spectra_of(learned.factors, learned.masks)
+    return said
+
+
+def kept_mass(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    """Of generating models: task -> mean probability, by its expert, of the tokens whose logits were kept."""
+    tables = {task: each.logits for task, each in predictions.items() if isinstance(each.logits, TokenTable)}
+    return {"top_logits_mass": {task: round(table.tokens.mass, 5) for task, table in tables.items()}} if tables else {}
+
+
+def spectra_of(factors: Mapping[str, Blocks], masks: MaskFile) -> dict[str, Any]:
     """What a record says of the task vectors' spectra and overlap, before and after; nothing where no matrix was decomposed."""
-    if not masks.masks:
+    if not masks.masks or not factors:
         return {}
-    blocks = {name: live.blocks[name] for name in masks.masks}
-    with torch.no_grad(), stage("Comparing the spectra", len(blocks)):
-        return {"spectra": described(blocks, masks.masks, masks.lam, masks.tasks)}
+    with torch.no_grad(), stage("Comparing the spectra", len(factors)):
+        return {"spectra": described(factors, masks.masks, masks.lam, masks.tasks)}
 
 
 def telling_of_collapse(note: Note, progress: Progress | None) -> Progress:

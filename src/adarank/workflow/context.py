@@ -129,10 +129,11 @@ class RecipeContext(Context):
     def adapted(self, method: Any) -> Result:
         """The merged tensors of the kept step, its masks as a file, and the record's report of the loop."""
         adaptation = adapt_job(self, method)
+        masks = adaptation.masks
         return Result(
             adaptation.tensors(),
             heads=adaptation.heads,
-            files={MASKS_FILE: adaptation.masks.save},
+            files={MASKS_FILE: masks.save} if masks else {},
             block="adaptation",
             report=adaptation.report,
         )

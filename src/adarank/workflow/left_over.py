@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adarank.io.lock import resolved
+from adarank.io.output_folder import RECORD
 
+STAGES = "stages"
+"""The folder of a state in which the stages of a recipe lie that are merged before its output."""
 _ANEW = "the same command starts from the beginning"
 
 
@@ -28,12 +31,18 @@ def state_of_analysis(out: Path) -> Path:
 def of_merge(out: Path) -> str:
     """After a merge."""
     state = state_of(resolved(out))
-    kept = [name for name in _kept(state) if name.endswith(".pt")]
+    names = set(_kept(state))
+    stages = len(list(state.glob(f"{STAGES}/*/{RECORD}")))
+    kept = [f"{stages} merged stage{'s' if stages > 1 else ''}"] if stages else []
+    kept += ["the last saved step"] if "state.pt" in names else []
+    of_experts = "state.pt" not in names and any(name.endswith(".pt") for name in names)
+    kept += ["what was computed of the experts"] if of_experts else []
     untouched = f"Nothing was written to {out}"
     if not kept:
         return f"{untouched}, and nothing is kept: {_ANEW}."
-    what = "the last saved step" if "state.pt" in kept else "what was computed of the experts"
-    return f"{untouched}. {what[0].upper()}{what[1:]} is kept in {state}: the same command goes on from there."
+    what = " and ".join(kept)
+    verb = "are" if len(kept) > 1 or stages > 1 else "is"
+    return f"{untouched}. {what[0].upper()}{what[1:]} {verb} kept in {state}: the same command goes on from there."
 
 
 def of_search(best: Path) -> str:

@@ -10,7 +10,7 @@ from adarank.recipe.job import Job
 from adarank.recipe.plan import describe
 from adarank.recipe.reader import RecipeLike, read_draft
 from adarank.workflow.load_tasks import Rows, check_opened, check_tasks, refuse_without_classes
-from adarank.workflow.prepare import Prepared, job_reads_data, prepare, reads_data
+from adarank.workflow.prepare import prepare
 
 
 def plan(recipe: RecipeLike) -> dict[str, Any]:
@@ -27,19 +27,15 @@ def plan(recipe: RecipeLike) -> dict[str, Any]:
     """
     problems = Problems()
     draft = read_draft(recipe, problems)
-    prepared = prepare(draft, problems) if draft else Prepared()
-    for job in prepared.jobs:
-        with problems.noted():
+    prepared = prepare(draft, problems)
+    for name, job in prepared.jobs.items():
+        with problems.of(prepared.label(name)) as here, here.noted():
             refuse_without_classes(job)
-    rows = check_opened(prepared.opened, problems) if draft and prepared.opened and reads_data(draft) else {}
-    of_stages: dict[str, Mapping[str, Rows]] = {}
-    for name, job in prepared.before.items():
-        with problems.noted():
-            of_stages[name] = check_tasks(job) if job_reads_data(job) else {}
-    described = _described(prepared.whole(problems).output, rows)
-    if prepared.before:
-        described["stages"] = {name: _described(job, of_stages[name]) for name, job in prepared.before.items()}
-    return described
+    rows = prepared.data(check_opened, problems)
+    jobs = prepared.whole(problems)
+    described = {name: _described(job, rows[name]) for name, job in jobs.items()}
+    output = described.pop("")
+    return output | ({"stages": described} if described else {})
 
 
 def _described(job: Job, rows: Mapping[str, Rows]) -> dict[str, Any]:

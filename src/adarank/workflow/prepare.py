@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import Problems
 from adarank.recipe.draft import METHOD, Draft
 from adarank.recipe.job import Job, Opened, open_draft
-from adarank.recipe.planned import Stages, open_stages
+from adarank.recipe.planned import Part, open_parts
 from adarank.recipe.reader import RecipeLike, read_draft
+
+R = TypeVar("R")
+Read = Callable[[Opened, Problems], Mapping[str, R]]
 
 
 def open_recipe(recipe: RecipeLike, problems: Problems) -> Opened | None:
@@ -33,45 +37,41 @@ class Prepared:
     """A recipe's stages, as far as they could be opened.
 
     Attributes:
-        stages: all of them; None if something is wrong.
-        opened: what could be opened of the output's; None if the recipe cannot be read at all.
+        parts: in the order in which they are merged, the output's the last; none if the recipe cannot be read at all.
     """
 
-    stages: Stages | None = None
-    opened: Opened | None = None
+    parts: Sequence[Part] = ()
 
     @property
-    def jobs(self) -> list[Job]:
-        """All stages, in the order in which they are merged."""
-        return self.stages.jobs if self.stages else []
+    def jobs(self) -> dict[str, Job]:
+        """Name -> stage, of those that could be opened whole; the output's name is empty."""
+        return {part.name: part.opened.job for part in self.parts if part.opened.job is not None}
 
-    @property
-    def before(self) -> Mapping[str, Job]:
-        """Name -> stage that is merged before the output."""
-        return self.stages.before if self.stages else {}
+    def label(self, name: str) -> str:
+        """What a stage is called before its problems; empty if there is no other."""
+        return next(part.label for part in self.parts if part.name == name)
 
-    def whole(self, problems: Problems) -> Stages:
+    def whole(self, problems: Problems) -> dict[str, Job]:
         """All stages, if nothing is wrong; else all that is wrong is raised."""
         problems.refuse()
-        assert self.stages is not None
-        return self.stages
+        return self.jobs
+
+    def data(self, read: Read[R], problems: Problems) -> dict[str, Mapping[str, R]]:
+        """Stage -> task -> its data, of stages whose merge reads them. What is wrong with them is noted.
+
+        Arguments:
+            read: reads the tasks of what could be opened.
+        """
+        of_stages: dict[str, Mapping[str, R]] = {}
+        for part in self.parts:
+            with problems.of(part.label) as here:
+                of_stages[part.name] = read(part.opened, here) if reads_data(part.draft) else {}
+        return of_stages
 
 
-def prepare(draft: Draft, problems: Problems) -> Prepared:
-    """Open a recipe's stages. What is wrong is noted; of one stage alone all is checked that it leaves possible."""
-    if not (draft.recipe.stages or draft.recipe.unread):
-        opened = open_draft(draft, problems)
-        return Prepared(Stages({}, opened.job) if opened.job else None, opened)
-    with problems.noted():
-        stages = open_stages(draft.recipe)
-        job = stages.output
-        return Prepared(stages, Opened(job, job.recipe, True, job.experts, job.family))
-    return Prepared()
-
-
-def job_reads_data(job: Job) -> bool:
-    """Whether a merge by a job reads its tasks' data."""
-    return bool(job.method.data) or job.recipe.heads == "learn"
+def prepare(draft: Draft | None, problems: Problems) -> Prepared:
+    """Open a recipe's stages. What is wrong is noted, and all is checked that it leaves possible."""
+    return Prepared(open_parts(draft, problems) if draft else ())
 
 
 def reads_data(draft: Draft) -> bool:

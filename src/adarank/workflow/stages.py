@@ -26,6 +26,8 @@ from adarank.recipe.job import Job, open_job
 from adarank.recipe.paths import portable
 from adarank.recipe.plan import settings_in_force
 from adarank.recipe.schema import Recipe
+from adarank.workflow.answers import FOLDER as ANSWERS
+from adarank.workflow.left_over import STAGES, of_merge, state_of
 
 Run = Callable[[Job, Path, Mapping[str, TaskData], Clock], dict[str, Any]]
 _LEFT_OUT = ("plan", "files", "versions", "machine")
@@ -51,13 +53,17 @@ class Made:
         return {"stages": {name: {k: v for k, v in of.items() if k not in _LEFT_OUT} for name, of in records}}
 
 
-def beginning(job: Job) -> dict[str, Any]:
-    """What tells one merge from another: the record's first entries."""
+def beginning(job: Job, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What tells one merge from another: the record's first entries.
+
+    Arguments:
+        inputs: the hashes of the inputs; by default they are computed here.
+    """
     return {
         "recipe": portable(job.recipe),
         "settings": settings_in_force(job),
         "seed": job.recipe.seed,
-        "inputs": job.inputs(),
+        "inputs": job.inputs() if inputs is None else inputs,
     }
 
 
@@ -74,7 +80,7 @@ def merged_stages(
     made = Made()
     for number, (name, stage) in enumerate(recipe.stages.items(), 1):
         clock, job = Clock(), open_job(stage, made.folders)
-        place = state / "stages" / str(number)
+        place = state / STAGES / str(number)
         record = _finished(place, job)
         note(f"Stage {number} of {len(recipe.stages) + 1}, {name}" + (": merged already" if record else ""))
         if record is None:
@@ -82,6 +88,7 @@ def merged_stages(
                 place, ignore_errors=True
             )  # of another recipe, or damaged: all that lies there is the run's own
         made.records[name] = record or run(job, place, data[name], clock)
+        remove_ours(state_of(place))  # it is merged: what it went on from is spent
         made.folders[name] = Checkpoint(place, f"stage '{name}'")
     if made.records:
         note(f"Stage {len(recipe.stages) + 1} of {len(recipe.stages) + 1}, the output")
@@ -107,29 +114,30 @@ def _plain(content: Any) -> Any:
 
 
 @contextmanager
-def going_on(state: Path, note: Note) -> Iterator[None]:
-    """While it is open `state` is this run's folder. What fails before a stage is merged leaves nothing of it behind.
+def going_on(out: Path, note: Note) -> Iterator[None]:
+    """While it is open the state of `out` is this run's. What fails before a stage is merged leaves nothing of it behind.
 
     Raises:
         Interrupted: in place of Ctrl-C, if there is something to go on from.
     """
-    kept = f"What is merged already lies in {state}; the same command goes on from there."
+    state = state_of(out)
     with state_folder(state):
         try:
             yield
         except KeyboardInterrupt:
-            if not worth_keeping(state):
+            if not any(state.rglob("*.pt")) and not worth_keeping(state):
                 remove_ours(state)
                 raise
-            raise Interrupted(f"Stopped. {kept}") from None
+            raise Interrupted(f"Stopped. {of_merge(out)}") from None
         except Exception:  # of whatever kind
             if worth_keeping(state):
-                note(kept)
+                note(of_merge(out))
             else:
                 remove_ours(state)
             raise
 
 
 def worth_keeping(state: Path) -> bool:
-    """Whether a run can go on from what lies there: a saved state, of a start that is adapted itself too, or a merged stage."""
-    return any(state.rglob("state.pt")) or any(state.rglob(RECORD))
+    """Whether a run can go on from what lies there: a saved state, of a start that is adapted itself too, generated answers, or a
+    merged stage."""
+    return any(state.rglob("state.pt")) or any(state.rglob(f"{ANSWERS}/*/*.pt")) or any(state.rglob(RECORD))

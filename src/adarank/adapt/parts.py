@@ -1,0 +1,168 @@
+"""Live weights of a whole network, a part of it at a time: those of a block, or of one tensor outside of the blocks.
+
+Factors lie in files. In memory are those of one part, and what was learned of none: that lies in files, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adarank.adapt.learner import LiveLearner, between
+from adarank.adapt.settings import AdaptSettings
+from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.errors import RecipeError
+from adarank.io.state import read_kept, write_state
+from adarank.spectral.blocks import Blocks, build_blocks
+from adarank.spectral.mask_file import MaskFile, joined
+
+if TYPE_CHECKING:
+    from adarank.adapt.methods import AdaptiveMethod
+
+
+@dataclass
+class PartWeights:
+    """Merged weights of a network as a function of what is learned of each of its parts.
+
+    Arguments:
+        shared: tensor name -> the parameter or buffer that all networks use.
+        parts: names of merged tensors, those of a part together; each tensor once.
+        folder: where factors and what is learned are kept. It is of this run alone.
+
+    Attributes:
+        share: of the way from the start to what was learned, in [0, 1].
+    """
+
+    method: AdaptiveMethod
+    network: AlignedCheckpoints
+    shared: Mapping[str, Tensor]
+    settings: AdaptSettings
+    parts: Sequence[Sequence[str]]
+    folder: Path
+    device: torch.device | str
+    share: float = 1.0
+    _start: tuple[float, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._basis = self.method.decomposition(self.network, self.device)
+        grid = self.method.grid
+        self.reset(grid.scales[grid.first[1]], grid.ranks[grid.first[0]])
+        for tensor in self.shared.values():  # nothing has a gradient but the part that is learned
+            tensor.requires_grad_(False)
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Merged tensor -> the parameter that holds it."""
+        return {name: self.shared[name] for name in self.network.merged()}
+
+    def reset(self, scale: float, rank: float) -> None:
+        """Choose the start of all parts: λ, and the share of components kept."""
+        self._start = (scale, rank)
+
+    def live(self, number: int) -> LiveLearner:
+        """One part, at its start, with its factors in memory."""
+        parameters = {name: self.shared[name] for name in self.parts[number]}
+        live = self.method.live(parameters, self.blocks(number), self.settings, self._basis)
+        live.reset(*self._start)
+        return live
+
+    def keep(self, number: int, live: LiveLearner) -> None:
+        """Keep what was learned of a part."""
+        learned = {name: tensor.detach().cpu() for name, tensor in live.learned().items()}
+        write_state(self._learned(number), learned, "what was learned")
+
+    def write(self) -> None:
+        """Compose every part into the networks, at `share` of the way to what was learned of it."""
+        for number in range(len(self.parts)):
+            self._compose(number)
+
+    def rest(self, live: LiveLearner) -> None:
+        """A part is no longer learned."""
+        live.zero_grad()
+        for parameter in live.parameters.values():
+            parameter.requires_grad_(False)
+
+    def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile | None:
+        """The masks and λ of all parts; None if what is learned is something else."""
+        files = [self._there(number).mask_file(tasks, origin, about) for number in range(len(self.parts))]
+        return joined([file for file in files if file is not None], self.network.merged())
+
+    def _compose(self, number: int) -> None:
+        live = self._there(number)
+        live.settle()
+        live.write()
+        self.rest(live)
+
+    def _there(self, number: int) -> LiveLearner:
+        """A part at `share` of the way."""
+        live = self.live(number)
+        if self.share and self._learned(number).exists():
+            kept = self._kept(number)
+            start = {name: tensor.detach().clone() for name, tensor in live.learned().items()}
+            at = kept if self.share == 1 else between(start, kept, self.share)
+            with torch.no_grad():
+                for name, tensor in live.learned().items():
+                    tensor.copy_(at[name])
+        return live
+
+    def forget_from(self, number: int) -> None:
+        """Nothing was learned of a part and of those after it."""
+        for later in range(number, len(self.parts)):
+            self._learned(later).unlink(missing_ok=True)
+
+    def _kept(self, number: int) -> Mapping[str, Tensor]:
+        path = self._learned(number)
+        kept: Mapping[str, Tensor] | None = read_kept(path)
+        if kept is None:
+            raise RecipeError(f"{path}: what was learned is damaged. Delete {path.parent.parent} to start anew.")
+        return kept
+
+    def _learned(self, number: int) -> Path:
+        return self.folder / f"learned-{number}.pt"
+
+    def blocks(self, number: int) -> dict[str, Blocks]:
+        """Origins, task vectors and spectra of a part: from its file, if there is one."""
+        path = self.folder / f"factors-{number}.pt"
+        kept = read_kept(path)
+        if kept is None:
+            kind, spectra = self.method.origin, self.method.spectra
+            blocks = build_blocks(self.network, kind, self.device, spectra, self._basis, self.parts[number])
+            write_state(path, {name: vars(block) for name, block in blocks.items()}, "the factors")
+            return blocks
+        return {name: _on_device(fields, self.device) for name, fields in kept.items()}
+
+
+class PartFactors(Mapping[str, Blocks]):
+    """Merged tensor -> its origin, task vectors and spectra; those of one part are in memory at a time."""
+
+    def __init__(self, weights: PartWeights) -> None:
+        self._weights = weights
+        self._numbers = {name: number for number, names in enumerate(weights.parts) for name in names}
+        self._number, self._held = -1, dict[str, Blocks]()
+
+    def __getitem__(self, name: str) -> Blocks:
+        number = self._numbers[name]
+        if number != self._number:
+            self._held.clear()
+            self._number, self._held = number, self._weights.blocks(number)
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
+def _on_device(fields: Mapping[str, Any], device: torch.device | str) -> Blocks:
+    def put(value: Any) -> Any:
+        if isinstance(value, list):
+            return [None if each is None else each.to(device) for each in value]
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return Blocks(**{name: put(value) for name, value in fields.items()})

@@ -1,0 +1,47 @@
+"""Adaptation of merged weights by a method: all of them at a time, or a block at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from adarank.adapt.by_block import adapt_by_block
+from adarank.adapt.history import Learned, Progress
+from adarank.adapt.methods import AdaptiveMethod
+from adarank.adapt.problem import Problem
+from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.io import processes
+from adarank.io.record import Note
+
+
+def adapt_weights(
+    problem: Problem,
+    method: AdaptiveMethod,
+    network: AlignedCheckpoints,
+    device: torch.device | str,
+    state: Path | None = None,
+    fingerprint: str = "",
+    progress: Progress | None = None,
+    note: Note = lambda text: None,
+) -> Learned:
+    """Learn what the method learns, in place.
+
+    Arguments:
+        state, fingerprint, progress: as for `loop.adapt`.
+        note: called with each stage as it begins.
+    """
+    if method.settings.by == "block":
+        note("Adapting, block by block")
+        return adapt_by_block(problem, method, network, state, fingerprint, progress)
+    note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
+    live = method.start(network, problem.models.shared, method.settings, device)
+    note("Adapting")
+    history = problem.adapt(live, method.grid, state, fingerprint, progress)
+    live.settle()
+    bits = [tensor.detach().cpu().numpy().tobytes() for tensor in live.learned().values()]
+    processes.check_agreement("masks and λ", [hashlib.sha256(part).hexdigest() for part in bits])
+    live.zero_grad()
+    masks = live.mask_file(network.tasks, method.origin, {})
+    return Learned(history, live.parameters, masks, factors=live.blocks)

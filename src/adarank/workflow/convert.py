@@ -1,0 +1,64 @@
+"""Checkpoints of open_clip, task_vectors and TALL-masks, as folders that `transformers` and adarank read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from adarank.errors import CheckpointError
+from adarank.io.checkpoint import Checkpoint, check_finite
+from adarank.io.files import file_sha256
+from adarank.io.hub import local_path
+from adarank.io.lock import resolved
+from adarank.io.output_folder import check_outside
+from adarank.io.pickled import LEGACY
+from adarank.io.pickled_modules import load_module_state
+from adarank.io.record import versions
+from adarank.io.writer import Layout, atomic_folder, write_checkpoint, write_json, write_record
+from adarank.models.open_clip import from_open_clip
+
+
+def convert(file: str | Path, out: str | Path, force: bool = False) -> dict[str, Any]:
+    """Write an open_clip checkpoint as a folder of `transformers`: q, k and v apart, projections transposed, configuration.
+
+    Arguments:
+        file: what `torch.save` wrote of a module or its state dict (`finetuned.pt` of task_vectors and TALL-masks), or
+            safetensors. Nothing of a pickle's code is imported or run.
+        out: the folder to write.
+        force: replace `out` if adarank wrote it.
+
+    Returns:
+        The record: `converted` (file, its SHA-256, architecture, `left_out`), versions.
+
+    Raises:
+        CheckpointError: the file is damaged, or no CLIP of open_clip's layout.
+        OutputError: `out` exists, or cannot be written.
+
+    Example:
+        adarank.convert("ViT-B-32/SUN397/finetuned.pt", "sun397")
+    """
+    source = local_path(file)
+    if not source.is_file():
+        raise CheckpointError(f"{source}: no such file. Give a checkpoint of open_clip, such as finetuned.pt.")
+    if source.suffix in LEGACY:
+        state = load_module_state(source)
+    else:
+        stored = Checkpoint(source)
+        state = {name: stored.read(name) for name in stored.tensors}
+    tensors, config = from_open_clip(state, str(source))
+    layout: Layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    record: dict[str, Any] = {
+        "converted": {
+            "file": source.name,
+            "sha256": file_sha256(source),
+            "architecture": config["architectures"][0],
+            "tensors": len(tensors),
+        },
+        "versions": versions(),
+    }
+    check_outside(resolved(Path(out)), [source])
+    with atomic_folder(Path(out), force) as folder:
+        write_checkpoint(folder, layout, ((n, check_finite(t, n, str(source))) for n, t in tensors.items()))
+        write_json(folder / "config.json", config)
+        write_record(folder, record)
+    return record

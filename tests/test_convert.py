@@ -1,0 +1,207 @@
+"""Checkpoints of open_clip become folders that compute the same, and nothing that a pickle names is run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+
+import adarank
+from adarank.cli.main import main
+from adarank.errors import CheckpointError
+from adarank.io.pickled_modules import load_module_state
+
+WIDTH, LAYERS, SIDE, PATCH, OUT = 128, 2, 16, 8, 24
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, width // 64, batch_first=True)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, 2 * width), gelu=QuickGELU(), c_proj=nn.Linear(2 * width, width))
+        )
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width) for _ in range(LAYERS))
+
+
+class Visual(nn.Module):
+    """An image tower as open_clip lays it out, computed by PyTorch's own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, WIDTH, PATCH, PATCH, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(WIDTH))
+        self.positional_embedding = nn.Parameter(torch.randn((SIDE // PATCH) ** 2 + 1, WIDTH))
+        self.ln_pre, self.ln_post = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.transformer = Transformer(WIDTH)
+        self.proj = nn.Parameter(torch.randn(WIDTH, OUT))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        patches = self.conv1(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(images), 1, WIDTH), patches], 1) + self.positional_embedding
+        x = self.ln_pre(x)
+        for block in self.transformer.resblocks:
+            x = block(x)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class Clip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = Visual()
+        self.token_embedding = nn.Embedding(30, 64)
+        self.positional_embedding = nn.Parameter(torch.randn(7, 64))
+        self.transformer = Transformer(64)
+        self.ln_final = nn.LayerNorm(64)
+        self.text_projection = nn.Parameter(torch.randn(64, OUT))
+        self.logit_scale = nn.Parameter(torch.tensor(2.5))
+        self.register_buffer("attn_mask", torch.full((7, 7), float("-inf")).triu(1), persistent=False)
+
+    def text(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.token_embedding(ids) + self.positional_embedding
+        for block in self.transformer.resblocks:
+            x = block(x, self.attn_mask)
+        return self.ln_final(x)[range(len(ids)), ids.argmax(dim=-1)] @ self.text_projection
+
+
+class ImageEncoder(nn.Module):
+    """As task_vectors pickles it: the model inside, with things that are no tensors beside it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.train_preprocess, self.cache_dir = {"resize": (SIDE, SIDE)}, "/somewhere"
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    torch.manual_seed(0)
+    return Clip().eval()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module that the pickles name, and that fails when anything is taken of it afterwards."""
+    module = ModuleType("src_modeling")
+    for kind in (ImageEncoder, Clip, Visual, Transformer, Block, QuickGELU):
+        monkeypatch.setattr(kind, "__module__", "src_modeling")
+        setattr(module, kind.__name__, kind)
+    monkeypatch.setitem(sys.modules, "src_modeling", module)
+    return module
+
+
+def saved(content: Any, file: Path, old: bool = False) -> Path:
+    torch.save(content, file, _use_new_zipfile_serialization=not old)
+    sys.modules.pop("src_modeling", None)  # it cannot be imported where the file is read
+    return file
+
+
+IMAGES = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pickled_encoder_becomes_a_tower_of_equal_outputs(
+    clip: Clip, elsewhere: ModuleType, tmp_path: Path, old: bool
+) -> None:
+    tower = nn.Module()
+    tower.visual, tower.logit_scale = clip.visual, clip.logit_scale
+    file = saved(ImageEncoder(tower), tmp_path / "finetuned.pt", old)
+    record = adarank.convert(file, tmp_path / "out")
+    assert record["converted"]["architecture"] == "CLIPVisionModelWithProjection"
+    model = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES).image_embeds, clip.visual(IMAGES), atol=1e-4, rtol=1e-4)
+    assert adarank.verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("form", ["state", "wrapped", "safetensors"])
+def test_a_whole_state_dict_becomes_a_whole_clip(clip: Clip, tmp_path: Path, form: str) -> None:
+    state = clip.state_dict()
+    file = tmp_path / ("zeroshot.safetensors" if form == "safetensors" else "zeroshot.pt")
+    if form == "safetensors":
+        save_file({name: tensor.clone() for name, tensor in state.items()}, file)
+    else:
+        torch.save({"state_dict": {f"module.{n}": t for n, t in state.items()}} if form == "wrapped" else state, file)
+    assert main(["convert", str(file), str(tmp_path / "out"), "--json"]) == 0
+    model = transformers.CLIPModel.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([[28, 3, 4, 5, 29, 0, 0], [28, 9, 29, 0, 0, 0, 0]])
+    with torch.no_grad():
+        out = model(input_ids=ids, pixel_values=IMAGES)
+        text, image = (functional.normalize(x, dim=-1) for x in (clip.text(ids), clip.visual(IMAGES)))
+    torch.testing.assert_close(out.text_embeds, text, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.logits_per_image, clip.logit_scale.exp() * image @ text.T, atol=1e-3, rtol=1e-4)
+
+
+class Runs:
+    """What runs a command when it is unpickled as pickles usually are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_no_code_of_a_pickle_runs(clip: Clip, tmp_path: Path, old: bool) -> None:
+    torch.save(
+        {"bad": Runs(tmp_path / "ran"), **clip.state_dict()},
+        tmp_path / "bad.pt",
+        _use_new_zipfile_serialization=not old,
+    )
+    state = load_module_state(tmp_path / "bad.pt")
+    assert set(state) == set(clip.state_dict())
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    with pytest.raises(CheckpointError):
+        load_module_state(tmp_path / "plain.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_of_a_module_are_those_of_its_state_dict(clip: Clip, elsewhere: ModuleType, tmp_path: Path) -> None:
+    state = load_module_state(saved(ImageEncoder(clip), tmp_path / "whole.pt"))
+    wanted = {f"model.{name}": tensor for name, tensor in clip.state_dict().items()}
+    assert set(state) == set(wanted)
+    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
+
+
+def test_what_is_no_clip_is_refused(clip: Clip, tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
+    torch.save({**clip.state_dict(), "visual.attnpool.weight": torch.ones(2)}, tmp_path / "resnet.pt")
+    (tmp_path / "damaged.pt").write_bytes(b"PK\3\4")
+    for name, words in [
+        ("other", "no image tower of open_clip"),
+        ("resnet", "have no place"),
+        ("damaged", "damaged"),
+        ("missing", "no such file"),
+    ]:
+        with pytest.raises(CheckpointError, match=words):
+            adarank.convert(tmp_path / f"{name}.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
