@@ -18,6 +18,7 @@ from unittest import mock
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # records are read by what writes them
 
 import adaptation_tables
+import performance_tables
 from peer_tables import forms, fusion_bench, peers, vocabularies
 from results_tables import (
     HEAD,
@@ -182,6 +183,11 @@ def results_page() -> str:
     return filled("results.in.md", fill)
 
 
+def performance_page() -> str:
+    """What steps and merges cost."""
+    return filled("performance.in.md", {"step_parts": performance_tables.step_parts})
+
+
 def shown() -> list[str]:
     """What `adarank demo` printed, from its record."""
     return ["```text", *record_of("demo-8", "demo", "whole")["shown"], "```"]
@@ -208,6 +214,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/adaptation.md": adaptation_page,
     "docs/adaptation.svg": adaptation_tables.curves,
     "docs/results.md": results_page,
+    "docs/performance.md": performance_page,
     "docs/demo-8.svg": chart,
     "README.md": readme,
 }

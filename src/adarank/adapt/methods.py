@@ -123,10 +123,9 @@ class AdaptiveMethod(Adapting):
         drawn = given.seed is not None and "seed" in cls.model_fields
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
 
-    @classmethod
-    def shares_work(cls) -> bool:
-        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up."""
-        return True
+    def shares_work(self) -> bool:
+        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up. Not block by block."""
+        return self.settings.by != "block"
 
     @classmethod
     def memory(cls) -> str:
@@ -225,9 +224,9 @@ class AdaRank(AdaptiveMethod):
         seed: of random ones; by default the recipe's.
         mask: `soft`: what a component is multiplied by is learned, from 1 where it is kept at the start and 0 where not.
             `binary`: whether it is kept, as in the paper.
-        precision: of the products with singular components while soft masks are learned. `bfloat16` is about three times as fast
-            where the processor has units for it and matrices have a few hundred rows; it takes half as much memory again for components. What is
-            written is composed in float32 in either.
+        precision: of the products with singular components while soft masks are learned. `bfloat16` takes about half of the
+            time where the processor has units for it, and half as much memory again for components. What is written is composed in float32 in
+            either.
     """
 
     name: ClassVar[str] = "adarank"
