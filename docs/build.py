@@ -18,6 +18,8 @@ from unittest import mock
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # records are read by what writes them
 
 import adaptation_tables
+import performance_tables
+from peer_tables import forms, fusion_bench, peers, vocabularies
 from results_tables import (
     HEAD,
     ROWS,
@@ -27,14 +29,11 @@ from results_tables import (
     costs,
     first_run,
     flat,
-    fusion_bench,
-    peers,
     record_of,
     settings,
     short_table,
     table,
     task_aware,
-    vocabularies,
 )
 
 from adarank.cli.main import parser
@@ -174,10 +173,16 @@ def results_page() -> str:
         "demo_collapse": lambda: collapse("demo-8"),
         "costs": costs,
         "peers": peers,
+        "forms": forms,
         "vocabularies": vocabularies,
         "fusion_bench": fusion_bench,
     }
     return filled("results.in.md", fill)
+
+
+def performance_page() -> str:
+    """What steps and merges cost."""
+    return filled("performance.in.md", {"step_parts": performance_tables.step_parts})
 
 
 def shown() -> list[str]:
@@ -206,6 +211,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/adaptation.md": adaptation_page,
     "docs/adaptation.svg": adaptation_tables.curves,
     "docs/results.md": results_page,
+    "docs/performance.md": performance_page,
     "docs/demo-8.svg": chart,
     "README.md": readme,
 }

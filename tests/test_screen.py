@@ -326,7 +326,7 @@ def test_stages_are_silent_in_a_pipe_but_for_long_ones(
             now[0] += 1
             advance()
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["Scoring: 30%", "Scoring: 60%", "Scoring: 90%"]
+    assert lines == ["Scoring: 30%, 1 min 10 s left", "Scoring: 60%, 40.0 s left", "Scoring: 90%, 10.0 s left"]
 
 
 def test_steps_are_told_now_and_then_in_a_pipe(

@@ -146,10 +146,9 @@ class AdaptiveMethod(Adapting):
         drawn = given.seed is not None and "seed" in cls.model_fields
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
 
-    @classmethod
-    def shares_work(cls) -> bool:
-        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up."""
-        return True
+    def shares_work(self) -> bool:
+        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up. Not block by block."""
+        return self.settings.by != "block"
 
     @classmethod
     def memory(cls) -> str:

@@ -51,9 +51,9 @@ class AdaptSettings(Settings):
         temperature: τ of a binary mask's sigmoid.
         logit: mask logits start at plus and minus this; a soft mask is 1 and 0 there, and linear.
         clamp: λ is used clamped to this range.
-        precision: of the products with singular components while soft masks are learned. `bfloat16` is about three times as fast
-            where the processor has units for it and matrices have a few hundred rows; it takes half as much memory again for components. What is
-            written is composed in float32 in either.
+        precision: of the products with singular components while soft masks are learned. `bfloat16` takes about half of the
+            time where the processor has units for it, and half as much memory again for components. What is written is composed in float32 in
+            either.
         save_every: steps between two saves of the state.
         check_every: steps between two judgements; `auto` is 40, or two passes over the inputs of the task with the fewest
             where that is less, 5 at least.

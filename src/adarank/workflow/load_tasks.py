@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,6 +129,16 @@ def load_opened(opened: Opened, problems: Problems) -> dict[str, TaskData]:
         problems,
         lambda reader, name, spec, expert: reader.load(name, spec, expert.processor_folder, expert.config),
     )
+
+
+def scored_by(data: Mapping[str, TaskData], metric: str | None, problems: Problems) -> dict[str, TaskData]:
+    """The tasks with another metric than their recipe's; None leaves them as they are. Where it does not fit is noted."""
+    changed = dict(data)
+    for task, of_task in data.items() if metric is not None else ():
+        with problems.noted():
+            chosen = chosen_metric(metric, of_task.problem, len(of_task.classes), f"task '{task}'")
+            changed[task] = replace(of_task, metric=chosen)
+    return changed
 
 
 def check_opened(opened: Opened, problems: Problems) -> dict[str, Rows]:
