@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 import adarank
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.top_logits import TopLogits
+from adarank.errors import RecipeError
 from adarank.models.generation import CausalModels
 from adarank.models.prompts import Prompts
 from adarank.recipe.job import open_job
@@ -78,6 +79,17 @@ def test_models_are_adapted_on_answers(zoo: Path) -> None:
     assert any("prompts answered by the expert" in note for note in record["notes"])
     assert all(start[t]["inputs"] <= 4 * 12 for t in TASKS)  # tokens of the select split's answers
     assert not list(zoo.glob(".adapted.state"))
+
+
+def test_blocks_of_any_kind_are_adapted_or_refused(zoo: Path) -> None:
+    """Those of T5 give each other more than hidden states, and its layers take that apart."""
+    path = recipe(zoo, "blocks.yaml", ASKED, **{**ADAPT, "adapt": {"by": "block", "steps": 2, "batch_size": 4}})
+    if "t5" in (zoo / "models" / "base" / "config.json").read_text():
+        with pytest.raises(RecipeError, match=r"cannot be run one by one .* by: model"):
+            adarank.merge_recipe(path, zoo / "blocks")
+        return
+    record = adarank.merge_recipe(path, zoo / "blocks")
+    assert record["adaptation"]["blocks"]
 
 
 def weights(out: Path) -> dict[str, Tensor]:
