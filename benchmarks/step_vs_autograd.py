@@ -49,7 +49,7 @@ from adarank.models.tied import module_keys
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.reader import load_recipe, parse_recipe
 from adarank.spectral.blocks import Blocks, build_blocks
-from adarank.spectral.masks import MaskKind, top_mask
+from adarank.spectral.masks import MaskKind, pace, top_mask
 from adarank.spectral.svd import as_matrix
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.load_tasks import load_tasks
@@ -225,7 +225,7 @@ class SideBySide:
 
     def _check(self, live: LiveWeights, engine_loss: float, loss: float) -> dict[str, float]:
         reference, settings = self.reference, self.reference.setup.settings
-        moved = (live.logits - reference.logits.detach()).abs() / settings.mask_step(setup.masks == "soft")
+        moved = (live.logits - reference.logits.detach()).abs() / settings.mask_step(reference.setup.masks == "soft")
         return {
             "loss_engine": engine_loss,
             "loss_autograd": loss,
