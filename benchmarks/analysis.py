@@ -47,6 +47,7 @@ FIGURES: dict[str, dict[str, tuple[dict[str, Any], int | None]]] = {
     },
 }
 """Bed -> figure -> its settings, and how many inputs per task are scored."""
+LARGEST = 100_000  # bytes of a drawing in the documentation
 RECORDED = ("settings", "split", "limit", "metrics", "sentences", "inputs", "versions", "machine", "begun", "seconds")
 
 
@@ -60,7 +61,8 @@ def run(bed: str, figure: str, recipe: Path, folder: Path) -> None:
     record = {"kind": "analysis", "study": bed, "name": figure, **{key: content[key] for key in RECORDED}}
     Records(FOLDER / "analysis.jsonl").write(record)
     DRAWINGS.mkdir(exist_ok=True)
-    shutil.copyfile(out.with_suffix(".svg"), DRAWINGS / f"{bed}-{figure}.svg")
+    if out.with_suffix(".svg").stat().st_size < LARGEST:
+        shutil.copyfile(out.with_suffix(".svg"), DRAWINGS / f"{bed}-{figure}.svg")
     print(f"{bed}, {figure}:", *content["sentences"], sep="\n  ")
 
 
