@@ -102,7 +102,7 @@ class ImageClassifiers(Family):
     architectures: tuple[str, ...] = ("ForImageClassification",)
     keep_embeddings = False
     paths = True
-    token_budget = 2**20  # pixels: about 20 images of 224×224
+    token_budget = cpu_token_budget = 2**20  # pixels: about 20 images of 224×224
     kept_bytes = 128 * 2**20
     # ViT and Swin as they are stored; as some versions name them, DINOv2 and CLIP; ConvNeXt
     mlps: tuple[tuple[str, str], ...] = (
