@@ -222,7 +222,7 @@ class Toy:
             mask = Keep.apply(logits, learn.temperature)
         else:
             moved = logits - LOGIT  # all components are kept at the start
-            mask = 1 + (moved * self.paces() if learn.unit == "weights" else moved) / (2 * LOGIT)
+            mask = 1 + moved * self.paces() / (2 * LOGIT)
         place, weights = 0, {}
         for row, (name, (origin, deltas)) in enumerate(self.vectors.items()):
             if name in SPECTRAL:
@@ -247,7 +247,6 @@ class Toy:
 SOFT = {
     "soft": Learn(mask="soft"),
     "soft, clamped": Learn(mask="soft", clamp=(0.2, 0.8)),
-    "soft, steps in masks": Learn(mask="soft", unit="mask"),
 }
 
 
@@ -354,7 +353,7 @@ def test_soft_masks_that_are_not_to_return_stay_zero() -> None:
 
 
 @pytest.mark.parametrize("learn", SOFT.values(), ids=SOFT)
-def test_a_step_moves_what_its_unit_says_alike(learn: Learn) -> None:
+def test_a_step_moves_all_components_of_a_matrix_alike(learn: Learn) -> None:
     toy = Toy(learn)
     toy.live.reset(0.4, 0.5)
     before = toy.live.masks()
@@ -366,7 +365,7 @@ def test_a_step_moves_what_its_unit_says_alike(learn: Learn) -> None:
         moved = mask - before[name]
         for own, s in zip(moved.split(block.sizes), block.s.split(block.sizes), strict=True):
             assert s[0] / s[-1] > 1.5
-            scale = s / s.square().mean().sqrt() if learn.unit == "weights" else torch.ones_like(s)
+            scale = s / s.square().mean().sqrt()
             torch.testing.assert_close(own * scale, torch.full_like(s, 0.01 / (2 * LOGIT)), rtol=1e-9, atol=0)
 
 
@@ -387,7 +386,6 @@ def test_where_masks_are_not_learned_soft_ones_are_binary() -> None:
     ("learn", "given", "wanted"),
     [
         (Learn(mask="soft"), "auto", 0.01),
-        (Learn(mask="soft", unit="mask"), "auto", 0.005),
         (Learn(), "auto", 0.005),
         (Learn(mask="soft"), 0.3, 0.3),
         (Learn(), 0.3, 0.3),

@@ -153,7 +153,7 @@ def test_the_gradient_of_a_block_is_that_of_autograd() -> None:
     deltas = {name: {task: expert.layers[1].get_parameter(name).detach() - origins[name] for task, expert in experts.items()}
               for name in names}  # type: ignore[operator, union-attr, index]  # fmt: skip
     blocks: dict[str, Blocks] = {name: task_vector_blocks(origins[name], deltas[name], name) for name in names}
-    live = LiveWeights(names, blocks, Learn(mask="soft", unit="mask"), 0.7, 0.5)
+    live = LiveWeights(names, blocks, Learn(mask="soft"), 0.7, 0.5)
     live.write()
     chain = find_chain(net, lambda module, batch: module(batch), given, list(names.values()))
     assert chain.paths == ("layers.1",)
@@ -175,7 +175,9 @@ def test_the_gradient_of_a_block_is_that_of_autograd() -> None:
     (output - target.double()).square().sum().backward()
     torch.testing.assert_close(live.lam.grad.double(), lam.grad, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
     by_mask = torch.cat([mask.grad for mask in masks.values()])  # type: ignore[misc]
-    torch.testing.assert_close(live.logits.grad.double() * 0.2, by_mask, rtol=1e-3, atol=1e-4)  # type: ignore[union-attr]
+    spectra = [s.double() for block in blocks.values() for s in block.s.split(block.sizes)]
+    paces = torch.cat([(s.square().mean().sqrt() / s).clamp(max=20) for s in spectra])  # steps count in weights
+    torch.testing.assert_close(live.logits.grad.double() * 0.2, by_mask * paces, rtol=1e-3, atol=1e-4)  # type: ignore[union-attr]
 
 
 ALIVE: weakref.WeakSet[LiveWeights] = weakref.WeakSet()

@@ -17,6 +17,7 @@ from adarank.data.spec import Columns, DataSettings, SplitData, TaskSpec
 from adarank.data.splits import Splits, budgeted, by_file, by_fraction, limited
 from adarank.data.task import Batch, TaskData
 from adarank.errors import DataError, RecipeError
+from adarank.models.family import Family
 from adarank.settings import parse
 from adarank.workflow.load_tasks import TaskReader
 from make import write_rows
@@ -222,7 +223,7 @@ def test_fingerprints_tell_inputs_and_splits_apart() -> None:
 # Tasks
 
 
-class Words:
+class Words(Family):
     """A family whose inputs are their words."""
 
     kind, keep_embeddings, paths, token_budget, cpu_token_budget = "text-classification", True, False, 64, 64
