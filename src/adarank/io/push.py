@@ -43,7 +43,7 @@ def push(
         OutputError: the folder is not as its record says, the repository holds something else, or the hub refuses.
 
     Example:
-        adarank.push("merged", "org/name", private=True)
+        adarank.push("merged", "org/name", private=True, dry_run=True)["files"]
     """
     folder = local_path(out, kind=OutputError)
     _check_name(name)

@@ -98,8 +98,13 @@ def analyse(
         recipe: its file, a mapping with the same keys, or what `load_recipe` returns. Its models and data are what counts.
         out: where to write, by default the figure's name; a suffix of a kind of file is taken for that kind.
         settings: of the figure.
+        options: folders of outputs, what is scored, and the kinds of files.
+        force: replace what is there, if this command wrote it and nobody changed it.
         dry_run: say what would be computed, and compute nothing.
         note: called with a line of text as each stage begins.
+
+    Returns:
+        Rows, what they say, and the files; of a dry run the counts alone.
 
     Raises:
         AdaRankError: anything wrong with figure, settings, recipe, data, outputs or files, before anything is computed.

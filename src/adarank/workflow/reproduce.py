@@ -174,12 +174,17 @@ def reproduce(
         folder: where models and datasets may lie as `org/name`, in place of the hub.
         force: replace outputs of other recipes.
         note, progress: called as by `merge`.
+        device: what to compute on: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Returns:
         Scores here, and published tables. A row that cannot be merged is in `failed`, with why; the others go on.
 
     Raises:
         AdaRankError: no such suite or row, or models or data that cannot be read.
+
+    Example:
+        made = adarank.reproduce("vision-8-b32", "vision-8", only=["Task Arithmetic"], limit=200)
+        print(made.means)
     """
     chosen, place = suite(name), local_path(folder)
     outputs: dict[str, Path] = {}
