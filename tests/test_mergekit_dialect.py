@@ -78,6 +78,11 @@ IDLE: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         recipe("slerp", MODELS[:1], parameters={"t": [0.25, 0.75]}),
         ["name: 'first', without effect.", "parameters: normalize without effect in slerp."],
     ),
+    "beside parameters": (
+        recipe("ties", with_parameters({"weight": 1}, {"weight": 2}), normalize=False, int8_mask=True),
+        recipe("ties", with_parameters({"weight": 1}, {"weight": 2})),
+        [f"{key}: without effect beside parameters. If it is meant, write it under them." for key in ("normalize", "int8_mask")],
+    ),
 }  # fmt: skip
 
 
@@ -89,6 +94,11 @@ def test_settings_of_other_methods_are_noted_and_change_nothing(where: str, fold
     wanted, silence = merged(plain, folder)
     assert same(found, wanted)
     assert silence == []
+
+
+def test_beside_parameters_other_methods_settings_are_unknown(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="normalize"):
+        parse_recipe(recipe("cart", normalize=False), folder)
 
 
 def test_the_command_line_shows_what_is_without_effect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

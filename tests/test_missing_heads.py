@@ -97,7 +97,7 @@ LANGUAGE = {"LlamaForCausalLM": "score", "GPT2LMHeadModel": "score", "BertForMas
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, "text-classification") for name in LANGUAGE), ("BertForMaskedLM", None), ("BertForTokenClassification", None)],
+    [*((name, "text-classification") for name in LANGUAGE), ("BertForMaskedLM", None), ("BertForNextSentencePrediction", None)],
 )  # fmt: skip
 def test_a_model_with_another_head_has_no_classes(tmp_path: Path, name: str, kind: str | None, capsys: Any) -> None:
     base, experts = family(2)

@@ -39,6 +39,11 @@ def with_effect(method: str, given: Mapping[str, Any], taken: Collection[str]) -
     return {key: value for key, value in given.items() if key not in idle}
 
 
+def beside_parameters(values: Mapping[str, Any]) -> list[str]:
+    """Settings of mergekit's methods that stand beside `parameters`, where mergekit passes over them."""
+    return [key for key in values if key in SETTINGS and values.get("merge_method") in SHARED]
+
+
 def whole_models(values: dict[str, Any]) -> dict[str, Any]:
     """mergekit's other ways to list whole models: a module `default` alone, and one slice. Anything else as it is.
 

@@ -15,7 +15,7 @@ from adarank.io.hub import local_path
 from adarank.io.parsing import parse_documents
 from adarank.recipe.checks import check
 from adarank.recipe.draft import METHOD, Draft, salvaged, with_stand_in
-from adarank.recipe.mergekit import NOT_DONE, whole_models
+from adarank.recipe.mergekit import NOT_DONE, beside_parameters, whole_models
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
 from adarank.recipe.sizes import shard_bytes
@@ -125,9 +125,11 @@ def draft_recipe(values: Mapping[str, Any], folder: Path, where: str, problems: 
         whole = whole_models({k: value for k, value in values.items() if value is not None or k not in asks_nothing})
         with here.noted():
             _refuse_not_done(whole, where)
-        done = {key: value for key, value in whole.items() if key not in NOT_DONE}
+        passed_over = beside_parameters(whole)
+        done = {key: value for key, value in whole.items() if key not in {*NOT_DONE, *passed_over}}
         draft = salvaged({**done, "folder": folder}, where, here)
     if draft is not None:
+        draft = replace(draft, recipe=draft.recipe.beside(passed_over))
         draft = _checked(draft, where, here)
     if len(here.errors) > 1:
         texts = [text.removeprefix(f"{where}: ") for error in here.errors for text in listed(error)]

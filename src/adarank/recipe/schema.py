@@ -175,6 +175,7 @@ class Recipe(Settings):
 
     _stages: dict[str, Recipe] = PrivateAttr(default_factory=dict)
     _unread: tuple[str, ...] = PrivateAttr(())  # further stages of the file
+    _passed_over: tuple[str, ...] = PrivateAttr(())  # settings that stand beside parameters
     _method: MergeMethod | None = PrivateAttr(None)
 
     @property
@@ -195,6 +196,12 @@ class Recipe(Settings):
         """
         recipe = self.model_copy()
         recipe._stages, recipe._unread = dict(stages), unread
+        return recipe
+
+    def beside(self, passed_over: Sequence[str]) -> Recipe:
+        """The recipe with the names of settings that its file has beside `parameters`, without effect."""
+        recipe = self.model_copy()
+        recipe._passed_over = tuple(passed_over)
         return recipe
 
     @property
@@ -308,6 +315,10 @@ class Recipe(Settings):
     def notes(self) -> list[str]:
         """What the recipe says without effect, and a base that is merged like the models, in sentences."""
         named = [f"name: '{self.name}', without effect."] if self.name is not None else []
+        named += [
+            f"{key}: without effect beside parameters. If it is meant, write it under them."
+            for key in self._passed_over
+        ]
         if self.report_to and not self.kind.takes_steps:
             named.append(f"report_to: without effect, as {self.merge_method} takes no steps.")
         named += [f"stage '{stage}' is named by no other, and is not merged." for stage in self.unread]
