@@ -39,6 +39,14 @@ class Learner(Protocol):
         """Turn the gradients that backward passes accumulated into those of what is learned."""
         ...
 
+    def ascend(self) -> bool:
+        """Go to where the gradient is to be taken, given that of where one is; False if that is here."""
+        ...
+
+    def descend(self) -> None:
+        """Go back to before `ascend`, with the gradient that was taken there."""
+        ...
+
     def kept_share(self) -> float | None:
         """Share of components kept now; None where there are none to keep."""
         ...
@@ -103,6 +111,13 @@ class Parameters:
 
     def pull_back(self) -> None:
         """Nothing: the gradients are where they belong."""
+
+    def ascend(self) -> bool:
+        """Gradients are taken where the parameters are."""
+        return False
+
+    def descend(self) -> None:
+        """There is nothing to go back from."""
 
     def kept_share(self) -> float | None:
         """There are no components."""

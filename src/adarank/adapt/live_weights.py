@@ -36,6 +36,7 @@ class Learn:
         mask: `binary` or `soft`, where masks are learned.
         unit: for soft masks, what a step changes equally for all components of a matrix and task: `weights` or `mask`.
         first: which components the start keeps, the `top` ones or `random` ones; `seed` of the latter.
+        sam: ρ of sharpness-aware steps: how far uphill gradients are taken, relative to each number. 0: not at all.
     """
 
     masks: bool = True
@@ -48,6 +49,7 @@ class Learn:
     unit: StepUnit = "weights"
     first: First = "top"
     seed: int = 0
+    sam: float = 0.0
 
 
 class LiveWeights:
@@ -140,6 +142,26 @@ class LiveWeights:
             grad_lam[row] = gradient.lam
             slots[row].copy_(gradient.mask)
         self._set_gradients(grad_lam.cpu(), grad_mask.cpu())
+
+    @torch.no_grad()
+    def ascend(self) -> bool:
+        """Add ε = ρ p² ∘ g / ‖ |p| ∘ g ‖ to λ and logits p with gradient g (adaptive SAM, Kwon et al. 2021)."""
+        learned = [tensor for tensor in (self.lam, self.logits) if tensor.grad is not None]
+        if not self.learn.sam or not learned:
+            return False
+        self._before = [(tensor, tensor.clone()) for tensor in learned]
+        norm = torch.stack([(p * p.grad).square().sum() for p in learned]).sum().sqrt().clamp_min(1e-12)
+        for tensor in learned:
+            assert tensor.grad is not None
+            tensor += self.learn.sam / norm * tensor.square() * tensor.grad
+        self.write()
+        return True
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """Go back to before `ascend`."""
+        for tensor, before in self._before:
+            tensor.copy_(before)
 
     def zero_grad(self) -> None:
         """Forget the gradients of the network's parameters."""

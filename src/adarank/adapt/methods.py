@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.base import Adapting
+from adarank.adapt.learner import LiveLearner
 from adarank.adapt.live_weights import Learn, LiveWeights
 from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
@@ -28,6 +29,7 @@ from adarank.alignment.layers import layer_groups
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError, itemise
 from adarank.method import Context, Given, Outline, Result
+from adarank.models import TaskModels
 from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
@@ -65,6 +67,8 @@ class AdaptiveMethod(Adapting):
 
     Class attributes:
         formula: ℓ stands for the loop's `objective`: entropy in the papers.
+        paper_adapt: what the loop's preset `paper` stands for, where it is not AdaRank's.
+        joint_heads: heads are learned by the same steps.
 
     Arguments:
         origin: what task vectors are counted from: `pretrained` (the base) or `average` (the experts' mean).
@@ -78,6 +82,8 @@ class AdaptiveMethod(Adapting):
 
     fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks"})
     python: ClassVar[tuple[str, str]] = ("adapt", "adapts on data. Use adarank.adapt.")
+    paper_adapt: ClassVar[Mapping[str, Any]] = {}
+    joint_heads: ClassVar[bool] = False
 
     origin: Literal["pretrained", "average"] = Field("pretrained", description="what task vectors are counted from")
     rank: Share = Field(1.0, description="share of components kept at the start, in (0, 1], or auto")
@@ -119,23 +125,37 @@ class AdaptiveMethod(Adapting):
             RecipeError: an unknown preset, or settings that do not fit.
         """
         method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset)
-        if settings.by == "block":
-            method._check_blocks(given.adapt or {})
+        problems = method.check_adapt(settings, given.adapt or {})
+        if problems:
+            raise RecipeError(problems[0] if len(problems) == 1 else itemise("The adapt block does not fit:", problems))
         return method.with_settings(settings)
 
-    def _check_blocks(self, adapt: Mapping[str, Any]) -> None:
-        """Refuse what means nothing where a block is learned at a time."""
+    def check_adapt(self, settings: AdaptSettings, given: Mapping[str, Any]) -> list[str]:
+        """What in the `adapt` block means nothing to the method, or where a block is learned at a time; in sentences.
+
+        Arguments:
+            settings: the loop's, all.
+            given: those that were given.
+        """
         problems = [
+            f"adapt.{key}: means nothing to '{self.name}'. Remove it." for key in sorted(self.unused & given.keys())
+        ]
+        if settings.by == "model":
+            return problems
+        problems += [
             f"adapt.{key}: by: block minimises the distance to what the experts' blocks give. Remove {key}, or use by: model."
             for key in ("objective", "objectives", "self_label", "filter")
-            if key in adapt
+            if key in given and key not in self.unused
         ]
         if self.lambda_per in ("task", "model"):
             problems.append(
                 f"lambda_per: one λ for each {self.lambda_per} cannot be learned a block at a time. Use tensor, layer or shared-layer, or by: model."
             )
-        if problems:
-            raise RecipeError(problems[0] if len(problems) == 1 else itemise("adapt: by block", problems))
+        return problems
+
+    def on(self, live: LiveLearner, models: TaskModels) -> LiveLearner:
+        """What is learned on the tasks' networks, where that is more than the merged weights."""
+        return live
 
     @classmethod
     def seeded(cls, given: Given) -> dict[str, Any]:
@@ -199,7 +219,7 @@ class AdaptiveMethod(Adapting):
         shared: Mapping[str, Tensor],
         settings: AdaptSettings,
         device: torch.device | str,
-    ) -> LiveWeights:
+    ) -> LiveLearner:
         """The live weights at the method's start, over the parameters that the networks share."""
         basis = self.decomposition(network, device)
         blocks = build_blocks(network, self.origin, device, self.spectra, basis)
@@ -207,7 +227,7 @@ class AdaptiveMethod(Adapting):
 
     def live(
         self, parameters: Mapping[str, Tensor], blocks: Mapping[str, Blocks], settings: AdaptSettings, basis: Basis
-    ) -> LiveWeights:
+    ) -> LiveLearner:
         """The live weights of some tensors at the method's start."""
         return LiveWeights(
             parameters,

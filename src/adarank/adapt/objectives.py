@@ -2,6 +2,7 @@
 
 entropy             mean entropy of the predictions                                       (AdaMerging, AdaRank)
 self-label          divergence from the expert's predictions on the same inputs           (distillation without labels)
+trusted-label       the expert's class, where it is surer than the merged model           (SyMerge)
 infomax             mean entropy minus the entropy of the mean prediction                 (SHOT)
 filtered-entropy    entropy of the inputs that are reliable and not redundant             (EATA, SAR)
 features            distance to the expert's last hidden representation                   (Surgery)
@@ -126,6 +127,24 @@ def self_label(
     return _mean_where(each, expert.softmax(dim=-1).amax(dim=-1) >= confidence)
 
 
+def trusted_label(logits: Tensor, expert: Tensor) -> Tensor:
+    """Mean cross-entropy to the expert's class, over the inputs where the expert is to be trusted.
+
+        mean_x -log p(ŷ(x)|x) over x with argmax p = ŷ or max q ≥ max p        ŷ = argmax q, q = softmax(expert), p = softmax(logits)
+
+    Left out are inputs where the merged model is surer of another class; 0 if none is left.
+
+    Arguments:
+        logits, expert: (batch, classes), float.
+
+    Source: SyMerge, arXiv:2412.19098.
+    """
+    target = expert.argmax(dim=-1)
+    each = -logits.log_softmax(dim=-1).gather(-1, target[:, None]).squeeze(-1)
+    surer = expert.softmax(dim=-1).amax(dim=-1) >= logits.detach().softmax(dim=-1).amax(dim=-1)
+    return _mean_where(each, surer | (logits.argmax(dim=-1) == target))
+
+
 def divergences(logits: Tensor, expert: Tensor) -> Tensor:
     """(batch,) Kullback-Leibler divergence of each prediction from the expert's, in nats: Σ_c q (log q - log p)."""
     log_q = expert.log_softmax(dim=-1)
@@ -210,12 +229,19 @@ def _given(tensor: Tensor | None) -> Tensor:
 Loss = Callable[[View, SelfLabel, Filter], Tensor]
 _BUILT_IN: dict[str, Loss] = {
     "self-label": lambda v, labels, _: self_label(v.logits, _given(v.expert), **labels.model_dump()),
+    "trusted-label": lambda v, *_: trusted_label(v.logits, _given(v.expert)),
     "entropy": lambda v, *_: entropy(v.logits),
     "infomax": lambda v, *_: infomax(v.logits, _given(v.mean)),
     "filtered-entropy": lambda v, _, kept: filtered_entropy(v.logits, _given(v.mean), **kept.model_dump()),
     "features": lambda v, *_: feature_distance(_given(v.features), _given(v.expert_features)),
 }
-_NEEDS = {"self-label": "expert", "infomax": "mean", "filtered-entropy": "mean", "features": "features"}
+_NEEDS = {
+    "self-label": "expert",
+    "trusted-label": "expert",
+    "infomax": "mean",
+    "filtered-entropy": "mean",
+    "features": "features",
+}
 OBJECTIVES: Registry[Loss] = Registry(
     "adarank.objectives", "objective", _BUILT_IN, lambda name, given: "" if callable(given) else "is no function"
 )

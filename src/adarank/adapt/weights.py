@@ -34,7 +34,7 @@ def adapt_weights(
         note("Adapting, block by block")
         return adapt_by_block(problem, method, network, state, fingerprint, progress)
     note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
-    live = method.start(network, problem.models.shared, method.settings, device)
+    live = method.on(method.start(network, problem.models.shared, method.settings, device), problem.models)
     note("Adapting")
     history = problem.adapt(live, method.grid, state, fingerprint, progress)
     live.zero_grad()
