@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 
 from adarank.cli.threads import wait_passively
 from adarank.workflow import demo
@@ -70,7 +72,12 @@ def test_the_wheel_has_the_package_and_the_whole_demo(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name.removeprefix("adarank/") for name in archive.namelist() if name.startswith("adarank/")}
     source = demo.ZOO.parent
-    pages = [path for path in (source / "report" / "template").iterdir() if path.is_file()]
+    pages = [
+        path
+        for place in ("report/template", "recipe/suite_files")
+        for path in (source / place).iterdir()
+        if path.is_file()
+    ]
     written = {path.relative_to(source).as_posix() for path in (*source.rglob("*.py"), *pages)}
     assert names == SHIPPED | written | {"py.typed"}
 
@@ -162,3 +169,15 @@ def test_submodules_never_take_the_place_of_functions(tmp_path: Path) -> None:
         "print(adarank.adapt.__module__, adarank.evaluate.__module__)"
     )
     assert run([sys.executable, "-c", code], tmp_path, PYTHONPATH=HERE).strip() == "adarank.api adarank.api"
+
+
+def test_releases_test_every_python_and_start_by_hand() -> None:
+    """The workflow's Pythons are those from the oldest that is supported on, and nothing but a person starts it."""
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    oldest = re.search(r'requires-python = ">=3\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest
+    pythons = flow["jobs"]["wheel"]["strategy"]["matrix"]["python"]
+    assert pythons == [f"3.{minor}" for minor in range(int(oldest[1]), 15)]
+    assert list(flow[True]) == ["workflow_dispatch"]  # YAML 1.1 reads the key `on` as true
+    assert flow["jobs"]["publish"]["needs"] == "wheel"
+    assert [name for name, job in flow["jobs"].items() if "id-token" in job.get("permissions", {})] == ["publish"]

@@ -81,7 +81,7 @@ def test_commands_in_the_docs_parse_and_name_what_exists(page: Path, text: str) 
         if not words or words[0] != "adarank":
             continue
         options = vars(parser().parse_args(words[1:]))
-        if "recipe" in options:
+        if options.get("recipe"):
             assert (ROOT / options["recipe"]).is_file() or (page.parent / options["recipe"]).is_file()
 
 
@@ -101,7 +101,9 @@ def test_recipes_of_a_users_text_models_plan(path: Path, user_folder: Path) -> N
     assert set(describe(job)["tasks"]) <= set(TEXT_TASKS)
 
 
-@pytest.mark.parametrize("path", [*recipes("clip"), *recipes("minilm-8"), *recipes("adapters")])
+@pytest.mark.parametrize(
+    "path", [*recipes("clip"), *recipes("minilm-8"), *recipes("adapters"), *recipes("language"), *recipes("sentences")]
+)
 def test_recipes_of_other_models_load(path: Path) -> None:
     assert adarank.load_recipe(path).experts
 

@@ -13,8 +13,9 @@ from adarank.errors import CheckpointError
 from adarank.io.hub import resolve
 from adarank.io.hub_files import used_files
 
-BESIDE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-CLUTTER = ["README.md", "modeling_x.py", "training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "trainer_state.json",
+BESIDE = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+          "README.md"]  # fmt: skip
+CLUTTER = ["modeling_x.py", "training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt", "trainer_state.json",
            "rng_state_0.pth", "openvino/openvino_model.bin", "onnx/model.onnx", "onnx/config.json", "tf_model.h5", ".gitattributes"]  # fmt: skip
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
 WEIGHTS: dict[str, tuple[list[str], list[str]]] = {

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import adarank
 import text_zoo
-from adarank.adapt.methods import AdaptiveMethod
 from adarank.cli.main import main
 from adarank.data.labels import Label, problem_of, read_labels
 from adarank.data.metrics import chosen_metric, class_scores, loss, score
@@ -245,9 +244,7 @@ def test_pipelines_of_extracted_tasks_fit_their_problem(zoo: Path, tmp_path: Pat
         assert {e["label"]: e["score"] for e in pipe(["good red"])[0]} == pytest.approx(wanted, rel=1e-5)
 
 
-READS_CLASSES = sorted(
-    name for name, kind in METHODS.built_in.items() if issubclass(kind, AdaptiveMethod) or kind.of_classes
-)
+READS_CLASSES = sorted(name for name, kind in METHODS.built_in.items() if kind.of_classes and kind.of_inputs)
 
 
 @pytest.mark.parametrize("method", READS_CLASSES)
@@ -261,6 +258,14 @@ def test_methods_that_read_shares_of_classes_refuse(zoo: Path, tmp_path: Path, m
         adarank.merge_recipe(path, tmp_path / "out")
     with pytest.raises(DataError, match="heads: learn reads its outputs"):
         adarank.merge_recipe(recipe(zoo, "heads.yaml", merge_method="average", heads="learn"), tmp_path / "out")
+
+
+def test_every_problem_of_classifiers_is_adapted_at_once(zoo: Path, tmp_path: Path) -> None:
+    settings = {"steps": 40, "batch_size": 8, "keep": "last", "lr_masks": 0.02, "lr_lambda": 0.01}
+    record = adarank.merge_recipe(recipe(zoo, "all.yaml", merge_method="adarank", parameters={"rank": 0.5, "lambda": 1.0}, adapt=settings), tmp_path / "out")  # fmt: skip
+    first, *_, last = record["adaptation"]["judged"].values()
+    assert set(first) == set(TASKS)
+    assert sum(last[task]["divergence"] for task in TASKS) < sum(first[task]["divergence"] for task in TASKS)
 
 
 def test_the_trained_reference_learns_every_problem(zoo: Path, tmp_path: Path) -> None:

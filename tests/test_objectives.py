@@ -26,6 +26,7 @@ from adarank.adapt.objectives import (
     running_mean,
     self_label,
 )
+from adarank.adapt.top_logits import TopLogits
 from adarank.errors import RecipeError
 from adarank.settings import parse
 from make import randn
@@ -206,3 +207,48 @@ def test_classes_that_a_head_masks_count_nothing() -> None:
     (divergences(hidden, other).sum() + entropy(hidden)).backward()
     assert masked.grad is not None
     assert bool(masked.grad.isfinite().all())
+
+
+def of_the_largest(shape: tuple[int, int, int], kept: int) -> tuple[Tensor, Tensor, TopLogits]:
+    """A model's logits, an expert's, and the largest of these."""
+    logits, expert = (each.float() for each in pair(shape))
+    return logits, expert, TopLogits.of(expert, kept)
+
+
+@given(SHAPES, st.integers(1, 6))
+def test_all_classes_but_the_largest_are_one(shape: tuple[int, int, int], kept: int) -> None:
+    logits, expert, largest = of_the_largest(shape, kept)
+    p, q = softmax(logits.double().numpy()), softmax(expert.double().numpy())
+    each = []
+    for one, other in zip(p, q, strict=True):
+        top = np.argsort(-other)[:kept]
+        outcomes = [(one[c], other[c]) for c in top]
+        if kept < len(other):
+            outcomes.append((1 - one[top].sum(), 1 - other[top].sum()))
+        each.append(sum(b * math.log(b / a) for a, b in outcomes))
+    here, there = largest.beside(logits)
+    assert float(self_label(here, there)) == pytest.approx(np.mean(each), rel=1e-3, abs=1e-5)
+    assert float(self_label(here, there)) <= float(self_label(logits, expert)) + 1e-5
+    assert largest.mass == pytest.approx(np.sort(q, axis=1)[:, -kept:].sum(axis=1).mean(), rel=1e-5)
+
+
+@given(SHAPES, st.integers(1, 4))
+def test_the_rest_pulls_none_of_its_classes(shape: tuple[int, int, int], kept: int) -> None:
+    """The slope is p - q where q is known; what is left of q is shared out as p has it."""
+    logits, expert, largest = of_the_largest(shape, kept)
+    logits.requires_grad_(True)
+    here, there = largest.beside(logits)
+    p, q = logits.detach().double().softmax(-1), expert.double().softmax(-1)
+    known = torch.zeros_like(q, dtype=torch.bool).scatter(1, largest.classes.long(), True)
+    left = (q * ~known).sum(-1, keepdim=True) / (p * ~known).sum(-1, keepdim=True).clamp_min(1e-300)
+    wanted = (p - torch.where(known, q, left * p)) / len(p)
+    torch.testing.assert_close(slope(self_label(here, there), logits).double(), wanted, atol=1e-5, rtol=1e-3)
+
+
+def test_the_rest_is_no_class_to_be_sure_of() -> None:
+    expert = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1]])  # all others together are more probable than the best
+    here, there = TopLogits.of(expert, 2).beside(expert)
+    assert int(there.argmax()) == 2
+    assert float(self_label(here, there, hard=True, rest=True)) == pytest.approx(-float(expert.log_softmax(-1)[0, 0]))
+    sure = float(expert.softmax(-1)[0, 0])
+    assert float(self_label(here, there - 1, confidence=sure + 0.01, rest=True)) == 0.0

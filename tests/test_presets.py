@@ -50,8 +50,8 @@ MASKS: Mapping[str, Any] = {
     "basis": "task_vectors", "returnable": True, "mask": "binary", "first": "top", "seed": 0,
 }  # fmt: skip
 LOOP: Mapping[str, Any] = {
-    "objective": "entropy", "objectives": {}, "balance": 0.0, "schedule": "constant", "warmup": 0.0,
-    "betas": (0.9, 0.999), "temperature": 10.0, "logit": 0.1, "step_unit": "mask", "clamp": None, "learn_heads": False,
+    "objective": "entropy", "objectives": {}, "balance": 0.0, "precision": "float32", "schedule": "constant", "warmup": 0.0,
+    "betas": (0.9, 0.999), "temperature": 10.0, "logit": 0.1, "step_unit": "mask", "clamp": None, "learn_heads": False, "top_logits": 64,
     "keep": "last", "patience": None, "repair": 0, "retreat": 0,
 }  # fmt: skip
 # Nothing that a preset gives depends on these: how steps are judged and saved, and settings of other objectives.

@@ -298,7 +298,14 @@ def test_steps_are_told_now_and_then_in_a_pipe(
         now[0] += 1
         shown.step(history(3, step, "task"), 100)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1].rstrip(",") for line in lines] == ["1/100", "31/100", "61/100", "91/100", "100/100"]
+    assert [line.split()[1].rstrip(",") for line in lines] == [
+        "1/100",
+        "6/100",
+        "36/100",
+        "66/100",
+        "96/100",
+        "100/100",
+    ]
     assert all("mean loss 1.250; agreement at step 0: mean 87.5%" in line for line in lines)
 
 

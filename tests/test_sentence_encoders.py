@@ -85,7 +85,7 @@ def half(states: dict[str, State]) -> State:
 
 
 def files(folder: Path) -> set[str]:
-    return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()} - {"adarank.json"}
+    return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()} - {"adarank.json", "README.md"}
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adarank.errors import AdaptationError
 from adarank.sparsify.threshold import top_count
+from adarank.spectral import svd
 from adarank.spectral.svd import as_matrix, decompose, effective_rank, energy
 from make import randn
 
@@ -43,6 +44,13 @@ def singular_values(matrix: Tensor) -> np.ndarray[Any, Any]:
 def test_all_components_multiply_out_to_the_matrix(matrix: Tensor) -> None:
     error = (decompose(matrix).reconstruct().double() - matrix.double()).norm()
     assert float(error) <= tolerance(matrix)
+
+
+@given(matrices())
+def test_singular_values_alone_are_the_decompositions(matrix: Tensor) -> None:
+    alone = svd.singular_values({"task": matrix}, "task", "matrix")
+    assert alone.dtype == matrix.dtype
+    assert np.allclose(alone.double().numpy(), singular_values(matrix), atol=tolerance(matrix))
 
 
 @given(matrices(), st.data())

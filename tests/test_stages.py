@@ -78,6 +78,7 @@ def test_the_output_alone_is_left_and_its_record_has_all(folder: Path) -> None:
     record = merge(stages(folder, FIRST, SECOND, LAST), folder / "out")
     assert set(folder.iterdir()) - before == {folder / "stages.yaml", folder / "out"}
     assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "README.md",
         "adarank.json",
         "config.json",
         "model.safetensors",

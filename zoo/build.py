@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import json
-import os
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -28,39 +23,12 @@ from transformers import ViTModel
 
 from cards import data_card, model_card
 from images import TaskImages, load_split, load_training, write_splits
-from model import Head, State, accuracy, load_body, rounded, save_base, save_expert, write_json
+from model import Head, State, accuracy, load_body, rounded, save_base, save_expert
+from stages import digest, publish, read_record, write_record
 from tasks import SIZES, TASKS, Task
 from train import BaseTrainer, train_expert
 
 Scores = dict[str, float]
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def publish(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write into a temporary folder, then give it its final name."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    fill(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def write_record(path: Path, value: object) -> None:
-    """Write a JSON file so that it appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    write_json(temporary, value)
-    os.replace(temporary, path)
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON file's content, empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def mean(scores: Scores) -> float:

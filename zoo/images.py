@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stages import seed_for
 from tasks import Size, Task
 
 SIDE = 28
@@ -37,11 +37,6 @@ class TaskImages:
     validation: Tensor
     validation_labels: Tensor
     class_names: tuple[str, ...]
-
-
-def seed_for(seed: int, *names: str) -> int:
-    """A seed of its own for each named use, so that stages can be redone one by one."""
-    return zlib.crc32("/".join([str(seed), *names]).encode())
 
 
 def resize(images: np.ndarray) -> np.ndarray:

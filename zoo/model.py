@@ -12,6 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.utils import logging as transformers_logging
 
 from images import PREPROCESSOR, SIDE, to_input
+from stages import write_json
 from tasks import Size
 
 transformers_logging.disable_progress_bar()
@@ -75,11 +76,6 @@ def save_expert(body: ViTModel, head: Head, class_names: tuple[str, ...], folder
     whole.classifier.load_state_dict({"weight": head[0], "bias": head[1]})
     whole.to(torch.bfloat16).save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", PREPROCESSOR)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write readable JSON with a closing newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

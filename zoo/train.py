@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from transformers import ViTModel
 
 from augment import augment
-from images import TaskImages, seed_for, to_input
+from images import TaskImages, to_input
 from model import Head, new_body, rounded
+from stages import seed_for
 from tasks import BASE_POLICY, Size, Task
 
 Log = Callable[[str], None]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adarank.alignment.selection import Select
     from adarank.api import adapt, evaluate, learn_heads, merge, merge_each
     from adarank.errors import AdaRankError
+    from adarank.io.push import push
     from adarank.outputs.bundle import Bundle, from_bundle, load_bundle
     from adarank.outputs.extract import extract
     from adarank.outputs.merged import load_task
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from adarank.recipe.reader import load_recipe
     from adarank.report.page import write_report
     from adarank.spectral.mask_file import MaskFile
+    from adarank.workflow.analyse import analyse
     from adarank.workflow.evaluate import evaluate as evaluate_recipe
     from adarank.workflow.merge import merge as merge_recipe
+    from adarank.workflow.reproduce import reproduce
+    from adarank.workflow.score_card import score_card
     from adarank.workflow.verify import verify
 
 __version__ = "0.1.0"
@@ -39,6 +43,7 @@ __all__ = [
     "MaskFile",
     "Select",
     "adapt",
+    "analyse",
     "evaluate",
     "evaluate_recipe",
     "extract",
@@ -51,6 +56,9 @@ __all__ = [
     "merge_each",
     "merge_recipe",
     "open_job",
+    "push",
+    "reproduce",
+    "score_card",
     "verify",
     "write_report",
 ]
@@ -63,6 +71,7 @@ _HOMES = {
     "MaskFile": "spectral.mask_file:MaskFile",
     "Select": "alignment.selection:Select",
     "adapt": "api:adapt",
+    "analyse": "workflow.analyse:analyse",
     "evaluate": "api:evaluate",
     "evaluate_recipe": "workflow.evaluate:evaluate",
     "extract": "outputs.extract:extract",
@@ -75,6 +84,9 @@ _HOMES = {
     "merge_each": "api:merge_each",
     "merge_recipe": "workflow.merge:merge",
     "open_job": "recipe.job:open_job",
+    "push": "io.push:push",
+    "reproduce": "workflow.reproduce:reproduce",
+    "score_card": "workflow.score_card:score_card",
     "verify": "workflow.verify:verify",
     "write_report": "report.page:write_report",
 }

@@ -7,7 +7,8 @@
     ├── DataError         a data file, column, label or split is unusable
     ├── AdaptationError   adaptation cannot go on (a loss is not finite, ...)
     ├── Interrupted       stopped by a signal; the state was saved
-    └── OutputError       the output cannot be written where it was asked for
+    ├── OutputError       the output cannot be written where it was asked for
+    └── ProcessError      of several processes that share the work, another one has stopped or died
 
 Every message is a sentence that says what, where, what was got and needed, and what to do.
 """
@@ -56,6 +57,10 @@ class Interrupted(AdaRankError):
 
 class OutputError(AdaRankError):
     """The output cannot be written where it was asked for."""
+
+
+class ProcessError(AdaRankError):
+    """Of several processes that share the work of a command another one has stopped or died, or they do not meet."""
 
 
 class Problems:

@@ -6,14 +6,15 @@ The expert's predictions on the same inputs are the reference; labels are never 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from adarank.adapt.objectives import divergences, entropy
+from adarank.adapt.objectives import divergences, entropies
+from adarank.adapt.top_logits import TopLogits, matched
 from adarank.errors import AdaptationError
 
 Signal = Literal["agreement", "divergence"]
@@ -29,7 +30,7 @@ class Signals:
         histogram: total-variation distance between the histograms of predicted classes, 0 to 1.
         entropy: mean entropy of the predictions, in nats.
         largest, expert_largest: share of inputs that get the most frequent class, here and from the expert.
-        inputs: how many inputs this rests on.
+        inputs: how many inputs this rests on; of generating models, how many tokens.
     """
 
     agreement: float
@@ -49,36 +50,79 @@ Judge = Callable[[int], Judged]
 """step -> task -> signals of the weights that the networks hold now."""
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Predictions beside the expert's, one by one: what signals are counted from.
+
+    Attributes:
+        predicted, wanted: (inputs,) the class that is predicted, and the expert's.
+        answered: (inputs,) whether the prediction is a number at all.
+        divergences, entropies: (inputs,) float64, in nats.
+        classes: how many there are.
+    """
+
+    predicted: Tensor
+    wanted: Tensor
+    answered: Tensor
+    divergences: Tensor
+    entropies: Tensor
+    classes: int
+
+
 @torch.no_grad()
-def signals(logits: Tensor, expert: Tensor) -> Signals:
-    """Compare predictions with the expert's.
+def compare(logits: Tensor, expert: Tensor | TopLogits) -> Compared:
+    """Compare predictions with the expert's on the same inputs, in the same order.
 
     Arguments:
-        logits, expert: (inputs, classes), float, of the same inputs in the same order.
+        logits: (inputs, classes), float.
+        expert: (inputs, classes) logits, or the largest of them.
 
     Raises:
         AdaptationError: there is one class, so nothing to agree on.
-
-    Example:
-        expert = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-        assert signals(expert, expert).agreement == 1.0
     """
     if logits.shape[-1] < 2:
         raise AdaptationError(
             "The experts give one number for each input: there are no classes to agree on. Adaptation is of classifiers; use a method that does not adapt."
         )
-    predicted, wanted = logits.argmax(dim=-1), expert.argmax(dim=-1)
-    answered = ~logits.isnan().any(dim=-1)  # a prediction of NaN agrees with none
-    counts, targets = (torch.bincount(y, minlength=logits.shape[-1]).double() / len(y) for y in (predicted, wanted))
+    whole = isinstance(expert, Tensor)
+    here, there = matched(logits, expert)
+    return Compared(
+        predicted=logits.argmax(dim=-1).cpu(),
+        wanted=expert.argmax(dim=-1).cpu() if isinstance(expert, Tensor) else expert.best,
+        answered=~logits.isnan().any(dim=-1).cpu(),  # a prediction of NaN agrees with none
+        divergences=divergences(here.double(), there.double()).cpu(),
+        entropies=entropies(logits.double() if whole else logits).double().cpu(),  # of a vocabulary doubles are large
+        classes=logits.shape[-1],
+    )
+
+
+def summary(parts: Sequence[Compared]) -> Signals:
+    """The signals of all predictions that were compared, in parts."""
+    predicted, wanted, answered, apart, spread = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("predicted", "wanted", "answered", "divergences", "entropies")
+    )
+    classes = max(part.classes for part in parts)  # of neighbours as many as a batch has texts
+    counts, targets = (torch.bincount(y, minlength=classes).double() / len(y) for y in (predicted, wanted))
     return Signals(
         agreement=float(((predicted == wanted) & answered).double().mean()),
-        divergence=float(divergences(logits.double(), expert.double()).mean()),
+        divergence=float(apart.mean()),
         histogram=float((counts - targets).abs().sum() / 2),
-        entropy=float(entropy(logits.double())),
+        entropy=float(spread.mean()),
         largest=float(counts.max()),
         expert_largest=float(targets.max()),
         inputs=len(predicted),
     )
+
+
+def signals(logits: Tensor, expert: Tensor | TopLogits) -> Signals:
+    """Compare predictions with the expert's: `compare`, and the `summary` of it.
+
+    Example:
+        expert = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        assert signals(expert, expert).agreement == 1.0
+    """
+    return summary([compare(logits, expert)])
 
 
 def mean_signal(judged: Judged, signal: Signal) -> float:

@@ -7,7 +7,10 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, PrivateAttr
 
+from adarank.adapt.objectives import NEED_MEAN
+from adarank.adapt.outcomes import outcomes_of
 from adarank.adapt.settings import AdaptSettings
+from adarank.data.labels import Problem
 from adarank.method import MergeMethod
 from adarank.settings import Settings, nearest, parse
 
@@ -39,6 +42,7 @@ class Adapting(MergeMethod):
     data: ClassVar[str] = "unlabelled inputs of each task"
     use: ClassVar[str] = "adapts on"
     of_classes: ClassVar[bool] = True
+    takes_steps: ClassVar[bool] = True
     adapt_block: ClassVar[type[Settings] | None] = AdaptSettings
     not_searched: ClassVar[str] = "learns what it writes"
 
@@ -69,6 +73,19 @@ class Adapting(MergeMethod):
         """Objectives of tasks that the recipe has not, one sentence each."""
         unknown = [task for task in self.settings.objectives if task not in tasks]
         return [f"adapt.objectives: unknown task '{task}'.{nearest(task, tasks)}" for task in unknown]
+
+    def unfit_for(self, task: str, problem: Problem, outputs: int) -> list[str]:
+        """Settings of the loop that need one class of each input, or outputs with an entropy, where the task has neither."""
+        if self.of_inputs:
+            return super().unfit_for(task, problem, outputs)
+        weights, entropies = self.settings.weights(task), outcomes_of(problem, None).entropies
+        unfit = [name for name in weights if NEED_MEAN & [name] or (name == "entropy" and not entropies)]
+        texts = [f"adapt: objective '{name}' is of classes. Use self-label for the task, under adapt: objectives." for name in unfit]  # fmt: skip
+        if self.settings.learn_heads is True:
+            texts.append("adapt: learn_heads reads its outputs as shares of classes. Remove it: heads of classifiers are learned by default.")  # fmt: skip
+        if problem == "regression" and outputs != 1:
+            texts.append(f"adaptation is of one number an input, where it gives {outputs}. Leave its data out.")
+        return texts
 
     def in_force(self) -> dict[str, Any]:
         """Every setting of the method and of its loop with its value, as a record has them."""

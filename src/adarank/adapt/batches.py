@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from torch import Tensor
+
+from adarank.adapt.outcomes import Classes, Outcomes
 from adarank.adapt.problem import Chunk, Predict, Predictions
 from adarank.adapt.schedule import Schedule
 from adarank.adapt.settings import AdaptSettings
@@ -42,6 +45,15 @@ class BatchInputs:
         place = step % len(self.batches)
         return (False, place), self.batches[place]
 
+    def outcomes(self, expert: Predictions | None) -> Outcomes:
+        """Classes: modules say no more of their outputs."""
+        return Classes()
+
+    @property
+    def generate(self) -> bool:
+        """False: a batch's logits are kept as they are, whatever they are of."""
+        return False
+
     @property
     def held_out_from_steps(self) -> bool:
         """True if there are batches that are held out."""
@@ -61,7 +73,9 @@ class BatchInputs:
         """Predictions of the judged batches, and of those that steps will see."""
         first, batch = self._candidates()[0]
         known = {first: predict(batch)}
-        self.size = max(1, len(known[first].logits))
+        logits = known[first].logits
+        assert isinstance(logits, Tensor)  # all of them are kept
+        self.size = max(1, len(logits))
         for where, batch in [*(self.adapted_on() if adapted_on else ()), *self.judged_on()]:
             if where not in known:
                 known[where] = predict(batch)

@@ -31,7 +31,7 @@ from adarank.adapt.choice import Choice, LinePoint, choose_best, fits
 from adarank.adapt.history import History, Learned, Progress
 from adarank.adapt.learner import LiveLearner, Loss
 from adarank.adapt.loop import adapt
-from adarank.adapt.parts import PartWeights
+from adarank.adapt.parts import PartFactors, PartWeights
 from adarank.adapt.problem import Problem
 from adarank.adapt.start_search import Tried, best_of, find_start
 from adarank.adapt.streams import Streams
@@ -77,7 +77,8 @@ def adapt_by_block(
             walk.forget()
         walk.finish()
         masks = walk.weights.mask_file(network.tasks, method.origin, {})
-    return Learned(walk.history, walk.weights.parameters, masks, walk.blocks)
+    factors = {} if state is None else PartFactors(walk.weights)
+    return Learned(walk.history, walk.weights.parameters, masks, walk.blocks, factors)
 
 
 class _Walk:
@@ -138,6 +139,7 @@ class _Walk:
         before = self._distances(place)
         units = {task: max(before[task], _SMALLEST) for task in before}
         self._take_steps(live, {task: self._loss(task, place, units[task]) for task in units}, progress)
+        live.settle()
         after = self._distances(place)
         nearer = self._settings.keep == "last" or sum(after[t] / units[t] for t in units) < len(units)
         if not nearer:

@@ -21,6 +21,7 @@ from adarank.adapt.live_weights import Learn
 from adarank.adapt.methods import AdaMerging, AdaptiveMethod
 from adarank.adapt.presets import PRESETS
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.start_search import Number
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.models import TaskModels
 from adarank.spectral.bases import Basis
@@ -119,6 +120,11 @@ class SyMerge(AdaMerging):
     lr_heads: float = Field(0.01, ge=0, description="Adam step size of the heads")
 
     @classmethod
+    def shares_work(cls) -> bool:
+        """No: heads are learned by the process that has their tasks."""
+        return False
+
+    @classmethod
     def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """λ 0.3 about the base; heads by the same steps."""
         return {**super().paper(given), "lr_heads": 0.01}
@@ -154,7 +160,7 @@ class SAMerging(AdaMerging):
         "objective": "self-label", "self_label": {"temperature": 2.0}, "batch_size": 16, "steps": 1000, "lr_lambda": 1e-3,
     }  # fmt: skip
 
-    scale: float | Literal["auto"] = Field(0.0, alias="lambda", description="λ at the start, or auto")
+    scale: Number = Field(0.0, alias="lambda", description="λ at the start, or auto")
     sam: float = Field(0.07, ge=0, description="ρ, how far uphill the gradient is taken; 0: at λ itself")
 
     @classmethod

@@ -84,6 +84,14 @@ class ElementWeights:
         """There are no components."""
         return None
 
+    @property
+    def factors(self) -> Mapping[str, Blocks]:
+        """There are none."""
+        return {}
+
+    def settle(self) -> None:
+        """Nothing: all is in float32."""
+
     def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile | None:
         """There are no masks, and more coefficients than a masks file holds."""
         return None

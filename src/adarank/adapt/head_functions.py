@@ -167,7 +167,9 @@ def _passed(problem: Problem, task: str, parts: Sequence[nn.Module], chunk: Chun
     finally:
         for handle in handles:
             handle.remove()
-    return _Pass(calls, logits, problem.predictions[task].logits[where])
+    expert = problem.predictions[task].logits[where]
+    assert isinstance(expert, Tensor)  # models that predict tokens have no head of a task
+    return _Pass(calls, logits, expert)
 
 
 def _functions(problem: Problem, task: str, parts: Sequence[nn.Module], first: _Pass) -> list[HeadFunction]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adarank.adapt.agreement import Signals
 from adarank.adapt.choice import Choice, LinePoint
 from adarank.adapt.start_search import Tried
+from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
 
 if TYPE_CHECKING:
@@ -71,12 +72,14 @@ class Learned:
         parameters: merged tensor -> the parameter that holds it.
         masks: masks and λ; None if what is learned is something else.
         blocks: by block: of each its name, its distances before and after, and whether what was learned is kept.
+        factors: merged tensor -> origin, task vectors and spectra; by block read when looked up, and none where no state is kept.
     """
 
     history: History
     parameters: Mapping[str, Tensor]
     masks: MaskFile | None
     blocks: Sequence[Mapping[str, Any]] = ()
+    factors: Mapping[str, Blocks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

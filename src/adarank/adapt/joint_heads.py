@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adarank.adapt.learner import LiveLearner
 from adarank.adapt.settings import AdaptSettings
+from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
 
 
@@ -68,6 +69,15 @@ class WithHeads:
     def kept_share(self) -> float | None:
         """Of the merged weights."""
         return self.live.kept_share()
+
+    @property
+    def factors(self) -> Mapping[str, Blocks]:
+        """Of the merged weights."""
+        return self.live.factors
+
+    def settle(self) -> None:
+        """As the merged weights do."""
+        self.live.settle()
 
     def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile | None:
         """Of the merged weights."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adarank.adapt.settings import AdaptSettings
+from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
 
 
@@ -60,6 +61,15 @@ class LiveLearner(Learner, Protocol):
     """
 
     parameters: dict[str, Tensor]
+
+    @property
+    def factors(self) -> Mapping[str, Blocks]:
+        """Tensor name -> origin, task vectors and spectra, where components are learned."""
+        ...
+
+    def settle(self) -> None:
+        """Compose what steps left in lower precision as it will be written. Steps are over."""
+        ...
 
     def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile | None:
         """The current masks and λ, as the file that the method `masked` applies; None if something else is learned."""

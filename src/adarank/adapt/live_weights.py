@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.settings import AdaptSettings, StepUnit
+from adarank.adapt.settings import AdaptSettings, Precision, StepUnit
 from adarank.adapt.tying import LambdaPer, tie
 from adarank.errors import RecipeError
+from adarank.io import processes
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import Blocks
+from adarank.spectral.half import HalfFactors
 from adarank.spectral.mask_file import MaskFile
 from adarank.spectral.masks import First, MaskKind, first_mask, hard, pace, soft, straight_through
 
@@ -37,6 +39,7 @@ class Learn:
         unit: for soft masks, what a step changes equally for all components of a matrix and task: `weights` or `mask`.
         first: which components the start keeps, the `top` ones or `random` ones; `seed` of the latter.
         sam: ρ of sharpness-aware steps: how far uphill gradients are taken, relative to each number. 0: not at all.
+        precision: of the products with components while steps are taken, where soft masks are learned.
     """
 
     masks: bool = True
@@ -50,6 +53,7 @@ class Learn:
     first: First = "top"
     seed: int = 0
     sam: float = 0.0
+    precision: Precision = "float32"
 
 
 class LiveWeights:
@@ -86,6 +90,8 @@ class LiveWeights:
         self._parts = [sum(block.sizes) for block in self.blocks.values()]
         self.logits = torch.empty(sum(self._parts), dtype=dtype)
         self._logit = logit
+        halves = learn.precision == "bfloat16" and self.mask_kind == "soft"
+        self._halves = {n: HalfFactors.of(block) for n, block in self.blocks.items() if halves and block.components}
         self._pace = self._paces() if self.mask_kind == "soft" and learn.unit == "weights" else None
         self.reset(scale, rank)
         # buffers such as running statistics are written, but have no gradient
@@ -124,7 +130,18 @@ class LiveWeights:
         """Compose every merged tensor from the current λ and masks, into the network's parameters."""
         lam = self.used_lam()
         for row, (name, mask) in enumerate(self.masks().items()):
-            self.parameters[name].copy_(self.blocks[name].compose(lam[row], mask))
+            self.parameters[name].copy_((self._halves.get(name) or self.blocks[name]).compose(lam[row], mask))
+
+    @property
+    def factors(self) -> Mapping[str, Blocks]:
+        """The same as `blocks`."""
+        return self.blocks
+
+    def settle(self) -> None:
+        """Compose every merged tensor in float32, as the method `masked` will. Steps are over."""
+        if self._halves:
+            self._halves = {}
+            self.write()
 
     @torch.no_grad()
     def pull_back(self) -> None:
@@ -138,10 +155,15 @@ class LiveWeights:
             grad = self.parameters[name].grad
             if grad is None:  # the tensor takes no part in any task's output
                 continue
-            gradient = self.blocks[name].gradient(grad, lam[row], mask, self.learn.masks)
+            half = self._halves.get(name)
+            if half is None:
+                gradient = self.blocks[name].gradient(grad, lam[row], mask, self.learn.masks)
+            else:
+                gradient = half.gradient(grad, lam[row], mask)
             grad_lam[row] = gradient.lam
             slots[row].copy_(gradient.mask)
-        self._set_gradients(grad_lam.cpu(), grad_mask.cpu())
+        total = processes.add_up(torch.cat([grad_lam.flatten(), grad_mask]).cpu())  # of several processes, their tasks'
+        self._set_gradients(total[: lam.numel()].view_as(lam), total[lam.numel() :])
 
     @torch.no_grad()
     def ascend(self) -> bool:
@@ -150,10 +172,10 @@ class LiveWeights:
         if not self.learn.sam or not learned:
             return False
         self._before = [(tensor, tensor.clone()) for tensor in learned]
-        norm = torch.stack([(p * p.grad).square().sum() for p in learned]).sum().sqrt().clamp_min(1e-12)
-        for tensor in learned:
-            assert tensor.grad is not None
-            tensor += self.learn.sam / norm * tensor.square() * tensor.grad
+        squares = [(p * p.grad).square().sum() for p in learned if p.grad is not None]
+        norm = torch.stack(squares).sum().sqrt().clamp_min(1e-12)
+        for tensor, step in [(p, p.square() * p.grad) for p in learned if p.grad is not None]:
+            tensor += self.learn.sam / norm * step
         self.write()
         return True
 

@@ -29,6 +29,7 @@ from adarank.adapt.schedule import Schedule
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import Grid, Tried, best_of, find_start
 from adarank.errors import AdaptationError, Interrupted
+from adarank.io import processes
 from adarank.io.state import read_state, write_state
 
 
@@ -80,7 +81,7 @@ def adapt(
             run.judge_if_due()
             if progress:
                 progress(run.history, run.planned())
-            if stopped and not run.over():
+            if any(processes.gathered(bool(stopped))) and not run.over():
                 run.stop()
             if run.history.step % settings.save_every == 0:
                 run.save()
@@ -160,11 +161,12 @@ class _Run:
         """Take the gradient of what is learned where it is; the losses there."""
         self.live.zero_grad()
         values = []
-        for loss, weight in zip(losses.values(), weights, strict=True):
+        for loss, weight in processes.share(list(zip(losses.values(), weights, strict=True))):
             value = loss(self.history.step)
             (weight * value).backward()
             values.append(value.detach())
-        step_losses = dict(zip(losses, torch.stack(values).tolist(), strict=True))
+        shared = processes.whole(torch.stack(values).tolist() if values else [])
+        step_losses = dict(zip(losses, shared, strict=True))
         self._check(step_losses)
         self.live.pull_back()
         self._check_gradients()
@@ -202,7 +204,7 @@ class _Run:
         self.save()
         ends = {self.schedule.source(self.history.judged): self.source, self.history.step: self._now()}
         for step, share in points:
-            if stopped:
+            if any(processes.gathered(bool(stopped))):
                 self._set(ends[self.history.step])
                 self.stop()
             self._set(between(self.start, ends[step], share))
@@ -287,6 +289,9 @@ class _Run:
     def save(self) -> None:
         if self.state is None:
             return
+        memory = self._memory()
+        if processes.rank() > 0:
+            return
         content: dict[str, Any] = {
             "fingerprint": self.fingerprint,
             "learned": self._now(),
@@ -305,9 +310,16 @@ class _Run:
             "best": self.best,
             "source": self.source,
             "starts": [asdict(tried) for tried in self.history.starts],
-            "memory": {name: tensor.cpu() for name, tensor in self.memory.items()},
+            "memory": memory,
         }
         write_state(self.state, content, "the state")
+
+    def _memory(self) -> dict[str, Tensor]:
+        """What the losses remember, of several processes each task's by the one that steps it."""
+        memories = processes.gathered({name: tensor.cpu() for name, tensor in self.memory.items()})
+        stepped_by = {task: number % len(memories) for number, task in enumerate(self.history.losses)}
+        names = dict.fromkeys(name for memory in memories for name in memory)
+        return {name: memories[stepped_by.get(name, 0)][name] for name in names}
 
     def restore(self) -> bool:
         """Continue from the saved state; False if there is none."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.base import Adapting
@@ -23,11 +23,12 @@ from adarank.adapt.learner import LiveLearner
 from adarank.adapt.live_weights import Learn, LiveWeights
 from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
-from adarank.adapt.start_search import AUTO, Grid, grid_of
+from adarank.adapt.start_search import AUTO, Grid, Number, Share, grid_of
 from adarank.adapt.tying import LambdaPer
 from adarank.alignment.layers import layer_groups
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError, itemise
+from adarank.io import processes
 from adarank.method import Context, Given, Outline, Result
 from adarank.models import TaskModels
 from adarank.settings import nearest
@@ -37,26 +38,10 @@ from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import First, MaskKind
 
 
-def _number_or_auto(given: Any) -> Any:
-    if given != AUTO and (isinstance(given, bool) or not isinstance(given, (int, float))):
-        raise ValueError("a number or auto was needed")
-    return given
-
-
-def _share_or_auto(given: Any) -> Any:
-    if _number_or_auto(given) != AUTO and not 0 < given <= 1:
-        raise ValueError("a share above 0 and at most 1, or auto, was needed")
-    return given
-
-
 def _known_basis(given: str) -> str:
     if given not in BASES:
         raise ValueError(f"unknown basis.{nearest(given, BASES)}")
     return given
-
-
-Number = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
-Share = Annotated[float | Literal["auto"], BeforeValidator(_share_or_auto)]
 
 
 A = TypeVar("A", bound="AdaptiveMethod")
@@ -151,6 +136,8 @@ class AdaptiveMethod(Adapting):
             problems.append(
                 f"lambda_per: one λ for each {self.lambda_per} cannot be learned a block at a time. Use tensor, layer or shared-layer, or by: model."
             )
+        if processes.size() > 1:
+            problems.append("adapt.by: block runs in one process. Start it without torchrun, or use by: model.")
         return problems
 
     def on(self, live: LiveLearner, models: TaskModels) -> LiveLearner:
@@ -162,6 +149,11 @@ class AdaptiveMethod(Adapting):
         """The settings given, with the recipe's seed where the method draws and none is given."""
         drawn = given.seed is not None and "seed" in cls.model_fields
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
+
+    @classmethod
+    def shares_work(cls) -> bool:
+        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up."""
+        return True
 
     @classmethod
     def memory(cls) -> str:
@@ -199,7 +191,15 @@ class AdaptiveMethod(Adapting):
             return info.numel
         rows = info.shape[0] if info.shape else 1
         columns = info.numel // max(1, rows)
-        return min(rows, columns) * (rows + columns)
+        factors = min(rows, columns) * (rows + columns)
+        if self.soft:
+            return factors + (factors // 2 if self.settings.precision == "bfloat16" else 0)
+        return factors + (info.numel if max(self.grid.ranks) > 0.5 else 0)  # whole task vectors, less what is pruned
+
+    @property
+    def soft(self) -> bool:
+        """Whether masks are any numbers; else components are kept or not."""
+        return False
 
     def run(self, context: Context) -> Result:
         """Adapt, from a saved state if there is one. Reads no label."""
@@ -313,6 +313,11 @@ class AdaRank(AdaptiveMethod):
         """False if nothing needs decomposing; bases of other methods always do."""
         return super().spectra or self.basis != "task_vectors"
 
+    @property
+    def soft(self) -> bool:
+        """Whether soft masks are learned."""
+        return self.mask == "soft" and self.learn_masks
+
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         """The basis that the settings name."""
         return BASES[self.basis]
@@ -326,6 +331,7 @@ class AdaRank(AdaptiveMethod):
             unit=settings.step_unit,
             first=self.first,
             seed=self.seed,
+            precision=settings.precision,
         )
 
 

@@ -49,7 +49,9 @@ class Multitask(MergeMethod):
     data: ClassVar[str] = "labelled inputs of each task"
     use: ClassVar[str] = "trains on"
     labels: ClassVar[str] = "labels of the adapt split"
+    of_inputs: ClassVar[bool] = True
     keeps_embeddings: ClassVar[bool] = False  # fine-tuning trains them too
+    takes_steps: ClassVar[bool] = True
     not_searched: ClassVar[str] = "learns what it writes"
     python: ClassVar[tuple[str, str]] = ("", "trains on labels. Give it as a recipe to adarank.merge_recipe.")
 

@@ -72,9 +72,12 @@ class View:
 
     Attributes:
         logits: (batch, classes) of the merged model, with their graph.
-        expert: (batch, classes) logits of the task's expert on the same inputs, where an objective needs them.
+        expert: (batch, outcomes) logits of the task's expert on the same inputs, where an objective needs them. Outcomes
+            are classes; of generating models the most probable tokens, and all others as one more.
         mean: (classes,) running mean prediction, this batch included, without a graph, where an objective needs it.
         features, expert_features: (batch, width) inputs of the head, where an objective needs them.
+        matched: (batch, outcomes) logits of the merged model over the expert's outcomes; None: they are `logits`.
+        rest: the last outcome is all other classes together.
     """
 
     logits: Tensor
@@ -82,6 +85,8 @@ class View:
     mean: Tensor | None = None
     features: Tensor | None = None
     expert_features: Tensor | None = None
+    matched: Tensor | None = None
+    rest: bool = False
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -97,11 +102,16 @@ def entropy(logits: Tensor) -> Tensor:
 
     Source: AdaMerging (arXiv:2310.02575) and AdaRank (arXiv:2503.22178), Equation 6.
     """
-    return _entropies(logits).mean()
+    return entropies(logits).mean()
 
 
 def self_label(
-    logits: Tensor, expert: Tensor, temperature: float = 1.0, hard: bool = False, confidence: float = 0.0
+    logits: Tensor,
+    expert: Tensor,
+    temperature: float = 1.0,
+    hard: bool = False,
+    confidence: float = 0.0,
+    rest: bool = False,
 ) -> Tensor:
     """Mean divergence from the expert's predictions on the same inputs, in nats.
 
@@ -114,20 +124,22 @@ def self_label(
     Arguments:
         logits, expert: (batch, classes), float.
         confidence: inputs where max_c softmax(expert) is below this are left out; 0 if none is left.
+        rest: the last column is of all other classes together, so that it is no class that can be the most probable.
 
     Returns:
         A scalar, 0 or more.
 
     Source: Hinton et al. 2015, arXiv:1503.02531, without labels; hard labels: Lee 2013, Pseudo-Label.
     """
+    surest = expert.softmax(dim=-1)[..., : expert.shape[-1] - rest].max(dim=-1)
     if hard:
-        each = -logits.log_softmax(dim=-1).gather(-1, expert.argmax(dim=-1, keepdim=True)).squeeze(-1)
+        each = -logits.log_softmax(dim=-1).gather(-1, surest.indices[..., None]).squeeze(-1)
     else:
         each = temperature**2 * divergences(logits / temperature, expert / temperature)
-    return _mean_where(each, expert.softmax(dim=-1).amax(dim=-1) >= confidence)
+    return _mean_where(each, surest.values >= confidence)
 
 
-def trusted_label(logits: Tensor, expert: Tensor) -> Tensor:
+def trusted_label(logits: Tensor, expert: Tensor, rest: bool = False) -> Tensor:
     """Mean cross-entropy to the expert's class, over the inputs where the expert is to be trusted.
 
         mean_x -log p(ŷ(x)|x) over x with argmax p = ŷ or max q ≥ max p        ŷ = argmax q, q = softmax(expert), p = softmax(logits)
@@ -136,13 +148,14 @@ def trusted_label(logits: Tensor, expert: Tensor) -> Tensor:
 
     Arguments:
         logits, expert: (batch, classes), float.
+        rest: as for `self_label`.
 
     Source: SyMerge, arXiv:2412.19098.
     """
-    target = expert.argmax(dim=-1)
-    each = -logits.log_softmax(dim=-1).gather(-1, target[:, None]).squeeze(-1)
-    surer = expert.softmax(dim=-1).amax(dim=-1) >= logits.detach().softmax(dim=-1).amax(dim=-1)
-    return _mean_where(each, surer | (logits.argmax(dim=-1) == target))
+    classes = expert.shape[-1] - rest
+    surest, predicted = (part.detach().softmax(dim=-1)[..., :classes].max(dim=-1) for part in (expert, logits))
+    each = -logits.log_softmax(dim=-1).gather(-1, surest.indices[..., None]).squeeze(-1)
+    return _mean_where(each, (surest.values >= predicted.values) | (surest.indices == predicted.indices))
 
 
 def divergences(logits: Tensor, expert: Tensor) -> Tensor:
@@ -189,7 +202,7 @@ def filtered_entropy(logits: Tensor, mean: Tensor, margin: float = 0.4, redundan
     Source: EATA (Niu et al. 2022, arXiv:2204.02610), Equations 3 to 6, with the mean over all inputs seen, where theirs
     is over kept ones; the margin is also SAR's (Niu et al. 2023, arXiv:2302.12400).
     """
-    each = _entropies(logits)
+    each = entropies(logits)
     detached = each.detach()
     limit = margin * math.log(logits.shape[-1])
     p = logits.detach().softmax(dim=-1)
@@ -228,8 +241,12 @@ def _given(tensor: Tensor | None) -> Tensor:
 
 Loss = Callable[[View, SelfLabel, Filter], Tensor]
 _BUILT_IN: dict[str, Loss] = {
-    "self-label": lambda v, labels, _: self_label(v.logits, _given(v.expert), **labels.model_dump()),
-    "trusted-label": lambda v, *_: trusted_label(v.logits, _given(v.expert)),
+    "self-label": lambda v, labels, _: self_label(
+        v.logits if v.matched is None else v.matched, _given(v.expert), **labels.model_dump(), rest=v.rest
+    ),
+    "trusted-label": lambda v, *_: trusted_label(
+        v.logits if v.matched is None else v.matched, _given(v.expert), v.rest
+    ),
     "entropy": lambda v, *_: entropy(v.logits),
     "infomax": lambda v, *_: infomax(v.logits, _given(v.mean)),
     "filtered-entropy": lambda v, _, kept: filtered_entropy(v.logits, _given(v.mean), **kept.model_dump()),
@@ -297,7 +314,8 @@ def check_objective(given: Any) -> Any:
     return given
 
 
-def _entropies(logits: Tensor) -> Tensor:
+def entropies(logits: Tensor) -> Tensor:
+    """(batch,) Shannon entropy of each prediction, in nats."""
     log_p = logits.log_softmax(dim=-1)
     return -(log_p.exp() * log_p.where(log_p.exp() > 0, 0.0)).sum(dim=-1)
 

@@ -5,7 +5,7 @@ Factors lie in files. In memory are those of one part, and what was learned of n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,7 @@ class PartWeights:
     def live(self, number: int) -> LiveLearner:
         """One part, at its start, with its factors in memory."""
         parameters = {name: self.shared[name] for name in self.parts[number]}
-        live = self.method.live(parameters, self._blocks(number), self.settings, self._basis)
+        live = self.method.live(parameters, self.blocks(number), self.settings, self._basis)
         live.reset(*self._start)
         return live
 
@@ -94,6 +94,7 @@ class PartWeights:
 
     def _compose(self, number: int) -> None:
         live = self._there(number)
+        live.settle()
         live.write()
         self.rest(live)
 
@@ -124,7 +125,7 @@ class PartWeights:
     def _learned(self, number: int) -> Path:
         return self.folder / f"learned-{number}.pt"
 
-    def _blocks(self, number: int) -> dict[str, Blocks]:
+    def blocks(self, number: int) -> dict[str, Blocks]:
         """Origins, task vectors and spectra of a part: from its file, if there is one."""
         path = self.folder / f"factors-{number}.pt"
         kept = read_kept(path)
@@ -134,6 +135,28 @@ class PartWeights:
             write_state(path, {name: vars(block) for name, block in blocks.items()}, "the factors")
             return blocks
         return {name: _on_device(fields, self.device) for name, fields in kept.items()}
+
+
+class PartFactors(Mapping[str, Blocks]):
+    """Merged tensor -> its origin, task vectors and spectra; those of one part are in memory at a time."""
+
+    def __init__(self, weights: PartWeights) -> None:
+        self._weights = weights
+        self._numbers = {name: number for number, names in enumerate(weights.parts) for name in names}
+        self._number, self._held = -1, dict[str, Blocks]()
+
+    def __getitem__(self, name: str) -> Blocks:
+        number = self._numbers[name]
+        if number != self._number:
+            self._held.clear()
+            self._number, self._held = number, self._weights.blocks(number)
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
 
 def _on_device(fields: Mapping[str, Any], device: torch.device | str) -> Blocks:

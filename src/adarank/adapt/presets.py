@@ -20,7 +20,8 @@ A = TypeVar("A", bound="AdaptiveMethod")
 _PAPER: dict[str, Any] = {
     "by": "model", "objective": "entropy", "objectives": {}, "schedule": "constant", "warmup": 0.0, "keep": "last", "patience": None,
     "repair": 0, "retreat": 0, "lr_masks": 1e-3, "lr_lambda": 1e-3, "betas": [0.9, 0.999], "balance": 0.0,
-    "batch_size": 16, "steps": 200, "temperature": 10.0, "logit": 0.1, "step_unit": "mask", "clamp": None, "learn_heads": False,
+    "batch_size": 16, "steps": 200, "temperature": 10.0, "logit": 0.1, "step_unit": "mask", "clamp": None, "learn_heads": False, "top_logits": 64,
+    "precision": "float32",
 }  # fmt: skip
 # Two batches of 16 a step, as the released loop really uses. AdaMerging++ takes the same.
 _ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500, "clamp": [0.0, 1.0]}

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.agreement import Judge, Signals, signals
+from adarank.adapt.agreement import Compared, Judge, Signals, summary
 from adarank.adapt.history import History, Progress
 from adarank.adapt.learner import Learner, Loss, Memory
 from adarank.adapt.loop import adapt
 from adarank.adapt.objectives import NEED_EXPERT, NEED_FEATURES, NEED_MEAN, View, objective, running_mean
+from adarank.adapt.outcomes import Outcomes
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import QUICK_CHECK, Grid
+from adarank.adapt.top_logits import TopLogits
 from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
+from adarank.io import processes
 from adarank.models import TaskModels
 from adarank.models.head_inputs import Pool, head_inputs, head_parts
 from adarank.models.predict import Forward
@@ -30,10 +34,13 @@ Function = Callable[[Tensor], Tensor]
 """Logits (batch, classes) -> scalar loss."""
 
 
-class Lookup(Protocol):
+L = TypeVar("L", bound=Tensor | TopLogits, covariant=True)
+
+
+class Lookup(Protocol[L]):
     """Numbers of a task's inputs, by where they are: the rows of a table, or a batch's place."""
 
-    def __getitem__(self, where: Any, /) -> Tensor:
+    def __getitem__(self, where: Any, /) -> L:
         """(inputs, width) of the inputs there."""
         ...
 
@@ -43,19 +50,19 @@ class Predictions:
     """A network's predictions for a task's inputs.
 
     Attributes:
-        logits: (inputs, classes) of some inputs.
+        logits: (inputs, classes) of some inputs; of generating models the largest of each of their tokens.
         features: (inputs, width) of what the task's head is given, if it was to be kept.
     """
 
-    logits: Lookup
-    features: Lookup | None = None
+    logits: Lookup[Tensor | TopLogits]
+    features: Lookup[Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class BatchPredictions:
     """A network's predictions for one batch, on the CPU. The attributes are as in `Predictions`."""
 
-    logits: Tensor
+    logits: Tensor | TopLogits
     features: Tensor | None
 
 
@@ -91,6 +98,15 @@ class Inputs(Protocol):
         Arguments:
             most: only so many of these, spread evenly.
         """
+        ...
+
+    def outcomes(self, expert: Predictions | None) -> Outcomes:
+        """How a network's outputs are read as predictions, given the expert's if there are any."""
+        ...
+
+    @property
+    def generate(self) -> bool:
+        """True if the network gives a prediction for each of several tokens of an input."""
         ...
 
     def predictions(self, predict: Predict, adapted_on: bool) -> Predictions:
@@ -131,7 +147,12 @@ class Problem:
 
     def learns_head(self, task: str) -> bool:
         """True if the task's head is to be learned: by default where its objective has a target."""
-        return not self.function and learns_head(self.settings, task)
+        return not self.function and self.outcomes[task].of_one_class and learns_head(self.settings, task)
+
+    @cached_property
+    def outcomes(self) -> dict[str, Outcomes]:
+        """task -> how its outputs are read."""
+        return {task: inputs.outcomes(self.predictions.get(task)) for task, inputs in self.inputs.items()}
 
     def losses(self) -> dict[str, Loss]:
         """task -> its loss on its batch of a step, with a graph."""
@@ -146,7 +167,9 @@ class Problem:
 
         @torch.no_grad()
         def judge(step: int) -> dict[str, Signals]:
-            return {task: self._signals(task, inputs.judged_on(most)) for task, inputs in self.inputs.items()}
+            tasks = list(self.inputs)
+            judged = processes.mapped(lambda task: self._signals(task, self.inputs[task].judged_on(most)), tasks)
+            return dict(zip(tasks, judged, strict=True))
 
         return judge
 
@@ -196,20 +219,22 @@ class Problem:
         return loss
 
     def _view(self, task: str, where: Any, logits: Tensor, features: Tensor | None) -> View:
-        expert_logits = expert_features = None
-        if compares(self.settings, task):
-            expert = self.predictions[task]
-            expert_logits = expert.logits[where].to(logits)
-            expert_features = expert.features[where].to(logits) if expert.features is not None else None
-        return View(logits, expert_logits, self.memory.get(task), features, expert_features)
+        outcomes = self.outcomes[task]
+        if not compares(self.settings, task):
+            return View(outcomes.read(logits), mean=self.memory.get(task), features=features)
+        expert = self.predictions[task]
+        targets = expert.logits[where]
+        here, there = outcomes.matched(logits, targets)
+        rest = isinstance(targets, TopLogits) and targets.has_rest
+        expert_features = expert.features[where].to(logits) if expert.features is not None else None
+        return View(outcomes.read(logits), there, self.memory.get(task), features, expert_features, here, rest)
 
     def _signals(self, task: str, chunks: Iterable[Chunk]) -> Signals:
-        places, logits = [], []
-        for where, batch in chunks:
-            places.append(where)
-            logits.append(self.forward(self.models.modules[task], batch).cpu())
-        expert = [self.predictions[task].logits[where] for where in places]
-        return signals(torch.cat(logits), torch.cat(expert))
+        return summary([self._compared(task, where, batch) for where, batch in chunks])
+
+    def _compared(self, task: str, where: Any, batch: Any) -> Compared:
+        logits, expert = self.forward(self.models.modules[task], batch), self.predictions[task].logits[where]
+        return self.outcomes[task].compared(logits.cpu() if isinstance(expert, Tensor) else logits, expert)
 
 
 def expert_predictions(
@@ -219,14 +244,24 @@ def expert_predictions(
     settings: AdaptSettings,
     forward: Forward,
     function: Function | None = None,
+    keep: Callable[[str, Predictions], None] = lambda task, predictions: None,
 ) -> dict[str, Predictions]:
-    """task -> its expert's predictions, as far as losses and judge need them. The models hold the base's tensors afterwards."""
-    predictions = {}
-    for task, task_inputs in inputs.items():
+    """task -> its expert's predictions, as far as losses and judge need them. The models hold the base's tensors afterwards.
+
+    Arguments:
+        keep: called with each task's as soon as they are computed.
+    """
+
+    def of_expert(task: str) -> Predictions:
         models.fill(member_tensors(network, network.experts[task]))
         head = head_parts(models, task) if not function and NEED_FEATURES & settings.weights(task).keys() else []
-        predict = predictor(models.modules[task], head, forward)
-        predictions[task] = task_inputs.predictions(predict, not function and needs_targets(settings, task))
+        most = settings.top_logits if inputs[task].generate else None
+        predict = predictor(models.modules[task], head, forward, most=most)
+        predictions = inputs[task].predictions(predict, not function and needs_targets(settings, task))
+        keep(task, predictions)
+        return predictions
+
+    predictions = dict(zip(inputs, processes.mapped(of_expert, list(inputs)), strict=True))
     models.fill(member_tensors(network, network.reference()))
     models.fill(network.averages())
     return predictions
@@ -247,18 +282,22 @@ def needs_targets(settings: AdaptSettings, task: str) -> bool:
     return compares(settings, task) or learns_head(settings, task)
 
 
-def predictor(module: nn.Module, head: list[nn.Module], forward: Forward, pool: Pool | None = None) -> Predict:
+def predictor(
+    module: nn.Module, head: list[nn.Module], forward: Forward, pool: Pool | None = None, most: int | None = None
+) -> Predict:
     """What predicts batches by a module.
 
     Arguments:
         head: the parts of the module whose inputs are kept as features; with none there are no features.
         pool: brings what a head is given to one vector per input.
+        most: of each prediction keep so many of the largest logits; all by default.
     """
 
     @torch.no_grad()
     def predict(batch: Any) -> BatchPredictions:
         with head_inputs(module, head, pool) as seen:
             logits = forward(module, batch)
-        return BatchPredictions(logits.cpu(), seen[-1].cpu() if seen else None)
+        kept = logits.cpu() if most is None else TopLogits.of(logits, most)
+        return BatchPredictions(kept, seen[-1].cpu() if seen else None)
 
     return predict

@@ -13,6 +13,7 @@ from adarank.settings import Settings
 
 AUTO: Literal["auto"] = "auto"
 StepUnit = Literal["weights", "mask"]
+Precision = Literal["float32", "bfloat16"]
 _NAMES = ", ".join(OBJECTIVES.built_in)
 
 
@@ -38,6 +39,8 @@ class AdaptSettings(Settings):
         objective: what every task minimises: a name, or a mapping from names to weights.
         objectives: task -> its objective, instead of `objective`.
         self_label, filter: settings of the objectives `self-label` and `filtered-entropy`.
+        top_logits: of generating models: how many logits of the expert are kept of each token that counts, the largest; all
+            other tokens of the vocabulary are one more, with the probability that is left.
         learn_heads: learn each task's head, too, after masks and λ: towards its expert's predictions, kept if it then agrees
             with the expert more often on inputs held out. `auto`: where the task's objective compares with the expert.
         balance: κ: how much more a task's loss counts, the more it has risen since the start; 0 is the papers' sum.
@@ -48,6 +51,9 @@ class AdaptSettings(Settings):
         temperature: τ of a binary mask's sigmoid.
         logit: mask logits start at plus and minus this; a soft mask is 1 and 0 there, and linear.
         clamp: λ is used clamped to this range.
+        precision: of the products with singular components while soft masks are learned. `bfloat16` is about three times as fast
+            where the processor has units for it and matrices have a few hundred rows; it takes half as much memory again for components. What is
+            written is composed in float32 in either.
         save_every: steps between two saves of the state.
         check_every: steps between two judgements; `auto` is 40, or two passes over the inputs of the task with the fewest
             where that is less, 5 at least.
@@ -88,6 +94,9 @@ class AdaptSettings(Settings):
     objectives: dict[str, str | Weights] = Field({}, description="task: its own objective")
     self_label: SelfLabel = SelfLabel()
     filter: Filter = Filter()
+    top_logits: int = Field(
+        64, ge=1, description="of generating models: logits of the expert that are kept of each token, the largest"
+    )
     learn_heads: bool | Literal["auto"] = Field(
         AUTO, description="learn heads on the merged body afterwards; auto: where the objective looks at the expert"
     )
@@ -103,6 +112,9 @@ class AdaptSettings(Settings):
     temperature: float = Field(10.0, gt=0, description="τ of a binary mask's sigmoid")
     logit: float = Field(0.1, gt=0, description="mask logits start at ±this")
     clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
+    precision: Precision = Field(
+        "float32", description="of the products with singular components while soft masks are learned"
+    )
     save_every: int = Field(25, ge=1, description="steps between two saves of the state")
     check_every: int | Literal["auto"] = Field(
         AUTO, description="steps between two judgements without labels; auto: 40, fewer where inputs are few"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from adarank.adapt.history import Learned, Progress
 from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.problem import Problem
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.io import processes
 from adarank.io.record import Note
 
 
@@ -37,5 +39,9 @@ def adapt_weights(
     live = method.on(method.start(network, problem.models.shared, method.settings, device), problem.models)
     note("Adapting")
     history = problem.adapt(live, method.grid, state, fingerprint, progress)
+    live.settle()
+    bits = [tensor.detach().cpu().numpy().tobytes() for tensor in live.learned().values()]
+    processes.check_agreement("masks and λ", [hashlib.sha256(part).hexdigest() for part in bits])
     live.zero_grad()
-    return Learned(history, live.parameters, live.mask_file(network.tasks, method.origin, {}))
+    masks = live.mask_file(network.tasks, method.origin, {})
+    return Learned(history, live.parameters, masks, factors=live.factors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -65,13 +66,9 @@ class _Walk:
         """The tensors of a block, fitted behind the calibrated earlier ones. The networks hold the merge afterwards."""
         fits: dict[str, Fit] = {}
         here: dict[str, Layer] = {}
-        for task in self._network.tasks:
-            layers = [
-                layer for layer in self._layers[task] if block_of(layer.weight) == block and layer.weight in self.calls
-            ]
-            what, measure = f"Features of {block}", partial(self._measured, task, layers, last)
-            part = self._gatherer.taken(f"{task}/{block}", task, what, None, measure)
-            for layer in layers:
+        parts = self._gatherer.by_task(partial(self._taken, block, last))
+        for task, part in parts.items():
+            for layer in self._of_block(task, block):
                 here[layer.weight] = layer
                 fit = fits.setdefault(layer.weight, self._method.fit(layer.norm))
                 fit.add(Moments.of_named(part, layer.weight), *self._of(task, layer))
@@ -79,6 +76,13 @@ class _Walk:
         for weight, fit in fits.items():
             calibrated |= self._named(here[weight], fit.solved(self._of(None, here[weight]), self._now(here[weight])))
         return calibrated
+
+    def _of_block(self, task: str, block: str) -> list[Layer]:
+        return [layer for layer in self._layers[task] if block_of(layer.weight) == block and layer.weight in self.calls]
+
+    def _taken(self, block: str, last: bool, task: str) -> Mapping[str, Tensor]:
+        measure = partial(self._measured, task, self._of_block(task, block), last)
+        return self._gatherer.taken(f"{task}/{block}", task, f"Features of {block}", None, measure)
 
     def _measured(self, task: str, layers: list[Layer], last: bool) -> dict[str, Tensor]:
         """The layers' moments by name. The networks hold the expert before, and the merge afterwards."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
 from adarank.calibration.blocks import block_of, calibrated_by_block
 from adarank.calibration.hooks import Grams, Seen, add_squared_gradients, label_weights, linear_layers, recording_grams
+from adarank.io import processes
 from adarank.io.checkpoint import check_finite
 from adarank.io.record import Note
 from adarank.io.state import read_kept, write_state
@@ -58,6 +59,11 @@ class Store:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._parts: dict[str, Mapping[str, Tensor]] = {}
+
+    @property
+    def kept_in_files(self) -> bool:
+        """Whether other processes find what is kept."""
+        return self._folder is not None
 
     def part(self, key: str) -> Mapping[str, Tensor] | None:
         """Tensor -> statistic, mapped from the part's file; None if it is not there, or damaged."""
@@ -107,12 +113,11 @@ class Gatherer:
         """
         shared = self.models.shared
         parameters = {name: shared[name] for name in self.network.merged() if shared[name].requires_grad}
-        parts = {
-            task: self.taken(
+        parts = self.by_task(
+            lambda task: self.taken(
                 task, task, "Squared gradients", None, partial(self._fisher, classes, seed, task, parameters)
             )
-            for task in self.network.tasks
-        }
+        )
         return Statistics(parameters.keys(), lambda name, task: parts[task][name])
 
     def _fisher(self, classes: int, seed: int, task: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -133,10 +138,11 @@ class Gatherer:
         """
         names = self._matrices()
         return self._of_layers(
-            {
-                task: self.taken(task, task, "Gram matrices", None, partial(self._measured, task, names, dtype=dtype))
-                for task in self.network.tasks
-            }
+            self.by_task(
+                lambda task: self.taken(
+                    task, task, "Gram matrices", None, partial(self._measured, task, names, dtype=dtype)
+                )
+            )
         )
 
     def gram_matrices_by_block(self, known_by: Callable[[Statistics], M]) -> M:
@@ -153,12 +159,17 @@ class Gatherer:
             layers = [name for name in calls if block_of(name) == block]
             members = [name for name in self.network.merged() if block_of(name) == block]
             once = all(calls[name] == 1 for name in layers)
-            for task, gathered in parts.items():
-                measure = partial(self._measured, task, layers, stop=once)
-                gathered.update(self.taken(f"{task}/{block}", task, f"Gram matrices of {block}", members, measure))
+            for task, gathered in self.by_task(partial(self._of_block, block, layers, members, once)).items():
+                parts[task].update(gathered)
             known = known_by(self._of_layers(parts))
             self._merge(known, members)
         return known
+
+    def _of_block(
+        self, block: str, layers: list[str], members: list[str], once: bool, task: str
+    ) -> Mapping[str, Tensor]:
+        measure = partial(self._measured, task, layers, stop=once)
+        return self.taken(f"{task}/{block}", task, f"Gram matrices of {block}", members, measure)
 
     def calibrated_by_block(self, method: CalibratesBlocks) -> Statistics:
         """The tensors of the blocks, each fitted behind the calibrated earlier ones: by name, the same for every task.
@@ -167,6 +178,18 @@ class Gatherer:
             method: what fits them. Without statistics it gives the merge before.
         """
         return calibrated_by_block(self, method)
+
+    def by_task(self, take: Callable[[str], Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
+        """Task -> its part of the store. Of several processes each takes the statistics of some tasks, and finds the others'.
+
+        Arguments:
+            take: task -> its part, as `taken` gives it.
+        """
+        if self.store.kept_in_files:
+            for task in processes.share(self.network.tasks):
+                take(task)
+            processes.meet()
+        return {task: take(task) for task in self.network.tasks}
 
     def taken(
         self, key: str, task: str, what: str, names: list[str] | None, measure: Callable[[], dict[str, Tensor]]

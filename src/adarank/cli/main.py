@@ -6,26 +6,23 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adarank import __version__
-from adarank.cli import reports
-from adarank.cli.threads import wait_passively
-from adarank.errors import AdaRankError, Interrupted, RecipeError
+from adarank.cli import analysing, reports, reproducing, scoring, sharing
+from adarank.cli.exits import ended, say
+from adarank.cli.launch import together
+from adarank.cli.threads import keep_to_quota, wait_passively
+from adarank.errors import ProcessError
 
 if TYPE_CHECKING:
     from adarank.cli.formats import Sheet
 
-BUG = 70  # sysexits.h: an internal software error
-INTERRUPTED = 130  # as shells have it: 128 and the number of SIGINT
-_MOST_THREADS = 1024
 FORMATS = ("text", "md", "csv", "latex")
 
 
@@ -44,46 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     options = commands.parse_args(given)
     wait_passively()
+    keep_to_quota()
     signal.signal(signal.SIGTERM, _terminate)  # so that a termination cleans up as Ctrl-C does
     try:
-        _threads(options.threads)
-        return int(options.run(options) or 0)
-    except Interrupted as stopped:
-        _say(str(stopped))
-        return INTERRUPTED
-    except AdaRankError as error:
-        _say(f"adarank: {error}")
+        with together():
+            return ended(options)
+    except ProcessError as error:
+        say(f"adarank: {error}")
         return 1
-    except KeyboardInterrupt:
-        _say(f"adarank: interrupted. {options.left(options)}")
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read what is printed has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, MemoryError) as error:  # of the system: no file at fault that a reader knew of
-        _say(f"adarank: {_of_the_system(error)}")
-        return 1
-    except Exception as error:  # the last resort: nobody planned for it, so it is ours to mend
-        traceback.print_exc()
-        _say(
-            f"adarank: a bug in adarank ({type(error).__name__}), not in what you gave it. No output was left behind. "
-            "Please report the lines above, the command and the versions of adarank and torch."
-        )
-        return BUG
-
-
-def _say(message: str) -> None:
-    """A message on stderr, as wide as the terminal."""
-    from adarank.cli.console import tell
-
-    tell(message)
-
-
-def _of_the_system(error: OSError | MemoryError) -> str:
-    if isinstance(error, MemoryError):
-        return "there is not enough memory. Close other programs, or merge smaller models."
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}the system refuses ({error.strerror or error}). Check the path, its permissions and the free space."
 
 
 def _print_anything() -> None:
@@ -101,14 +66,19 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser of all commands."""
     top = argparse.ArgumentParser(prog="adarank", description="Turn many fine-tuned models into one.")
     top.add_argument("--version", action="version", version=f"adarank {__version__}")
+    top.set_defaults(shares=False)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as JSON")
-    common.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    common.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: one a core that the process may use)"
+    )
     tabular = argparse.ArgumentParser(add_help=False)
     form = tabular.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the result as JSON")
     form.add_argument("--format", choices=FORMATS, default="text", help="of the table that is printed (default: text)")
-    tabular.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    tabular.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: one a core that the process may use)"
+    )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", parents=[tabular], help="merge the eight vision experts that adarank ships")
@@ -136,10 +106,10 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 500MB or 2GiB (default: 5GB)"
     )
-    merge.set_defaults(run=_merge, left=_left_of_merge)
+    merge.set_defaults(run=_merge, left=_left_of_merge, shares=True)
 
     evaluate = commands.add_parser("evaluate", parents=[tabular], help="base, experts and merged models in one table")
-    evaluate.add_argument("recipe", help="YAML recipe")
+    evaluate.add_argument("recipe", nargs="?", help="YAML recipe")
     evaluate.add_argument("outputs", nargs="*", type=Path, metavar="out", help="folders written by merge")
     evaluate.add_argument(
         "--split", choices=("test", "select"), default="test", help="which split to score (default: test)"
@@ -147,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--per-class", action="store_true", help="precision, recall and F1 of every class, too (csv: of these alone)"
     )
+    scoring.add_sources(evaluate)
     evaluate.set_defaults(run=_evaluate, left=_nothing_left)
 
     search = commands.add_parser(
@@ -164,15 +135,9 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
     search.set_defaults(run=_search, left=_left_of_search)
 
-    extract = commands.add_parser(
-        "extract", parents=[common], help="one task of an output as an ordinary folder of transformers"
-    )
-    extract.add_argument("output", type=Path, help="folder that merge wrote: one model with heads, or a bundle")
-    extract.add_argument("task", nargs="?", help="one of its tasks")
-    extract.add_argument("out", type=Path, help="folder to write")
-    extract.add_argument("--task", dest="named", metavar="NAME", help="the same, by name")
-    extract.add_argument("--force", action="store_true", help="replace an existing output of adarank")
-    extract.set_defaults(run=_extract, left=_left_of_merge)
+    sharing.add(commands, common, _nothing_left, _left_of_merge)
+
+    reproducing.add(commands, tabular, _left_of_reproduce)
 
     inspect = commands.add_parser(
         "inspect",
@@ -184,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--full", action="store_true", help="every tensor of an adapted output, a row for each task")
     inspect.set_defaults(run=_inspect, left=_nothing_left)
 
+    analysing.add(commands, common)
     reports.add(commands, common, _nothing_left)
 
     methods = commands.add_parser("methods", parents=[tabular], help="the catalogue of methods")
@@ -191,18 +157,6 @@ def parser() -> argparse.ArgumentParser:
     methods.add_argument("--papers", action="store_true", help="the rows of the papers' tables, and what makes each")
     methods.set_defaults(run=_methods, left=_nothing_left)
     return top
-
-
-def _threads(count: int | None) -> None:
-    if count is None:
-        return
-    if not 1 <= count <= _MOST_THREADS:
-        raise RecipeError(
-            f"--threads {count}: a number from 1 to {_MOST_THREADS} is needed. Leave it out for PyTorch's choice."
-        )
-    import torch
-
-    torch.set_num_threads(count)
 
 
 def _print_json(content: Any) -> None:
@@ -223,6 +177,10 @@ def _left_of_search(options: argparse.Namespace) -> str:
     from adarank.workflow.left_over import of_search
 
     return of_search(options.best)
+
+
+def _left_of_reproduce(options: argparse.Namespace) -> str:
+    return "Rows that are merged lie in their folders, and an adaptation's last saved step beside its own: the same command goes on."
 
 
 def _left_of_demo(options: argparse.Namespace) -> str:
@@ -276,6 +234,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from adarank.cli import show
     from adarank.cli.progress import screen
+    from adarank.io import processes
     from adarank.recipe.reader import with_shards
     from adarank.workflow.merge import merge
 
@@ -283,6 +242,8 @@ def _merge(options: argparse.Namespace) -> None:
     recipe = with_shards(options.recipe, options.max_shard_size)
     with screen() as shown:
         record = merge(recipe, options.out, options.force, shown.note, shown.step)
+    if processes.rank() > 0:
+        return
     page = reports.write(options)
     if options.json:
         _print_json(record)
@@ -294,10 +255,9 @@ def _merge(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from adarank.cli import sheets, show
     from adarank.cli.progress import screen
-    from adarank.workflow.evaluate import evaluate
 
     with screen() as shown:
-        table = evaluate(options.recipe, options.outputs, options.split, shown.note, options.per_class)
+        table = scoring.table_of(options, shown.note)
     parts = [sheets.scores(table), *([sheets.classes(table)] if options.per_class else [])]
     if options.json:
         _print_json(table.plain())
@@ -320,22 +280,6 @@ def _search(options: argparse.Namespace) -> None:
         return
     if not _tabled(options, sheets.points(ranked, record["metrics"])):
         show.searched(ranked, record["metrics"], record["at_the_edge"], level(ranked), options.best)
-
-
-def _extract(options: argparse.Namespace) -> None:
-    from adarank.cli import show
-    from adarank.cli.progress import screen
-    from adarank.outputs.extract import extract
-
-    task = options.named if options.task is None else options.task
-    if task is None or None not in (options.named, options.task):
-        raise RecipeError("extract: one task is needed. Write adarank extract OUTPUT TASK OUT.")
-    with screen():
-        record = extract(options.output, task, options.out, options.force)
-    if options.json:
-        _print_json(record)
-    else:
-        show.extracted(record, options.output, options.out)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from adarank.cli.console import clock, recent, write
 from adarank.io.progress import listening
 from adarank.workflow.search import Point
 
+PACED = 5  # steps after which the pace tells how long all will take
 PLAIN_SECONDS = 30.0  # between two lines of one stage where there is no terminal
 
 
@@ -62,7 +63,7 @@ class Screen:
         speed = done / (history.seconds - self._spent) if done and history.seconds > self._spent else 0.0
         if console.err.is_terminal:
             self._draw_steps(history, steps, speed)
-        elif history.step in (1, steps) or time.monotonic() - self._said >= PLAIN_SECONDS:
+        elif history.step in (1, self._first + PACED, steps) or time.monotonic() - self._said >= PLAIN_SECONDS:
             self._said = time.monotonic()
             write(_plain_step(history, steps, speed), hang=2, console=console.err)
 

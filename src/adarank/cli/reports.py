@@ -12,6 +12,9 @@ from typing import Any
 
 from adarank.errors import AdaRankError
 
+Left = Callable[[argparse.Namespace], str]
+"""What an interrupted command leaves behind, in a sentence."""
+
 
 def add_no_report(command: argparse.ArgumentParser) -> None:
     """The switch of the commands that write a page beside their output."""
@@ -52,7 +55,7 @@ def name(page: Path | None) -> None:
         console.head(page, " shows it in a browser")
 
 
-def add(commands: Any, common: argparse.ArgumentParser, left: Callable[[argparse.Namespace], str]) -> None:
+def add(commands: Any, common: argparse.ArgumentParser, left: Left) -> None:
     """The two commands' parsers, among the others; `left` says what an interruption leaves."""
     report = commands.add_parser(
         "report", parents=[common], help="one HTML page of outputs: what was merged, learned and kept, and at what cost"

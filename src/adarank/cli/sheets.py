@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adarank.cli.formats import Cell, Rounded, Sheet
-from adarank.data.metrics import LOSS
+from adarank.data.metrics import LOSS, PERPLEXITY, less_is_better
 from adarank.recipe.registry import METHODS
 from adarank.workflow.scores import Table
 
@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from adarank.workflow.search import Point
 
 
+_PLURALS = {LOSS: "losses", PERPLEXITY: "perplexities"}
+
+
 def cell(value: float, metric: str, digits: int = 1) -> Rounded:
-    """A score: per cent with one digit, a loss with three."""
-    return Rounded(value, 3 if metric == LOSS else digits)
+    """A score: per cent with one digit, a loss with three, a perplexity with two."""
+    if metric.endswith(PERPLEXITY):
+        return Rounded(value, 2)
+    return Rounded(value, 3 if less_is_better(metric) else digits)
 
 
 def head(task: str, metric: str) -> str:
@@ -30,13 +35,15 @@ def head(task: str, metric: str) -> str:
 
 def title_of(table: Table) -> str:
     """What is scored, on what, in which unit."""
-    losses = [task for task in table.counts if table.metric(task) == LOSS]
-    unit = "losses, less is better" if len(losses) == len(table.counts) else "per cent"
-    title = f"{table.split} split, {unit}, {table.protocol} protocol"
+    losses = {task: table.metric(task) for task in table.counts if less_is_better(table.metric(task))}
+    kinds = " and ".join(_PLURALS.get(kind, kind) for kind in sorted(set(losses.values())))
+    unit = f"{kinds}, less is better" if len(losses) == len(table.counts) else "per cent"
+    title = f"{table.source}, {unit}" if table.source else f"{table.split} split, {unit}, {table.protocol} protocol"
     if table.protocol == "transductive":
         title += " (adapted on the very inputs that are scored)"
     if losses and len(losses) < len(table.counts):
-        title += f"; mean without the loss of {', '.join(losses)}, of which less is better"
+        named = ", ".join(f"the {kind} of {task}" for task, kind in losses.items())
+        title += f"; mean without {named}, of which less is better"
     return title
 
 
@@ -51,7 +58,11 @@ def scores(table: Table) -> Sheet:
         normalised = None if normal is None else Rounded(normal, 1)
         rows.append((name, cell(table.mean(row), of_mean), normalised, *(cell(values[t], table.metric(t)) for t in tasks)))  # fmt: skip
     counts = ", ".join(f"{task} {count}" for task, count in table.counts.items())
-    notes = [f"Inputs: {counts}.", *dict.fromkeys(METHODS[kind].in_use for kind in table.bundles.values())]
+    notes = [
+        f"Inputs: {counts}.",
+        *table.notes,
+        *dict.fromkeys(METHODS[kind].in_use for kind in table.bundles.values()),
+    ]
     return Sheet(("model", "mean", "norm.", *(head(t, table.metric(t)) for t in tasks)), rows, title_of(table), notes)
 
 
@@ -72,7 +83,7 @@ def classes(table: Table) -> Sheet:
 def points(ranked: Sequence[Point], metrics: Mapping[str, str]) -> Sheet:
     """All points of a search, the best first."""
     first = ranked[0]
-    of_mean = LOSS if first.losses else ""
+    of_mean = next(iter(metrics.values())) if first.losses else ""
     rows: list[Sequence[Cell]] = [
         (
             *(

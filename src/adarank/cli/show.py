@@ -160,7 +160,7 @@ def scores(table: Table) -> None:
     lead = [[*column, last] for column, last in zip(columns[:3], ("inputs", "", ""), strict=True)]
     of_tasks = [[*column, str(count)] for column, count in zip(columns[3:], table.counts.values(), strict=True)]
     wide(lead, of_tasks, dim_last=True)
-    for text in dict.fromkeys(METHODS[kind].in_use for kind in table.bundles.values()):
+    for text in (*table.notes, *dict.fromkeys(METHODS[kind].in_use for kind in table.bundles.values())):
         write(text)
 
 

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from adarank.errors import DataError
 from adarank.io.parsing import parse_json
 
-Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
-Label = int | float | tuple[int, ...]
-"""A class number; a number; or the numbers of all classes that an input has."""
+Problem = Literal[
+    "single_label_classification", "multi_label_classification", "regression", "generation",
+    "token_classification", "spans", "multiple_choice", "embedding",
+]  # fmt: skip
+OF_CLASSIFIERS: tuple[Problem, ...] = (
+    "single_label_classification", "multi_label_classification", "regression"
+)  # fmt: skip
+"""What the head of a classifier may give, by its configuration."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a generating model's text is scored by.
+
+    Attributes:
+        text: the answer to the prompt; None where the input is running text, which is scored itself.
+        options: what the answer is chosen from; empty where it is free.
+    """
+
+    text: str | None = None
+    options: tuple[str, ...] = ()
+
+
+Label = int | float | tuple[int, ...] | tuple[str, ...] | Answer
+"""A class number; a number; the numbers of all classes that an input has, or of each of its words; its right answers as texts; or
+the answer to a prompt."""
 
 
 def problem_of(config: Mapping[str, Any]) -> Problem:
@@ -61,6 +85,22 @@ def read_labels(values: Sequence[Any], config: Mapping[str, Any], task: str) -> 
         None if _withheld(value) else _class(value, by_name, classes, f"task '{task}': row {row}")
         for row, value in enumerate(plain, start=1)
     ]
+
+
+def word_labels(
+    values: Sequence[Any] | None, words: int, config: Mapping[str, Any], task: str, row: int
+) -> tuple[int, ...]:
+    """The classes of a row's words, by number or name; -1 of words without one (-100 and empty ones, too).
+
+    Raises:
+        DataError: a label is none that the expert knows, or there are not as many as words.
+    """
+    where = f"task '{task}': row {row}"
+    if values is None or len(values) != words:
+        count = "no list of labels" if values is None else f"{len(values)} labels"
+        raise DataError(f"{where} has {words} words and {count}. Give a label for each word.")
+    by_name, classes = _classes(config, task)
+    return tuple(-1 if _withheld(v) or str(v) == "-100" else _class(v, by_name, classes, where) for v in values)
 
 
 def known_labels(labels: Sequence[Label | None], task: str, remedy: str) -> list[Label]:

@@ -3,8 +3,13 @@
     single label    accuracy, f1 (two classes, of class 1), macro_f1, matthews, loss (cross-entropy)
     several labels  micro_f1, macro_f1, exact_match, loss (binary cross-entropy)        a class is predicted where its logit is > 0
     regression      pearson, spearman, loss (mean squared error)
+    words           accuracy, entity_f1, macro_f1, loss, of the words that have a label
+    spans           f1, exact_match, of the answers' words      multiple choice    accuracy
+    vectors         spearman, pearson, of cosines with the similarities of pairs
+    generation      perplexity, loss (cross-entropy per token, in nats), token_accuracy, exact_match, choice_accuracy
 
-All are in per cent but the loss, which is as it is, and of which less is better.
+All are in per cent but loss and perplexity, which are as they are, and of which less is better. Those of generation are
+counted token by token: see `models/text_scores.py`.
 """
 
 from __future__ import annotations
@@ -18,25 +23,46 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adarank.data.answers import cosines, entity_f1, words_with_labels
 from adarank.data.labels import Label, Problem
 from adarank.errors import DataError
 
 Metric = Literal[
-    "accuracy", "f1", "macro_f1", "micro_f1", "exact_match", "matthews", "pearson", "spearman", "loss"
+    "accuracy", "f1", "macro_f1", "micro_f1", "exact_match", "matthews", "pearson", "spearman", "loss",
+    "perplexity", "token_accuracy", "choice_accuracy", "entity_f1",
 ]  # fmt: skip
 METRICS: tuple[str, ...] = get_args(Metric)
 LOSS = "loss"
+PERPLEXITY, TOKEN_ACCURACY, CHOICE_ACCURACY = "perplexity", "token_accuracy", "choice_accuracy"
+EXACT_MATCH = "exact_match"
+ENTITY_F1 = "entity_f1"
+_LESS = frozenset({LOSS, "bits_per_byte", "brier_score", "ter", "wer"})  # the last four are of lm-evaluation-harness
 
 _DEFAULTS: dict[Problem, str] = {
     "single_label_classification": "accuracy",
     "multi_label_classification": "micro_f1",
     "regression": "pearson",
+    "generation": PERPLEXITY,
+    "token_classification": "accuracy",
+    "spans": "f1",
+    "multiple_choice": "accuracy",
+    "embedding": "spearman",
 }
 _KNOWN: dict[Problem, tuple[str, ...]] = {
     "single_label_classification": ("accuracy", "f1", "macro_f1", "matthews", LOSS),
-    "multi_label_classification": ("micro_f1", "macro_f1", "exact_match", LOSS),
+    "multi_label_classification": ("micro_f1", "macro_f1", EXACT_MATCH, LOSS),
     "regression": ("pearson", "spearman", LOSS),
+    "generation": (PERPLEXITY, LOSS, TOKEN_ACCURACY, EXACT_MATCH, CHOICE_ACCURACY),
+    "token_classification": ("accuracy", ENTITY_F1, "macro_f1", LOSS),
+    "spans": ("f1", EXACT_MATCH),
+    "multiple_choice": ("accuracy",),
+    "embedding": ("spearman", "pearson"),
 }
+
+
+def less_is_better(metric: str) -> bool:
+    """True of losses and perplexities: they are as they are, not in per cent, and the smaller the better."""
+    return metric in _LESS or metric.split(" ")[0].endswith(PERPLEXITY)
 
 
 def chosen_metric(metric: str | None, problem: Problem, classes: int, where: str) -> str:
@@ -54,9 +80,14 @@ def chosen_metric(metric: str | None, problem: Problem, classes: int, where: str
         return _DEFAULTS[problem]
     if metric not in known:
         raise DataError(f"{where}: metric '{metric}' is not for {problem.replace('_', ' ')}. Give {', '.join(known)}.")
-    if metric == "f1" and classes != 2:
+    if metric == "f1" and classes != 2 and problem != "spans":
         raise DataError(f"{where}: metric 'f1' is of two classes, and there are {classes}. Give macro_f1.")
     return metric
+
+
+def has_loss(problem: Problem) -> bool:
+    """True if networks of this problem are scored by a loss, too."""
+    return LOSS in _KNOWN[problem]
 
 
 def problem_by_labels(labels: Sequence[Any], outputs: int) -> Problem:
@@ -67,18 +98,23 @@ def problem_by_labels(labels: Sequence[Any], outputs: int) -> Problem:
     return "multi_label_classification" if several else "single_label_classification"
 
 
-def score(labels: Sequence[Label], logits: Tensor, metric: str, problem: Problem) -> float:
+def score(labels: Sequence[Label], logits: Tensor, metric: str, problem: Problem, names: Sequence[str] = ()) -> float:
     """The score of a network's outputs, in per cent but for a loss.
 
     A correlation with a constant is 0, as that of Matthews is.
 
     Arguments:
-        labels: of each input: its class, the numbers of its classes, or its number.
-        logits: (inputs, outputs).
+        labels: of each input: its class, the numbers of its classes, its number, the classes of its words, or the similarity of
+            its two texts.
+        logits: (inputs, outputs); of words (inputs, words, classes), of vectors (inputs, 2, width).
+        names: of the classes, where entities are counted by them.
 
     Raises:
         DataError: an output that the metric takes for a number is not finite.
     """
+    if metric == ENTITY_F1:
+        return 100 * entity_f1(labels, logits, names)  # type: ignore[arg-type]
+    labels, logits, problem = _one_each(labels, logits, problem)
     if (metric == LOSS or problem == "regression") and not bool(torch.isfinite(logits).all()):
         raise DataError(f"{metric}: the network gives values that are not finite, so that they have no {metric}.")
     if metric == LOSS:
@@ -86,6 +122,13 @@ def score(labels: Sequence[Label], logits: Tensor, metric: str, problem: Problem
     if problem == "regression":
         return 100 * _correlation(np.array(labels, dtype=float), logits[:, 0].double().numpy(), metric)
     return 100 * _counted(metric)(*_sides(labels, logits, problem))
+
+
+def _one_each(labels: Sequence[Label], logits: Tensor, problem: Problem) -> tuple[Sequence[Label], Tensor, Problem]:
+    """Words as inputs of one class each, and pairs of vectors as a number each; others as they are."""
+    if problem == "token_classification":
+        return *words_with_labels(labels, logits), "single_label_classification"  # type: ignore[arg-type]
+    return (labels, cosines(logits), "regression") if problem == "embedding" else (labels, logits, problem)
 
 
 def loss(labels: Sequence[Label], logits: Tensor, problem: Problem) -> Tensor:
@@ -107,7 +150,7 @@ def indicators(labels: Sequence[Label], classes: int) -> np.ndarray[Any, Any]:
     """(inputs, classes) of 0 and 1 from the numbers of each input's classes."""
     table = np.zeros((len(labels), classes), dtype=int)
     for row, numbers in enumerate(labels):
-        table[row, list(numbers)] = 1  # type: ignore[arg-type]
+        table[row, list(numbers)] = 1  # type: ignore[arg-type,index]
     return table
 
 
@@ -125,14 +168,15 @@ class ClassScore:
 def class_scores(
     labels: Sequence[Label], logits: Tensor, problem: Problem, names: Sequence[str]
 ) -> tuple[ClassScore, ...]:
-    """What a network's outputs come to class by class; nothing of a regression. Arguments as for `score`.
+    """What a network's outputs come to class by class; nothing where there are no classes of all inputs. Arguments as for `score`.
 
     Precision of a class that is never predicted, and recall of one that no input has, are 0.
 
     Arguments:
         names: of the classes, in the order of their numbers.
     """
-    if problem == "regression":
+    labels, logits, problem = _one_each(labels, logits, problem)
+    if problem in ("regression", "multiple_choice", "spans"):
         return ()
     from sklearn.metrics import precision_recall_fscore_support
 
@@ -154,7 +198,7 @@ def _sides(labels: Sequence[Label], logits: Tensor, problem: Problem) -> tuple[A
 def _counted(metric: str) -> Callable[[Any, Any], float]:
     from sklearn import metrics  # imported on use: it is slow, and merging needs none
 
-    if metric in ("accuracy", "exact_match"):
+    if metric in ("accuracy", EXACT_MATCH):
         return lambda labels, given: float(metrics.accuracy_score(labels, given))
     if metric == "matthews":
         return lambda labels, given: float(metrics.matthews_corrcoef(labels, given))

@@ -10,6 +10,10 @@ from adarank.data.metrics import Metric
 from adarank.settings import Settings
 
 Split = Literal["adapt", "select", "test"]
+Kind = Literal[
+    "text-classification", "image-classification", "zero-shot-image-classification", "text-generation", "text2text-generation",
+    "token-classification", "question-answering", "multiple-choice", "sentence-similarity",
+]  # fmt: skip
 SPLITS: tuple[Split, ...] = ("adapt", "select", "test")
 
 
@@ -31,12 +35,24 @@ class SplitData(Settings):
 
 
 class Columns(Settings):
-    """Column names. `text_pair` makes two-sentence inputs; `image` is for image tasks."""
+    """Column names.
+
+    Attributes:
+        text: of token classification lists of words.
+        text_pair: makes two-sentence inputs. Of question answering the context, by default column `context`.
+        image: of image tasks.
+        answer: of generating models: the answer to each prompt, by which models are scored and nothing else. Without it the
+            text is running text, which is scored itself.
+        choices: of generating models: the options that `answer` is one of, or the number of one, counted from 0. Of multiple
+            choice the options, by default column `choices`.
+    """
 
     text: str = "text"
     text_pair: str | None = None
     image: str = "image"
     label: str = "label"
+    answer: str | None = None
+    choices: str | None = None
 
 
 class TaskSpec(Settings):
@@ -49,15 +65,21 @@ class TaskSpec(Settings):
         columns: where inputs and labels are.
         metric: what the task is scored by. Of one class an input `accuracy` (if not given), `f1`, `macro_f1`, `matthews`;
             of several `micro_f1` (if not given), `macro_f1`, `exact_match`; of numbers `pearson` (if not given), `spearman`;
-            of any `loss`. All are per cent but the loss, of which less is better.
+            of any of these `loss`. Of words `accuracy` (if not given), `entity_f1`, `macro_f1`, `loss`; of answers in a context `f1`
+            (if not given), `exact_match`; of options `accuracy`; of similarities `spearman` (if not given), `pearson`. Of generated text `perplexity` (if not given), `loss`, `token_accuracy`, `exact_match`,
+            `choice_accuracy`. All are per cent but loss and perplexity, of which less is better.
         max_length: tokens per input at most; longer inputs are cut, and their number is reported.
         limit: use at most this many rows (a seeded choice).
         classes: of zero-shot tasks: the classes' names in the order of the labels, or a text file with one on each line.
         templates: of zero-shot tasks: prompts with {} where a class's name goes, or a file of them; by default one.
+        answers: of generating models: `generate`: what is adapted on and judged is each expert's own greedy answer to each text,
+            which is a prompt. Without it every token of the text counts. Decoders behind an encoder always answer.
+        max_new_tokens: of generating models: the most tokens of an answer.
+        stop: of generating models: texts that end an answer, beside the model's own end of text.
     """
 
     name: str | None = None
-    kind: Literal["text-classification", "image-classification", "zero-shot-image-classification"] | None = None
+    kind: Kind | None = None
     data: str | HubData | SplitData | None = None
     columns: Columns = Columns()
     metric: Metric | None = None
@@ -65,6 +87,14 @@ class TaskSpec(Settings):
     limit: int | None = Field(None, ge=1)
     classes: tuple[str, ...] | str | None = None
     templates: tuple[str, ...] | str | None = None
+    answers: Literal["generate"] | None = None
+    max_new_tokens: int = Field(32, ge=1)
+    stop: tuple[str, ...] = ()
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
 
     @field_validator("classes", mode="before")
     @classmethod

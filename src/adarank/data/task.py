@@ -26,7 +26,10 @@ _POOL = 16  # adaptation batches that are formed together, so that inputs of lik
 class Examples(Protocol):
     """Encoded inputs of a task, by row number."""
 
-    lengths: Sequence[int]
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Of each row how long it is."""
+        ...
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The inputs of some rows, padded to the longest of them."""
@@ -131,6 +134,10 @@ class TaskData:
             DataError: the data has no labels to score with.
         """
         labels = [self.labels[row] for row in rows]
+        if self.problem == "generation":
+            return known_labels(
+                labels, self.name, "Name the answers' column as columns: answer, and take rows without one out."
+            )
         rest = "" if all(label is None for label in labels) else ", or take the rows with label -1 out"
         return known_labels(labels, self.name, f"Name the label column under task: columns{rest}.")
 

@@ -1,6 +1,6 @@
 """Where a model lies: a local path, or a hub id with an optional revision, to a local folder.
 
-The only file that names `huggingface_hub`.
+This file, `cards` and `push` are the only ones that name `huggingface_hub`.
 """
 
 from __future__ import annotations
@@ -76,6 +76,19 @@ def called(reference: str, folder: Path) -> str:
     return name if name not in ("", "..") else (folder / reference).resolve().name
 
 
+def repository(path: Path) -> tuple[str, Path] | None:
+    """Of a path in a cache of the hub the repository's id and its folder there; None elsewhere.
+
+    Example:
+        repository(Path("models--org--name/snapshots/0a1b/sub")) == ("org/name", Path("models--org--name/snapshots/0a1b"))
+    """
+    for folder in (path, *path.parents):
+        kind, *name = folder.parent.parent.name.split("--")
+        if folder.parent.name == "snapshots" and kind == "models" and name:
+            return "/".join(name), folder
+    return None
+
+
 def resolve(reference: str, folder: Path | None = None, adapter: bool = False) -> Path:
     """The local path of a checkpoint or an adapter.
 
@@ -149,6 +162,29 @@ def _listed(name: str, revision: str | None) -> list[str] | None:
         return HfApi().list_repo_files(name, revision=revision)
     except Exception:  # the hub client's errors share no base class; the download says what is wrong
         return None
+
+
+def listed_files(name: str, dataset: bool = False) -> tuple[dict[str, int | None] | None, bool]:
+    """A repository's files with their sizes in bytes, and whether they are those that lie in the cache of this machine.
+
+    None where neither the cache nor the hub has them. Nothing is fetched but the list.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset" if dataset else "model")
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            api = HfApi()
+            info = api.dataset_info(name, files_metadata=True) if dataset else api.model_info(name, files_metadata=True)
+            return {file.rfilename: file.size for file in info.siblings or ()}, folder.is_dir()
+        except Exception:  # the hub client's errors share no base class; the cache may have it all the same
+            pass
+    reference = folder / "refs" / "main"
+    snapshot = folder / "snapshots" / (reference.read_text(encoding="utf-8").strip() if reference.is_file() else "")
+    files = [file for file in sorted(snapshot.rglob("*")) if file.is_file()] if reference.is_file() else []
+    sizes: dict[str, int | None] = {file.relative_to(snapshot).as_posix(): file.stat().st_size for file in files}
+    return (sizes, True) if sizes else (None, False)
 
 
 def configuration_errors() -> tuple[type[Exception], ...]:

@@ -1,4 +1,5 @@
-"""Which files of a repository on the hub a merge uses: one set of weights, and the small files beside them. Never code."""
+"""Which files of a repository on the hub a merge uses: one set of weights, the small files beside them, and the card for
+its licence. Never code."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+from adarank.io.cards import CARD
 from adarank.io.side_files import PATTERNS as BESIDE
 
-ANY = ["*.safetensors", "*.bin", "*.json", "*.jinja", *BESIDE]  # where the hub does not list a repository's files
+ANY = ["*.safetensors", "*.bin", "*.json", "*.jinja", CARD, *BESIDE]  # where the hub does not list a repository's files
 _WEIGHTS = (  # the first kind that is there is the one that is read
     ("model.safetensors", "model-*.safetensors"),
     ("*.safetensors",),
@@ -44,7 +46,9 @@ def _of_one_folder(names: list[str], adapter: bool = False) -> list[str]:
     kinds = ([name for name in names if _like(name, patterns)] for patterns in of_models)
     weights = next((kind for kind in kinds if kind), [])
     ends = tuple({f".{name.rsplit('.', 1)[1]}.index.json" for name in weights if not name.startswith("adapter_model")})
-    beside = [name for name in names if (name.endswith(".json") or _like(name, BESIDE)) and name not in weights]
+    beside = [
+        name for name in names if (name.endswith(".json") or _like(name, (CARD, *BESIDE))) and name not in weights
+    ]
     return [*weights, *(name for name in beside if ".index." not in name or name.endswith(ends))]
 
 

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from adarank.errors import OutputError, itemise
@@ -156,18 +157,32 @@ def remove_ours(folder: Path) -> None:
             folder.rmdir()
 
 
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Path under `folder` -> what tells a file from others: its length and its SHA-256. The record is not among them."""
+def list_files(folder: Path, known: Mapping[str, str | None] = MappingProxyType({})) -> dict[str, dict[str, Any]]:
+    """Path under `folder` -> what tells a file from others: its length and its SHA-256. The record is not among them.
+
+    Arguments:
+        known: the same paths -> SHA-256, where it is known already.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RECORD)
+    names = {path.relative_to(folder).as_posix(): path for path in files}
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in files
+        name: {"bytes": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
+        for name, path in names.items()
     }
 
 
 def record_digest(content: bytes) -> str:
     """The SHA-256 of a record's bytes, with zeros in the place of the digest that it holds of itself, its last entry."""
     return sha256(_DIGEST_ENTRY.sub(f'"{DIGEST}": "{_UNKNOWN}"'.encode(), content))
+
+
+def record_problems(out: Path) -> list[str]:
+    """What is wrong with a record's bytes, by the digest at their end, in sentences."""
+    content = (out / RECORD).read_bytes()
+    if DIGEST.encode() not in content:
+        return [f"{RECORD}: holds no hash of itself (an older version wrote it, or it was changed)"]
+    held = f'"{DIGEST}": "{record_digest(content)}"'
+    return [] if held.encode() in content else [f"{RECORD}: is not as adarank wrote it"]
 
 
 _DIGEST_ENTRY = re.compile(rb'"%s": "[0-9a-f]{64}"(?=\n}\n\Z)' % DIGEST.encode())

@@ -11,16 +11,19 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adarank.errors import OutputError
-from adarank.io.checkpoint import NAMES, cast
+from adarank.io import processes
+from adarank.io.checkpoint import NAMES
 from adarank.io.hub import local_path
 from adarank.io.lock import hold, resolved
 from adarank.io.output_folder import (
@@ -37,13 +40,13 @@ from adarank.io.output_folder import (
     settle,
     workspace,
 )
-from adarank.io.progress import advance
 from adarank.io.state import write_state
+from adarank.io.tensor_file import Layout, TensorFile, layout_bytes, spec_bytes, write_header, write_tensor
 
 BUNDLE = "bundle.json"
 __all__ = [  # RECORD is looked for here by whoever reads outputs
-    "BUNDLE", "RECORD", "SHARD_BYTES", "Layout", "TensorFile", "atomic_folder", "check_output", "check_shards", "claimed", "json_text", "layout_bytes",
-    "locked", "state_folder", "write_checkpoint", "write_json", "write_record", "write_state", "write_tensors", "write_text",
+    "BUNDLE", "RECORD", "SHARD_BYTES", "Layout", "Shard", "TensorFile", "atomic_folder", "check_output", "check_shards", "claimed", "json_text", "layout_bytes",
+    "locked", "planned_shards", "state_folder", "write_checkpoint", "write_folders", "write_json", "write_record", "write_state", "write_tensors", "write_text",
 ]  # fmt: skip
 
 _NAME, _TEMPORARY = 255, "." * 32  # the longest name that file systems hold; what temporary names beside it need more
@@ -51,9 +54,6 @@ _HEAD_BYTES = 64  # of a header without tensors: its length, its own metadata, a
 _NUMBERS = re.compile(r"\[\s+-?\d[-+.,eE\d\s]*\]")
 
 SHARD_BYTES = 5 * 10**9
-
-Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Tensor name -> (shape, dtype), in the order in which the tensors will be written."""
 
 
 @contextmanager
@@ -134,9 +134,13 @@ def check_output(out: Path, force: bool) -> None:
     check_replaceable(out)
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write an output's record, last of its files: it lists all of them with their hashes, and holds its own at its end."""
-    record["files"] = list_files(folder)
+def write_record(folder: Path, record: dict[str, Any], known: Mapping[str, str | None] = MappingProxyType({})) -> None:
+    """Write an output's record, last of its files: it lists all of them with their hashes, and holds its own at its end.
+
+    Arguments:
+        known: path of a file in `folder` -> its SHA-256, where that is known already.
+    """
+    record["files"] = list_files(folder, known)
     record.pop(DIGEST, None)
     record[DIGEST] = "0" * 64  # in the place of what is computed over it
     record[DIGEST] = record_digest(_encoded(json_text(record)))
@@ -166,10 +170,15 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, scratch: Path | None = None) -> None:
+    """Write a small file whole, as `write_bytes` does."""
+    write_bytes(path, _encoded(text), scratch)
+
+
+def write_bytes(path: Path, content: bytes, scratch: Path | None = None) -> None:
     """Write a small file whole: to a temporary name (in `scratch`, on the same disk, if it is given), then renamed."""
     partial = (scratch or path.parent) / f".{path.name}.{secrets.token_hex(8)}.partial"
     try:
-        partial.write_bytes(_encoded(text))
+        partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -207,90 +216,99 @@ def state_folder(folder: Path) -> Iterator[Path]:
             remove_ours(folder)
 
 
-def write_checkpoint(
-    folder: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = SHARD_BYTES
-) -> list[Path]:
-    """Stream `tensors` into `folder` as model.safetensors, or shards of at most `max_shard_bytes` with an index.
+@dataclass(frozen=True)
+class Shard:
+    """One file of weights.
 
-    A tensor that is larger by itself has a shard of its own.
+    Attributes:
+        path: where it lies in the output.
+        names: of its tensors in the output -> in the file.
+    """
+
+    path: Path
+    names: Mapping[str, str]
+
+
+def planned_shards(layout: Layout, paths: Sequence[str] = (), max_shard_bytes: int | None = None) -> list[Shard]:
+    """The files of weights that an output of this layout has, in the order of their tensors.
 
     Arguments:
-        layout: name -> (shape, dtype) of every tensor, in the order of `tensors`.
-        tensors: (name, tensor) pairs; each is cast to the layout's dtype, moved to the CPU and written.
-
-    Raises:
-        OutputError: the tensors do not follow the layout (a bug, not a user's mistake).
+        paths, max_shard_bytes: as for `write_folders`.
     """
-    shards = _shard_names(layout, max_shard_bytes)
-    for file, names in shards.items():
-        with TensorFile(folder / file, {name: layout[name] for name in names}) as handle:
-            for _ in names:
-                written, tensor = next(tensors, ("nothing", torch.zeros(0)))
-                handle.write(written, tensor)
-                del tensor  # the next one is made before this name is bound again
-    weight_map = {name: file for file, names in shards.items() for name in names}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": layout_bytes(layout)}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-    return [folder / file for file in shards]
+    of = {name: next((path for path in paths if name.startswith(f"{path}/")), "") for name in layout}
+    shards = []
+    for path in dict.fromkeys(["", *of.values()]):
+        inside = {name.removeprefix(f"{path}/"): name for name in layout if of[name] == path}
+        files = _shard_names({short: layout[name] for short, name in inside.items()}, max_shard_bytes or SHARD_BYTES)
+        shards += [
+            Shard(Path(path) / file, {inside[short]: short for short in of_file}) for file, of_file in files.items()
+        ]
+    return shards
 
 
 def write_folders(
     folder: Path,
     layout: Layout,
-    tensors: Iterator[tuple[str, Tensor]],
+    tensors: Callable[[Layout], Iterator[tuple[str, Tensor]]],
     paths: Sequence[str] = (),
     max_shard_bytes: int | None = None,
-) -> None:
-    """As `write_checkpoint`, with the tensors whose names start with one of `paths` and a slash in that folder.
+) -> dict[str, str | None]:
+    """Stream tensors into `folder` as model.safetensors, or shards of at most `max_shard_bytes` with an index.
+
+    A tensor that is larger by itself has a shard of its own. Of several processes each writes every n-th file.
 
     Arguments:
-        paths: of a sentence encoder's further modules. Their tensors come after all others, module by module.
-    """
-    of = {name: next((path for path in paths if name.startswith(f"{path}/")), "") for name in layout}
-    for path in dict.fromkeys(["", *of.values()]):
-        part = {name.removeprefix(f"{path}/"): spec for name, spec in layout.items() if of[name] == path}
-        (folder / path).mkdir(parents=True, exist_ok=True)
-        inside = ((name.removeprefix(f"{path}/"), tensor) for name, tensor in tensors)
-        write_checkpoint(folder / path, part, inside, max_shard_bytes or SHARD_BYTES)
+        layout: name -> (shape, dtype) of every tensor.
+        tensors: given a part of the layout, (name, tensor) of its tensors in order. Each is cast to the layout's dtype, moved
+            to the CPU and written.
+        paths: folders of a sentence encoder's further modules: tensors whose names start with one of them and a slash lie there.
+            They come after all others, module by module.
 
-
-class TensorFile:
-    """One safetensors file, written tensor by tensor: the header first, then each tensor's bytes as it comes.
-
-    Arguments:
-        layout: name -> (shape, dtype) of every tensor, in the order in which they will be written.
+    Returns:
+        The files that this process wrote, by their paths in `folder` -> their SHA-256, if it is known.
 
     Raises:
-        OutputError: the tensors do not follow the layout (a bug, not a user's mistake), or the layout's dtype cannot
-            hold a value.
+        OutputError: the tensors do not follow the layout (a bug, not a user's mistake).
     """
+    shards = planned_shards(layout, paths, max_shard_bytes)
+    mine = processes.share(shards)
+    given = tensors({name: layout[name] for shard in mine for name in shard.names})
+    digests = {shard.path.as_posix(): _write_shard(folder / shard.path, shard, layout, given) for shard in mine}
+    for name, _ in given:
+        raise OutputError(f"{folder.name}: tensor '{name}' is in no file.")
+    if processes.rank() == 0:
+        _write_indices(folder, layout, shards)
+    return digests
 
-    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
-        self._path, self._layout = path, layout
-        self._expected = iter(layout)
-        self._handle = path.open("wb")
-        _write_header(self._handle, layout, metadata)
 
-    def __enter__(self) -> TensorFile:
-        return self
+def _write_shard(path: Path, shard: Shard, layout: Layout, given: Iterator[tuple[str, Tensor]]) -> str | None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TensorFile(path, {short: layout[name] for name, short in shard.names.items()}) as handle:
+        for _ in shard.names:
+            name, tensor = next(given, ("nothing", torch.zeros(0)))
+            handle.write(shard.names.get(name, name), tensor)
+            del tensor  # the next one is made before this name is bound again
+    return handle.sha256
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._handle.close()
-        missing = next(self._expected, None)
-        if kind is None and missing is not None:
-            raise OutputError(f"{self._path.name}: tensor '{missing}' was never written.")
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor: cast to the layout's dtype, moved to the CPU and written."""
-        wanted = next(self._expected, "nothing")
-        shape, dtype = self._layout.get(wanted, ((), tensor.dtype))
-        if name != wanted or tuple(tensor.shape) != shape:
-            raise OutputError(
-                f"{self._path.name}: expected tensor '{wanted}' {shape}, got '{name}' {tuple(tensor.shape)}."
-            )
-        _write_tensor(self._handle, cast(tensor, dtype, name, "Give another out_dtype, such as bfloat16.").cpu())
-        advance(_nbytes((shape, dtype)))
+def _write_indices(folder: Path, layout: Layout, shards: Sequence[Shard]) -> None:
+    """What says in which file a tensor lies, where a folder has several."""
+    for parent in dict.fromkeys(shard.path.parent for shard in shards):
+        inside = [shard for shard in shards if shard.path.parent == parent]
+        if len(inside) > 1:
+            weight_map = {short: shard.path.name for shard in inside for short in shard.names.values()}
+            total = layout_bytes({name: layout[name] for shard in inside for name in shard.names})
+            (folder / parent).mkdir(parents=True, exist_ok=True)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(folder / parent / "model.safetensors.index.json", index)
+
+
+def write_checkpoint(
+    folder: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Stream all tensors of a layout, in its order, into `folder`; returns the files. See `write_folders`."""
+    write_folders(folder, layout, lambda wanted: tensors, (), max_shard_bytes)
+    return [folder / shard.path for shard in planned_shards(layout, (), max_shard_bytes)]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -299,9 +317,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with partial.open("wb") as handle:
-            _write_header(handle, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, metadata)
+            write_header(handle, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, metadata)
             for tensor in tensors.values():
-                _write_tensor(handle, tensor.cpu())
+                write_tensor(handle, tensor.cpu())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -313,7 +331,7 @@ def check_shards(layout: Layout, limit: int) -> None:
     Raises:
         OutputError: some tensors do not fit; the largest is named.
     """
-    sizes = {name: _entry_bytes(name, spec) + _nbytes(spec) for name, spec in layout.items()}
+    sizes = {name: _entry_bytes(name, spec) + spec_bytes(spec) for name, spec in layout.items()}
     beyond = {name: size for name, size in sizes.items() if size + _HEAD_BYTES > limit}
     if beyond:
         name, size = max(beyond.items(), key=lambda item: item[1])
@@ -327,7 +345,7 @@ def _shard_names(layout: Layout, limit: int) -> dict[str, list[str]]:
     groups: list[list[str]] = [[]]
     size = _HEAD_BYTES
     for name, spec in layout.items():
-        needed = _entry_bytes(name, spec) + _nbytes(spec)
+        needed = _entry_bytes(name, spec) + spec_bytes(spec)
         if groups[-1] and size + needed > limit:
             groups.append([])
             size = _HEAD_BYTES
@@ -342,31 +360,3 @@ def _entry_bytes(name: str, spec: tuple[tuple[int, ...], torch.dtype]) -> int:
     """What a header says of a tensor takes at most so many bytes, wherever it stands."""
     far = 10**15
     return len(json.dumps({name: {"dtype": NAMES[spec[1]], "shape": list(spec[0]), "data_offsets": [far, far]}}))
-
-
-def layout_bytes(layout: Layout) -> int:
-    """Bytes of all tensors of a layout, headers not among them."""
-    return sum(_nbytes(spec) for spec in layout.values())
-
-
-def _nbytes(spec: tuple[tuple[int, ...], torch.dtype]) -> int:
-    return torch.Size(spec[0]).numel() * spec[1].itemsize
-
-
-def _write_header(handle: IO[bytes], layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
-    """The safetensors header: its length in 8 little-endian bytes, then JSON padded to a multiple of 8."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
-    for name, spec in layout.items():
-        end = offset + _nbytes(spec)
-        header[name] = {"dtype": NAMES[spec[1]], "shape": list(spec[0]), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    handle.write(len(text).to_bytes(8, "little"))
-    handle.write(text)
-
-
-def _write_tensor(handle: IO[bytes], tensor: Tensor) -> None:
-    if tensor.numel():
-        handle.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -142,10 +142,10 @@ class Context:
 
 @runtime_checkable
 class Castable(Protocol):
-    """Tensors of a result that may be had in the dtypes of a layout."""
+    """Tensors of a result that may be had in part, and in the dtypes of a layout."""
 
     def in_dtypes(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor), in the layout's dtype where that spares memory and holds every value."""
+        """(name, tensor) of the layout's tensors, in its dtype where that spares memory and holds every value."""
         ...
 
 
@@ -172,8 +172,10 @@ class Result:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def in_dtypes(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-        """`tensors` for whoever casts them to a layout's dtypes: they come so where the method can spare memory by it."""
-        return self.tensors.in_dtypes(layout) if isinstance(self.tensors, Castable) else iter(self.tensors)
+        """The layout's part of `tensors`, for whoever casts them to its dtypes: they come so where the method can spare memory by it."""
+        if isinstance(self.tensors, Castable):
+            return self.tensors.in_dtypes(layout)
+        return ((name, tensor) for name, tensor in self.tensors if name in layout)
 
     def recorded(self) -> dict[str, Mapping[str, Any]]:
         """What the record has of it."""

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.data.labels import OF_CLASSIFIERS, Problem
 from adarank.io.bundle import PartFile
 from adarank.io.writer import Layout, layout_bytes
 from adarank.method.context import Context, Result
@@ -44,9 +45,11 @@ class MergeMethod(Settings):
         use: what it does with them, for errors: "adapts on", "takes statistics of".
         labels: the labels that it cannot do without, in words; empty if it can.
         of_classes: True if it reads what networks give as shares of classes, so that of other outputs nothing can be learned.
+        of_inputs: True if it reads one prediction or one vector of each input, so that it is none for models that predict every token.
         in_use: what whoever uses the output must know of every input, a sentence; empty for one model for all.
         by_tensor: its settings may differ by tensor, so that they are parsed when the network's names are known.
         per_model: settings that each model of a recipe may carry.
+        takes_steps: True if it adapts or trains, step by step.
         adapt_block: the settings that a recipe's `adapt` block holds; None if it takes no such block.
         unused: settings of that block that mean nothing here. `defaults`: values of those whose default is another here.
         fixed: settings that have but one value here; the catalogue leaves them out.
@@ -63,9 +66,11 @@ class MergeMethod(Settings):
     use: ClassVar[str] = "reads"
     labels: ClassVar[str] = ""
     of_classes: ClassVar[bool] = False
+    of_inputs: ClassVar[bool] = False
     in_use: ClassVar[str] = ""
     by_tensor: ClassVar[bool] = False
     per_model: ClassVar[tuple[str, ...]] = ()
+    takes_steps: ClassVar[bool] = False
     adapt_block: ClassVar[type[Settings] | None] = None
     unused: ClassVar[frozenset[str]] = frozenset()
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -107,6 +112,11 @@ class MergeMethod(Settings):
         return False
 
     @classmethod
+    def shares_work(cls) -> bool:
+        """Whether several processes that run it together share its work, and write what one alone would."""
+        return False
+
+    @classmethod
     def of_one_task(cls) -> tuple[str, ...]:
         """Settings that, given for one model, change the weights of its task alone: a search tunes them task by task."""
         return ()
@@ -137,6 +147,19 @@ class MergeMethod(Settings):
             tasks: the recipe's.
         """
         return []
+
+    def unfit_for(self, task: str, problem: Problem, outputs: int) -> list[str]:
+        """What of it is for one class of an input alone, and what to do: sentences that go on from what the task's model is.
+
+        Arguments:
+            problem: what the model gives: not one class of an input.
+            outputs: how many classes or numbers it gives.
+        """
+        if not self.of_classes and not (self.of_inputs and problem not in OF_CLASSIFIERS):
+            return []
+        return [
+            f"'{self.name}' reads its outputs as shares of classes. Merge by a method that does not, such as adarank, cart, ties or regmean; the task is scored all the same."
+        ]
 
     def put_on(self) -> Another | None:
         """The method that this one is put on, if there is one: its part of the recipe is checked as a recipe is."""

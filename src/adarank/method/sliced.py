@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.io.writer import Layout
 from adarank.method.context import Context, Result
 from adarank.method.contract import MergeMethod
 from adarank.method.outline import Outline
@@ -48,6 +49,11 @@ class Sliced(MergeMethod):
         """Whether matrices are decomposed in any slice."""
         return any(part.method.decomposes for part in self.parts)
 
+    @classmethod
+    def shares_work(cls) -> bool:
+        """The methods of slices merge tensor by tensor."""
+        return True
+
     def held_bytes(self, outline: Outline) -> int:
         """Bytes held at once at most: slices are merged in turn."""
         held: list[int] = [part.method.held_bytes(replace(outline, network=part.network)) for part in self.parts]
@@ -55,8 +61,23 @@ class Sliced(MergeMethod):
 
     def run(self, context: Context) -> Result:
         """Merge slice by slice, tensor by tensor."""
-        return Result(self._tensors(context))
+        return Result(_Joined(self.parts, context))
 
-    def _tensors(self, context: Context) -> Iterator[tuple[str, Tensor]]:
-        for part in self.parts:
-            yield from part.method.run(Context(part.network, context.device, context.seed)).tensors
+
+@dataclass(frozen=True)
+class _Joined:
+    """The slices' tensors, one slice after another."""
+
+    parts: Sequence[SlicePart]
+    context: Context
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return (pair for result in self._results() for pair in result.tensors)
+
+    def in_dtypes(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the layout's tensors, as each slice's method gives them."""
+        return (pair for result in self._results() for pair in result.in_dtypes(layout))
+
+    def _results(self) -> Iterator[Result]:
+        context = self.context
+        return (part.method.run(Context(part.network, context.device, context.seed)) for part in self.parts)

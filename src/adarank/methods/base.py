@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -30,6 +29,7 @@ __all__ = [
     "Deltas",
     "Flag",
     "Given",
+    "Merging",
     "Method",
     "MismatchError",
     "OriginKind",
@@ -106,6 +106,11 @@ class Method(MergeMethod):
     def takes_slices(cls) -> bool:
         """Whether it merges each tensor from that tensor alone."""
         return cls.passes == 1 and not cls.data and not cls.in_use
+
+    @classmethod
+    def shares_work(cls) -> bool:
+        """Whether several processes can merge its tensors: each its own."""
+        return not cls.in_use
 
     @classmethod
     def needs_base(cls) -> bool:
@@ -195,12 +200,12 @@ def merge_tensors(
     method: Method,
     network: AlignedCheckpoints,
     device: torch.device | str = "cpu",
-    layout: Layout = MappingProxyType({}),
+    layout: Layout | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the merged model that is not a head, in the network's order, one in memory at a time.
 
     Arguments:
-        layout: as for `merge_tensor`, name -> (shape, dtype).
+        layout: name -> (shape, dtype) of the tensors that are wanted, their dtypes as for `merge_tensor`; by default of all.
 
     Raises:
         RecipeError: the method is task-aware: it merges into no single model.
@@ -210,7 +215,10 @@ def merge_tensors(
     with torch.no_grad():  # never around a yield: the caller's code would run without gradients too
         prepared = method.prepare(network, device)
     for name in network.tensors:
-        yield name, merge_tensor(prepared, network, name, device, layout[name][1] if name in layout else None)
+        if layout is None:
+            yield name, merge_tensor(prepared, network, name, device)
+        elif name in layout:
+            yield name, merge_tensor(prepared, network, name, device, layout[name][1])
 
 
 @torch.no_grad()
@@ -276,5 +284,5 @@ class Merging:
         return merge_tensors(self.method, self.network, self.device)
 
     def in_dtypes(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor), in the layout's dtype where that spares memory and holds every value."""
+        """(name, tensor) of the layout's tensors, in its dtype where that spares memory and holds every value."""
         return merge_tensors(self.method, self.network, self.device, layout)

@@ -8,11 +8,17 @@ from typing import Any
 
 from adarank.models.clip import ZeroShotImageClassifiers
 from adarank.models.family import Family
+from adarank.models.generation import CausalModels, SequenceModels
 from adarank.models.image import ImageClassifiers
+from adarank.models.sentence_encoders import SentenceEncoders
 from adarank.models.text import TextClassifiers
+from adarank.models.text_heads import MultipleChoice, QuestionAnswering, TokenClassifiers
 from adarank.models.tied import TaskModels, share
 
-ALL: tuple[Family, ...] = (TextClassifiers(), ImageClassifiers(), ZeroShotImageClassifiers())
+ALL: tuple[Family, ...] = (
+    TextClassifiers(), ImageClassifiers(), ZeroShotImageClassifiers(), CausalModels(), SequenceModels(),
+    TokenClassifiers(), QuestionAnswering(), MultipleChoice(), SentenceEncoders(),
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {family.kind: family for family in ALL}
 # Classes of `transformers` with a head that is no classifier of whole inputs.
 _OTHER_HEAD = re.compile(
@@ -29,7 +35,9 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
 
         if config["model_type"] in CONFIG_MAPPING:
             made = CONFIG_MAPPING[config["model_type"]]
-            kinds = [kind for kind, family in FAMILIES.items() if made in family.auto_class()._model_mapping]
+            kinds = [  # a configuration alone does not say that a model generates
+                kind for kind, family in FAMILIES.items() if not named_alone(kind) and made in family.auto_class()._model_mapping
+            ]  # fmt: skip
     return kinds[0] if len(kinds) == 1 else None
 
 
@@ -39,15 +47,25 @@ def classes_of(config: Mapping[str, Any]) -> str:
     return ", ".join(map(str, named)) if isinstance(named, (list, tuple)) else str(named or "")
 
 
-def no_classifier(config: Mapping[str, Any], head: bool = True) -> bool:
-    """True if the class that a model's `config.json` names gives no logits of one class an input.
+def no_classifier(config: Mapping[str, Any], kind: str | None = None, head: bool = True) -> bool:
+    """True if the class that a model's `config.json` names is of another kind than tasks are.
 
     Arguments:
+        kind: what tasks are of; None for any kind.
         head: the model has tensors beside its body, which may be a classifier's though the class is that of a body.
     """
     named = classes_of(config)
-    of_a_family = any(part in named for family in ALL for part in family.architectures)
+    if kind is not None and named_alone(kind):
+        wanted = FAMILIES[kind].architectures
+        return bool(named and wanted) and not any(part in named for part in wanted)
+    families = [family for family in ALL if kind is None or not named_alone(family.kind)]
+    of_a_family = any(part in named for family in families for part in family.architectures)
     return bool(named) and not of_a_family and (not head or _OTHER_HEAD.search(named) is not None)
+
+
+def named_alone(kind: str) -> bool:
+    """True of kinds whose models are told by their class or by the recipe, and by nothing else."""
+    return FAMILIES[kind].generates or FAMILIES[kind].by_class
 
 
 def foreign_code(config: Mapping[str, Any]) -> str | None:
@@ -66,4 +84,14 @@ def foreign_code(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-__all__ = ["FAMILIES", "Family", "TaskModels", "classes_of", "foreign_code", "kind_of", "no_classifier", "share"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "TaskModels",
+    "classes_of",
+    "foreign_code",
+    "kind_of",
+    "named_alone",
+    "no_classifier",
+    "share",
+]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from adarank.data.labels import Label, Problem, class_names, problem_of, read_labels
 from adarank.data.read import Table
 from adarank.data.spec import TaskSpec
 from adarank.data.task import Batch, Examples
@@ -30,6 +31,9 @@ class Family(Protocol):
         mlps: what the two linear layers of a block's MLP are called in checkpoints, after the block's own name.
         expanded: parameters of shape (1, ...) that networks of the family expand over the batch.
         head_apart: no class of `transformers` has a task's head, so that an ordinary folder holds it beside the base's class.
+        headless: all tensors of a model merge: it has no head of a task.
+        by_class: models are of the family only where their configuration or the recipe says so, whatever their architecture.
+        generates: models give tokens one after another: they predict each token of a text, and have no head of a task.
     """
 
     kind: str
@@ -40,6 +44,9 @@ class Family(Protocol):
     mlps: tuple[tuple[str, str], ...]
     expanded: tuple[str, ...]
     head_apart: bool = False
+    generates: bool = False
+    headless: bool = False
+    by_class: bool = False
 
     def auto_class(self) -> Any:
         """The class of `transformers` that finds a model's own class by its configuration."""
@@ -59,9 +66,16 @@ class Family(Protocol):
         """
         idle = [f"task '{task}': classes and templates are of zero-shot-image-classification, and this is {self.kind}. Remove them, or give kind."
                 for task, spec in tasks.items() if spec.classes or spec.templates]  # fmt: skip
+        idle += [f"task '{task}': {text}" for task, spec in tasks.items() for text in self.without_effect(spec)]
         if idle:
             raise RecipeError(idle[0] if len(idle) == 1 else itemise(f"recipe: {len(idle)} problem(s).", idle))
         return dict(experts), {}
+
+    def without_effect(self, spec: TaskSpec) -> list[str]:
+        """What a task says that is not of this family, in sentences: settings of generating models."""
+        given = sorted({"answers", "max_new_tokens", "stop"} & spec.model_fields_set)
+        given += [f"columns.{key}" for key in ("answer", "choices") if getattr(spec.columns, key) is not None]
+        return [f"{', '.join(given)}: of generating models, and this is {self.kind}. Remove it, or give kind."] if given else []  # fmt: skip
 
     def load(self, expert: Checkpoint) -> nn.Module:
         """A model with its head, in float32 and evaluation mode."""
@@ -79,6 +93,28 @@ class Family(Protocol):
         """The input columns that the task needs."""
         ...
 
+    def label_columns(self, spec: TaskSpec) -> list[str]:
+        """The columns that labels are read from, where they are there."""
+        return [spec.columns.label]
+
+    def class_names(self, config: Mapping[str, Any], task: str) -> tuple[str, ...]:
+        """The names of the classes that a model knows, in the order of their numbers; none where outputs are no classes."""
+        return () if self.generates else class_names(config, task)
+
+    def problem(self, config: Mapping[str, Any]) -> Problem:
+        """What a model's outputs are, by its `config.json`."""
+        return problem_of(config)
+
+    def labels(self, table: Table, spec: TaskSpec, config: Mapping[str, Any], task: str) -> list[Label | None]:
+        """A label for each row of a table, None where it is withheld.
+
+        Raises:
+            DataError: a label is none that the expert knows.
+        """
+        if spec.columns.label not in table:
+            return [None] * len(next(iter(table.values())))
+        return read_labels(table[spec.columns.label], config, task)
+
     def key(self, value: Any) -> Hashable:
         """What makes two values of an input column the same input."""
         ...
@@ -88,7 +124,7 @@ class Family(Protocol):
         ...
 
     def logits(self, module: nn.Module, batch: Batch) -> Tensor:
-        """(batch, classes) float32 logits."""
+        """(predictions, classes) float32 logits: of each input one, of generating models one for each token that counts."""
         ...
 
 

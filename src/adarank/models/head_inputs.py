@@ -16,12 +16,14 @@ Pool = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def head_parts(models: TaskModels, task: str) -> list[nn.Module]:
-    """The parts of a task's module that hold tensors of its head.
+    """The parts of a task's module that hold tensors of its head; of a generating model its layer of output.
 
     Raises:
         RecipeError: it has none: all its tensors are merged ones.
     """
     parts = owners(models.modules[task], models.heads[task].values())
+    if not parts and (output := getattr(models.modules[task], "get_output_embeddings", lambda: None)()) is not None:
+        return [output]
     if not parts:
         raise RecipeError(
             f"What heads are given is asked for, and task '{task}' has no head. Use another objective or method, or "
@@ -54,7 +56,7 @@ def head_inputs(module: nn.Module, parts: list[nn.Module], pool: Pool | None = N
 
     def begin(_: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         now.clear()
-        now.update(mask=named.get("attention_mask"), open=True)
+        now.update(mask=named.get("decoder_attention_mask", named.get("attention_mask")), open=True)
 
     def take(_: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         if now.get("open"):

@@ -43,7 +43,7 @@ class TextClassifiers(Family):
     """The family of `AutoModelForSequenceClassification`."""
 
     kind = "text-classification"
-    architectures = ("ForSequenceClassification",)
+    architectures: tuple[str, ...] = ("ForSequenceClassification",)
     keep_embeddings = True
     paths = False
     token_budget = 8192
@@ -87,9 +87,9 @@ class TextClassifiers(Family):
     def encode(self, table: Table, spec: TaskSpec, folder: Path) -> tuple[TextExamples, list[str]]:
         """The inputs of a table as the model takes them, and notes about them."""
         texts = [[str(value) for value in table[column]] for column in self.columns(spec)]
-        _check_text(spec.name or "", texts)
+        check_text(spec.name or "", texts)
         tokenizer = tokenizer_of(folder)
-        most, whose = min((spec.max_length, ""), (_positions(folder, tokenizer), ", which is the model's own,"))
+        most, whose = min((spec.max_length, ""), (positions(folder, tokenizer), ", which is the model's own,"))
         encoded = tokenizer(*texts, truncation=True, max_length=most)
         cut = sum(len(ids) >= most for ids in encoded["input_ids"])
         if not encoded["input_ids"]:
@@ -107,7 +107,7 @@ class TextClassifiers(Family):
         return out.float()
 
 
-def _check_text(task: str, columns: Sequence[Sequence[str]]) -> None:
+def check_text(task: str, columns: Sequence[Sequence[str]]) -> None:
     """A `DataError` that names the first row whose text no tokenizer can read."""
     for texts in columns:
         for row, text in enumerate(texts, start=1):
@@ -123,7 +123,7 @@ def _check_text(task: str, columns: Sequence[Sequence[str]]) -> None:
 AFTER_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet", "data2vec-text")
 
 
-def _positions(folder: Path, tokenizer: Any) -> int:
+def positions(folder: Path, tokenizer: Any) -> int:
     """How many tokens the model has positions for."""
     file = folder / "config.json"
     config = read_json(file)

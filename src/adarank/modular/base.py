@@ -85,6 +85,7 @@ class Modular(Adapting):
     knows: ClassVar[str] = "the task of every input"
     in_use: ClassVar[str] = f"In use it must know {knows}."
     spectral: ClassVar[bool] = False
+    of_inputs: ClassVar[bool] = True
     compares: ClassVar[Mapping[str, Any]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {"steps": 1000, "check_every": 100, "save_every": 100}
     unused: ClassVar[frozenset[str]] = OF_COMPONENTS

@@ -25,12 +25,14 @@ from adarank.io.output_folder import check_outside
 from adarank.io.record import versions
 from adarank.io.sentence import ROOT_FILES
 from adarank.io.side_files import tokenizer_files
-from adarank.io.writer import Layout, atomic_folder, write_folders, write_json, write_record
+from adarank.io.writer import RECORD, Layout, atomic_folder, write_folders, write_json, write_record
 from adarank.models import FAMILIES, classes_of
 from adarank.outputs.bundle import Bundle
+from adarank.outputs.card import write_card
 from adarank.outputs.merged import Merged, open_output
 from adarank.outputs.network import empty
 from adarank.outputs.write import CONFIG
+from adarank.recipe.sources import recorded_sources
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -76,13 +78,15 @@ def extract(output: str | Path, task: str, out: str | Path, force: bool = False)
             "models": source.models,
             **source.origin,
             "left_out": left_out,
+            "sources": recorded_sources(read_json(source.folder / RECORD)),
         },
         "notes": _notes(source.models, files),
         "versions": versions(),
     }
     check_outside(resolved(out), [source.folder])
     with atomic_folder(out, force) as target:
-        write_folders(target, layout, _finite(tensors, source.folder), source.module_paths())
+        given = _finite(tensors, source.folder)
+        digests = write_folders(target, layout, lambda wanted: given, source.module_paths())
         for file, name in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target / name)  # with its permissions
@@ -93,7 +97,8 @@ def extract(output: str | Path, task: str, out: str | Path, force: bool = False)
             beside.mkdir(parents=True)
             shutil.copy(source.head_file(task), beside)
             write_json(beside / CONFIG, source.config(task))
-        write_record(target, record)
+        write_card(target, record)
+        write_record(target, record, digests)
     return record
 
 
@@ -138,9 +143,9 @@ def _side_files(source: Bundle | Merged, task: str) -> dict[Path, str]:
 
 def _notes(models: str | None, files: Mapping[Path, str]) -> list[str]:
     """What inputs would need to be prepared with and the output does not hold, in sentences."""
-    if models is None:
+    if models not in FAMILIES:
         return []
-    if models == "text-classification":
+    if not FAMILIES[models].paths:  # of images paths stand in the data's columns
         lacking = [] if tokenizer_files(files) else ["no tokenizer"]
     else:
         lacking = [] if set(files.values()) & set(_PROCESSORS) else ["no image processor (preprocessor_config.json)"]

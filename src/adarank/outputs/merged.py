@@ -159,7 +159,8 @@ def load_task(out: str | Path, task: str) -> nn.Module:
 
     Returns:
         A module of `transformers` with the task's weights and head, in float32; for `surgery`, `wemoe` and
-        `twin_merging` with hooks for what they add.
+        `twin_merging` with hooks for what they add. Of a sentence encoder it is the transformer alone; `adarank.extract` writes
+        its other modules too.
 
     Raises:
         CheckpointError: no such output or task, or its tensors do not fit the task's architecture.

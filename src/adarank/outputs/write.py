@@ -6,6 +6,7 @@ import filecmp
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -126,8 +127,28 @@ def _in_dtype(config: Mapping[str, Any], job: Job) -> dict[str, Any]:
     return {**config, "dtype" if "dtype" in config else "torch_dtype": dtype} if dtype else dict(config)
 
 
-def write_result(folder: Path, job: Job, result: Result) -> dict[str, Any]:
-    """Fill `folder` with what a method gave; returns what the record has of it beside its own report.
+@dataclass(frozen=True)
+class Written:
+    """What was written of a result.
+
+    Attributes:
+        recorded: what the record has of it beside the method's own report.
+        digests: path of a file in the output -> its SHA-256, where it is known.
+    """
+
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str | None] = field(default_factory=dict)
+
+
+def write_weights(folder: Path, job: Job, result: Result) -> Written:
+    """This process's share of the files of a merged model's weights."""
+    paths = [module.path for module in job.root.modules]
+    digests = write_folders(folder, job.layout(), result.in_dtypes, paths, job.recipe.max_shard_size)
+    return Written(digests=digests)
+
+
+def write_result(folder: Path, job: Job, result: Result) -> Written:
+    """Fill `folder` with what a method gave.
 
     Raises:
         OutputError: tensors or parts do not follow their layouts.
@@ -135,24 +156,23 @@ def write_result(folder: Path, job: Job, result: Result) -> dict[str, Any]:
     for name, write in result.files.items():
         write(folder / name)
     if result.parts is not None:
-        return {"bundle": write_bundle(folder, job, result.parts, result.heads)}
-    of_adapter: dict[str, Any] = {}
+        return Written({"bundle": write_bundle(folder, job, result.parts, result.heads)})
+    written = Written()
     if job.recipe.output.lora is not None:
         settings, base = job.recipe.output.lora, job.recipe.base_model or ""
-        of_adapter["lora"] = write_adapter(folder, job.network, job.layout(), result.tensors, settings.rank, base)
+        of_adapter = write_adapter(folder, job.network, job.layout(), result.tensors, settings.rank, base)
+        written = Written({"lora": of_adapter})
         for file in tokenizer_files(_root_files(job)):
             shutil.copy(file, folder / file.name)  # with its permissions
         write_template(folder, job.chat_template)
     else:
-        paths = [module.path for module in job.root.modules]
-        layout = job.layout()
-        write_folders(folder, layout, result.in_dtypes(layout), paths, job.recipe.max_shard_size)
+        written = write_weights(folder, job, result)
         write_root_files(folder, job)
     for task, names in job.network.heads.items():
         if names:
             write_head(folder / "heads" / task, job, task, result.heads.get(task))
             _write_side_files(folder / "heads" / task, job, task)
-    return of_adapter
+    return written
 
 
 def write_bundle(

@@ -12,6 +12,7 @@ from adarank.alignment.align import align
 from adarank.alignment.selection import matching
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import Problems, RecipeError
+from adarank.io import processes
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.hub import same_model
 from adarank.io.progress import stage
@@ -92,11 +93,22 @@ class Job:
         return layout_bytes(shared) + sum(layout_bytes(layout) for layout in of_tasks.values())
 
     def inputs(self) -> dict[str, dict[str, str]]:
-        """SHA-256 of every input file, by checkpoint."""
-        checkpoints = {**({"base": self.base} if self.base else {}), **self.experts}
-        files = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
-        with stage("Hashing the inputs", sum(file.stat().st_size for file in files)):
-            return {name: checkpoint.sha256() for name, checkpoint in checkpoints.items()}
+        """SHA-256 of every input file, by checkpoint. Of several processes each hashes its share."""
+        return self.joined_hashes(self.hashed_share())
+
+    def hashed_share(self) -> list[dict[str, str]]:
+        """SHA-256 of the input files that are this process's to hash."""
+        mine = processes.share(list(self._checkpoints.values()))
+        with stage("Hashing the inputs", sum(file.stat().st_size for each in mine for file in each.files)):
+            return [checkpoint.sha256() for checkpoint in mine]
+
+    def joined_hashes(self, mine: list[dict[str, str]]) -> dict[str, dict[str, str]]:
+        """What `inputs` gives, of every process's `hashed_share`."""
+        return dict(zip(self._checkpoints, processes.whole(mine), strict=True))
+
+    @property
+    def _checkpoints(self) -> dict[str, Checkpoint]:
+        return {**({"base": self.base} if self.base else {}), **self.experts}
 
 
 def open_job(recipe: Recipe, stages: Mapping[str, Checkpoint] | None = None) -> Job:
@@ -319,7 +331,14 @@ class _Opening:
         if not self.whole:  # a pattern may be meant for a model that is not here
             select = matching(select, [n for c in (self.base, *self.experts.values()) if c for n in c.tensors])
         keep_embeddings = bool(family and family.keep_embeddings) and self.recipe.kind.keeps_embeddings
-        network = align(self.base, self.experts, select, keep_embeddings, family is not None, kept)
+        network = align(
+            self.base,
+            self.experts,
+            select,
+            keep_embeddings,
+            family is not None and not (family.generates or family.headless),
+            kept,
+        )
         _note_unused(network, self.base, self.experts)
         return network
 

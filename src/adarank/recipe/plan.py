@@ -12,6 +12,7 @@ from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod
 from adarank.recipe.job import Job
 from adarank.recipe.schema import Recipe
+from adarank.recipe.sources import license_notes, sources_of
 
 _RUNTIME_BYTES = 300 * 2**20  # PyTorch and Python themselves
 
@@ -82,6 +83,7 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
     network = job.network
     layout = job.layout()
     actions = {name: job.method.action(choice.action) for name, choice in network.choices.items()}
+    sources = sources_of(job)
     members = {**({"base": network.base} if network.base else {}), **network.experts}
     return {
         "merge_method": job.recipe.merge_method,
@@ -90,7 +92,8 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
         "reads": job.method.labels or None,
         "actions": dict(Counter(actions.values())),
         "decomposes": job.method.decomposes,
-        "notes": [*job.recipe.notes(), *job.notes, *job.method.notes(network)],
+        "notes": [*job.recipe.notes(), *job.notes, *job.method.notes(network), *license_notes(sources)],
+        "sources": sources,
         "tensors": {
             name: {
                 "action": actions[name],

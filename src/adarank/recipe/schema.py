@@ -28,6 +28,11 @@ _COPIED: dict[str, Any] = {"merge_method": "passthrough", "base_model": None, "p
 _Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 
+def _listed(value: Any) -> Any:
+    """One name as a list of it; `none`, as Transformers has it, and nothing as an empty one."""
+    return () if value in (None, "none") else (value,) if isinstance(value, str) else value
+
+
 def _empty_if_none(value: Any) -> Any:
     """YAML reads a key without a value as None: no parameters are meant."""
     return {} if value is None else value
@@ -143,6 +148,7 @@ class Recipe(Settings):
 
     _as_text = field_validator("base_model", "tokenizer_source", mode="before")(reference)
     _as_bytes = field_validator("max_shard_size", mode="before")(shard_bytes)
+    _as_list = field_validator("report_to", mode="before")(_listed)
 
     merge_method: str
     name: str | None = None  # without effect, but in a file of several stages
@@ -162,6 +168,7 @@ class Recipe(Settings):
     heads: Literal["expert", "learn"] = "expert"
     output: OutputSettings = OutputSettings()
     data: DataSettings = DataSettings()
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     seed: int = Field(0, ge=0, lt=2**63)
     device: str = "auto"
     folder: Path = Field(Path("."), exclude=True)
@@ -300,6 +307,8 @@ class Recipe(Settings):
     def notes(self) -> list[str]:
         """What the recipe says without effect, and a base that is merged like the models, in sentences."""
         named = [f"name: '{self.name}', without effect."] if self.name is not None else []
+        if self.report_to and not self.kind.takes_steps:
+            named.append(f"report_to: without effect, as {self.merge_method} takes no steps.")
         named += [f"stage '{stage}' is named by no other, and is not merged." for stage in self.unread]
         if self.slices:
             return [*named, *dict.fromkeys(note for part in self.parts() for note in part.notes())]

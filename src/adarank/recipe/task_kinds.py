@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.data.spec import TaskSpec
 from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
-from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, no_classifier
+from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, named_alone, no_classifier
+from adarank.models.sentence_encoders import SentenceEncoders
 from adarank.recipe.checks import different_kinds
 from adarank.recipe.schema import Recipe
 
@@ -18,9 +20,11 @@ def family_of_tasks(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family
     Raises:
         RecipeError: it cannot be told, there are several, or an expert is no classifier; all problems at once.
     """
-    kinds = {name: task.kind or kind_of(experts[name].config) for name, task in recipe.tasks.items()}
-    others = [name for name in recipe.tasks if no_classifier(experts[name].config)]
-    problems = [_no_classifier(name, experts[name]) for name in others]
+    kinds = {name: kind_of_task(task, experts[name]) for name, task in recipe.tasks.items()}
+    others = [
+        name for name, task in recipe.tasks.items() if no_classifier(experts[name].config, _said(task, experts[name]))
+    ]
+    problems = [_no_classifier(name, experts[name], recipe.tasks[name].kind) for name in others]
     problems += [
         f"models: the kind of task '{name}' cannot be told from {experts[name].folder / 'config.json'}. Give task: kind, one of {', '.join(FAMILIES)}."
         for name, kind in kinds.items()
@@ -40,13 +44,26 @@ def family_of_tasks(recipe: Recipe, experts: Mapping[str, Checkpoint]) -> Family
 def check_bodies(recipe: Recipe, experts: Mapping[str, Checkpoint], network: AlignedCheckpoints) -> None:
     """A body alone can merge, and neither be adapted nor scored on data."""
     with_data = [task for task, entry in recipe.experts.items() if entry.task and entry.task.data is not None]
-    bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, head=False)]
+    bodies = [task for task in with_data if not network.heads[task] and no_classifier(experts[task].config, _said(recipe.tasks[task], experts[task]), head=False)]  # fmt: skip
     _refuse([_no_classifier(task, experts[task]) for task in bodies])
 
 
-def _no_classifier(task: str, expert: Checkpoint) -> str:
+def _said(task: TaskSpec, expert: Checkpoint) -> str | None:
+    """The kind of a task as the recipe says it, or the folder's list of modules: that of a sentence encoder."""
+    return task.kind or (SentenceEncoders.kind if expert.modules else None)
+
+
+def kind_of_task(task: TaskSpec, expert: Checkpoint) -> str | None:
+    """The kind of a task: as the recipe says it, else as its expert's folder tells; None if neither does."""
+    return _said(task, expert) or kind_of(expert.config)
+
+
+def _no_classifier(task: str, expert: Checkpoint, kind: str | None = None) -> str:
+    lacks = (
+        f"which is no model of {kind}" if kind is not None and named_alone(kind) else "without the head of a classifier"
+    )
     return (
-        f"models: the expert of task '{task}' ({expert.label}) is a {classes_of(expert.config)} by its config.json, without the head of a classifier. "
+        f"models: the expert of task '{task}' ({expert.label}) is a {classes_of(expert.config)} by its config.json, {lacks}. "
         f"Tasks are of {', '.join(FAMILIES)}: give the model that was fine-tuned as one, or no task, as models merge without tasks too."
     )
 

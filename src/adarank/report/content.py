@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
-from adarank.report.figures import Chart
+from adarank.report.figures import Chart, radar
 from adarank.report.masks import coefficients, maps
 from adarank.report.read import Output
 from adarank.report.scores import agreement_table, judged_kept, kept_in_words, steps_kept
+from adarank.report.spectra import NONE, described, overlap, ranks
 from adarank.report.summary import duration, learned_heads, loop_block, sentences, size
 
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json")
@@ -25,6 +26,8 @@ def sections(output: Output) -> dict[str, Any]:
         "steps": _steps,
         "coefficients": _coefficients,
         "maps": _maps,
+        "spectra": _spectra,
+        "overlap": _overlap,
         "heads": _heads,
         "warnings": _warnings,
         "tensors": _tensors,
@@ -83,7 +86,12 @@ def _agreement(output: Output) -> Any:
     block = loop_block(output.record)
     if block is None:
         return "The method was not judged beside the experts: it ran no loop on unlabelled inputs."
-    return {"rows": agreement_table(block), "why": block["why_kept"], "way_back": len(block["way_back"])}
+    rows = agreement_table(block)
+    series = {
+        words: [row[key]["value"] for row in rows] for words, key in (("at the start", "start"), ("as kept", "kept"))
+    }
+    drawn = radar("Agreement with the experts, %.", [row["task"] for row in rows], series)
+    return {"rows": rows, "why": block["why_kept"], "way_back": len(block["way_back"]), "radar": drawn}
 
 
 def _steps(output: Output) -> Any:
@@ -124,6 +132,16 @@ def _maps(output: Output) -> Any:
     if output.masks is None or not output.masks.masks:
         return "There are no masks: no matrix was decomposed."
     return maps(output.masks)
+
+
+def _spectra(output: Output) -> Any:
+    spectra = described(output.record)
+    return NONE if spectra is None else ranks(spectra)
+
+
+def _overlap(output: Output) -> Any:
+    spectra = described(output.record)
+    return NONE if spectra is None else overlap(spectra)
 
 
 def _heads(output: Output) -> Any:

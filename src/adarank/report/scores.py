@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from adarank.data.metrics import LOSS
+from adarank.data.metrics import CHOICE_ACCURACY, EXACT_MATCH, less_is_better
 from adarank.errors import DataError
+from adarank.report.figures import radar
 
-_SHARES = ("accuracy", "exact_match")  # metrics that are a share of the inputs, and so have an interval
+_SHARES = ("accuracy", EXACT_MATCH, CHOICE_ACCURACY)  # metrics that are a share of the inputs, and so have an interval
 _Z = 1.959964  # 95% of a normal distribution lie within
 
 
@@ -46,7 +47,7 @@ def cell(value: float, inputs: int | None, expert: float | None = None) -> dict[
 def _scored(score: float, inputs: int, expert: float | None, metric: str) -> dict[str, Any]:
     """A score as `cell`: with an interval where it is a share of the inputs; of a loss, less is better than the expert."""
     shown = cell(score, inputs if metric in _SHARES else None, expert)
-    if metric == LOSS:
+    if less_is_better(metric):
         shown["normalised"] = round(100 * expert / score, 1) if expert is not None and score > 0 else None
     return shown
 
@@ -72,7 +73,11 @@ def score_table(scores: Mapping[str, Any]) -> dict[str, Any]:
             for task, count in counts.items()
         ]
         means = [scores["summary"][model] for model in rows]
+        series = {
+            model: [row["cells"][place]["normalised"] for row in table] for place, model in enumerate(rows) if experts
+        }
         return {
+            "radar": radar("Score, % of the expert's.", list(counts), series) if series else None,
             "split": str(scores["split"]),
             "protocol": str(scores["protocol"]),
             "models": list(rows),

@@ -8,12 +8,13 @@ from typing import Any
 from adarank.report.masks import kept_by_task, remarkable
 from adarank.report.read import Output
 from adarank.report.scores import agreement_table, interval, kept_in_words
+from adarank.report.spectra import described, in_words
 from adarank.spectral.bases import COMMON
 
 
 def sentences(output: Output) -> list[str]:
     """The summary of one output; as much of it as its record holds."""
-    parts = (_merged, _agreement, _masks, _heads, _cost)
+    parts = (_merged, _agreement, _masks, _spectra, _heads, _cost)
     lines: list[str] = [output.note] if output.note else []
     for part in parts:
         try:
@@ -77,15 +78,22 @@ def _masks(output: Output) -> Iterator[str]:
     total, kept = sum(mask.numel() for mask in masks.masks.values()), masks.kept_share()
     shares = kept_by_task(masks)
     most, least = max(shares, key=lambda t: shares[t]), min(shares, key=lambda t: shares[t])
-    yield (
-        f"Of {total} singular components in {len(masks.masks)} matrices {100 * kept:.1f}% are kept: "
-        f"{100 * shares[most]:.1f}% of {_whose(most)}, the most, and {100 * shares[least]:.1f}% of {_whose(least)}, the least."
+    ends = (
+        f"{100 * shares[most]:.1f}% of {_whose(most)}, the most, and {100 * shares[least]:.1f}% of {_whose(least)}, the least"
+        if shares[most] > shares[least]
+        else "as many of each task"
     )
+    yield f"Of {total} singular components in {len(masks.masks)} matrices {100 * kept:.1f}% are kept: {ends}."
     strongest = remarkable(masks)
     if strongest is not None and strongest[2] < 1:
         name, task, value, lam = strongest
         done = "left out" if value == 0 else f"multiplied by {value:.2f}"
         yield f"The strongest direction of {_whose(task)} in {name} is {done}, with λ {lam:.2f}: no other strongest direction has less."
+
+
+def _spectra(output: Output) -> list[str]:
+    spectra = described(output.record)
+    return [] if spectra is None else in_words(spectra)
 
 
 def _whose(task: str) -> str:
@@ -97,7 +105,8 @@ def _heads(output: Output) -> Iterator[str]:
     if heads:
         kept = [task for task, head in heads.items() if head["kept"]]
         which = f": {', '.join(kept)}" if kept else ""
-        yield f"Of {len(heads)} heads that were learned {len(kept)} are kept{which}; the others stay the experts'."
+        others = "" if len(kept) == len(heads) else "; the others stay the experts'"
+        yield f"Of {len(heads)} heads that were learned {len(kept)} are kept{which}{others}."
 
 
 def _cost(output: Output) -> Iterator[str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adarank.alignment.task_vectors import AlignedCheckpoints, OriginKind
+from adarank.io import processes
 
 _BUCKETS = 2**16
 _BLOCK = 2**20  # numbers counted at a time: many more than there are buckets, and few enough to stay in a cache
@@ -50,14 +51,14 @@ def global_thresholds(
 
     def counted(upper: dict[str, int]) -> dict[str, Tensor]:
         counts = {task: torch.zeros(_BUCKETS, dtype=torch.int64, device=device) for task in network.tasks}
-        for name in names:
+        for name in processes.share(names):
             in_blocks = change is None and network.in_place()
             for part in network.blocks(name, origin, _BLOCK) if in_blocks else [network]:
                 deltas = part.deltas(name, part.origin(name, origin, device), origin)
                 for task in network.tasks:
                     delta = deltas[task] if change is None else change(task, name, deltas[task])
                     counts[task] += _count(delta.abs().float().flatten(), upper.get(task))
-        return counts
+        return {task: processes.add_up(of_task) for task, of_task in counts.items()}
 
     buckets = {task: _descend(counts, rank) for task, counts in counted({}).items()}
     upper = {task: bucket for task, (bucket, _) in buckets.items()}

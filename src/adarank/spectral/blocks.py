@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adarank.alignment.task_vectors import AlignedCheckpoints, OriginKind
+from adarank.io import processes
 from adarank.io.progress import advance, stage
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.svd import Spectrum, as_matrix, factors_of
@@ -73,6 +74,10 @@ class Blocks:
             return self._compose_soft(lam, mask)
         coefficients = lam.tolist()
         total = as_matrix(self.origin).clone()
+        if not self.components:  # a tensor that is only scaled; there are many, and most are small
+            for task, coefficient in enumerate(coefficients):
+                total.add_(self._whole(task), alpha=coefficient)
+            return total.reshape(self.origin.shape)
         signed = []
         shares = self._cheaper(mask)
         for task, (from_whole, index) in enumerate(shares):
@@ -85,8 +90,12 @@ class Blocks:
             total.addmm_(self.u[:, chosen] * factors, self.v[:, chosen].T)
         return total.reshape(self.origin.shape)
 
+    def factors(self, lam: Tensor, mask: Tensor) -> Tensor:
+        """(K,) λ b s of every component, on the origin's device."""
+        return self.s * (self._owner(lam) * mask).to(self.s)
+
     def _compose_soft(self, lam: Tensor, mask: Tensor) -> Tensor:
-        factors = self.s * (self._owner(lam) * mask).to(self.s)
+        factors = self.factors(lam, mask)
         u, v = self.u, self.v
         chosen = mask.nonzero().squeeze(1)
         if 2 * len(chosen) < len(mask):  # as at the start, where most are zero
@@ -109,11 +118,17 @@ class Blocks:
         flat = as_matrix(grad)
         if not (learn_masks and self.components):
             return Gradient(self._lambda_gradient(flat, mask), torch.zeros_like(self.s))
-        inner = self._inner(flat, None) * self.s
+        return self.gradient_of(self._inner(flat, None), lam, mask)
+
+    def gradient_of(self, inner: Tensor, lam: Tensor, mask: Tensor) -> Gradient:
+        """The gradient, given (K,) u_rᵀ G v_r."""
+        inner = inner * self.s
         by_task = torch.stack([part.sum() for part in (inner * mask.to(inner)).split(self.sizes)])
         return Gradient(by_task, inner * self._owner(lam).to(inner))
 
     def _lambda_gradient(self, flat: Tensor, mask: Tensor) -> Tensor:
+        if not self.components:
+            return torch.stack([(self._whole(task) * flat).sum() for task in range(len(self.sizes))])
         values = []
         for task, (from_whole, index) in enumerate(self._cheaper(mask)):
             chosen = index.to(self.s.device)
@@ -140,8 +155,7 @@ class Blocks:
         shares = []
         start = 0
         for part in mask.split(self.sizes):
-            # a tensor without any components is scaled; a task without any in a decomposed one adds nothing
-            from_whole = 2 * int(part.sum()) > part.numel() or self.components == 0
+            from_whole = 2 * int(part.sum()) > part.numel()  # a task without components adds nothing
             shares.append((from_whole, torch.nonzero(part != from_whole).squeeze(1) + start))
             start += part.numel()
         return shares
@@ -162,18 +176,19 @@ def build_blocks(
         spectra: False where all components stay kept: then no matrix needs an SVD.
         names: of these tensors alone.
     """
-    blocks = {}
+
+    def made(name: str) -> Blocks:
+        origin = network.origin(name, origin_kind, device)
+        deltas = network.deltas(name, origin, origin_kind)
+        decomposed = spectra and network.choices[name].action == "decompose"
+        block = task_vector_blocks(origin, deltas, name, basis) if decomposed else scaled_block(origin, deltas, basis)
+        advance()
+        return block
+
     names = network.merged() if names is None else names
     with stage("Task vectors", len(names)):
-        for name in names:
-            origin = network.origin(name, origin_kind, device)
-            deltas = network.deltas(name, origin, origin_kind)
-            if spectra and network.choices[name].action == "decompose":
-                blocks[name] = task_vector_blocks(origin, deltas, name, basis)
-            else:
-                blocks[name] = scaled_block(origin, deltas, basis)
-            advance()
-    return blocks
+        mine = {name: made(name) for name in processes.share(names)}
+        return {name: processes.from_owner(number, mine.get(name)) for number, name in enumerate(names)}
 
 
 def scaled_block(origin: Tensor, deltas: Mapping[str, Tensor], basis: Basis = BASES["task_vectors"]) -> Blocks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -150,18 +150,34 @@ def decompose_factors(factors: Factors, name: str = "matrix") -> Spectrum:
     return Spectrum(thin.left @ inner.u, inner.s, thin.right.T @ inner.v, min(rows, columns) - inner.s.numel())
 
 
+def singular_values(deltas: Mapping[str, Tensor], task: str, name: str) -> Tensor:
+    """(r,) all singular values of a task's vector of one matrix, without its vectors, which take most of an SVD's time.
+
+    Raises:
+        AdaptationError: they do not converge; names the tensor.
+    """
+    factors = factors_of(deltas, task)
+    if factors is not None:
+        return decompose_factors(factors, name).values()
+    return _converged(as_matrix(deltas[task]), name, lambda matrix: (torch.linalg.svdvals(matrix),))[0]
+
+
 def _svd(flat: Tensor, name: str) -> Spectrum:
+    u, s, vh = _converged(flat, name, lambda matrix: torch.linalg.svd(matrix, full_matrices=False))
+    return Spectrum(u.contiguous(), s.contiguous(), vh.T.contiguous())
+
+
+def _converged(flat: Tensor, name: str, factorise: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
+    """What `factorise` gives, in the matrix's dtype; done again in float64 where it does not converge."""
     for dtype in (flat.dtype, torch.float64):
         try:
-            u, s, vh = torch.linalg.svd(flat.to(dtype), full_matrices=False)
+            parts = factorise(flat.to(dtype))
         except RuntimeError as error:  # torch.linalg.LinAlgError, which PyTorch's stubs do not name
             if "converge" not in str(error):
                 raise
             continue
-        if torch.isfinite(s).all():
-            return Spectrum(
-                u.to(flat.dtype).contiguous(), s.to(flat.dtype).contiguous(), vh.T.to(flat.dtype).contiguous()
-            )
+        if all(bool(torch.isfinite(part).all()) for part in parts):
+            return [part.to(flat.dtype) for part in parts]
     raise AdaptationError(
         f"{name}: the SVD of its task vector does not converge, in float64 either. Check the tensor for extreme values."
     )

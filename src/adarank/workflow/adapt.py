@@ -6,18 +6,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from adarank.adapt.agreement import Judged, collapsed, first_collapse
 from adarank.adapt.history import History, Learned, Progress
 from adarank.adapt.methods import AdaptiveMethod
+from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.top_logits import TokenTable
 from adarank.adapt.weights import adapt_weights
 from adarank.data.task import TaskData
+from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
 from adarank.recipe.job import Job
+from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
+from adarank.spectral.overlap import described
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.heads import learned_heads, moved_heads
 from adarank.workflow.problem import problem_of, table_inputs
@@ -64,7 +70,7 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
     if method.joint_heads and not run.keeps_heads:
         heads = moved_heads(job, problem)
-    of_loop = report(learned.history, job, settings, data) | _of_masks(learned)
+    of_loop = report(learned.history, job, settings, data) | _of_masks(learned) | kept_mass(predictions)
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
 
 
@@ -74,7 +80,22 @@ def _of_masks(learned: Learned) -> dict[str, Any]:
     if learned.masks is not None:
         kept = [round(v, 5) for v in learned.history.kept]
         said |= {"components_kept": learned.masks.kept_share(), "kept": kept, "mask": learned.masks.kind}
+        said |= spectra_of(learned.factors, learned.masks)
     return said
+
+
+def kept_mass(predictions: Mapping[str, Predictions]) -> dict[str, Any]:
+    """Of generating models: task -> mean probability, by its expert, of the tokens whose logits were kept."""
+    tables = {task: each.logits for task, each in predictions.items() if isinstance(each.logits, TokenTable)}
+    return {"top_logits_mass": {task: round(table.tokens.mass, 5) for task, table in tables.items()}} if tables else {}
+
+
+def spectra_of(factors: Mapping[str, Blocks], masks: MaskFile) -> dict[str, Any]:
+    """What a record says of the task vectors' spectra and overlap, before and after; nothing where no matrix was decomposed."""
+    if not masks.masks or not factors:
+        return {}
+    with torch.no_grad(), stage("Comparing the spectra", len(factors)):
+        return {"spectra": described(factors, masks.masks, masks.lam, masks.tasks)}
 
 
 def telling_of_collapse(note: Note, progress: Progress | None) -> Progress:

@@ -26,6 +26,7 @@ from adarank.workflow.evaluate import score_all, score_experts
 from adarank.workflow.left_over import of_demo
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.merge import merge
+from adarank.workflow.score_card import score_card
 from adarank.workflow.scores import Table
 
 ZOO = Path(__file__).parent.parent / "demo8"
@@ -137,6 +138,7 @@ def _run(out: Path, quick: bool, seed: int, force: bool, note: Note, progress: P
                 raise Interrupted(f"{where}, in the row {row}. {of_demo(out)}") from None
             written = Checkpoint(folder)
             score(row, ((name, written.read(name)) for name in job.network.tensors))
+    score_card(out, table.plain(), "AdaRank")
     return table
 
 

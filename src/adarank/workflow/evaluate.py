@@ -68,12 +68,12 @@ def evaluate(
     opened = open_recipe(recipe, problems)
     data = load_opened(opened, problems) if opened else {}
     check_labels(data, split, problems)
-    rows: dict[str, _Output] = {}
+    rows: dict[str, ScoredOutput] = {}
     for path in map(Path, outputs):
         with problems.noted():
             local_path(path)
             if opened and opened.job:
-                rows[_row(path, opened.recipe)] = _opened(path, opened.job.network, opened.job.base)
+                rows[_row(path, opened.recipe)] = open_output(path, opened.job)
     job = whole(opened, problems)
     recipe, models = job.recipe, build_models(job)
     protocol = "transductive" if recipe.data.protocol == "transductive" else "disjoint"
@@ -104,7 +104,7 @@ class Scoring:
     """What is scored by what: a job's networks on one split of its tasks.
 
     Attributes:
-        per_class: every class is counted, too.
+        per_class, losses: every class is counted, and every loss, too.
     """
 
     job: Job
@@ -112,6 +112,13 @@ class Scoring:
     data: Mapping[str, TaskData]
     split: Split
     per_class: bool = False
+    losses: bool = False
+
+    def base(self) -> dict[str, TaskScore]:
+        """Every task with the base's tensors, and the experts' mean where that is asked for."""
+        self.models.fill(network_tensors(self.job, "base"))
+        self.models.fill(self.job.network.averages())
+        return self.all()
 
     def all(self) -> dict[str, TaskScore]:
         """Every task with the tensors that the models hold now."""
@@ -147,7 +154,7 @@ class Scoring:
         return stage("Scoring", sum(len(of_task.splits.rows[self.split]) for of_task in self.data.values()))
 
     def _measured(self, task: str, module: nn.Module) -> TaskScore:
-        return measure_task(family_of(self.job), module, self.data[task], self.split, self.per_class)
+        return measure_task(family_of(self.job), module, self.data[task], self.split, self.per_class, self.losses)
 
 
 def values(scores: Mapping[str, TaskScore]) -> dict[str, float]:
@@ -265,7 +272,7 @@ def _row_of(path: Path, record: Mapping[str, Any], recipe: Recipe) -> str:
 
 
 @dataclass(frozen=True)
-class _Output:
+class ScoredOutput:
     """A folder that `merge` wrote, opened.
 
     Attributes:
@@ -277,7 +284,13 @@ class _Output:
     score: Callable[[Scoring], dict[str, TaskScore]]
 
 
-def _opened(path: Path, network: AlignedCheckpoints, base: Checkpoint | None) -> _Output:
+def open_output(path: Path, job: Job) -> ScoredOutput:
+    """An output of a job's models, to be scored.
+
+    Raises:
+        MismatchError: it is of other models.
+    """
+    network, base = job.network, job.base
     if is_bundle(path):
         return _opened_bundle(path, network)
     model = with_adapter(base, Adapter(path)) if base is not None and is_adapter(path) else Checkpoint(path)
@@ -288,10 +301,10 @@ def _opened(path: Path, network: AlignedCheckpoints, base: Checkpoint | None) ->
         with heads_of(path, scoring.models):
             return scoring.all()
 
-    return _Output("", scored)
+    return ScoredOutput("", scored)
 
 
-def _opened_bundle(path: Path, network: AlignedCheckpoints) -> _Output:
+def _opened_bundle(path: Path, network: AlignedCheckpoints) -> ScoredOutput:
     bundle = Bundle(path)
     _refuse_lacks(path, network, bundle.about.tensors)
     missing = [task for task in network.tasks if task not in bundle.tasks]
@@ -299,7 +312,7 @@ def _opened_bundle(path: Path, network: AlignedCheckpoints) -> _Output:
         raise MismatchError(
             f"{path}: has no task {', '.join(map(repr, missing))} of this recipe. Give a bundle of this recipe's models."
         )
-    return _Output(bundle.about.kind, lambda scoring: scoring.bundle(bundle))
+    return ScoredOutput(bundle.about.kind, lambda scoring: scoring.bundle(bundle))
 
 
 def _refuse_lacks(path: Path, network: AlignedCheckpoints, held: Collection[str]) -> None:

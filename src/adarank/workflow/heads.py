@@ -12,6 +12,7 @@ from torch import Tensor
 from adarank.adapt.heads import HeadFit, learn_heads
 from adarank.adapt.problem import Problem
 from adarank.adapt.settings import AdaptSettings
+from adarank.io import processes
 from adarank.io.bundle import held_parts
 from adarank.io.record import Note
 from adarank.method import Result
@@ -72,7 +73,9 @@ def learned_heads(job: Job, problem: Problem, note: Note, fill: Fill = _nothing)
     Arguments:
         fill: as for `learn_heads`.
     """
-    if not any(map(problem.learns_head, problem.inputs)):
+    auto = problem.settings.learn_heads == "auto"
+    wanted = any(problem.learns_head(task) and (problem.models.heads[task] or not auto) for task in problem.inputs)
+    if processes.rank() > 0 or not wanted:
         return {}, {}
     note("Learning the heads")
     fits = learn_heads(problem, fill)

@@ -20,6 +20,11 @@ def state_of_search(best: Path) -> Path:
     return best.parent / f".{best.stem}.search"
 
 
+def state_of_analysis(out: Path) -> Path:
+    """The folder beside an analysis' files in which the parts that are done are kept."""
+    return out.parent / f".{out.name}.analysis"
+
+
 def of_merge(out: Path) -> str:
     """After a merge."""
     state = state_of(resolved(out))
@@ -42,6 +47,15 @@ def of_search(best: Path) -> str:
     if not points:
         return f"{best} was not written, and no point was finished: {_ANEW}."
     return f"{best} was not written. {points} finished point(s) are kept: the same command goes on with the others."
+
+
+def of_analysis(out: Path) -> str:
+    """After an analysis."""
+    state = state_of_analysis(resolved(out))
+    parts = max((len(kept.read_bytes().splitlines()) for kept in state.glob("*/parts.jsonl")), default=0)
+    if not parts:
+        return f"Nothing was written to {out}, and no part was finished: {_ANEW}."
+    return f"Nothing was written to {out}. {parts} finished part(s) are kept: the same command goes on with the others."
 
 
 def of_demo(out: Path) -> str:

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adarank.data.labels import Label, Problem, class_names, problem_of, read_labels
+from adarank.data.labels import Label, Problem
 from adarank.data.metrics import chosen_metric
 from adarank.data.read import Table, read_table
 from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
 from adarank.data.splits import Splits, by_file, by_fraction, limited
 from adarank.data.task import TaskData
-from adarank.errors import AdaRankError, DataError, Problems, raise_together
+from adarank.errors import AdaRankError, DataError, Problems, RecipeError, itemise, raise_together
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.progress import advance, stage
-from adarank.models import FAMILIES, kind_of
+from adarank.models import FAMILIES
 from adarank.models.family import Family
 from adarank.recipe.job import Job, Opened
+from adarank.recipe.task_kinds import kind_of_task
 
 R = TypeVar("R")
 
@@ -58,11 +59,12 @@ class TaskReader:
         Raises:
             DataError: a file, column or label is unusable.
         """
-        columns, problem, classes = self.family.columns(spec), problem_of(config), class_names(config, name)
+        columns, problem = self.family.columns(spec), self.family.problem(config)
+        classes = self.family.class_names(config, name)
         metric = chosen_metric(spec.metric, problem, len(classes), f"task '{name}'")
         tables = self.read_inputs(name, spec)
         table: Table = {c: [value for part in tables.values() for value in part[c]] for c in columns}
-        labels = tuple(label for part in tables.values() for label in _labels(part, spec, config, name))
+        labels = tuple(label for part in tables.values() for label in self.family.labels(part, spec, config, name))
         keys = list(zip(*([self.family.key(value) for value in table[c]] for c in columns), strict=True))
         counts = {split: len(part[columns[0]]) for split, part in tables.items()}
         whole = not isinstance(spec.data, SplitData)
@@ -99,7 +101,7 @@ class TaskReader:
         if not given:
             raise DataError(f"task '{name}': none of adapt, select and test is given. Give at least one file.")
         return {
-            split: read_table(source, self.folder, columns, [spec.columns.label], self.family.paths)
+            split: read_table(source, self.folder, columns, self.family.label_columns(spec), self.family.paths)
             for split, source in given.items()
         }
 
@@ -177,7 +179,7 @@ def _family(opened: Opened, task: str) -> Family | None:
     spec, expert = opened.recipe.experts[task].task, opened.experts.get(task)
     if opened.family is not None or opened.job is not None or spec is None:
         return opened.family
-    kind = spec.kind or (kind_of(expert.config) if expert is not None else None)
+    kind = spec.kind if expert is None else kind_of_task(spec, expert)
     return FAMILIES[kind] if kind else None
 
 
@@ -189,33 +191,42 @@ def _left_alone(opened: Opened, spec: TaskSpec) -> bool:
     return (spec.data is None and not opened.sound) or any(isinstance(part, HubData) for part in parts)
 
 
-def _labels(table: Table, spec: TaskSpec, config: Mapping[str, Any], name: str) -> list[Label | None]:
-    if spec.columns.label not in table:
-        return [None] * len(next(iter(table.values())))
-    return read_labels(table[spec.columns.label], config, name)
-
-
 def refuse_without_classes(job: Job) -> None:
-    """Refuse tasks whose outputs are no classes, where the recipe has what networks give read as shares of classes.
+    """Refuse tasks whose outputs are other than one class of an input, where the recipe has something learned that needs that.
 
     Raises:
         DataError: there are such tasks; all are named.
     """
-    if job.method.of_classes:
-        who = f"'{job.method.name}'"
-    elif job.recipe.heads == "learn":
-        who = "heads: learn"
-    else:
+    if job.family is None:
         return
-    raise_together(
-        [
-            f"task '{task}': its expert is no classifier of one class per input ({_called(expert.config)}), and {who} reads its outputs as shares of classes. "
-            "Merge by a method that does not, such as cart, ties or regmean; the task is scored all the same."
-            for task, expert in job.experts.items()
-            if problem_of(expert.config) != "single_label_classification"
-        ]
-    )
+    if job.family.generates:
+        _refuse_of_generating(job, job.family)
+        return
+    texts: list[str] = []
+    heads = ["heads: learn reads its outputs as shares of classes. Remove heads."] if job.recipe.heads == "learn" else []  # fmt: skip
+    for task, expert in job.experts.items():
+        problem, outputs = job.family.problem(expert.config), len(job.family.class_names(expert.config, task))
+        if problem != "single_label_classification":
+            texts += [
+                f"task '{task}': its expert is no classifier of one class per input ({_called(expert.config, problem)}), and {what}"
+                for what in [*job.method.unfit_for(task, problem, outputs), *heads]
+            ]
+    raise_together(texts)
 
 
-def _called(config: Mapping[str, Any]) -> str:
-    return str(config.get("problem_type") or "a model of one output")
+def _refuse_of_generating(job: Job, family: Family) -> None:
+    """Refuse what is of classifiers alone in a recipe of generating models."""
+    name = job.method.name
+    texts = []
+    if job.method.of_inputs:
+        texts.append(f"merge_method: '{name}' reads one prediction of each input, and models of {family.kind} predict every token. Use one such as adarank, regmean or ties.")  # fmt: skip
+    if job.recipe.heads == "learn":
+        texts.append(f"heads: learn is for classifiers: models of {family.kind} have no head of a task. Remove heads.")
+    if job.method.in_force().get("adapt", {}).get("learn_heads") is True:
+        texts.append(f"adapt: learn_heads is for classifiers: models of {family.kind} have no head of a task. Remove it.")  # fmt: skip
+    if texts:
+        raise RecipeError(texts[0] if len(texts) == 1 else itemise(f"recipe: {len(texts)} problem(s).", texts))
+
+
+def _called(config: Mapping[str, Any], problem: Problem) -> str:
+    return str(config.get("problem_type") or ("a model of one output" if problem == "regression" else problem))

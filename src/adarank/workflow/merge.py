@@ -5,6 +5,7 @@ All that can be checked is checked before anything is spent.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,11 +18,15 @@ import torch
 from adarank.adapt.history import Progress
 from adarank.data.task import TaskData
 from adarank.errors import OutputError, Problems
+from adarank.io import processes
+from adarank.io.beside import beside
 from adarank.io.output_folder import check_outside, remove_ours
 from adarank.io.progress import stage
 from adarank.io.record import Clock, Note, machine, versions
-from adarank.io.writer import atomic_folder, check_output, check_shards, claimed, state_folder, write_record
-from adarank.outputs.write import check_side_files, write_result
+from adarank.io.writer import check_output, check_shards, state_folder, write_record
+from adarank.method import Result
+from adarank.outputs.card import write_card
+from adarank.outputs.write import check_side_files
 from adarank.recipe.draft import Draft
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.paths import read_paths
@@ -29,12 +34,22 @@ from adarank.recipe.plan import describe, unheeded
 from adarank.recipe.reader import RecipeLike, read_draft
 from adarank.recipe.schema import Recipe
 from adarank.workflow.adapt import telling_of_collapse
+from adarank.workflow.answers import with_answers
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.heads import with_learned_heads
 from adarank.workflow.left_over import state_of
 from adarank.workflow.load_tasks import load_opened, load_tasks, refuse_without_classes
 from adarank.workflow.prepare import Prepared, job_reads_data, prepare, reads_data
 from adarank.workflow.stages import beginning, going_on, merged_stages, worth_keeping
+from adarank.workflow.together import (
+    check_shared_work,
+    claimed_together,
+    folder_together,
+    note_idle,
+    shared_by,
+    write_together,
+)
+from adarank.workflow.track import check_trackers, tracked
 
 
 def merge(
@@ -74,7 +89,7 @@ def merge(
     if draft is None:
         problems.refuse()
     assert draft is not None
-    with claimed(Path(out), force) as place:
+    with claimed_together(Path(out), force) as place:
         return _merge(draft, problems, place, force, note, progress, data)
 
 
@@ -91,6 +106,8 @@ def _merge(
     clock = Clock()
     recipe, prepared = draft.recipe, prepare(draft, problems)
     _check(prepared, recipe, out, problems)
+    with problems.noted():
+        check_shared_work(recipe, prepared.jobs)
     if data is None:
         data = load_opened(prepared.opened, problems) if prepared.opened and reads_data(draft) else {}
     of_stages: dict[str, Mapping[str, TaskData]] = {}
@@ -105,7 +122,8 @@ def _merge(
         made = merged_stages(recipe, state, of_stages, partial(_run, force=True, note=note, progress=progress), note)
         job = open_job(recipe, made.folders) if stages.before else stages.output
         record = _run(job, out, data, clock, force, note, progress, made.recorded())
-    remove_ours(state)
+    if processes.rank() == 0:
+        remove_ours(state)
     return record
 
 
@@ -117,6 +135,8 @@ def _check(prepared: Prepared, recipe: Recipe, out: Path, problems: Problems) ->
             check_side_files(job)
         with problems.noted():
             refuse_without_classes(job)
+        with problems.noted():
+            check_trackers(job.recipe.report_to)
     if prepared.stages is None:
         return
     with problems.noted():
@@ -143,31 +163,59 @@ def _run(
     """
     recipe = job.recipe
     torch.manual_seed(recipe.seed)
-    note("Hashing the inputs")
-    record = {**beginning(job), "versions": versions(), "machine": machine(recipe.device), **(more or {})}
-    state = state_of(out)
-    with _kept(state) if data else nullcontext():
-        context = RecipeContext(job, data, record, state / "state.pt", note, telling_of_collapse(note, progress))
-        result = job.method.run(context)
-        if recipe.heads == "learn":
-            result, of_heads = with_learned_heads(context, result)
-            record |= of_heads
-    note("Writing the bundle" if result.parts else "Writing the merged model")
-    with atomic_folder(out, force) as folder, stage("Writing", job.output_bytes()):
-        record |= write_result(folder, job, result)
-        record |= {**result.recorded(), **unheeded(job), "plan": describe(job), **clock.spent()}
-        write_record(folder, record)
+    processes.check_agreement("recipe and checkpoints", [json.dumps(beginning(job, {})), job.layout(), versions()])
+    with beside(job.hashed_share) as hashed:
+        record = {**beginning(job, {}), "versions": versions(), "machine": machine(recipe.device), **(more or {})}
+        if data:  # what is kept of the experts is found by their hashes
+            note("Hashing the inputs")
+            record["inputs"] = job.joined_hashes(hashed.result())
+        result = _made(job, out, data, record, note, progress)
+        note_idle(job, note)
+        note("Writing the bundle" if result.parts else "Writing the merged model")
+        with folder_together(out, force) as folder, stage("Writing", job.output_bytes()):
+            written = write_together(folder, job, result)
+            record["inputs"] = record["inputs"] or job.joined_hashes(hashed.result())
+            record |= {**written.recorded, **unheeded(job), "plan": describe(job), **clock.spent()}
+            record |= shared_by(record)
+            if processes.rank() == 0:
+                write_card(folder, record)
+                write_record(folder, record, written.digests)
     return record
+
+
+def _made(
+    job: Job,
+    out: Path,
+    data: Mapping[str, TaskData],
+    record: dict[str, Any],
+    note: Note,
+    progress: Progress | None,
+) -> Result:
+    """What the job's method gives, heads learned where the recipe says so; what the record has of them is added to it."""
+    recipe, state = job.recipe, state_of(out)
+    with _kept(state) if data else nullcontext():
+        data = with_answers(job, data, record["inputs"], state, note)
+        about = {name: record[name] for name in ("recipe", "settings", "seed")}
+        trackers = recipe.report_to if processes.rank() == 0 else ()
+        with tracked(trackers, out, state, about, note, telling_of_collapse(note, progress)) as following:
+            result = job.method.run(RecipeContext(job, data, record, state / "state.pt", note, following))
+        if recipe.heads == "learn":
+            result, of_heads = with_learned_heads(RecipeContext(job, data, record, state / "state.pt", note), result)
+            record |= of_heads
+    return result
 
 
 @contextmanager
 def _kept(state: Path) -> Iterator[None]:
     """While it is open `state` is this run's folder. What fails before a state is saved leaves nothing of it behind."""
+    if processes.rank() > 0:
+        yield
+        return
     with state_folder(state):
         try:
             yield
         except Exception:  # of whatever kind
-            if not worth_keeping(state):
+            if not worth_keeping(state) and processes.size() == 1:  # others may still write there
                 remove_ours(state)
             raise
 

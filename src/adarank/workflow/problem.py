@@ -15,16 +15,20 @@ from torch import Tensor
 from adarank.adapt import problem
 from adarank.adapt.learner import Memory
 from adarank.adapt.objectives import NEED_FEATURES
+from adarank.adapt.outcomes import Outcomes, outcomes_of
 from adarank.adapt.problem import BatchPredictions, Chunk, Predict, Predictions, Problem, needs_targets, predictor
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.top_logits import TokenTable, TopLogits
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
+from adarank.io import processes
 from adarank.io.progress import advance, stage
 from adarank.io.record import Note
 from adarank.io.state import read_kept, write_state
 from adarank.models import Family, TaskModels
 from adarank.models.head_inputs import Pool, head_parts
 from adarank.models.predict import split_batches
+from adarank.models.prompts import Prompts
 from adarank.recipe.job import Job
 from adarank.workflow.build_networks import family_of
 
@@ -48,6 +52,17 @@ class TableInputs:
     def one_pass(self) -> int:
         """Steps after which each row of the adapt split has been seen."""
         return self.data.one_pass(self.settings.batch_size)
+
+    def outcomes(self, expert: Predictions | None) -> Outcomes:
+        """How outputs are read as predictions, by what the task's model gives."""
+        data, split = self.judged
+        judged = expert.logits[list(data.splits.rows[split])] if expert is not None else None
+        return outcomes_of(self.data.problem, judged if isinstance(judged, Tensor) else None)
+
+    @property
+    def generate(self) -> bool:
+        """True if models of the family give a prediction for each of several tokens."""
+        return self.family.generates
 
     @property
     def judged(self) -> tuple[TaskData, Split]:
@@ -84,9 +99,14 @@ class TableInputs:
                 parts.append(predict(batch))
                 advance(len(batch_rows))
         features = [part.features for part in parts if part.features is not None]
-        return Predictions(
-            self._table(rows, [part.logits for part in parts]), self._table(rows, features) if features else None
-        )
+        return Predictions(self._of_logits(rows, parts), self._table(rows, features) if features else None)
+
+    def _of_logits(self, rows: list[int], parts: list[BatchPredictions]) -> Tensor | TokenTable:
+        examples = self.data.examples
+        if isinstance(examples, Prompts):
+            tokens = [part.logits for part in parts if isinstance(part.logits, TopLogits)]
+            return TokenTable.of(rows, [examples.predictions[row] for row in rows], tokens)
+        return self._table(rows, [part.logits for part in parts if isinstance(part.logits, Tensor)])
 
     def rows_to_predict(self, adapted_on: bool) -> list[list[Any]]:
         """[split, row, row, …] of what `predictions` predicts."""
@@ -102,7 +122,7 @@ class TableInputs:
         return split_batches(self.family, data, split, self.device)
 
     def _table(self, rows: list[int], values: list[Tensor]) -> Tensor:
-        table = torch.zeros(len(self.data.examples.lengths), values[0].shape[-1])
+        table = torch.zeros(len(self.data.examples.lengths), *values[0].shape[1:])
         table[rows] = torch.cat(values)
         return table
 
@@ -151,18 +171,21 @@ def expert_predictions(
     """
     inputs = table_inputs(job, data, settings)
     rows = {task: of_task.rows_to_predict(needs_targets(settings, task)) for task, of_task in inputs.items()}
-    kinds = {task: bool(NEED_FEATURES & settings.weights(task).keys()) for task in data}
-    fingerprint = hashlib.sha256(json.dumps([mark, rows, kinds], sort_keys=True).encode()).hexdigest()
-    kept = _read(folder / FILE, fingerprint) if folder else None
-    if kept is not None:
-        return kept
-    note("Computing the experts' predictions")
-    with stage("The experts' predictions", sum(len(part) - 1 for of_task in rows.values() for part in of_task)):
-        predictions = problem.expert_predictions(job.network, models, inputs, settings, family_of(job).logits)
-    if folder:
-        outputs = {task: {"logits": each.logits, "features": each.features} for task, each in predictions.items()}
-        write_state(folder / FILE, {"fingerprint": fingerprint, "outputs": outputs}, "the experts' predictions")
-    return predictions
+    kinds = {
+        task: [bool(NEED_FEATURES & settings.weights(task).keys()), settings.top_logits if of_task.generate else None]
+        for task, of_task in inputs.items()
+    }
+    store = _Store(folder, {task: _digest([mark, task, rows[task], kinds[task]]) for task in inputs})
+    known = {task: kept for task in inputs if (kept := store.read(task)) is not None}
+    lacking = {task for of_one in processes.gathered([task for task in inputs if task not in known]) for task in of_one}
+    left = {task: of_task for task, of_task in inputs.items() if task in lacking}
+    if left:
+        note("Computing the experts' predictions")
+        with stage("The experts' predictions", sum(len(part) - 1 for task in left for part in rows[task])):
+            known |= problem.expert_predictions(
+                job.network, models, left, settings, family_of(job).logits, keep=store.keep
+            )
+    return {task: known[task] for task in inputs}
 
 
 def head_features(
@@ -180,12 +203,48 @@ def head_features(
     return features
 
 
-def _read(path: Path, fingerprint: str) -> dict[str, Predictions] | None:
-    """What is kept, or None if there is nothing, it is damaged, or it is of others: then it is computed anew."""
-    content = read_kept(path)
-    try:
-        if content["fingerprint"] != fingerprint:
+def _plain(predictions: Predictions) -> dict[str, Any]:
+    """Predictions as they are stored."""
+    logits = predictions.logits
+    return {
+        "logits": logits.plain() if isinstance(logits, TokenTable) else logits,
+        "features": predictions.features,
+    }
+
+
+def _logits(stored: Any) -> Tensor | TokenTable:
+    """What `_plain` stored of logits."""
+    return stored if isinstance(stored, Tensor) else TokenTable.read(stored)
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Experts' predictions in a file for each task, so that an interrupted run goes on with the next expert.
+
+    Attributes:
+        folder: where they are kept; None to keep none.
+        marks: task -> what tells its predictions from others.
+    """
+
+    folder: Path | None
+    marks: Mapping[str, str]
+
+    def keep(self, task: str, predictions: Predictions) -> None:
+        """Save a task's predictions."""
+        if self.folder:
+            write_state(self._path(self.folder, task), {"mark": self.marks[task], **_plain(predictions)}, "the experts' predictions")  # fmt: skip
+
+    def read(self, task: str) -> Predictions | None:
+        """What is kept, or None if there is nothing, it is damaged, or it is of others: then it is computed anew."""
+        content: Any = read_kept(self._path(self.folder, task)) if self.folder else None
+        try:
+            return Predictions(_logits(content["logits"]), content["features"]) if content["mark"] == self.marks[task] else None  # fmt: skip
+        except (LookupError, TypeError, AttributeError):  # nothing was kept, or something else
             return None
-        return {task: Predictions(each["logits"], each["features"]) for task, each in content["outputs"].items()}
-    except (LookupError, TypeError, AttributeError):  # nothing was kept, or something else
-        return None
+
+    def _path(self, folder: Path, task: str) -> Path:
+        return folder / "experts" / self.marks[task] / FILE
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from adarank.data.metrics import LOSS
+from adarank.data.metrics import less_is_better
 from adarank.data.spec import Split
 from adarank.data.task import TaskData
 from adarank.errors import DataError, OutputError, Problems, RecipeError
@@ -35,13 +35,14 @@ from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
 from adarank.settings import nearest, parse
 from adarank.spectral.svd import stored_spectra
+from adarank.workflow.answers import with_answers
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import score_result
 from adarank.workflow.left_over import state_of_search
+from adarank.workflow.listed_files import ListedFiles
 from adarank.workflow.load_tasks import load_opened
 from adarank.workflow.prepare import check_labels, open_recipe, whole
-from adarank.workflow.search_files import Written
 
 SPLIT: Split = "select"
 _MOST = 100_000
@@ -135,7 +136,7 @@ def search(
             f"{best}: is not the name of a file, which the best recipe needs. Give a name such as best.yaml."
         )
     best = resolved(best)
-    files = Written(best, best.with_suffix(".search.json"), state_of_search(best))
+    files = ListedFiles((best,), best.with_suffix(".search.json"), state_of_search(best), "search", "a search")
     _check_place(path, best)
     files.check(force)
     with locked(files.record):  # which names the state, too, and is the same for best.yaml and best.yml
@@ -144,7 +145,7 @@ def search(
 
 
 def _search(
-    path: Path, files: Written, axes: Sequence[Axis], note: Note, progress: Callable[[Point, int, int], None]
+    path: Path, files: ListedFiles, axes: Sequence[Axis], note: Note, progress: Callable[[Point, int, int], None]
 ) -> tuple[list[Point], dict[str, Any]]:
     """What `search` does, once its output is this run's alone."""
     clock = Clock()
@@ -178,6 +179,8 @@ def _search(
     models = build_models(job)
     with state_folder(files.state):
         state = files.state / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        if recipe.kind.data:
+            data = with_answers(job, data, inputs, state, note, lambda _: models)
         tried = try_points(job, models, data, list(zip(points, methods, strict=True)), state, progress)
         tried += each_tasks_best(recipe.kind, tried)
         ranked = sorted(tried, key=lambda point: -point.worth)  # stable: of equals the first of the grid
@@ -196,7 +199,7 @@ def _search(
             "machine": machine(recipe.device),
             **clock.spent(),
         }
-        files.write(_best_text(path, recipe, ranked[0], files.record), record)
+        files.write({files.made[0]: _best_text(path, recipe, ranked[0], files.record).encode()}, record)
     remove_ours(files.state)
     return ranked, record
 
@@ -216,7 +219,7 @@ def try_points(
         state: folder of the spectra, of statistics, and of the points done: those are not tried again.
     """
     tried: list[Point] = []
-    losses = all(of.metric == LOSS for of in data.values())
+    losses = all(less_is_better(of.metric) for of in data.values())
     with stored_spectra(state / "spectra"), stage("Searching", len(points)):
         for number, (settings, method) in enumerate(points, start=1):
             kept = state / f"{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}.json"
@@ -297,10 +300,11 @@ def _allowed(kind: type[MergeMethod], axis: str, value: float) -> bool:
 
 def _check_metrics(data: Mapping[str, TaskData]) -> None:
     """Refuse to rank by a mean of shares and losses."""
-    losses = [task for task, of in data.items() if of.metric == LOSS]
-    if losses and len(losses) < len(data):
+    losses = [task for task, of in data.items() if less_is_better(of.metric)]
+    if losses and len({of.metric for of in data.values()}) > 1:
+        named = ", ".join(f"of '{task}' it is a {data[task].metric}" for task in losses)
         raise DataError(
-            f"metric: of {', '.join(map(repr, losses))} it is a loss, of which less is better, and of the other tasks it is not, so that no mean ranks the points. Give 'loss' to all tasks or to none."
+            f"metric: {named}, of which less is better, and of other tasks it is another metric, so that no mean ranks the points. Give such a metric to all tasks or to none."
         )
 
 

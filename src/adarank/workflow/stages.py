@@ -26,6 +26,7 @@ from adarank.recipe.job import Job, open_job
 from adarank.recipe.paths import portable
 from adarank.recipe.plan import settings_in_force
 from adarank.recipe.schema import Recipe
+from adarank.workflow.answers import FOLDER as ANSWERS
 
 Run = Callable[[Job, Path, Mapping[str, TaskData], Clock], dict[str, Any]]
 _LEFT_OUT = ("plan", "files", "versions", "machine")
@@ -51,13 +52,17 @@ class Made:
         return {"stages": {name: {k: v for k, v in of.items() if k not in _LEFT_OUT} for name, of in records}}
 
 
-def beginning(job: Job) -> dict[str, Any]:
-    """What tells one merge from another: the record's first entries."""
+def beginning(job: Job, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What tells one merge from another: the record's first entries.
+
+    Arguments:
+        inputs: the hashes of the inputs; by default they are computed here.
+    """
     return {
         "recipe": portable(job.recipe),
         "settings": settings_in_force(job),
         "seed": job.recipe.seed,
-        "inputs": job.inputs(),
+        "inputs": job.inputs() if inputs is None else inputs,
     }
 
 
@@ -131,5 +136,6 @@ def going_on(state: Path, note: Note) -> Iterator[None]:
 
 
 def worth_keeping(state: Path) -> bool:
-    """Whether a run can go on from what lies there: a saved state, of a start that is adapted itself too, or a merged stage."""
-    return any(state.rglob("state.pt")) or any(state.rglob(RECORD))
+    """Whether a run can go on from what lies there: a saved state, of a start that is adapted itself too, generated answers, or a
+    merged stage."""
+    return any(state.rglob("state.pt")) or any(state.rglob(f"{ANSWERS}/*/*.pt")) or any(state.rglob(RECORD))

@@ -11,9 +11,10 @@ from typing import Any
 from adarank.errors import AdaRankError, CheckpointError, listed
 from adarank.io.adapter import WEIGHTS, is_adapter
 from adarank.io.adapter_config import CONFIG
+from adarank.io.cards import CARD
 from adarank.io.files import file_sha256, read_json
 from adarank.io.hub import local_path, resolve, split_adapter
-from adarank.io.output_folder import DIGEST, RECORD, differences, read_list, record_digest
+from adarank.io.output_folder import RECORD, differences, read_list, record_problems
 from adarank.io.record import Note, versions
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import parse_recipe
@@ -85,7 +86,7 @@ def verify(out: str | Path, folder: str | Path | None = None, note: Note = lambd
             f"{out}: no {RECORD}, so there is nothing to compare with. Give a folder that adarank wrote."
         )
     note("Hashing the output")
-    problems, files = _of_record(out), read_list(out / RECORD)
+    problems, files = record_problems(out), read_list(out / RECORD)
     if files is None:
         return Verified(tuple(problems) or (f"{RECORD}: lists no files of the output, so none can be checked",))
     record = read_json(out / RECORD)
@@ -101,15 +102,6 @@ def verify(out: str | Path, folder: str | Path | None = None, note: Note = lambd
     return Verified(
         tuple(findings.problems), tuple(findings.notes), len(files) + 1, findings.inputs, tuple(findings.remade)
     )
-
-
-def _of_record(out: Path) -> list[str]:
-    """The record's bytes against the digest at their end."""
-    content = (out / RECORD).read_bytes()
-    if DIGEST.encode() not in content:
-        return [f"{RECORD}: holds no hash of itself (an older version wrote it, or it was changed)"]
-    held = f'"{DIGEST}": "{record_digest(content)}"'
-    return [] if held.encode() in content else [f"{RECORD}: is not as adarank wrote it"]
 
 
 def _inputs_and_merge(
@@ -185,10 +177,11 @@ def _merge_again(findings: _Findings, out: Path, record: Mapping[str, Any], reci
         except AdaRankError as error:
             findings.notes.append(f"Not merged again: {' '.join(listed(error))}")
             return
-        other = [name for name in made["files"] if made["files"][name]["sha256"] != _sha256(out / name)]
+        same = [name for name in made["files"] if name != CARD]  # which is of this very recipe and its scores
+        other = [name for name in same if made["files"][name]["sha256"] != _sha256(out / name)]
     learned = [f"heads/{task}/" for task, head in _heads(record).items() if head.get("kept")]
     other = [name for name in other if not name.startswith(tuple(learned))]
-    findings.remade += [name for name in made["files"] if name not in other and not name.startswith(tuple(learned))]
+    findings.remade += [name for name in same if name not in other and not name.startswith(tuple(learned))]
     if learned:
         findings.notes.append(f"Not made again: {len(learned)} heads that were learned on the tasks' inputs.")
     findings.problems += [f"{name}: merging again gives other bytes{_elsewhere(record)}" for name in other]
@@ -196,7 +189,7 @@ def _merge_again(findings: _Findings, out: Path, record: Mapping[str, Any], reci
 
 def _recipe_again(out: Path, record: Mapping[str, Any], recipe: Recipe) -> tuple[Recipe | None, str]:
     """The recipe that makes the output again without learning; or None, and what it would need."""
-    values = {key: value for key, value in record["recipe"].items() if key != "heads"}
+    values = {key: value for key, value in record["recipe"].items() if key not in ("heads", "report_to")}
     if (out / MASKS).exists() and "bundle" not in record:
         values = {key: value for key, value in values.items() if key not in _LEARNED}
         models = [{key: value for key, value in entry.items() if key != "parameters"} for entry in values["models"]]

@@ -17,7 +17,7 @@ from torch import Tensor
 from adarank.data.splits import limited
 from adarank.errors import raise_together
 from adarank.method import Context, Outline, Result
-from adarank.methods.base import AlignedCheckpoints, Method, OriginKind, RecipeError, merge_tensors
+from adarank.methods.base import AlignedCheckpoints, Merging, Method, OriginKind, RecipeError
 
 
 def _nothing(name: str, task: str) -> Tensor:
@@ -251,4 +251,4 @@ class CalibratedMethod(Method):
     def run(self, context: Context) -> Result:
         """Take the statistics, then merge tensor by tensor."""
         known, report = context.with_statistics(self)
-        return Result(merge_tensors(known, context.network, context.device), block="statistics", report=report)
+        return Result(Merging(known, context.network, context.device), block="statistics", report=report)

@@ -44,6 +44,7 @@ class Fisher(CalibratedMethod):
     source: ClassVar[str] = "Matena and Raffel 2022, arXiv:2111.09832"
     data: ClassVar[str] = "unlabelled inputs of each task (kind: empirical reads labels of adapt inputs)"
     of_classes: ClassVar[bool] = True
+    of_inputs: ClassVar[bool] = True
     decides: ClassVar[tuple[str, ...]] = (*CalibratedMethod.decides, "kind", "classes")
 
     kind: Literal["true", "empirical"] = Field("true", description="y: drawn by the expert, or the label")

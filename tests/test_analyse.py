@@ -1,0 +1,233 @@
+"""`adarank analyse`: what is written, what goes on after a stop, what is refused before anything is computed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+
+import adarank
+from adarank.analysis.bench import Bench
+from adarank.analysis.figure import Figure, Row
+from adarank.analysis.figures import FIGURES
+from adarank.cli import analysing
+from adarank.cli.main import main
+from adarank.errors import AdaRankError
+from adarank.workflow.analyse import Analysed, Options, analyse
+from text_zoo import ADAPT, make_zoo, recipe
+
+TASKS = {"mood": 2, "colour": 3, "size": 2}
+
+DATA_ONLY = Options(image="none")
+QUICK: dict[str, dict[str, Any]] = {
+    "components": {"tasks": ["mood"], "top": 0.05},
+    "rank-sweep": {"shares": [0, 0.5]},
+    "task-count": {"methods": {"average": {}}},
+    "landscape": {"points": 2, "shares": [0.5], "cart": [1], "ta": []},
+}
+"""Settings with which a figure has little to compute."""
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_zoo(tmp_path_factory.mktemp("analyse"), tasks=TASKS)
+    models = [{"model": f"models/{task}", "task": {"name": task, "data": f"data/{task}.tsv"}} for task in TASKS]
+    adarank.merge_recipe(recipe(folder, "adarank.yaml", models=models, **ADAPT), folder / "merged")
+    adarank.merge_recipe(recipe(folder, models=models), folder / "plain")
+    return folder
+
+
+def run(zoo: Path, figure: str, out: Path, options: Options = DATA_ONLY, **more: Any) -> Analysed:
+    """An analysis of the zoo, with what the figure takes."""
+    outputs = (zoo / "merged",) if FIGURES[figure].outputs else ()
+    chosen = Options(outputs, options.split, options.limit, options.data, options.image)
+    return analyse(figure, zoo / "recipe.yaml", out, QUICK.get(figure, {}), chosen, **more)
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Parts as they are computed; the third is interrupted, once."""
+    computed: list[str] = []
+    kind = FIGURES["ranks"]
+    whole = kind.compute
+
+    def compute(self: Figure, bench: Bench, part: str) -> list[Row]:
+        if len(computed) == 2 and "stopped" not in computed:
+            computed.append("stopped")
+            raise KeyboardInterrupt
+        computed.append(part)
+        return whole(self, bench, part)
+
+    monkeypatch.setattr(kind, "compute", compute)
+    return computed
+
+
+def test_the_command_line_names_every_figure() -> None:
+    assert sorted(analysing.FIGURES) == sorted(FIGURES)
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_every_figure_is_written_whole(figure: str, zoo: Path, tmp_path: Path) -> None:
+    """Table, drawing and record; nothing else stays behind."""
+    pytest.importorskip("matplotlib")
+    result = run(zoo, figure, tmp_path / "figure.svg", Options())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.csv", "figure.json", "figure.svg"]
+    with (tmp_path / "figure.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(result.rows)
+    assert set(table[0]) == {column for row in result.rows for column in row}
+    assert (tmp_path / "figure.svg").read_text().rstrip().endswith("</svg>")
+    record = json.loads((tmp_path / "figure.json").read_text())
+    assert record["sentences"] == list(result.sentences)
+    assert result.sentences
+    assert set(record["files"]) == {"figure.csv", "figure.svg"}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_dry_run_computes_and_writes_nothing(
+    figure: str, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Figure, bench: Bench, part: str) -> list[Row]:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(FIGURES[figure], "compute", refuse)
+    result = run(zoo, figure, tmp_path / "figure", dry_run=True)
+    assert result.parts > 0
+    assert all(count > 0 for count in result.cost.values())
+    assert not list(tmp_path.iterdir())
+
+
+def test_csv_and_parquet_hold_the_same(zoo: Path, tmp_path: Path) -> None:
+    rows = run(zoo, "ranks", tmp_path / "a.csv").rows
+    assert run(zoo, "ranks", tmp_path / "b.parquet").rows == rows
+    assert pyarrow.parquet.read_table(tmp_path / "b.parquet").to_pylist() == rows
+    with (tmp_path / "a.csv").open() as file:
+        assert [float(row["share"]) for row in csv.DictReader(file)] == [row["share"] for row in rows]
+
+
+def test_the_same_rows_are_drawn_the_same(zoo: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("one.svg", "two.svg"):
+        run(zoo, "ranks", tmp_path / name, Options())
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    run(zoo, "ranks", tmp_path / "three.png", Options())
+    assert (tmp_path / "three.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_analysis_goes_on(
+    zoo: Path, tmp_path: Path, stop_after: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["analyse", "ranks", str(zoo / "recipe.yaml"), str(tmp_path / "ranks"), "--image", "none"]
+    assert main(arguments) == 130
+    assert "2 finished part(s) are kept" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert len(stop_after) - 1 == len(set(stop_after) - {"stopped"})  # no part was computed twice
+    whole = run(zoo, "ranks", tmp_path / "whole").rows
+    with (tmp_path / "ranks.csv").open() as file:
+        assert [row["share"] for row in csv.DictReader(file)] == [str(row["share"]) for row in whole]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_part_cut_off_by_a_kill_is_computed_again(zoo: Path, tmp_path: Path, stop_after: list[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(zoo, "ranks", tmp_path / "ranks")
+    (kept,) = tmp_path.glob(".ranks.analysis/*/parts.jsonl")
+    kept.write_text(kept.read_text()[:-30])
+    first = stop_after[0]
+    rows = run(zoo, "ranks", tmp_path / "ranks").rows
+    assert stop_after.count(first) == 1
+    assert stop_after.count(stop_after[1]) == 2
+    assert rows == run(zoo, "ranks", tmp_path / "whole").rows
+
+
+def test_other_settings_take_up_no_kept_part(zoo: Path, tmp_path: Path, stop_after: list[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(zoo, "ranks", tmp_path / "ranks")
+    analyse("ranks", zoo / "recipe.yaml", tmp_path / "ranks", {"energy": 0.5}, DATA_ONLY)
+    assert stop_after.count(stop_after[0]) == 2
+
+
+def test_files_are_replaced_by_force_if_unchanged(zoo: Path, tmp_path: Path) -> None:
+    run(zoo, "ranks", tmp_path / "ranks")
+    with pytest.raises(AdaRankError, match="already exists"):
+        run(zoo, "ranks", tmp_path / "ranks")
+    run(zoo, "ranks", tmp_path / "ranks", force=True)
+    (tmp_path / "ranks.csv").write_text("mine")
+    with pytest.raises(AdaRankError, match=r"ranks\.csv: is not as an analysis wrote it"):
+        run(zoo, "ranks", tmp_path / "ranks", force=True)
+    assert (tmp_path / "ranks.csv").read_text() == "mine"
+
+
+def test_all_that_is_wrong_is_said_at_once(zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "ranks.json").write_text("{}")
+    with pytest.raises(AdaRankError) as caught:
+        analyse("ranks", zoo / "no.yaml", tmp_path / "ranks", {"enrgy": 0.5}, Options((zoo,), limit=0, image="none"))
+    for part in ("Did you mean 'energy'?", "no.yaml", "already exists", "takes no outputs", "--limit 0"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rank"], "Did you mean 'ranks'?"),
+        (["ranks", "--set", "energy"], "not a setting"),
+        (["ranks", "--set", "energy=1", "--set", "energy=1"], "given twice"),
+        (["masks"], "Give --output FOLDER"),
+        (["radar"], "Give --output FOLDER"),
+        (["masks", "--output", "plain"], "has no masks.safetensors"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(
+    arguments: list[str], said: str, zoo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(zoo)
+    before = sorted(zoo.iterdir())
+    assert main(["analyse", arguments[0], "recipe.yaml", *arguments[1:], "--image", "none"]) == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert sorted(zoo.iterdir()) == before
+
+
+def test_settings_are_typed_as_yaml_or_lists() -> None:
+    typed = ["energy=0.9", "shares=0,0.5,1", "methods={cart: {rank: 0.5}}", "task=mood"]
+    assert analysing.settings_of(typed) == {
+        "energy": 0.9,
+        "shares": [0, 0.5, 1],
+        "methods": {"cart": {"rank": 0.5}},
+        "task": "mood",
+    }
+
+
+def test_scores_and_losses_are_those_of_evaluate(zoo: Path, tmp_path: Path) -> None:
+    """The radar's, of every model, on fewer inputs too; a task's metric may be the loss itself."""
+    rows = run(zoo, "radar", tmp_path / "radar").rows
+    losses = [
+        {"model": f"models/{task}", "task": {"name": task, "data": f"data/{task}.tsv", "metric": "loss"}}
+        for task in TASKS
+    ]
+    recipe(zoo, "losses.yaml", models=losses)
+    scores = adarank.evaluate_recipe(zoo / "recipe.yaml", [zoo / "merged"]).rows
+    lost = adarank.evaluate_recipe(zoo / "losses.yaml", [zoo / "merged"]).rows
+    assert {row["model"] for row in rows} == set(scores) == {"base", str(zoo / "merged"), "experts"}
+    for row in rows:
+        assert row["score"] == scores[row["model"]][row["task"]]
+        assert row["loss"] == lost[row["model"]][row["task"]]
+    limited = analyse(
+        "radar", zoo / "losses.yaml", tmp_path / "few", options=Options([zoo / "merged"], limit=3, image="none")
+    )
+    assert {row["inputs"] for row in limited.rows} == {3}
+    assert all(row["score"] == row["loss"] for row in limited.rows)
+
+
+def test_drawing_without_matplotlib_is_refused_first(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(AdaRankError, match=r"Install adarank\[report\], or give --image none"):
+        run(zoo, "ranks", tmp_path / "ranks", Options())
+    assert run(zoo, "ranks", tmp_path / "ranks").rows
+    assert torch.is_grad_enabled()
