@@ -142,17 +142,11 @@ class _Run:
         step, judged = self.history.step, self.history.judged
         if step == self.schedule.ended(judged):
             self._begin_repair()
-        self.live.zero_grad()
-        values = []
-        for loss, weight in processes.share(list(zip(losses.values(), self._weights(list(losses)), strict=True))):
-            value = loss(step)
-            (weight * value).backward()
-            values.append(value.detach())
-        shared = processes.whole(torch.stack(values).tolist() if values else [])
-        step_losses = dict(zip(losses, shared, strict=True))
-        self._check(step_losses)
-        self.live.pull_back()
-        self._check_gradients()
+        weights = self._weights(list(losses))
+        step_losses = self._gradients(losses, weights)
+        if self.live.ascend():
+            self._gradients(losses, weights)
+            self.live.descend()
         for task, value in step_losses.items():
             self.history.losses[task].append(value)
         for group in self.optimiser.param_groups:
@@ -162,6 +156,21 @@ class _Run:
         share = self.live.kept_share()
         if share is not None:
             self.history.kept.append(share)
+
+    def _gradients(self, losses: Mapping[str, Loss], weights: list[float]) -> dict[str, float]:
+        """Take the gradient of what is learned where it is; the losses there."""
+        self.live.zero_grad()
+        values = []
+        for loss, weight in processes.share(list(zip(losses.values(), weights, strict=True))):
+            value = loss(self.history.step)
+            (weight * value).backward()
+            values.append(value.detach())
+        shared = processes.whole(torch.stack(values).tolist() if values else [])
+        step_losses = dict(zip(losses, shared, strict=True))
+        self._check(step_losses)
+        self.live.pull_back()
+        self._check_gradients()
+        return step_losses
 
     def judge_if_due(self) -> None:
         """Judge the current weights, and copy what was learned if they are the best so far."""

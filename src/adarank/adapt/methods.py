@@ -15,20 +15,22 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.base import Adapting
+from adarank.adapt.learner import LiveLearner
 from adarank.adapt.live_weights import Learn, LiveWeights
 from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
-from adarank.adapt.start_search import AUTO, Grid, grid_of
+from adarank.adapt.start_search import AUTO, Grid, Number, Share, grid_of
 from adarank.adapt.tying import LambdaPer
 from adarank.alignment.layers import layer_groups
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError, itemise
 from adarank.io import processes
 from adarank.method import Context, Given, Outline, Result
+from adarank.models import TaskModels
 from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
@@ -36,26 +38,10 @@ from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import First, MaskKind
 
 
-def _number_or_auto(given: Any) -> Any:
-    if given != AUTO and (isinstance(given, bool) or not isinstance(given, (int, float))):
-        raise ValueError("a number or auto was needed")
-    return given
-
-
-def _share_or_auto(given: Any) -> Any:
-    if _number_or_auto(given) != AUTO and not 0 < given <= 1:
-        raise ValueError("a share above 0 and at most 1, or auto, was needed")
-    return given
-
-
 def _known_basis(given: str) -> str:
     if given not in BASES:
         raise ValueError(f"unknown basis.{nearest(given, BASES)}")
     return given
-
-
-Number = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
-Share = Annotated[float | Literal["auto"], BeforeValidator(_share_or_auto)]
 
 
 A = TypeVar("A", bound="AdaptiveMethod")
@@ -66,6 +52,8 @@ class AdaptiveMethod(Adapting):
 
     Class attributes:
         formula: ℓ stands for the loop's `objective`: entropy in the papers.
+        paper_adapt: what the loop's preset `paper` stands for, where it is not AdaRank's.
+        joint_heads: heads are learned by the same steps.
 
     Arguments:
         origin: what task vectors are counted from: `pretrained` (the base) or `average` (the experts' mean).
@@ -79,6 +67,8 @@ class AdaptiveMethod(Adapting):
 
     fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks"})
     python: ClassVar[tuple[str, str]] = ("adapt", "adapts on data. Use adarank.adapt.")
+    paper_adapt: ClassVar[Mapping[str, Any]] = {}
+    joint_heads: ClassVar[bool] = False
 
     origin: Literal["pretrained", "average"] = Field("pretrained", description="what task vectors are counted from")
     rank: Share = Field(1.0, description="share of components kept at the start, in (0, 1], or auto")
@@ -120,16 +110,27 @@ class AdaptiveMethod(Adapting):
             RecipeError: an unknown preset, or settings that do not fit.
         """
         method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset)
-        if settings.by == "block":
-            method._check_blocks(given.adapt or {})
+        problems = method.check_adapt(settings, given.adapt or {})
+        if problems:
+            raise RecipeError(problems[0] if len(problems) == 1 else itemise("The adapt block does not fit:", problems))
         return method.with_settings(settings)
 
-    def _check_blocks(self, adapt: Mapping[str, Any]) -> None:
-        """Refuse what means nothing where a block is learned at a time."""
+    def check_adapt(self, settings: AdaptSettings, given: Mapping[str, Any]) -> list[str]:
+        """What in the `adapt` block means nothing to the method, or where a block is learned at a time; in sentences.
+
+        Arguments:
+            settings: the loop's, all.
+            given: those that were given.
+        """
         problems = [
+            f"adapt.{key}: means nothing to '{self.name}'. Remove it." for key in sorted(self.unused & given.keys())
+        ]
+        if settings.by == "model":
+            return problems
+        problems += [
             f"adapt.{key}: by: block minimises the distance to what the experts' blocks give. Remove {key}, or use by: model."
             for key in ("objective", "objectives", "self_label", "filter")
-            if key in adapt
+            if key in given and key not in self.unused
         ]
         if self.lambda_per in ("task", "model"):
             problems.append(
@@ -137,8 +138,11 @@ class AdaptiveMethod(Adapting):
             )
         if processes.size() > 1:
             problems.append("adapt.by: block runs in one process. Start it without torchrun, or use by: model.")
-        if problems:
-            raise RecipeError(problems[0] if len(problems) == 1 else itemise("adapt: by block", problems))
+        return problems
+
+    def on(self, live: LiveLearner, models: TaskModels) -> LiveLearner:
+        """What is learned on the tasks' networks, where that is more than the merged weights."""
+        return live
 
     @classmethod
     def seeded(cls, given: Given) -> dict[str, Any]:
@@ -215,7 +219,7 @@ class AdaptiveMethod(Adapting):
         shared: Mapping[str, Tensor],
         settings: AdaptSettings,
         device: torch.device | str,
-    ) -> LiveWeights:
+    ) -> LiveLearner:
         """The live weights at the method's start, over the parameters that the networks share."""
         basis = self.decomposition(network, device)
         blocks = build_blocks(network, self.origin, device, self.spectra, basis)
@@ -223,7 +227,7 @@ class AdaptiveMethod(Adapting):
 
     def live(
         self, parameters: Mapping[str, Tensor], blocks: Mapping[str, Blocks], settings: AdaptSettings, basis: Basis
-    ) -> LiveWeights:
+    ) -> LiveLearner:
         """The live weights of some tensors at the method's start."""
         return LiveWeights(
             parameters,

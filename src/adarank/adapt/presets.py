@@ -78,4 +78,5 @@ def with_preset(
     released = values["parameters"] if given.get("basis", "task_vectors") == "task_vectors" else {}
     start = {**kind.paper(given), **released} if preset else {}
     method = parse(kind, {**start, **given}, f"parameters of '{kind.name}'")
-    return method, parse(AdaptSettings, {**values["adapt"], **adapt}, "adapt")
+    loop = kind.paper_adapt if preset == "paper" and kind.paper_adapt else values["adapt"]
+    return method, parse(AdaptSettings, {**kind.defaults, **loop, **adapt}, "adapt")

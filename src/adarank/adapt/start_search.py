@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BeforeValidator
 
 from adarank.adapt.agreement import Judge, Signal, mean_signal
 from adarank.io.progress import advance, stage
@@ -20,6 +22,23 @@ AUTO: Literal["auto"] = "auto"
 RANKS = (0.02, 0.08, 0.32, 1.0)
 SCALES = (0.05, 0.1, 0.2, 0.3, 0.6, 1.0, 1.6, 2.5)
 QUICK_CHECK = 64  # inputs per task, at most: all starts are seen on the same ones, so that few tell them apart
+
+
+def _number_or_auto(given: Any) -> Any:
+    if given != AUTO and (isinstance(given, bool) or not isinstance(given, (int, float))):
+        raise ValueError("a number or auto was needed")
+    return given
+
+
+def _share_or_auto(given: Any) -> Any:
+    if _number_or_auto(given) != AUTO and not 0 < given <= 1:
+        raise ValueError("a share above 0 and at most 1, or auto, was needed")
+    return given
+
+
+Number = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
+Share = Annotated[float | Literal["auto"], BeforeValidator(_share_or_auto)]
+"""λ, or the share of components kept: given, or searched for."""
 
 
 @dataclass(frozen=True)
