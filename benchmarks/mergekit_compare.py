@@ -37,9 +37,10 @@ wait_passively()  # before PyTorch is loaded
 
 import torch
 import yaml
-from mergekit_recipes import EXPERTS, agreeing, dialect, selecting
+from mergekit_recipes import ADAPTERS, EXPERTS, agreeing, dialect, forms, selecting
 from peers import environment, head, largest, last_line, relative
 from records import FOLDER, Records
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adarank.errors import AdaRankError
@@ -49,14 +50,16 @@ from adarank.workflow.merge import merge
 
 REQUIREMENTS = ("torch==2.13.0", "mergekit==0.1.5")
 NOISE = 0.02
+_QUIETLY = ("--no-write-model-card", "--lora-merge-cache", "lora-cache")
 DRIVER = """
 import json, sys, torch
+from mergekit.scripts.multimerge import main as main_of_stages
 from mergekit.scripts.run_yaml import main
 torch.set_num_threads(1)
 errors = []
 for call in json.loads(sys.argv[1]):
     try:
-        main(call, standalone_mode=False)
+        (main_of_stages if "--intermediate-dir" in call else main)(call, standalone_mode=False)
         errors.append(None)
     except Exception as error:
         errors.append(type(error).__name__ + ": " + " ".join(str(error).split()))
@@ -77,13 +80,32 @@ def make_models(folder: Path, dtype: torch.dtype, seed: int, layers: int) -> Non
         model.load_state_dict(noisy)
         model.to(dtype).save_pretrained(folder / name)
         model.to(torch.float32)
+    for name in ADAPTERS:
+        _make_adapter(folder / name, layers)
 
 
-def write_recipes(folder: Path, recipes: Mapping[str, dict[str, Any]]) -> dict[str, Path]:
-    """A recipe file each, beside the models that it names."""
+def _make_adapter(folder: Path, layers: int) -> None:
+    """A LoRA of rank 4, α = 8, over two matrices of every layer."""
+    width, rank = SHAPE["hidden_size"], 4
+    shapes = {"q_proj": (width, width), "o_proj": (width, width)}
+    factors = {
+        f"base_model.model.model.layers.{layer}.self_attn.{module}.lora_{part}.weight": 0.05 * torch.randn(shape)
+        for layer in range(layers)
+        for module, (out, into) in shapes.items()
+        for part, shape in (("A", (rank, into)), ("B", (out, rank)))
+    }
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(shapes)}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "../base"}))
+
+
+def write_recipes(folder: Path, recipes: Mapping[str, Any]) -> dict[str, Path]:
+    """A recipe file each, beside the models that it names; a list is one of several stages."""
     files = {name: folder / f"recipe-{number}.yaml" for number, name in enumerate(recipes)}
     for name, file in files.items():
-        file.write_text(yaml.safe_dump(recipes[name], sort_keys=False))
+        documents = recipes[name] if isinstance(recipes[name], list) else [recipes[name]]
+        file.write_text(yaml.safe_dump_all(documents, sort_keys=False))
     return files
 
 
@@ -95,9 +117,17 @@ def mergekit(
     Each result lies beside its recipe, in a folder of the recipe's name and the suffix `out`; returned are the errors.
     """
     folder = next(iter(files.values())).parent
-    calls = [[file.name, file.with_suffix(out).name, "--quiet", *options] for file in files.values()]
+    calls = [[*_call(file, out), "--quiet", *_QUIETLY, *options] for file in files.values()]
     errors = last_line([str(python), "-c", DRIVER, json.dumps(calls)], folder)
     return dict(zip(files, errors, strict=True))
+
+
+def _call(file: Path, out: str) -> list[str]:
+    """What is given to mergekit's command for a recipe, or to its command for several stages."""
+    written = file.with_suffix(out).name
+    if len(list(yaml.safe_load_all(file.read_text()))) == 1:
+        return [file.name, written]
+    return [file.name, "--out-path", written, "--intermediate-dir", str(file.with_suffix(".stages"))]
 
 
 def adarank(file: Path, out: Path) -> str | None:
@@ -121,14 +151,14 @@ def difference(ours: Checkpoint, theirs: Checkpoint) -> dict[str, Any]:
             "same_names": same, "same_dtypes": dtypes}  # fmt: skip
 
 
-def compare(folder: Path, recipes: Mapping[str, dict[str, Any]], python: Path) -> list[dict[str, Any]]:
+def compare(folder: Path, recipes: Mapping[str, Any], python: Path) -> list[dict[str, Any]]:
     """Both merges of every recipe file and what came of them."""
     files = write_recipes(folder, recipes)
     errors = mergekit(python, files, ".mergekit")
     return [_compare(name, values, files[name], errors[name]) for name, values in recipes.items()]
 
 
-def _compare(name: str, values: dict[str, Any], file: Path, error: str | None) -> dict[str, Any]:
+def _compare(name: str, values: Any, file: Path, error: str | None) -> dict[str, Any]:
     ours, theirs = file.with_suffix(".adarank"), file.with_suffix(".mergekit")
     refused = {side: e for side, e in {"adarank": adarank(file, ours), "mergekit": error}.items() if e}
     shown = {side: error.replace(f"{file.parent}/", "")[:240] for side, error in refused.items()}
@@ -200,6 +230,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         record["bfloat16_rounding"] = rounding(folder, {name: agreeing()[name] for name in names}, python)
         print("dialect", flush=True)
         record["dialect"] = compare(Path(temporary) / "float32", dialect(), python)
+        print("forms", flush=True)
+        record["forms"] = compare(Path(temporary) / "float32", forms(), python)
     return record
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 EXPERTS = ("code", "chat", "maths")
+ADAPTERS = ("of-law", "of-verse")
 GRADIENT = [0.0, 0.25, 1.0]
 FILTERED = [{"filter": "mlp", "value": 0.9}, {"filter": "self_attn", "value": [0.1, 0.7]}, {"value": 0.4}]
 
@@ -228,6 +229,37 @@ def dialect() -> dict[str, dict[str, Any]]:
         "one layer, gradient": recipe(ta, [GRADIENT, [1.0, 0.0], 0.5])
         | {"base_model": "./one-layer/base",
            "models": [{"model": f"./one-layer/{n}", "parameters": {"weight": GRADIENT}} for n in EXPERTS]},
+    }  # fmt: skip
+
+
+def forms() -> dict[str, Any]:
+    """Recipes of several stages, a mapping for each; and of adapters over a model."""
+    first = recipe("slerp", [None] * 3, {"t": [0.2, 0.6]}) | {
+        "name": "first",
+        "models": [{"model": "./base"}, {"model": "./code"}],
+    }
+    second = recipe("linear", [None] * 3, {"weight": 0.5}) | {
+        "name": "second",
+        "models": [{"model": "first"}, {"model": "./maths"}],
+    }
+    last = recipe("ties", [1.0, 0.5, 0.3], {"density": 0.6}, dtype="float32")
+    last["models"] = [
+        {**entry, "model": name} for entry, name in zip(last["models"], ("second", "first", "./chat"), strict=True)
+    ]
+    cut = {
+        "merge_method": "passthrough",
+        "dtype": "float32",
+        "slices": [_slice(("chat", 0, 2, None)), {"sources": [{"model": "first", "layer_range": [1, 4]}]}],
+    }
+    law, verse = ({"parameters": {"weight": weight}} for weight in (0.7, 0.4))
+    ta = {"merge_method": "task_arithmetic", "base_model": "./base", "dtype": "float32"}
+    mapped = [{"model": {"model": {"path": "./base"}, "lora": {"path": f"./{name}"}}} for name in ADAPTERS]
+    return {
+        "several documents, named stages": [first, second, last],
+        "stages, slices of one": [first, cut],
+        "base+adapter": ta | {"models": [{"model": "./base+./of-law", **law}, {"model": "./base+./of-verse", **verse}]},
+        "model, lora": ta | {"models": [{**mapped[0], **law}, {**mapped[1], **verse}]},
+        "expert+adapter beside an expert": ta | {"models": [{"model": "./code+./of-law", **law}, {"model": "./chat", **verse}]},
     }  # fmt: skip
 
 

@@ -115,6 +115,8 @@ def recipes() -> dict[str, dict[str, Any]]:
         "tokens, a row by its number": recipe(["chat", "code"], union | {"tokens": {"w5": {"source": token | {"token_id": 9}, "force": True}}}),
         "tokens, zeros": recipe(["chat", "code"], union | {"tokens": {CHAT[1]: {"source": {"kind": "zero"}}}}),
         "tokens, zeros forced": recipe(["chat", "code"], union | {"tokens": {CHAT[1]: {"source": {"kind": "zero"}, "force": True}}}),
+        "chat_template, by name": recipe(["same", "chat"], union, chat_template="chatml"),
+        "chat_template, a template": recipe(["same"], {"source": "base"}, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"),
         "pad_to_multiple_of, union": recipe(["chat", "code"], union | {"pad_to_multiple_of": 64}),
         "pad_to_multiple_of, ties": recipe(["chat", "code"], union | {"pad_to_multiple_of": 64}, "ties", **ties),
         "pad_to_multiple_of, base": recipe(["same"], {"source": "base", "pad_to_multiple_of": 64}),
@@ -123,7 +125,8 @@ def recipes() -> dict[str, dict[str, Any]]:
 
 def difference(ours: Path, theirs: Path) -> dict[str, Any]:
     """The largest difference of any tensor, rows of tables paired by token; padding after them as it stands."""
-    ids = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (ours, theirs)]
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (ours, theirs)]
+    ids = [tokenizer.get_vocab() for tokenizer in tokenizers]
     a, b = ({name: merged.read(name) for name in merged.tensors} for merged in (Checkpoint(ours), Checkpoint(theirs)))
     same = set(a) == set(b) and all(a[name].shape == b[name].shape for name in b)
     sizes = [json.loads((folder / "config.json").read_text())["vocab_size"] for folder in (ours, theirs)]
@@ -135,7 +138,8 @@ def difference(ours: Path, theirs: Path) -> dict[str, Any]:
     paired = {name: tensor[rows] if name in TABLES else tensor for name, tensor in b.items()}
     worst, where = largest(a, paired)
     return {"max_relative_difference": worst, "in": where, "rows": int(a[TABLES[0]].shape[0]), "same_names_and_shapes": True,
-            "same_tokens": True, "same_vocab_size": sizes[0] == sizes[1], "same_order": ids[0] == ids[1]}  # fmt: skip
+            "same_tokens": True, "same_vocab_size": sizes[0] == sizes[1], "same_order": ids[0] == ids[1],
+            "same_chat_template": tokenizers[0].chat_template == tokenizers[1].chat_template}  # fmt: skip
 
 
 def compare(folder: Path, wanted: Mapping[str, dict[str, Any]], python: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from unittest import mock
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # records are read by what writes them
 
 import adaptation_tables
+from peer_tables import forms, fusion_bench, peers, vocabularies
 from results_tables import (
     HEAD,
     ROWS,
@@ -27,14 +28,11 @@ from results_tables import (
     costs,
     first_run,
     flat,
-    fusion_bench,
-    peers,
     record_of,
     settings,
     short_table,
     table,
     task_aware,
-    vocabularies,
 )
 
 from adarank.cli.main import parser
@@ -174,6 +172,7 @@ def results_page() -> str:
         "demo_collapse": lambda: collapse("demo-8"),
         "costs": costs,
         "peers": peers,
+        "forms": forms,
         "vocabularies": vocabularies,
         "fusion_bench": fusion_bench,
     }

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 import adarank
 from adarank.cli.main import main
 from adarank.errors import AdaRankError, DataError, OutputError
+from adarank.io.writer import write_record
 from text_zoo import TASKS, make_zoo, recipe
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -184,6 +185,10 @@ def test_scores_that_are_not_the_outputs_are_refused(zoo: Path) -> None:
             adarank.score_card(zoo / "one", wrong)
     with pytest.raises(DataError, match="Did you mean 'aaa'"):
         adarank.score_card(zoo / "one", scores({"aaa": row}), "aab")
+    write_record(zoo / "models", {"converted": {}, "versions": {}})
+    with pytest.raises(AdaRankError, match="no merge"):
+        adarank.score_card(zoo / "models", scores({"a": row}))
+    (zoo / "models" / "adarank.json").unlink()
     with pytest.raises(AdaRankError, match=r"no adarank\.json"):
         adarank.score_card(zoo / "models", scores({"a": row}))
     assert (zoo / "one" / "README.md").read_bytes() == before

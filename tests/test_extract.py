@@ -70,6 +70,8 @@ def test_a_text_tasks_folder_is_its_classifier(tmp_path: Path, architecture: str
         shares = logits(wanted, **tokens)[0].softmax(dim=-1)
         given = {entry["label"]: entry["score"] for entry in pipe(["good red up"])[0]}
         assert given == pytest.approx({f"{task}-{c}": float(shares[c]) for c in range(classes)}, rel=1e-6)
+        raw = {entry["label"]: entry["score"] for entry in pipe(["good red up"], function_to_apply="none")[0]}
+        assert raw == {f"{task}-{c}": float(value) for c, value in enumerate(logits(wanted, **tokens)[0])}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -89,6 +91,8 @@ def test_an_image_tasks_folder_is_its_classifier(tmp_path: Path, architecture: s
         shares = logits(wanted, pixel_values=pixels)[0].softmax(dim=-1)
         given = {entry["label"]: entry["score"] for entry in pipe(Image.fromarray(image))}
         assert given == pytest.approx({f"{task}-{c}": float(share) for c, share in enumerate(shares)}, rel=1e-5)
+        raw = {entry["label"]: entry["score"] for entry in pipe(Image.fromarray(image), function_to_apply="none")}
+        assert raw == {f"{task}-{c}": float(value) for c, value in enumerate(logits(wanted, pixel_values=pixels)[0])}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -340,6 +340,13 @@ def test_messages_without_a_template_are_refused(tmp_path: Path) -> None:
     assert "row 1: messages, and the expert's tokenizer has no chat template" in refused(recipe(folder, **ADAPT))
 
 
+def test_an_answer_without_tokens_is_refused(zoo: Path) -> None:
+    write(zoo / "data" / "blank.jsonl", [{"text": "the cat", "reply": " "}, {"text": "a dog", "reply": "sees"}])
+    path = recipe(zoo, "blank.yaml", {**ASKED, "data": "data/blank.jsonl"}, data={"adapt": 0, "select": 0, "test": 1})
+    with pytest.raises(DataError, match="The answer ' ' to 'the cat' has no tokens"):
+        adarank.evaluate_recipe(path)
+
+
 @pytest.mark.parametrize("metric", ["exact_match", "choice_accuracy"])
 def test_a_metric_of_answers_needs_answers(zoo: Path, metric: str) -> None:
     with pytest.raises(DataError, match=r"columns: answer|columns: choices"):

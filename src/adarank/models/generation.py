@@ -37,12 +37,7 @@ class GeneratingModels(Family):
     keep_embeddings = False
     paths = False
     token_budget = 2048  # each token has a prediction over the whole vocabulary
-    # Llama and its kin, by way of their gated MLP's last product; GPT-2; T5 and BART
-    mlps: tuple[tuple[str, str], ...] = (
-        ("mlp.up_proj", "mlp.down_proj"),
-        ("mlp.c_fc", "mlp.c_proj"),
-        ("fc1", "fc2"),
-    )
+    mlps: tuple[tuple[str, str], ...] = ()  # what routes whole inputs is none for them
     expanded: tuple[str, ...] = ()
     generates = True
 
@@ -131,10 +126,17 @@ class GeneratingModels(Family):
         return replace(prompts, passages=tuple(passages), lacks_answers=False)
 
     def scored(self, prompts: Prompts, row: int, answer: str | None) -> Passage:
-        """A row with the answer that it is scored by; running text, of which no answer is known, as it is."""
+        """A row with the answer that it is scored by; running text, of which no answer is known, as it is.
+
+        Raises:
+            DataError: the answer has no tokens.
+        """
         if answer is None:
             return prompts.passages[row]
-        return self._answered(prompts, row, answer)
+        passage = self._answered(prompts, row, answer)
+        if not passage.answer:
+            raise DataError(f"The answer {answer!r} to {prompts.texts[row]!r:.80} has no tokens, so that it cannot be scored. Take the row out.")  # fmt: skip
+        return passage
 
     @abstractmethod
     def to_answer(self, prompts: Prompts, rows: Sequence[int]) -> Batch:

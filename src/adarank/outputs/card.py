@@ -89,9 +89,10 @@ def _title(record: Mapping[str, Any], folder: Path) -> Iterator[str]:
         yield f"One task of a model that adarank merged by `{method}`, as an ordinary folder of transformers."
         return
     into = "a bundle with weights for each" if "bundle" in record else "one"
-    yield f"# {len(tasks)} models merged by {method}"
+    count = f"{len(tasks)} model{'s' if len(tasks) != 1 else ''}"
+    yield f"# {count} merged by {method}"
     yield ""
-    yield f"adarank merged {len(tasks)} models into {into} by `{method}`: {', '.join(_code(task) for task in tasks)}."
+    yield f"adarank merged {count} into {into} by `{method}`: {', '.join(_code(task) for task in tasks)}."
 
 
 def _use(record: Mapping[str, Any], folder: Path) -> Iterator[str]:

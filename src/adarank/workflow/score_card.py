@@ -61,6 +61,10 @@ def _record(folder: Path) -> dict[str, Any]:
         remedy = "Move them elsewhere, put the scores in, and bring them back."
         raise OutputError(itemise(f"{folder}: files that were added or changed since the merge:", problems, remedy))
     record: dict[str, Any] = read_json(folder / RECORD)
+    if not isinstance(record.get("plan"), dict) and not isinstance(record.get("extracted"), dict):
+        raise CheckpointError(
+            f"{folder}: no merge, so it has no card (by its {RECORD}). Give a folder that merge wrote."
+        )
     return record
 
 
