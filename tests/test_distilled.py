@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import adarank
+import text_zoo
 from adarank.adapt import Learn, LiveWeights
 from adarank.adapt.element_weights import ElementWeights
 from adarank.adapt.objectives import trusted_label
+from adarank.cli.main import main
 from adarank.errors import RecipeError
 from adarank.method import Given
+from adarank.recipe.reader import load_recipe
 from adarank.recipe.registry import METHODS
 from adarank.spectral.blocks import scaled_block
 from make import randn
@@ -203,3 +207,11 @@ def test_the_paper_preset_is_the_papers(method: str, settings: dict[str, Any]) -
     assert {key: getattr(chosen.settings, key) for key in settings} == settings
     assert chosen.settings.schedule == "constant"
     assert not chosen.settings.learn_heads
+
+
+def test_an_output_of_joint_heads_is_verified_and_scored(tmp_path: Path) -> None:
+    text_zoo.make_zoo(tmp_path)
+    given = text_zoo.recipe(tmp_path, merge_method="symerge", adapt={"steps": 3, "batch_size": 4, "keep": "last"})
+    report = adarank.merge_recipe(load_recipe(given), tmp_path / "out")["adaptation"]
+    assert report["joint_heads"] == list(text_zoo.TASKS)
+    assert main(["verify", str(tmp_path / "out")]) == 0

@@ -1,4 +1,4 @@
-"""Adaptive methods that are distillation through and through: what they learn is told by the experts alone.
+"""Adaptive methods that are distillation: what they minimise compares with the experts alone.
 
 prodistill   a coefficient for every entry, a block at a time       W = W₀ + Σ_t α_t ∘ τ_t
 symerge      λ and each task's head, by labels of the experts       W = W₀ + Σ_t λ_t τ_t, h_t

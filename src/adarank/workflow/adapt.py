@@ -70,6 +70,7 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
     if method.joint_heads and not run.keeps_heads:
         heads = moved_heads(job, problem)
+        of_heads = {"joint_heads": list(heads)}
     of_loop = report(learned.history, job, settings, data) | _of_masks(learned) | kept_mass(predictions)
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
 
