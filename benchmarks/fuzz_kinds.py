@@ -116,7 +116,7 @@ def text_inputs(folder: Path) -> None:
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:24]))
     text_zoo.recipe(folder)
     text_zoo.recipe(
-        folder, "adapted.yaml", **{**text_zoo.ADAPT, "adapt": {**text_zoo.ADAPT["adapt"], "steps": 2, "save_every": 1}}
+        folder, "adapted.yaml", **{**text_zoo.ADAPT, "adapt": {**text_zoo.ADAPT["adapt"], "steps": 2, "check_every": 1}}
     )
     merge(load_recipe(folder / "adapted.yaml"), folder / "output")
     text_zoo.recipe(folder, "masked.yaml", merge_method="masked", parameters={"masks": "output/masks.safetensors"})

@@ -95,7 +95,7 @@ def adaptation(steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {"steps": steps}
     losses, tensors = {}, {}
     for device in DEVICES:
-        adapt = {"steps": steps, "check_every": steps, "keep": "last", "repair": 0, "retreat": 0}
+        adapt = {"steps": steps, "check_every": steps, "keep": "last"}
         own = parse_recipe({**values, "adapt": adapt, "device": device, "out_dtype": "float32"}, recipe.folder)
         with tempfile.TemporaryDirectory() as folder:
             stamps: list[float] = []

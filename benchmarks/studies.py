@@ -16,7 +16,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,6 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
             "λ alone": Variant({"learn_masks": False}),
             "masks alone": Variant({"learn_lambda": False}),
             "top components alone": Variant({"returnable": False}),
-            "masks' steps all alike": Variant(adapt={"step_unit": "mask"}),
             "binary masks": Variant(BINARY),
             "binary masks alone": Variant({**BINARY, "learn_lambda": False}),
             "binary masks, top components alone": Variant({**BINARY, "returnable": False}),
@@ -186,9 +185,6 @@ def studies(tasks: list[str]) -> dict[str, dict[str, Variant]]:
         },
         "keeping": {
             "tolerance 0": Variant(adapt={"tolerance": 0.0}),
-            "balance 0": Variant(adapt={"balance": 0.0}),
-            "balance 0, tolerance 0": Variant(adapt={"balance": 0.0, "tolerance": 0.0}),
-            "neither repair nor way back, tolerance 0": Variant(adapt={"repair": 0, "retreat": 0, "tolerance": 0.0}),
         },
         "data": {
             "16 inputs a task": Variant(adapt=often, change=budget(16)),
@@ -316,7 +312,7 @@ def report(
     best = max(history.starts, key=lambda own: own.value, default=None)
 
     def check(own: LinePoint) -> dict[str, Any]:
-        signals = columns({task: asdict(judged) for task, judged in own.judged.items()}, tasks, SIGNALS)
+        signals = columns({task: judged.numbers() for task, judged in own.judged.items()}, tasks, SIGNALS)
         scored = scores[own.step].pop(0)
         return {"step": own.step, "share": own.share, "scores": [round(scored[task], 2) for task in tasks],
                 "signals": {name: [round(value, 4) for value in values] for name, values in signals.items()}}  # fmt: skip

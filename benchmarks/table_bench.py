@@ -68,7 +68,8 @@ class Bench:
 
     def record(self, row: str, seed: int, content: dict[str, Any], kind: str = "row") -> None:
         """Score what the networks hold on test and write the row's record."""
-        table = Table("test", "disjoint", {})
+        tested = {task: len(of.splits.rows["test"]) for task, of in self.data.items()}
+        table = Table("test", "disjoint", tested, metrics={task: of.metric for task, of in self.data.items()})
         table.rows[row] = content.pop("scores", None) or score_all(self.job, self.models, self.data, "test")
         counts = {
             task: {split: len(rows) for split, rows in own.splits.rows.items()} for task, own in self.data.items()
@@ -221,22 +222,12 @@ class Bench:
         self.record(row, seed, content)
 
     def adapted(self, row: str, seed: int, start: Mapping[str, float]) -> None:
-        own = ADAPTED[row]
         out = self.output(row, seed)
-        parameters = {**start, **own.parameters}
-        changes = {"merge_method": own.method, "parameters": parameters, "seed": seed}
-        chosen = "nothing: as adarank does by default, without labels"
-        changes["adapt"] = dict(self.bed.bases if own.loop is None else own.loop)
-        if own.start:
-            loop = dict(self.bed.adapt[parameters.get("origin", "pretrained")])
-            if own.steps:
-                larger = loop["steps"] / own.steps
-                loop |= {"steps": own.steps, **{name: larger * loop[name] for name in ("lr_masks", "lr_lambda")}}
-            changes["adapt"] = {"preset": "paper", **loop}
-            chosen = "start: λ and rank on select, with labels; adaptation: no labels"
+        changes, chosen = self._adapted(row, start)
+        changes["adapt"] = {"learn_heads": False, **changes["adapt"]}
         if not out.exists():
             progress = Printer(row, seed)
-            merge(self.recipe(changes), out, progress=progress, data=self._data_of(seed))
+            merge(self.recipe({**changes, "seed": seed}), out, progress=progress, data=self._data_of(seed))
         merged = json.loads((out / "adarank.json").read_text())
         checkpoint = Checkpoint(out)
         self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
@@ -244,6 +235,21 @@ class Bench:
                    "peak_resident_bytes": merged["peak_resident_bytes"],
                    "chosen": chosen}  # fmt: skip
         self.record(row, seed, content)
+
+    def _adapted(self, row: str, start: Mapping[str, float]) -> tuple[dict[str, Any], str]:
+        """The recipe of an adaptive row but for models, data and seed, and what was chosen."""
+        own = ADAPTED[row]
+        parameters = {**start, **own.parameters}
+        changes: dict[str, Any] = {"merge_method": own.method, "parameters": parameters}
+        if not own.start:
+            loop = dict(self.bed.bases if own.loop is None else own.loop)
+            return {**changes, "adapt": loop}, "nothing: as adarank does by default, without labels"
+        loop = dict(self.bed.adapt[parameters.get("origin", "pretrained")])
+        if own.steps:
+            larger = loop["steps"] / own.steps
+            loop |= {"steps": own.steps, **{name: larger * loop[name] for name in ("lr_masks", "lr_lambda")}}
+        chosen = "start: λ and rank on select, with labels; adaptation: no labels"
+        return {**changes, "adapt": {"preset": "paper", **loop}}, chosen
 
     def trained(self, row: str, seed: int) -> None:
         """The reference, with labels, on what the experts were trained on. It has heads of its own."""
@@ -267,12 +273,19 @@ class Bench:
             self.record(row, seed, content)
 
     def learned_heads(self, row: str, seed: int) -> None:
-        """The row once more, each task's head learned on the merged body: after data-free merges, or as adaptation does."""
+        """The row once more, each task's head learned on the merged body: after data-free merges, or as adaptation does.
+
+        Of an adaptive row that is both records: it has the same body with the experts' heads.
+        """
         out = self.output(f"{row}, learned heads", seed)
         chosen = "nothing to choose; heads: no labels"
         if row in ADAPTED:
-            changes: dict[str, Any] = {"merge_method": ADAPTED[row].method, "adapt": {}}
-            chosen = "nothing: as adarank does by default, without labels"
+            of = ADAPTED[row].start
+            changes, chosen = self._adapted(row, self.search(of) if of else {})
+            changes["adapt"] = {**changes["adapt"], "learn_heads": True}
+        elif row in STATISTICS:
+            name, parameters = STATISTICS[row]
+            changes = {"merge_method": name, "parameters": {**parameters, "seed": seed}, "heads": "learn"}
         else:
             name, axes = STATIC[row][:2] if row in STATIC else ("average", {})
             changes = {"merge_method": name, "parameters": self.search(row) if axes else {}, "heads": "learn"}
@@ -285,8 +298,15 @@ class Bench:
         checkpoint = Checkpoint(out)
         self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
         content = {name: merged[name] for name in ("settings", "adaptation", "learned_heads") if name in merged}
+        content |= {
+            "merge_seconds": merged["seconds"],
+            "peak_resident_bytes": merged["peak_resident_bytes"],
+            "chosen": chosen,
+        }
+        if row in ADAPTED:
+            self.record(row, seed, dict(content))
         with heads_of(out, self.models):
-            self.record(row, seed, {**content, "chosen": chosen}, LEARNED_HEADS)
+            self.record(row, seed, content, LEARNED_HEADS)
 
     def _labelled_models(self) -> list[dict[str, Any]]:
         """The bed's models, each task's adapt file being what its expert was trained on, with labels."""

@@ -132,8 +132,11 @@ _AVERAGE, _BASE = {"origin": "average"}, {"origin": "pretrained", "rank": 1.0}
 _BINARY = {"mask": "binary"}  # the paper's; adarank's own default is soft masks
 ADAPTED: dict[str, Adapted] = {
     "AdaRank": Adapted("adarank", None, loop={}),
-    "AdaRank, 32 inputs a step": Adapted("adarank", None, loop={"batch_size": 32}),
+    "AdaRank, 32 inputs a step": Adapted("adarank", None, loop={"steps": 200, "batch_size": 32}),
     "AdaRank, binary masks": Adapted("adarank", None, _BINARY, loop={}),
+    "AdaRank's start": Adapted("adarank", None, loop={"steps": 0}),
+    "AdaRank, λ alone": Adapted("adarank", None, {"learn_masks": False}, loop={}),
+    "AdaRank, masks alone": Adapted("adarank", None, {"learn_lambda": False}, loop={}),
     "TSV-M+AdaRank, soft masks": Adapted("adarank", None, {"basis": "tsv_m"}, loop={}),
     "AdaRank about the base": Adapted("adarank", None, {"origin": "pretrained", **_BINARY}),
     "TSV-M+AdaRank": Adapted("adarank", None, {"basis": "tsv_m", **_BINARY}),
@@ -153,5 +156,8 @@ TRAINED = "multi-task training"
 LEARNED_HEADS = (
     "learned heads"  # kind of the records of rows whose heads were learned; those of the kind "row" have the experts'
 )
-WITH_HEADS = ("weight average", "TA", "TIES", "TSV-M", "CART", "AdaRank")
+WITH_HEADS = (
+    *("weight average", "TA", "TIES", "TSV-M", "CART", "DC-Merge", "SVC", "WUDI", "SWUDI", "ACTMat", "ESM"),
+    *("RegMean", "FeatCal", "AdaMerging", "AdaRank"),
+)
 WORTH = 0.25  # points of mean score that a search must gain beyond its grid to go on there

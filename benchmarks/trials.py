@@ -29,7 +29,7 @@ from adarank.cli.main import main
 from adarank.outputs import bundle as serving  # noqa: F401 (imported before forks, not after each)
 from adarank.workflow import demo, search  # noqa: F401 (imported before forks, not after each)
 
-LEARN = {"batch_size": 4, "save_every": 1}
+LEARN = {"batch_size": 4, "check_every": 1}
 RECIPES: dict[str, dict[str, Any]] = {
     "cart": {"parameters": {"rank": 0.25}},
     "task_arithmetic": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.3}},

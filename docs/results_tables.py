@@ -16,54 +16,14 @@ TASKS = {
     "demo-8": ["mnist", "fashion_mnist", "kannada_mnist", "chars74k_fnt", "mnist_m", "usps", "gtsrb", "cifar10"],
 }
 ROWS = [
-    "base",
-    "weight average",
-    "TA",
-    "SVD_k",
-    "TIES",
-    "DARE+TA",
-    "DARE+TIES",
-    "Consensus-TA",
-    "Consensus-TIES",
-    "Breadcrumbs",
-    "DELLA",
-    "SCE",
-    "Model Stock",
-    "STAR",
-    "TSV-M",
-    "Iso-C",
-    "Iso-CTS",
-    "SVC",
-    "DC-Merge",
-    "WUDI",
-    "SWUDI",
-    "ACTMat",
-    "CART",
-    "CART, energy",
-    "Fisher",
-    "Fisher, empirical",
-    "RegMean",
-    "RegMean++",
-    "FeatCal",
-    "FeatCal, from the average",
-    "ESM",
-    "AdaMerging, task-wise",
-    "AdaMerging",
-    "AdaMerging++",
-    "TA+AdaRank",
-    "CART++",
-    "CART+AdaRank",
-    "AdaRank about the base",
-    "TSV-M+AdaRank",
-    "Iso-C+AdaRank",
-    "Iso-CTS+AdaRank",
-    "TSV-M+AdaRank, soft masks",
-    "AdaRank, binary masks",
-    "AdaRank",
-    "AdaRank, 32 inputs a step",
-    "multi-task training",
-    "experts",
-]
+    "base", "weight average", "TA", "SVD_k", "TIES", "DARE+TA", "DARE+TIES", "Consensus-TA", "Consensus-TIES",
+    "Breadcrumbs", "DELLA", "SCE", "Model Stock", "STAR", "TSV-M", "Iso-C", "Iso-CTS", "SVC", "DC-Merge", "WUDI",
+    "SWUDI", "ACTMat", "CART", "CART, energy", "Fisher", "Fisher, empirical", "RegMean", "RegMean++", "FeatCal",
+    "FeatCal, from the average", "ESM", "AdaMerging, task-wise", "AdaMerging", "AdaMerging++", "TA+AdaRank",
+    "CART++", "CART+AdaRank", "AdaRank about the base", "TSV-M+AdaRank", "Iso-C+AdaRank", "Iso-CTS+AdaRank",
+    "TSV-M+AdaRank, soft masks", "AdaRank, binary masks", "AdaRank", "AdaRank, 32 inputs a step",
+    "multi-task training", "experts",
+]  # fmt: skip
 TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing", "TA+Surgery", "WEMoE, entropy", "WEMoE", "Twin-Merging"]
 HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
         "AdaRank, binary masks", "AdaRank", "experts"]  # fmt: skip
@@ -161,7 +121,7 @@ def first_run() -> list[str]:
     """How long `adarank demo` took, on what, and the means that it came to."""
     demo, quick = (record_of("demo-8", "demo", name) for name in ("whole", "quick"))
     machine = demo["machine"]
-    means = {line.split()[0]: line.split()[1] for line in demo["shown"][2:9]}
+    means = {line.split()[0]: line.split()[1] for line in demo["shown"][2:10]}
     default = load("demo-8", "AdaRank")
     taken, whole = load_recipe(ZOO / "recipe.yaml").method().settings.steps, default[0]["settings"]["adapt"]["steps"]
     return [
@@ -224,6 +184,17 @@ def ablation(bed: str) -> list[str]:
     }
     for label, rows in variants.items():
         lines.append(f"| {label} | " + " | ".join(_mean(bed, row) for row in rows) + " |")
+    return lines
+
+
+def heads_masks_lambda(bed: str) -> list[str]:
+    """AdaRank's default with each of masks, λ and heads learned or not: seed 0 of every cell."""
+    lines = ["| learned without labels | experts' heads | learned heads |", "|---|---|---|"]
+    variants = {"nothing: the start": "AdaRank's start", "λ": "AdaRank, λ alone", "masks": "AdaRank, masks alone",
+                "masks and λ: the default": "AdaRank"}  # fmt: skip
+    for label, row in variants.items():
+        cells = [[r for r in load(bed, row, kind) if r["seed"] == 0] for kind in ("row", "learned heads")]
+        lines.append(f"| {label} | " + " | ".join(f"{of[0]['mean']:.1f}" if of else "not run" for of in cells) + " |")
     return lines
 
 

@@ -35,7 +35,7 @@ HEADS = {
 ADAPT: Mapping[str, Any] = {
     "merge_method": "adarank",
     "parameters": {"rank": 0.25, "lambda": 1.0},
-    "adapt": {"steps": 8, "batch_size": 4, "lr_masks": 0.05, "lr_lambda": 0.02, "save_every": 2},
+    "adapt": {"steps": 8, "batch_size": 4, "lr_masks": 0.05, "lr_lambda": 0.02, "check_every": 2},
 }
 
 

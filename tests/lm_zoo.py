@@ -103,7 +103,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 ADAPT: dict[str, Any] = {
     "merge_method": "adarank",
     "parameters": {"rank": 0.25, "lambda": 1.0},
-    "adapt": {"steps": 10, "batch_size": 4, "lr_masks": 0.05, "lr_lambda": 0.02, "check_every": 5, "save_every": 2},
+    "adapt": {"steps": 10, "batch_size": 4, "lr_masks": 0.05, "lr_lambda": 0.02, "check_every": 5},
 }
 
 

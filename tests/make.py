@@ -47,6 +47,11 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def agreeing(share: float, inputs: int = 100) -> bytes:
+    """What `Signals` has of a task that agrees with its expert on the first of its inputs."""
+    return bytes(place < round(share * inputs) for place in range(inputs))
+
+
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 

@@ -31,7 +31,7 @@ def whole(zoo: Path, folder: Path, bundle: Any) -> Path:
     return target
 
 
-LOOP = {"batch_size": 4, "check_every": 3, "save_every": 2}
+LOOP = {"batch_size": 4, "check_every": 3}
 
 
 TEXT = list(text_zoo.TASKS)

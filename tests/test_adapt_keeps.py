@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,14 @@ from torch import Tensor
 
 from adarank.adapt import AdaptSettings, History, adapt
 from adarank.adapt.agreement import Signals, first_collapse, signals
-from adarank.adapt.history import Progress
 from adarank.adapt.learner import Loss
 from adarank.adapt.objectives import entropy
 from adarank.errors import Interrupted
-from make import randn
+from make import agreeing, randn
 from test_adapt_loop import Problem, assert_same, boom, told
 
 SETTINGS = AdaptSettings(
-    steps=12, lr_masks=0.05, lr_lambda=0.05, schedule="constant", save_every=3, check_every=2, tolerance=1.0,
-    patience=None,
+    steps=12, lr_masks=0.05, lr_lambda=0.05, schedule="constant", check_every=2, tolerance=1.0,
 )  # fmt: skip
 
 
@@ -95,11 +94,9 @@ def test_the_best_step_gives_the_weights_of_stopping_there() -> None:
     torch.manual_seed(0)
     problem = Judged()
     real = problem.judge
-    problem.judge = (
-        lambda step: {  # type: ignore[method-assign]
-            task: Signals(1 - abs(step - 6) / 10, *list(vars(own).values())[1:]) for task, own in real(step).items()
-        }
-    )
+    problem.judge = lambda step: {  # type: ignore[method-assign]
+        task: replace(own, agreed=agreeing(1 - abs(step - 6) / 10)) for task, own in real(step).items()
+    }
     history = problem.run()
     assert history.choice
     assert (history.choice.step, history.step) == (6, 12)
@@ -130,13 +127,6 @@ def test_the_last_step_is_kept_if_asked() -> None:
     assert not torch.equal(problem.live.lam, start.live.lam)
 
 
-def test_patience_ends_a_run_that_gets_no_better() -> None:
-    _, history = seeded(Collapsing, SETTINGS.model_copy(update={"patience": 2}))
-    assert history.step == 4
-    assert history.choice
-    assert history.choice.step == 0
-
-
 @pytest.mark.parametrize("kind", [Judged, Collapsing])
 @pytest.mark.parametrize("at", [0, 4, 5, 7, 11])
 def test_a_killed_run_keeps_the_same_step_with_the_same_bits(tmp_path: Path, kind: type[Judged], at: int) -> None:
@@ -148,23 +138,35 @@ def test_a_killed_run_keeps_the_same_step_with_the_same_bits(tmp_path: Path, kin
         first.run(SETTINGS, tmp_path / "state.pt")
     second, found = seeded(kind, SETTINGS, tmp_path / "state.pt")
     assert_same(whole, second)
-    assert found.resumed_from == ([3 * (at // 3)] if at >= 3 else [])
+    assert found.resumed_from == ([2 * (at // 2)] if at >= 2 else [])
     assert without_time(found) == without_time(wanted)
-    assert not set(second.asked) & set(range(1, 3 * (at // 3) + 1))  # what was judged is not judged again
+    assert not set(second.asked) & set(range(1, 2 * (at // 2) + 1))  # what was judged is not judged again
 
 
-def test_a_stopped_run_with_patience_goes_on_unchanged(tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"patience": 3})
-    whole, wanted = seeded(Collapsing, settings)
+def test_a_stopped_run_goes_on_unchanged(tmp_path: Path) -> None:
+    whole, wanted = seeded(Collapsing)
     torch.manual_seed(0)
     first = Collapsing()
-    first.hook("b", 3, lambda value: (os.kill(os.getpid(), signal.SIGTERM), value)[1])
-    with pytest.raises(Interrupted, match="step 4 of 12"):
-        first.run(settings, tmp_path / "state.pt")
-    second, found = seeded(Collapsing, settings, tmp_path / "state.pt")
-    assert found.step == wanted.step == 6
+    first.hook("b", 4, lambda value: (os.kill(os.getpid(), signal.SIGTERM), value)[1])
+    with pytest.raises(Interrupted, match="step 5 of 12"):
+        first.run(SETTINGS, tmp_path / "state.pt")
+    second, found = seeded(Collapsing, SETTINGS, tmp_path / "state.pt")
+    assert found.resumed_from == [5]
     assert_same(whole, second)
     assert without_time(found) == without_time(wanted)
+
+
+def test_a_run_of_long_steps_is_saved_between_judgements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(0, 10**6, 40))  # two looks at the clock are more than the longest time without a saved state
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
+    torch.manual_seed(0)
+    first = Judged()
+    first.hook("b", 7, boom)
+    with pytest.raises(ZeroDivisionError):
+        first.run(SETTINGS.model_copy(update={"check_every": 50}), tmp_path / "state.pt")
+    _, found = seeded(Judged, SETTINGS.model_copy(update={"check_every": 50}), tmp_path / "state.pt")
+    assert len(found.resumed_from) == 1
+    assert found.resumed_from[0] >= 5
 
 
 def test_a_finished_run_taken_up_again_keeps_the_same(tmp_path: Path) -> None:
@@ -175,50 +177,37 @@ def test_a_finished_run_taken_up_again_keeps_the_same(tmp_path: Path) -> None:
     assert without_time(found) == without_time(wanted)
 
 
-REPAIRED = SETTINGS.model_copy(update={"tolerance": 0.0, "check_every": 8, "repair": 3})
+STRICT = SETTINGS.model_copy(update={"tolerance": 0.0, "check_every": 8})
 
 
 class Falling(Judged):
-    """Agreement as a table says it: both tasks gain with every step, but `b` is below its start from step 4 to `mended`."""
+    """Agreement as a table says it: `a` gains with every step, but `b` is below its start from step 4 on."""
 
-    mended = 16
-    lead = 0.01  # by how much the mean rises per step
+    lead = 0.02  # by how much `a` rises per step
 
     @torch.no_grad()
     def judge(self, step: int) -> dict[str, Signals]:
         found = super().judge(step)
-        shares = {"a": 0.5 + 2 * self.lead * step, "b": 0.5 if step == 0 or step >= self.mended else 0.49}
-        return {task: replace(own, agreement=shares[task]) for task, own in found.items()}
-
-
-class Hopeless(Falling):
-    mended = 99
+        shares = {"a": 0.5 + self.lead * step, "b": 0.5 if step == 0 else 0.49}
+        return {task: replace(own, agreed=agreeing(shares[task])) for task, own in found.items()}
 
 
 class Losing(Falling):
-    mended = 99
-    lead = -0.001
+    lead = -0.01
 
 
-def test_a_task_behind_at_the_end_is_repaired_by_further_steps() -> None:
-    problem, history = seeded(Falling, REPAIRED)
+def test_a_task_behind_on_the_whole_line_ends_in_the_start() -> None:
+    problem, history = seeded(Falling, STRICT)
     assert history.choice
-    assert problem.asked == [0, 8, 12, 17]  # rounds of five steps; over as soon as no task is behind
-    assert (history.step, history.choice.step, history.choice.rolled_back) == (17, 17, False)
-
-
-def test_a_repair_that_does_not_help_ends_in_the_start() -> None:
-    problem, history = seeded(Hopeless, REPAIRED)
-    assert history.choice
-    assert problem.asked == [0, 8, 12, 17, 22, 27, *[12, 27] * 4]  # steps, rounds, points on two lines
-    assert (history.step, history.choice.step, history.choice.rolled_back) == (27, 0, True)
-    assert "and 8 points on the line to it" in history.choice.why
-    start, _ = seeded(Hopeless, REPAIRED.model_copy(update={"steps": 0}))
+    assert problem.asked == [0, 8, 12, *[12] * 4]  # steps, then points on the line
+    assert (history.step, history.choice.step, history.choice.rolled_back) == (12, 0, True)
+    assert "and 4 points on the line to it" in history.choice.why
+    start, _ = seeded(Falling, STRICT.model_copy(update={"steps": 0}))
     assert_same(problem, start)
 
 
-class Overshot(Hopeless):
-    """As hopeless, but on the line to the start `b` is level with it where less than `near` of the way is left."""
+class Overshot(Falling):
+    """On the line to the start `b` is level with it where less than `near` of the way is left."""
 
     near = 0.7
 
@@ -232,15 +221,15 @@ class Overshot(Hopeless):
         way = before[step]["lam"] - before[0]["lam"]
         share = float((now["lam"] - before[0]["lam"]).norm() / way.norm())
         shares = {"a": 0.5 + 0.1 * share, "b": 0.5 if share < self.near else 0.49}
-        return {task: replace(own, agreement=shares[task]) for task, own in found.items()}
+        return {task: replace(own, agreed=agreeing(shares[task])) for task, own in found.items()}
 
 
-@pytest.mark.parametrize(("near", "share", "points"), [(0.9, 0.8, 1), (0.7, 0.6, 3), (0.25, 0.2, 7)])
-def test_if_the_repair_fails_the_line_search_keeps_the_farthest(near: float, share: float, points: int) -> None:
+@pytest.mark.parametrize(("near", "share", "points"), [(0.9, 0.8, 1), (0.7, 0.6, 2), (0.25, 0.2, 4)])
+def test_the_line_search_keeps_the_farthest_that_fits(near: float, share: float, points: int) -> None:
     torch.manual_seed(0)
     problem = Overshot()
     problem.near = near
-    history = problem.run(REPAIRED)
+    history = problem.run(STRICT)
     assert history.choice
     assert (history.choice.step, history.choice.share, history.choice.rolled_back) == (12, pytest.approx(share), False)
     assert len(history.line_points) == points
@@ -253,141 +242,38 @@ def test_if_the_repair_fails_the_line_search_keeps_the_farthest(near: float, sha
     assert torch.equal(problem.net.weight, before)  # the network is that of what is kept
 
 
-def test_without_repair_the_line_search_starts_at_the_best_step() -> None:
-    torch.manual_seed(0)
-    problem = Overshot()
-    problem.near = 0.65
-    history = problem.run(REPAIRED.model_copy(update={"repair": 0, "retreat": 9}))
-    assert [(own.step, round(own.share, 9)) for own in history.line_points] == [
-        (12, 0.9),
-        (12, 0.8),
-        (12, 0.7),
-        (12, 0.6),
-    ]
-
-
 @pytest.mark.parametrize(
-    ("kind", "change"), [(Overshot, {"retreat": 0}), (Overshot, {"keep": "last"}), (Falling, {}), (Losing, {})]
+    ("kind", "change"),
+    [(Overshot, {"tolerance": 1.0}), (Overshot, {"keep": "last"}), (Losing, {}), (Judged, {"tolerance": 9.0})],
 )
-def test_there_is_no_way_back_where_none_is_wanted_or_needed(kind: type[Judged], change: dict[str, Any]) -> None:
-    _, history = seeded(kind, REPAIRED.model_copy(update=change))
+def test_there_is_no_line_search_where_nothing_would_be_gained(kind: type[Judged], change: dict[str, Any]) -> None:
+    _, history = seeded(kind, STRICT.model_copy(update=change))
     assert history.line_points == []
+    assert history.step == 12
 
 
-def test_a_run_stopped_on_the_way_back_ends_the_same(tmp_path: Path) -> None:
-    whole, wanted = seeded(Overshot, REPAIRED)
+@pytest.mark.parametrize("stopped_at", [1, 2])
+def test_a_run_stopped_in_its_line_search_ends_the_same(tmp_path: Path, stopped_at: int) -> None:
+    whole, wanted = seeded(Overshot, STRICT)
     torch.manual_seed(0)
     first = Overshot()
-    judge = first.judge
+    first.near = 0.1  # so that no point ends the search
+    judge, points = first.judge, []
 
     def stopping(step: int) -> dict[str, Signals]:
-        if step in first.seen:
+        points.append(step in first.seen)
+        if sum(points) == stopped_at:
             os.kill(os.getpid(), signal.SIGTERM)
         return judge(step)
 
     first.seen = {}
     first.judge = stopping  # type: ignore[method-assign]
-    with pytest.raises(Interrupted, match="step 27 of 27"):
-        first.run(REPAIRED, tmp_path / "state.pt")
+    with pytest.raises(Interrupted, match="step 12 of 12"):
+        first.run(STRICT, tmp_path / "state.pt")
     torch.manual_seed(0)
     second = Overshot()
     second.seen = first.seen
-    found = second.run(REPAIRED, tmp_path / "state.pt")
-    assert second.asked == [12, 27, 12]
-    assert_same(whole, second)
-    assert without_time(found) == without_time(wanted)
-
-
-@pytest.mark.parametrize(
-    ("kind", "change"),
-    [(Losing, {}), (Hopeless, {"repair": 0}), (Hopeless, {"keep": "last"}), (Judged, {"tolerance": 9.0})],
-)
-def test_there_is_no_repair_where_nothing_would_be_gained(kind: type[Judged], change: dict[str, Any]) -> None:
-    _, history = seeded(kind, REPAIRED.model_copy(update=change))
-    assert history.step == 12
-
-
-def test_a_repair_takes_small_steps_with_weights_of_its_own() -> None:
-    settings = REPAIRED.model_copy(update={"check_every": 4, "repair": 6})
-    torch.manual_seed(0)
-    problem = Hopeless()
-    weights: dict[str, list[float]] = {"a": [], "b": []}
-    sizes: list[float] = []
-    for task in weights:
-
-        def hook(value: Tensor, task: str = task) -> Tensor:
-            value.register_hook(lambda slope: weights[task].append(slope.item()))
-            return value
-
-        problem.losses[task] = lambda step, inner=problem.losses[task], hook=hook: hook(inner(step))
-    progress: Progress = lambda history, planned: sizes.append(planned)  # noqa: E731
-    adapt(problem.live, problem.losses, settings, progress=progress, judge=problem.judge, memory=problem.memory)
-    assert weights["b"][11] > 1.1 > 0.9 > weights["a"][11]  # debts
-    assert weights["a"][12:] == weights["b"][12:] == pytest.approx([1.0] * 24)  # one of two tasks: half and half
-    assert sizes == [12] * 12 + [36] * 24
-
-
-class Overdone(Judged):
-    """Agreement as a table says it: the mean is highest at step 2 and in a repair, where `b` is below its start until step 12."""
-
-    mended = 12
-
-    @torch.no_grad()
-    def judge(self, step: int) -> dict[str, Signals]:
-        found = super().judge(step)
-        shares = {"a": 0.9 if step == 2 or step > 8 else 0.4, "b": 0.5 if step in (0, self.mended) else 0.49}
-        shares["a"] = 0.5 if step == 0 else shares["a"]
-        self.seen = {**getattr(self, "seen", {}), step: {n: own.clone() for n, own in self.live.learned().items()}}
-        return {task: replace(own, agreement=shares[task]) for task, own in found.items()}
-
-
-OVERDONE = REPAIRED.model_copy(update={"check_every": 2, "patience": 3})  # steps end at 8, rounds have two steps
-
-
-def test_a_repair_goes_on_from_the_step_nearest_to_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    problem, fresh, first = Overdone(), [], {}
-    made = problem.live.optimiser
-    monkeypatch.setattr(problem.live, "optimiser", lambda settings: fresh.append(made(settings)) or fresh[-1])
-    inner = problem.losses["a"]
-
-    def loss(step: int) -> Tensor:
-        first.setdefault(step, {name: own.clone() for name, own in problem.live.learned().items()})
-        return inner(step)
-
-    problem.losses["a"] = loss
-    history = problem.run(OVERDONE)
-    assert problem.asked == [0, 2, 4, 6, 8, 10, 12]
-    assert history.ended == 8
-    assert all(torch.equal(first[8][name], own) for name, own in problem.seen[2].items())
-    assert not all(torch.equal(own, problem.seen[8][name]) for name, own in problem.seen[2].items())
-    assert len(fresh) == 2  # the moments of the steps that were undone are forgotten
-    assert history.choice
-    assert (history.choice.step, history.choice.rolled_back) == (12, False)
-    assert all(torch.equal(own, problem.seen[12][name]) for name, own in problem.live.learned().items())
-
-
-@pytest.mark.parametrize("at", [7, 8, 9, 11])
-def test_a_run_killed_in_a_repair_goes_on_with_the_same_bits(tmp_path: Path, at: int) -> None:
-    whole, wanted = seeded(Overdone, OVERDONE)
-    torch.manual_seed(0)
-    first = Overdone()
-    first.hook("b", at, boom)
-    with pytest.raises(ZeroDivisionError):
-        first.run(OVERDONE, tmp_path / "state.pt")
-    second, found = seeded(Overdone, OVERDONE, tmp_path / "state.pt")
-    assert_same(whole, second)
-    assert without_time(found) == without_time(wanted)
-
-
-@pytest.mark.parametrize("at", [12, 13, 15])
-def test_a_run_killed_in_its_repair_goes_on_with_the_same_bits(tmp_path: Path, at: int) -> None:
-    whole, wanted = seeded(Falling, REPAIRED)
-    torch.manual_seed(0)
-    first = Falling()
-    first.hook("b", at, boom)
-    with pytest.raises(ZeroDivisionError):
-        first.run(REPAIRED, tmp_path / "state.pt")
-    second, found = seeded(Falling, REPAIRED, tmp_path / "state.pt")
+    found = second.run(STRICT, tmp_path / "state.pt")
+    assert second.asked == [12, 12]
     assert_same(whole, second)
     assert without_time(found) == without_time(wanted)

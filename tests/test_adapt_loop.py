@@ -21,7 +21,7 @@ from adarank.errors import AdaptationError, Interrupted, RecipeError
 from adarank.spectral.blocks import scaled_block, task_vector_blocks
 from make import generator, randn
 
-SETTINGS = AdaptSettings(steps=9, lr_masks=0.05, lr_lambda=0.02, schedule="constant", balance=0.0, save_every=3)
+SETTINGS = AdaptSettings(steps=9, lr_masks=0.05, lr_lambda=0.02, schedule="constant", check_every=3)
 
 
 class Problem:

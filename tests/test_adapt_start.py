@@ -21,6 +21,7 @@ from adarank.adapt.start_search import RANKS, SCALES, Grid, climb, find_start, g
 from adarank.cli.main import main
 from adarank.errors import RecipeError
 from adarank.settings import parse
+from make import agreeing
 from test_adapt_keeps import SETTINGS, Judged
 from test_adapt_loop import Problem, assert_same
 from text_zoo import ADAPT, make_zoo, recipe
@@ -68,7 +69,7 @@ def liking(live, rank: float, scale: float):
 
     def judge(step: int) -> dict[str, Signals]:
         off = abs(float(live.lam.mean()) - wanted_lam) + abs(live.kept_share() - share)
-        return {"a": Signals(1 / (1 + off), off, 0.0, 0.1, 0.5, 0.5, 10)}
+        return {"a": Signals(agreeing(1 / (1 + off), 10_000), off, 0.0, 0.1, 0.5, 0.5)}
 
     return judge
 
@@ -76,7 +77,7 @@ def liking(live, rank: float, scale: float):
 def test_the_live_weights_are_left_at_the_best_start() -> None:
     problem, other = Problem(), Problem()
     grid = Grid((0.25, 0.5, 1.0), (0.2, 0.4, 0.8), (1, 1))
-    tried = find_start(problem.live, grid, liking(problem.live, 1.0, 0.2), "agreement")
+    tried = find_start(problem.live, grid, liking(problem.live, 1.0, 0.2))
     problem.live.write()
     best = max(tried, key=lambda own: own.value)
     assert (best.rank, best.scale) == (1.0, 0.2)

@@ -12,20 +12,23 @@ import pytest
 import torch
 
 import adarank
+from adarank.analysis import drawing
 from adarank.analysis.bench import Bench
 from adarank.analysis.figure import Figure, Row
 from adarank.analysis.figures import FIGURES
 from adarank.cli import analysing
 from adarank.cli.main import main
 from adarank.errors import AdaRankError
+from adarank.settings import keys
 from adarank.workflow.analyse import Analysed, Options, analyse
 from text_zoo import ADAPT, make_zoo, recipe
 
 TASKS = {"mood": 2, "colour": 3, "size": 2}
+MODELS = [{"model": f"models/{task}", "task": {"name": task, "data": f"data/{task}.tsv"}} for task in TASKS]
 
 DATA_ONLY = Options(image="none")
 QUICK: dict[str, dict[str, Any]] = {
-    "components": {"tasks": ["mood"], "top": 0.05},
+    "components": {"of": ["mood"], "top": 0.05},
     "rank-sweep": {"shares": [0, 0.5]},
     "task-count": {"methods": {"average": {}}},
     "landscape": {"points": 2, "shares": [0.5], "cart": [1], "ta": []},
@@ -36,9 +39,8 @@ QUICK: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_zoo(tmp_path_factory.mktemp("analyse"), tasks=TASKS)
-    models = [{"model": f"models/{task}", "task": {"name": task, "data": f"data/{task}.tsv"}} for task in TASKS]
-    adarank.merge_recipe(recipe(folder, "adarank.yaml", models=models, **ADAPT), folder / "merged")
-    adarank.merge_recipe(recipe(folder, models=models), folder / "plain")
+    adarank.merge_recipe(recipe(folder, "adarank.yaml", models=MODELS, **ADAPT), folder / "merged")
+    adarank.merge_recipe(recipe(folder, models=MODELS), folder / "plain")
     return folder
 
 
@@ -119,6 +121,11 @@ def test_the_same_rows_are_drawn_the_same(zoo: Path, tmp_path: Path) -> None:
     assert (tmp_path / "three.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_drawings_are_small_and_their_words_whole() -> None:
+    drawn = b'<path d="M 1.234567 -0.5 L 20.004999 3"/><text x="7.125001">-0.0256789</text>'
+    assert drawing.compact(drawn) == b'<path d="M 1.23 -0.5 L 20 3"/><text x="7.13">-0.0256789</text>'
+
+
 def test_an_interrupted_analysis_goes_on(
     zoo: Path, tmp_path: Path, stop_after: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,6 +197,60 @@ def test_mistakes_end_in_a_sentence(
     assert main(["analyse", arguments[0], "recipe.yaml", *arguments[1:], "--image", "none"]) == 1
     assert said in " ".join(capsys.readouterr().err.split())
     assert sorted(zoo.iterdir()) == before
+
+
+def test_weights_alone_need_no_tasks(zoo: Path, tmp_path: Path) -> None:
+    bodies = {"models": [{"model": f"models/{task}"} for task in TASKS], "select": {"head": ["classifier*"]}}
+    plain = recipe(zoo, "bodies.yaml", **bodies)
+    rows = {name: analyse(name, plain, tmp_path / name, options=DATA_ONLY).rows for name in ("ranks", "interference")}
+    assert rows["ranks"] == run(zoo, "ranks", tmp_path / "whole").rows
+    with pytest.raises(AdaRankError, match="the model has no task"):
+        analyse("rank-sweep", plain, tmp_path / "sweep", options=DATA_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("figure", "changes", "said"),
+    [
+        ("ranks", {"select": {"scale": ["*"]}}, "no matrix of these models is decomposed"),
+        ("interference", {"models": MODELS[:1]}, "takes 2 experts or more, and the recipe has 1"),
+    ],
+)
+def test_recipes_without_what_a_figure_takes_are_refused(
+    figure: str, changes: dict[str, Any], said: str, zoo: Path, tmp_path: Path
+) -> None:
+    lacking = recipe(zoo, "lacks.yaml", **{"models": MODELS, **changes})
+    with pytest.raises(AdaRankError, match=said):
+        analyse(figure, lacking, tmp_path / "x", options=DATA_ONLY)
+
+
+def test_another_selection_takes_up_no_kept_part(zoo: Path, tmp_path: Path, stop_after: list[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        analyse("ranks", recipe(zoo, "select.yaml", models=MODELS), tmp_path / "ranks", options=DATA_ONLY)
+    other = recipe(zoo, "select.yaml", models=MODELS, select={"keep": ["*layer.1*"]})
+    rows = analyse("ranks", other, tmp_path / "ranks", options=DATA_ONLY).rows
+    assert stop_after.count(stop_after[0]) == 2
+    assert not any("layer.1" in row["tensor"] for row in rows)
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_the_page_of_figures_names_every_setting(figure: str) -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "analysis.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n## {figure}\n")[2].partition("\n## ")[0]
+    assert section
+    assert all(f"`{name}`" in section for name in keys(FIGURES[figure]))
+
+
+def test_the_page_of_figures_says_what_was_recorded() -> None:
+    root = Path(__file__).resolve().parent.parent
+    text = (root / "docs" / "analysis.md").read_text(encoding="utf-8")
+    lines = (root / "records" / "analysis.jsonl").read_text(encoding="utf-8").splitlines()
+    recorded = [record for record in map(json.loads, lines) if record["kind"] == "analysis"]
+    assert recorded
+    for record in recorded:
+        assert all(f"\n- {sentence}\n" in text for sentence in record["sentences"])
+    drawings = list((root / "docs" / "figures").iterdir())
+    assert {drawn.stem for drawn in drawings} <= {f"{record['study']}-{record['name']}" for record in recorded}
+    assert all(drawn.stat().st_size < 100_000 and f"figures/{drawn.name}" in text for drawn in drawings)
 
 
 def test_settings_are_typed_as_yaml_or_lists() -> None:

@@ -97,7 +97,7 @@ def test_every_method_has_a_page(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_signal_saves_the_state_and_the_same_command_goes_on(
     zoo: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    long = {**ADAPT, "adapt": {**ADAPT["adapt"], "steps": 100_000, "save_every": 100_000}}
+    long = {**ADAPT, "adapt": {**ADAPT["adapt"], "steps": 100_000, "check_every": 100_000}}
     path, out = recipe(zoo, f"long-{number}.yaml", **long), tmp_path / "out"
     command = [sys.executable, "-m", "adarank.cli.main", "merge", str(path), str(out)]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

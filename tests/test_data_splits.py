@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from adarank.data.read import Table
 from adarank.data.spec import Columns, DataSettings, SplitData, TaskSpec
-from adarank.data.splits import Splits, by_file, by_fraction, limited
+from adarank.data.splits import Splits, budgeted, by_file, by_fraction, limited
 from adarank.data.task import Batch, TaskData
-from adarank.errors import DataError
+from adarank.errors import DataError, RecipeError
+from adarank.settings import parse
 from adarank.workflow.load_tasks import TaskReader
 from make import write_rows
 
@@ -99,6 +100,30 @@ def test_transductive_adapts_on_the_test_rows() -> None:
 def test_transductive_adapts_on_the_test_rows_under_a_limit_too() -> None:
     splits = limited(by_fraction(range(100), TRANSDUCTIVE), 10, 0)
     assert splits.rows["adapt"] == splits.rows["test"]
+
+
+@given(st.integers(1, 300), st.sampled_from(["1%", "12.5%", 0.5, "100%", 1]), st.none() | st.integers(1, 40))
+def test_a_budget_adapts_on_a_share_of_the_scored_rows(count: int, budget: float | str, limit: int | None) -> None:
+    settings = DataSettings(protocol="transductive", budget=budget)
+    whole = limited(by_fraction(range(count), settings), limit, 0)
+    few = budgeted(whole, settings)
+    share = float(budget[:-1]) / 100 if isinstance(budget, str) else budget
+    assert (few.rows["test"], few.rows["select"]) == (whole.rows["test"], whole.rows["select"])
+    assert set(few.rows["adapt"]) <= set(whole.rows["test"])
+    scored = len(whole.rows["test"])
+    assert len(few.rows["adapt"]) == min(scored, max(1, round(share * scored)))
+    assert few == budgeted(whole, settings)
+
+
+@pytest.mark.parametrize("budget", ["0%", "101%", 0, 2, True, "half", "1.2.3%", "1"])
+def test_a_budget_that_is_no_share_is_refused(budget: Any) -> None:
+    with pytest.raises(RecipeError, match="budget: a share above 0 and at most 1"):
+        parse(DataSettings, {"protocol": "transductive", "budget": budget}, "data")
+
+
+def test_a_budget_of_inputs_that_are_not_adapted_on_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"budget.*transductive.*adapt says"):
+        parse(DataSettings, {"budget": "1%"}, "data")
 
 
 @given(st.integers(1, 60), st.integers(1, 40))
@@ -200,7 +225,7 @@ def test_fingerprints_tell_inputs_and_splits_apart() -> None:
 class Words:
     """A family whose inputs are their words."""
 
-    kind, keep_embeddings, paths, token_budget = "text-classification", True, False, 64
+    kind, keep_embeddings, paths, token_budget, cpu_token_budget = "text-classification", True, False, 64, 64
 
     def columns(self, spec: TaskSpec) -> list[str]:
         return [spec.columns.text, *([spec.columns.text_pair] if spec.columns.text_pair else [])]

@@ -122,7 +122,7 @@ def test_components_are_the_brute_forces(kind: str, zoo: Path, oracle: Oracle, t
 
 def test_first_order_is_the_slope_of_the_loss(zoo: Path, oracle: Oracle, tmp_path: Path) -> None:
     """Of single components by central differences in float64, and their sums over matrices."""
-    rows = rows_of(zoo, "components", tmp_path / "c", {"tasks": ["colour"]})
+    rows = rows_of(zoo, "components", tmp_path / "c", {"of": ["colour"]})
     each = [row for row in rows if row["kind"] == "first order, each matrix"]
     assert len(each) == 16 * len(oracle.matrices)
     merge, expert, step = without(oracle, "colour", "pretrained", 0.3), oracle.bodies["colour"], 1e-3
@@ -141,7 +141,7 @@ def test_first_order_is_the_slope_of_the_loss(zoo: Path, oracle: Oracle, tmp_pat
 
 def test_single_matrices_have_single_components(zoo: Path, oracle: Oracle, tmp_path: Path) -> None:
     name = oracle.matrices[3]
-    rows = rows_of(zoo, "components", tmp_path / "c", {"tasks": ["mood"], "matrices": [f"*{name[5:]}"], "top": 0.1})
+    rows = rows_of(zoo, "components", tmp_path / "c", {"of": "mood", "matrices": f"*{name[5:]}", "top": 0.1})
     (row,) = (row for row in rows if row["kind"] == "exact")
     merge = without(oracle, "mood", "pretrained", 0.3)
     part = component(oracle.bodies["mood"][name] - oracle.bodies["base"][name], 0)
@@ -270,7 +270,7 @@ def test_the_plane_is_that_of_principal_components(zoo: Path, oracle: Oracle, tm
 @pytest.mark.parametrize(
     ("figure", "settings", "said"),
     [
-        ("components", {"tasks": ["mod"]}, "Did you mean 'mood'?"),
+        ("components", {"of": ["mod"]}, "Did you mean 'mood'?"),
         ("components", {"matrices": ["nothing*"]}, "fits nothing"),
         ("rank-sweep", {"shares": [2]}, "from 0 to 1"),
         ("task-count", {"methods": {"adarank": {}}}, "'adarank' reads"),
@@ -289,5 +289,5 @@ def test_what_figures_cannot_do_is_said(
 
 def test_two_experts_span_no_plane(zoo: Path, tmp_path: Path) -> None:
     recipe(zoo, "two.yaml", models=models_of(("mood", "size")))
-    with pytest.raises(AdaRankError, match="span no plane"):
+    with pytest.raises(AdaRankError, match="takes 3 experts or more, and the recipe has 2"):
         rows_of(zoo, "landscape", tmp_path / "x", {}, "two.yaml")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 import adarank
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.top_logits import TopLogits
+from adarank.errors import RecipeError
 from adarank.models.generation import CausalModels
 from adarank.models.prompts import Prompts
 from adarank.recipe.job import open_job
@@ -80,6 +81,17 @@ def test_models_are_adapted_on_answers(zoo: Path) -> None:
     assert not list(zoo.glob(".adapted.state"))
 
 
+def test_blocks_of_any_kind_are_adapted_or_refused(zoo: Path) -> None:
+    """Those of T5 give each other more than hidden states, and its layers take that apart."""
+    path = recipe(zoo, "blocks.yaml", ASKED, **{**ADAPT, "adapt": {"by": "block", "steps": 2, "batch_size": 4}})
+    if "t5" in (zoo / "models" / "base" / "config.json").read_text():
+        with pytest.raises(RecipeError, match=r"cannot be run one by one .* by: model"):
+            adarank.merge_recipe(path, zoo / "blocks")
+        return
+    record = adarank.merge_recipe(path, zoo / "blocks")
+    assert record["adaptation"]["blocks"]
+
+
 def weights(out: Path) -> dict[str, Tensor]:
     return load_file(out / "model.safetensors")
 
@@ -110,7 +122,7 @@ def test_an_interrupted_run_generates_what_is_left(llama: Path, monkeypatch: pyt
 
 def test_predictions_are_kept_expert_by_expert(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = open_job(load_recipe(recipe(llama, "kept.yaml", **ADAPT)))
-    data, models, settings = load_tasks(job), build_models(job), AdaptSettings(top_logits=5)
+    data, models, settings = load_tasks(job), build_models(job), AdaptSettings(self_label={"top_logits": 5})
     logits, passes = CausalModels.logits, []
 
     def counted(self: CausalModels, module: Any, batch: Any) -> Tensor:

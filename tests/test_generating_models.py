@@ -202,7 +202,7 @@ def plain_kl(zoo: Path, rows: list[int], top: int) -> float:
 def test_the_loss_is_the_divergence_over_all_tokens(zoo: Path, top: int) -> None:
     job = open_job(load_recipe(recipe(zoo, "loss.yaml", **ADAPT)))
     data, models = load_tasks(job), build_models(job)
-    settings = AdaptSettings(batch_size=4, top_logits=top)
+    settings = AdaptSettings(batch_size=4, self_label={"top_logits": top})
     problem = problem_of(job, models, data, settings, expert_predictions(job, models, data, settings))
     with torch.no_grad():
         rows = list(data["verse"].adapt_rows(3, 4))

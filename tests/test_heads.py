@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,29 @@ def test_a_head_follows_a_body_whose_units_are_exchanged(held_out: Any) -> None:
     agreement = (modules["a"](new).argmax(1) == expert(new).argmax(1)).double().mean()
     assert agreement > 0.95
     assert torch.equal(modules["a"].body.weight, merged["body.weight"])
+
+
+def test_a_kept_head_is_learned_from_held_out_inputs_too() -> None:
+    """The slope of its formula over all inputs is 0 there, and that over the adapt inputs alone is not."""
+    base, expert, body = net(0), net(1), net(1)
+    with torch.no_grad():
+        body.body.weight.add_(0.3 * torch.randn(16, 8, generator=torch.Generator().manual_seed(5)))
+    learned_on, held_out = inputs(3, 120), inputs(4, 80)
+    modules, heads = adarank.learn_heads(base, {"a": expert}, state(body), {"a": learned_on}, held_out={"a": held_out})
+    assert heads["a"].kept
+    head = copy.deepcopy(modules["a"].head).double()
+
+    def slope(x: Tensor) -> float:
+        """The largest entry of ∇ (mean KL + pull · squared distance to the expert's head), by autograd."""
+        head.zero_grad()
+        with torch.no_grad():
+            given, wanted = modules["a"].act(modules["a"].body(x)).double(), expert(x).double().log_softmax(-1)
+        divergence = nn.functional.kl_div(head(given).log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+        pairs = zip(head.parameters(), expert.head.parameters(), strict=True)
+        (divergence + heads["a"].pull * sum((a - b.detach()).square().sum() for a, b in pairs)).backward()
+        return max(float(p.grad.abs().max()) for p in head.parameters())
+
+    assert slope(torch.cat([*learned_on, *held_out])) < 1e-4 < 1e-3 < slope(learned_on[0])
 
 
 def test_a_head_that_agrees_less_is_rolled_back() -> None:

@@ -345,3 +345,18 @@ def test_a_broken_image_is_refused_before_adaptation(
     no_image(folder)
     with pytest.raises(DataError, match=r"row 2: .*b\.png: no readable image"):
         load_tasks(adarank.open_job(load_recipe(recipe(folder))))
+
+
+@pytest.mark.parametrize("size", [(2, 16), (24, 24)], ids=["less than a patch", "another"])
+def test_images_that_the_network_refuses_are_a_sentence(size: tuple[int, int], zoo: Path) -> None:
+    module = transformers.AutoModelForImageClassification.from_pretrained(zoo / "models" / "digits")
+    with pytest.raises(DataError, match=rf"refuses images of shape \(3, {size[0]}, {size[1]}\)"):
+        ImageClassifiers().logits(module, {"pixel_values": torch.zeros(1, 3, *size)})
+
+
+def test_what_the_machine_refuses_is_no_fault_of_the_images() -> None:
+    def out_of_memory(**batch: torch.Tensor) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ImageClassifiers().logits(out_of_memory, {"pixel_values": torch.zeros(1, 3, 4, 4)})  # type: ignore[arg-type]

@@ -17,21 +17,34 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adarank
-from adarank.adapt.agreement import Signals, collapsed, first_collapse, mean_signal, signals, worse
-from adarank.adapt.choice import best_step, choose_best
+from adarank.adapt.agreement import Signals, change, collapsed, first_collapse, level, mean_agreement, signals, worse
+from adarank.adapt.choice import best_step, choose_best, line_points, nearest_step
 from adarank.errors import AdaptationError, DataError
 from adarank.recipe.reader import load_recipe
 from adarank.workflow.merge import merge
-from make import randn
+from make import agreeing, randn
 from text_zoo import ADAPT, make_zoo, recipe
 
-PLAIN = Signals(0.8, 0.5, 0.1, 0.3, 0.5, 0.5, 256)
+PLAIN = Signals(agreeing(0.8, 256), 0.5, 0.1, 0.3, 0.5, 0.5)
 
 
-def judged(*agreements: tuple[float, ...], divergence: float = 0.5) -> dict[int, dict[str, Signals]]:
-    """Judgements 25 steps apart; each has one number per task."""
-    return {25 * i: {f"t{t}": replace(PLAIN, agreement=a, divergence=divergence) for t, a in enumerate(own)}
+def judged(*agreements: tuple[float, ...]) -> dict[int, dict[str, Signals]]:
+    """Judgements 25 steps apart; each has one number per task. Of two the one that agrees more does so wherever the other does."""
+    return {25 * i: {f"t{t}": replace(PLAIN, agreed=agreeing(a)) for t, a in enumerate(own)}
             for i, own in enumerate(agreements)}  # fmt: skip
+
+
+def drawn(seed: int, steps: int, tasks: int = 3, inputs: int = 30) -> dict[int, dict[str, Signals]]:
+    """Judgements whose tasks agree with their experts on inputs drawn at random, with a share that drifts."""
+    draw = np.random.default_rng(seed)
+    shares = np.clip(0.6 + 0.15 * draw.standard_normal((steps, tasks)), 0.1, 0.95)
+    return {25 * i: {f"t{t}": replace(PLAIN, agreed=(draw.random(inputs) < shares[i, t]).tobytes()) for t in range(tasks)}
+            for i in range(steps)}  # fmt: skip
+
+
+def table(seen: dict[int, dict[str, Signals]]) -> np.ndarray:
+    """(judgements, tasks, inputs), 1 where a task agrees with its expert."""
+    return np.array([[list(own.agreed) for own in of_step.values()] for of_step in seen.values()], dtype=int)
 
 
 @given(st.integers(1, 30), st.integers(2, 5), st.integers(0, 10**6))
@@ -55,88 +68,97 @@ def test_the_expert_agrees_with_itself() -> None:
     assert found.divergence == pytest.approx(0, abs=1e-9)
 
 
-TABLES = st.lists(st.lists(st.integers(0, 20), min_size=3, max_size=3), min_size=1, max_size=7)
+@given(st.integers(0, 10**6), st.integers(1, 7), st.sampled_from([0.0, 1.0, 2.5]))
+def test_the_best_step_is_the_one_that_a_search_finds(seed: int, steps: int, tolerance: float) -> None:
+    seen = drawn(seed, steps)
+    agreed = table(seen)
+    shares, inputs = agreed.mean(axis=2), agreed.shape[2]
+    smoothed = (agreed[0].sum(axis=1) + 1) / (inputs + 2)  # one input that agrees and one that does not are added
+    behind = shares < shares[0] - tolerance * np.sqrt(smoothed * (1 - smoothed) / (inputs + 2)) - 1e-9
+    means = agreed.mean(axis=(1, 2))
+    fit = [i for i in range(steps) if not behind[i].any() and means[i] > means[0] + 1e-9]
+    wanted = 0
+    if fit:
+        top = max(fit, key=lambda i: (round(means[i], 9), i))
+        apart = agreed[top] - agreed
+        level = [apart[i].sum() <= np.sqrt(np.abs(apart[i]).sum()) + 1e-9 for i in range(steps)]
+        wanted = max(i for i in fit if level[i])
+    assert best_step(seen, tolerance) == 25 * wanted
 
 
-@given(TABLES)
-def test_the_best_step_is_the_one_that_a_search_finds(table: list[list[int]]) -> None:
-    found = best_step(judged(*(tuple(a / 20 for a in row) for row in table)), "agreement", 0.0)
-    fit = [i for i, row in enumerate(table) if all(a >= b for a, b in zip(row, table[0], strict=True))]
-    top = max(sum(table[i]) for i in fit)
-    assert found == 25 * next(i for i in fit if sum(table[i]) == top)
-
-
-@given(TABLES)
-def test_a_new_judgement_changes_the_best_step_only_to_itself(table: list[list[int]]) -> None:
-    seen = judged(*(tuple(a / 20 for a in row) for row in table))
+@given(st.integers(0, 10**6), st.integers(2, 7), st.sampled_from([0.0, 1.0]))
+def test_a_new_judgement_changes_the_best_step_only_to_itself(seed: int, steps: int, tolerance: float) -> None:
+    seen = drawn(seed, steps)
     before = {step: own for step, own in seen.items() if step < max(seen)}
-    if before:
-        assert best_step(seen, "agreement", 0.0) in (best_step(before, "agreement", 0.0), max(seen))
+    assert best_step(seen, tolerance) in (best_step(before, tolerance), max(seen))
+    assert nearest_step(seen) in (nearest_step(before), max(seen))
 
 
 def test_a_gain_at_one_tasks_cost_is_rolled_back_and_says_so() -> None:
-    found = choose_best(judged((0.5, 0.8), (0.9, 0.79), (0.95, 0.7)), "agreement", 0.0)
+    found = choose_best(judged((0.5, 0.8), (0.9, 0.79), (0.95, 0.7)), 0.0)
     assert (found.step, found.rolled_back) == (0, True)
     assert "t1 at 2" in found.why
 
 
-@given(
-    st.lists(st.tuples(*[st.integers(0, 20)] * 3), min_size=2, max_size=5), st.sampled_from(["agreement", "divergence"])
-)
-def test_a_roll_back_names_the_tolerance_that_would_keep_it(table: list[tuple[int, ...]], signal: Any) -> None:
-    seen = judged(*(tuple(a / 20 for a in row) for row in table))
-    seen = {
-        step: {t: replace(o, divergence=1 - o.agreement, inputs=50) for t, o in own.items()}
-        for step, own in seen.items()
-    }
-    found = choose_best(seen, signal, 0.0)
-    best = max(seen, key=lambda step: (sum(own.agreement for own in seen[step].values()), -step))
-    named = re.search(r"step (\d+), at ([\d.]+)%?, would be kept with tolerance: ([\d.]+)", found.why)
-    assert (named is not None) == (found.rolled_back and best > 0)
+def test_of_level_steps_the_latest_is_kept() -> None:
+    """One of 100 inputs more is within chance, four are not."""
+    assert best_step(judged((0.5,), (0.8,), (0.79,)), 0.0) == 50
+    assert best_step(judged((0.5,), (0.8,), (0.76,)), 0.0) == 25
+    assert best_step(judged((0.5,), (0.5,), (0.5,)), 0.0) == 0  # no nearer than the start
+
+
+@given(st.integers(0, 10**6), st.integers(2, 5))
+def test_a_roll_back_names_the_tolerance_that_would_keep_it(seed: int, steps: int) -> None:
+    seen = drawn(seed, steps)
+    found = choose_best(seen, 0.0)
+    named = re.search(r"step (\d+), at ([\d.]+)%, would be kept with tolerance: ([\d.]+)", found.why)
+    assert (named is not None) == (found.rolled_back and nearest_step(seen) > 0)
     if named:
-        assert int(named[1]) == best
-        assert best_step(seen, signal, float(named[3])) == best
-        assert best_step(seen, signal, float(named[3]) - 0.11) != best
+        step, tolerance = int(named[1]), float(named[3])
+        assert step == nearest_step(seen)
+        assert not worse(seen[step], seen[0], tolerance)
+        assert worse(seen[step], seen[0], tolerance - 0.11)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 7), st.sampled_from([0.0, 1.0]))
+def test_the_line_is_searched_where_a_task_pays_for_a_gain(seed: int, steps: int, tolerance: float) -> None:
+    seen = drawn(seed, steps)
+    nearest, kept = nearest_step(seen), best_step(seen, tolerance)
+    means = dict(zip(seen, table(seen).mean(axis=(1, 2)), strict=True))
+    pays = bool(worse(seen[nearest], seen[0], tolerance)) and means[nearest] > means[kept] + 1e-9
+    assert line_points(seen, tolerance) == ([(nearest, share) for share in (0.8, 0.6, 0.4, 0.2)] if pays else [])
 
 
 def test_a_gain_for_all_is_kept_and_says_why() -> None:
-    found = choose_best(judged((0.5, 0.8), (0.6, 0.8), (0.9, 0.7)), "agreement", 0.0)
+    found = choose_best(judged((0.5, 0.8), (0.6, 0.8), (0.9, 0.7)), 0.0)
     assert (found.step, found.rolled_back) == (25, False)
     assert "70.00%, 65.00% at the start" in found.why
 
 
 def test_nothing_taken_is_no_roll_back() -> None:
-    assert not choose_best(judged((0.5, 0.5)), "agreement", 0.0).rolled_back
-
-
-def test_divergence_ranks_where_agreement_ties() -> None:
-    seen = {
-        **judged((0.5,), divergence=0.5),
-        25: judged((0.5,), divergence=0.4)[0],
-        50: judged((0.5,), divergence=0.6)[0],
-    }
-    assert best_step(seen, "divergence", 0.0) == 25
-    assert best_step(seen, "agreement", 0.0) == 0
+    assert not choose_best(judged((0.5, 0.5)), 0.0).rolled_back
 
 
 def test_tolerance_is_in_standard_errors() -> None:
-    start = {"a": replace(PLAIN, agreement=0.5, inputs=100)}
+    start = {"a": replace(PLAIN, agreed=agreeing(0.5))}
     for agreement, tolerance, expected in (
         (0.46, 1.0, False),
         (0.44, 1.0, True),
         (0.44, 2.0, False),
-        (0.499, 0.0, True),
+        (0.49, 0.0, True),
     ):
-        now = {"a": replace(start["a"], agreement=agreement)}
+        now = {"a": replace(PLAIN, agreed=agreeing(agreement))}
         assert bool(worse(now, start, tolerance)) == expected, (agreement, tolerance)
-    sure = {"a": replace(PLAIN, agreement=1.0, inputs=100)}
-    assert not worse({"a": replace(PLAIN, agreement=0.995)}, sure, 1.0)
 
 
-def test_a_signal_that_is_no_number_never_wins() -> None:
-    seen = judged((0.5,), (0.9,))
-    seen[25]["t0"] = replace(seen[25]["t0"], divergence=math.nan)
-    assert best_step(seen, "divergence", 0.0) == 0
+@given(st.integers(0, 10**6))
+def test_inputs_are_lost_and_gained_one_by_one(seed: int) -> None:
+    """Two judgements are level if the mean difference of their inputs is within its standard error."""
+    (one, other) = drawn(seed, 2, tasks=1).values()
+    differences = np.array(list(one["t0"].agreed)) - np.array(list(other["t0"].agreed), dtype=int)
+    assert change(one["t0"], other["t0"]) == ((differences < 0).sum(), (differences > 0).sum())
+    error = np.sqrt(np.mean(differences**2) / len(differences))
+    assert level(one, other) == (-differences.mean() <= error + 1e-9)
 
 
 @pytest.mark.parametrize(("start", "expert", "now", "histogram", "expected"), [
@@ -172,10 +194,10 @@ def test_a_network_that_gives_no_numbers_agrees_with_nobody() -> None:
     expert = torch.tensor([[2.0, 0.0]] * 9 + [[0.0, 2.0]])
     start, broken = signals(expert.flip(-1), expert), signals(torch.full((10, 2), math.nan), expert)
     assert (start.agreement, broken.agreement) == (0.0, 0.0)
-    assert mean_signal({"a": broken}, "agreement") == -math.inf
+    assert mean_agreement({"a": broken}) == -math.inf
     judged = {0: {"a": start}, 5: {"a": broken}}
-    assert best_step(judged, "agreement", 0.0) == 0
-    assert choose_best(judged, "agreement", 9.0).step == 0
+    assert best_step(judged, 0.0) == 0
+    assert choose_best(judged, 9.0).step == 0
     half = signals(torch.cat([expert[:5], torch.full((5, 2), math.nan)]), expert)
     assert half.agreement == 0.5
 

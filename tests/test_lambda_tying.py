@@ -203,7 +203,7 @@ def test_the_gradient_of_a_tied_lambda_is_autograds(per: str, learn_masks: bool,
 def test_adaptation_of_tied_lambdas_is_adam_on_the_tied_numbers(per: str, dtype: Any, clamp: Any) -> None:
     toy, steps = Toy(per, dtype, False, clamp), 8
     losses: Any = {t: lambda step, t=t: toy.loss(t) for t in "ab"}
-    history = adapt(toy.live, losses, AdaptSettings(steps=steps, lr_lambda=0.02, schedule="constant", balance=0.0))
+    history = adapt(toy.live, losses, AdaptSettings(steps=steps, lr_lambda=0.02, schedule="constant"))
     toy.by_autograd()
     adam = torch.optim.Adam(toy.leaves.values(), lr=0.02)
     totals = []
@@ -252,7 +252,7 @@ def test_the_masks_file_has_lambdas_and_merges_as_adapted(basis: str, per: str) 
     experts = {t: nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)) for t in "ab"}
     for own in experts.values():
         own.load_state_dict({k: v + 0.3 * torch.randn_like(v) for k, v in base.state_dict().items()})
-    loop = AdaptSettings(steps=6, lr_masks=0.05, lr_lambda=0.02, keep="last", schedule="constant", balance=0.0)
+    loop = AdaptSettings(steps=6, lr_masks=0.05, lr_lambda=0.02, keep="last", schedule="constant")
     parameters = {"basis": basis, "lambda_per": per}
     found = adarank.adapt(base, experts, {t: [torch.randn(8, 6)] for t in experts}, "adarank", parameters, loop)
     groups = len(BASES[basis].groups(list(experts)))
@@ -275,7 +275,7 @@ class Following(Problem):
         return adapt(
             self.live,
             self.losses,
-            AdaptSettings(steps=60, lr_masks=0.05, lr_lambda=0.02, schedule="constant", balance=0.0),
+            AdaptSettings(steps=60, lr_masks=0.05, lr_lambda=0.02, schedule="constant"),
             progress=lambda *_: self.seen.append(torch.cat(list(self.live.masks().values()))),
         )
 

@@ -169,7 +169,8 @@ def test_every_preset_parses_for_every_adaptive_method(preset: str, method: str)
     found, settings = with_preset(ADAPTIVE[method], {}, {}, preset)
     for key, value in PRESETS[preset]["parameters"].items():
         assert found.model_dump(by_alias=True)[key] == value
-    for key, value in PRESETS[preset]["adapt"].items():
+    beside = ADAPTIVE[method].paper_loop(text=False) if preset == "paper" else {}
+    for key, value in {**PRESETS[preset]["adapt"], **beside}.items():
         assert settings.model_dump(mode="json")[key] == value
 
 
@@ -178,7 +179,7 @@ def test_every_preset_keeps_to_the_papers(preset: str) -> None:
     """Entropy for every task, constant step sizes, the last step."""
     settings = with_preset(ADAPTIVE["adarank"], {}, {}, preset)[1]
     assert settings.weights("any") == {"entropy": 1.0}
-    assert (settings.schedule, settings.keep, settings.patience) == ("constant", "last", None)
+    assert (settings.schedule, settings.keep) == ("constant", "last")
 
 
 def test_the_defaults_follow_the_experts_and_keep_the_best_step() -> None:
@@ -220,13 +221,33 @@ def test_all_problems_of_the_settings_come_at_once() -> None:
 
 
 @pytest.mark.parametrize("values", [
-    {"steps": 1.5}, {"steps": None}, {"lr_masks": -1}, {"lr_lambda": "x"}, {"schedule": "square"}, {"betas": [0.9]},
-    {"temperature": 0}, {"logit": 0}, {"clamp": [1]}, {"save_every": 0}, {"clamp": [1.0, 0.0]}, {"betas": [0.9, 1.5]},
-    {"lr_masks": float("nan")}, {"lr_masks": float("inf")}, {"lr_masks": "much"}, {"lr_masks": True}, {"step_unit": "logits"},
+    {"steps": 1.5}, {"steps": None}, {"lr_masks": -1}, {"lr_lambda": "x"}, {"schedule": "square"},
+    {"lr_masks": float("nan")}, {"lr_masks": float("inf")}, {"lr_masks": "much"}, {"lr_masks": True},
 ])  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=next(iter(values))):
         parse(AdaptSettings, values, "adapt")
+
+
+@pytest.mark.parametrize("clamp", [[1], [1.0, 0.0], 1, ["a", "b"]])
+def test_a_range_of_lambda_that_makes_no_sense_is_refused(clamp: Any) -> None:
+    with pytest.raises(RecipeError, match="clamp"):
+        parse(ADAPTIVE["adamerging"], {"clamp": clamp}, "parameters")
+
+
+def test_the_loop_has_at_most_fourteen_settings() -> None:
+    assert len(AdaptSettings.model_fields) <= 14
+
+
+def test_settings_that_are_no_more_are_refused_with_what_is() -> None:
+    """All at once, beside what is wrong with the others."""
+    assert not AdaptSettings.replaced.keys() & AdaptSettings.model_fields.keys()
+    with pytest.raises(RecipeError) as caught:
+        parse(AdaptSettings, {**dict.fromkeys(AdaptSettings.replaced, 1), "steps": -1}, "adapt")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(AdaptSettings.replaced) + 2
+    for name, instead in AdaptSettings.replaced.items():
+        assert any(f"{name}: is no setting any more: {instead}." in line for line in lines)
 
 
 @pytest.mark.parametrize("name", ["adamerging", "cart++"])

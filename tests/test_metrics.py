@@ -299,6 +299,22 @@ def test_a_search_ranks_losses_from_below(zoo: Path) -> None:
         search(mixed, zoo / "mixed.best.yaml", [Axis("lambda", (0.0, 0.5))])
 
 
+def test_another_metric_may_be_given_for_all_tasks(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As if every task of the recipe had it; one that does not fit is refused for each task at once."""
+    plain = recipe(zoo, "plain.yaml", merge_method="task_arithmetic")
+    losses = recipe(zoo, "losses.yaml", dict.fromkeys(TASKS, "loss"), merge_method="task_arithmetic")
+    assert main(["evaluate", str(plain), "--metric", "loss", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["rows"] == adarank.evaluate_recipe(losses).rows
+    assert set(shown["metrics"].values()) == {"loss"}
+    axes = [Axis("lambda", (0.0, 0.5))]
+    by_option = search(plain, zoo / "plain.best.yaml", axes, metric="loss")[0]
+    assert by_option == search(losses, zoo / "losses.best.yaml", axes)[0]
+    assert main(["evaluate", str(plain), "--metric", "wit"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert all(f"task '{task}': metric 'wit' is not for" in said for task in TASKS)
+
+
 def test_classes_are_counted_where_wanted(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(recipe(zoo, "classes.yaml", merge_method="average"))
     assert main(["evaluate", path, "--per-class", "--json"]) == 0

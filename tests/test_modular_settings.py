@@ -20,10 +20,10 @@ from modular_zoo import METHODS, of, write
 from text_zoo import make_zoo, recipe
 
 
-@pytest.mark.parametrize("setting", ["patience", "tolerance", "repair", "retreat"])
+@pytest.mark.parametrize("setting", ["tolerance", "lr_masks", "self_label"])
 def test_settings_that_mean_nothing_to_surgery_are_refused(tmp_path: Path, setting: str) -> None:
     zoo = make_zoo(tmp_path)
-    path = recipe(zoo, merge_method="surgery", adapt={setting: 1})
+    path = recipe(zoo, merge_method="surgery", adapt={setting: {} if setting == "self_label" else 1})
     with pytest.raises(RecipeError, match=setting):
         load_recipe(path)
 
@@ -59,8 +59,8 @@ def test_the_plan_knows_the_size(method: str, images: Path, tmp_path: Path) -> N
         (of("surgery", start={"merge_method": "adarank", "adapt": {"stepz": 3}}), "stepz"),
         (of("surgery", adapt={"objective": "entropy"}), "objective.*nothing to 'surgery'"),
         (
-            of("wemoe", adapt={"step_unit": "mask", "lr_masks": 0.1, "clamp": [0, 1]}),
-            "clamp, lr_masks, step_unit.*nothing to 'wemoe'",
+            of("wemoe", adapt={"learn_heads": True, "lr_masks": 0.1}),
+            "learn_heads, lr_masks.*nothing to 'wemoe'",
         ),
         (of("wemoe", adapt={"objectives": {"moot": "entropy"}}), "unknown task 'moot'"),
         (of("wemoe", adapt={"preset": "roberta-7-ta"}), "preset"),
@@ -78,7 +78,7 @@ def test_recipes_that_make_no_sense_are_refused(text: Path, changes: dict[str, A
 def test_the_papers_preset_keeps_a_modular_methods_own_steps(name: str) -> None:
     plain, paper = (settled(MODULAR[name], {}, {}, preset)[1] for preset in (None, "paper"))
     assert paper.steps == plain.steps == MODULAR[name].defaults["steps"]
-    assert (paper.keep, paper.schedule, paper.betas) == ("last", "constant", (0.9, 0.999))
+    assert (paper.keep, paper.schedule) == ("last", "constant")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,6 @@ from torch import Tensor
 from adarank.adapt import AdaptSettings
 from adarank.adapt.objectives import (
     OBJECTIVES,
-    Filter,
     SelfLabel,
     View,
     divergences,
@@ -164,9 +163,9 @@ def test_a_mixture_is_the_weighted_sum() -> None:
     logits, expert = pair((4, 3, 7))
     features = randn(3, 4, 2, dtype=torch.float64)
     view = View(logits, expert, running_mean(logits, None, 0.9), features, features + 1)
-    one = {name: float(objective(view, {name: 1.0}, SelfLabel(), Filter())) for name in OBJECTIVES}
+    one = {name: float(objective(view, {name: 1.0}, SelfLabel())) for name in OBJECTIVES}
     weights = {name: 0.5 + i for i, name in enumerate(OBJECTIVES)}
-    found = float(objective(view, weights, SelfLabel(), Filter()))
+    found = float(objective(view, weights, SelfLabel()))
     assert found == pytest.approx(sum(weights[name] * one[name] for name in OBJECTIVES))
 
 
@@ -180,8 +179,7 @@ def test_a_mixture_is_the_weighted_sum() -> None:
     ({"self_label": {"temprature": 2}}, ["temprature", "Did you mean 'temperature'"]),
     ({"self_label": {"hard": True, "temperature": 2.0}}, ["hard labels"]),
     ({"self_label": {"confidence": 1.0}}, ["confidence"]),
-    ({"filter": {"margin": 0}}, ["margin"]),
-    ({"keep": "first"}, ["keep"]), ({"signal": "loss"}, ["signal"]), ({"patience": 0}, ["patience"]),
+    ({"keep": "first"}, ["keep"]),
     ({"check_every": 0}, ["check_every"]), ({"tolerance": -1}, ["tolerance"]),
 ])  # fmt: skip
 def test_what_is_no_objective_is_answered_with_a_sentence(values: dict, words: list[str]) -> None:

@@ -20,7 +20,7 @@ from text_zoo import ADAPT, make_zoo, recipe
 STEPS = 6
 FAST = {"keep": "last", "steps": STEPS, "lr_masks": 0.05, "lr_lambda": 0.05}
 # A row's logits may differ in the last bit by the rows beside it. So a step sees all rows, as whoever predicts them does.
-WHOLE = {"check_every": 3, "repair": 0, "batch_size": 36}
+WHOLE = {"check_every": 3, "batch_size": 36}
 KEEP = ["*embeddings*"]
 GIVEN = {"rank": 0.25, "lambda": 1.0}
 

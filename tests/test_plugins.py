@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import adarank
 import text_zoo
 from adarank.adapt.methods import AdaRank
-from adarank.adapt.objectives import Filter, SelfLabel, View, objective
+from adarank.adapt.objectives import SelfLabel, View, objective
 from adarank.cli.main import main
 from adarank.errors import AdaRankError, RecipeError
 from adarank.io.checkpoint import Checkpoint
@@ -135,7 +135,7 @@ def test_another_packages_basis_and_objectives_adapt(toys: Path, zoo: Path, tmp_
 
 def test_another_packages_objectives_are_what_they_say(toys: Path) -> None:
     logits, expert = torch.randn(5, 3), torch.randn(5, 3)
-    loss = objective(View(logits, expert), {"confidence": 2.0, "nearness": 0.5}, SelfLabel(), Filter())
+    loss = objective(View(logits, expert), {"confidence": 2.0, "nearness": 0.5}, SelfLabel())
     by_hand = -2 * logits.softmax(-1).max(-1).values.mean() + 0.5 * ((logits - expert) ** 2).mean()
     torch.testing.assert_close(loss, by_hand)
 

@@ -21,7 +21,7 @@ from adarank.adapt.learner import Loss
 from adarank.adapt.presets import with_preset
 from adarank.recipe.reader import load_recipe
 from adarank.workflow.load_tasks import load_tasks
-from make import generator, network, randn
+from make import agreeing, generator, network, randn
 
 # Of the configurations released with AdaRank (arXiv:2503.22178), directories vision/ and lm/ of its repository:
 # origin, λ, share of components kept, inputs per task and step, steps, Adam's step size of λ and masks.
@@ -46,22 +46,19 @@ RELEASED: Mapping[str, tuple[str, float, float, int, int, float]] = {
 # All of them: Adam without weight decay, a sum of entropies over tasks, no schedule and no clamp, masks by a sigmoid of
 # temperature 10 from logits of ±0.1, a λ for each task and tensor (also Section 6.1 and Appendix A of the paper).
 MASKS: Mapping[str, Any] = {
-    "lambda_per": "tensor", "learn_masks": True, "learn_lambda": True,
-    "basis": "task_vectors", "returnable": True, "mask": "binary", "first": "top", "seed": 0,
+    "lambda_per": "tensor", "clamp": None, "learn_masks": True, "learn_lambda": True,
+    "basis": "task_vectors", "returnable": True, "mask": "binary", "first": "top", "seed": 0, "precision": "float32",
 }  # fmt: skip
 LOOP: Mapping[str, Any] = {
-    "objective": "entropy", "objectives": {}, "balance": 0.0, "precision": "float32", "schedule": "constant", "warmup": 0.0,
-    "betas": (0.9, 0.999), "temperature": 10.0, "logit": 0.1, "step_unit": "mask", "clamp": None, "learn_heads": False, "top_logits": 64,
-    "keep": "last", "patience": None, "repair": 0, "retreat": 0,
+    "by": "model", "objective": "entropy", "objectives": {}, "schedule": "constant", "learn_heads": False, "keep": "last",
 }  # fmt: skip
-# Nothing that a preset gives depends on these: how steps are judged and saved, and settings of other objectives.
+# Nothing that a preset gives depends on these: how steps are judged, and settings of another objective.
 IDLE: Mapping[str, Any] = {
-    "save_every": 3, "check_every": 2, "check_inputs": 1, "signal": "divergence", "tolerance": 9.0,
-    "momentum": 0.1, "self_label": {"temperature": 3.0}, "filter": {"margin": 0.9},
+    "check_every": 2, "check_inputs": 1, "tolerance": 9.0, "self_label": {"temperature": 3.0},
 }  # fmt: skip
 # AdaMerging (arXiv:2310.02575): λ from 0.3 used within [0, 1], 500 steps of two batches of 16; ++ on the top fifth of
 # each task vector. CART++ (arXiv:2412.12153): about the mean, of a rank of 8%.
-LAMBDA_ONLY: Mapping[str, Any] = {"lambda_per": "tensor", "learn_masks": False, "learn_lambda": True}
+LAMBDA_ONLY: Mapping[str, Any] = {"lambda_per": "tensor", "clamp": None, "learn_masks": False, "learn_lambda": True}
 ABOUT_BASE: Mapping[str, Any] = {"origin": "pretrained", "rank": 1.0, "lambda": 0.3}
 ABOUT_MEAN: Mapping[str, Any] = {"origin": "average", "rank": 0.16, "lambda": 2.3}
 CART: Mapping[str, Any] = {"origin": "average", "rank": 0.08, "lambda": 1.0}
@@ -70,20 +67,21 @@ ADAMERGING: Mapping[str, Any] = {
     "steps": 500,
     "lr_masks": 1e-3,
     "lr_lambda": 1e-3,
-    "clamp": (0.0, 1.0),
 }
+CLAMPED: Mapping[str, Any] = {**LAMBDA_ONLY, "clamp": (0.0, 1.0)}
 PAPER: Mapping[str, Any] = {"batch_size": 16, "steps": 200, "lr_masks": 1e-3, "lr_lambda": 1e-3}
+OF_ADARANK: Mapping[str, Any] = {**PAPER, "steps": 10_000}
 OTHERS: list[tuple[str, str, dict[str, Any], dict[str, Any], Mapping[str, Any]]] = [
-    ("adarank", "paper", {}, {**ABOUT_MEAN, **MASKS}, PAPER),
-    ("adarank", "paper", {"origin": "pretrained"}, {**ABOUT_BASE, **MASKS}, PAPER),
-    ("adarank", "paper", {"basis": "tsv_m"}, {**ABOUT_BASE, **MASKS, "lambda": 1.0, "basis": "tsv_m"}, PAPER),
+    ("adarank", "paper", {}, {**ABOUT_MEAN, **MASKS}, OF_ADARANK),
+    ("adarank", "paper", {"origin": "pretrained"}, {**ABOUT_BASE, **MASKS}, OF_ADARANK),
+    ("adarank", "paper", {"basis": "tsv_m"}, {**ABOUT_BASE, **MASKS, "lambda": 1.0, "basis": "tsv_m"}, OF_ADARANK),
     ("adamerging", "paper", {}, {**ABOUT_BASE, **LAMBDA_ONLY}, PAPER),
     ("adamerging++", "paper", {}, {**ABOUT_BASE, **LAMBDA_ONLY, "density": 0.2}, PAPER),
     ("cart++", "paper", {}, {**CART, **LAMBDA_ONLY}, PAPER),
-    ("adamerging", "adamerging", {}, {**ABOUT_BASE, **LAMBDA_ONLY}, ADAMERGING),
-    ("adamerging", "adamerging-task", {}, {**ABOUT_BASE, **LAMBDA_ONLY, "lambda_per": "task"}, ADAMERGING),
-    ("adamerging++", "adamerging", {}, {**ABOUT_BASE, **LAMBDA_ONLY, "density": 0.2}, ADAMERGING),
-    ("adamerging++", "adamerging-task", {}, {**ABOUT_BASE, **LAMBDA_ONLY, "lambda_per": "task", "density": 0.2}, ADAMERGING),
+    ("adamerging", "adamerging", {}, {**ABOUT_BASE, **CLAMPED}, ADAMERGING),
+    ("adamerging", "adamerging-task", {}, {**ABOUT_BASE, **CLAMPED, "lambda_per": "task"}, ADAMERGING),
+    ("adamerging++", "adamerging", {}, {**ABOUT_BASE, **CLAMPED, "density": 0.2}, ADAMERGING),
+    ("adamerging++", "adamerging-task", {}, {**ABOUT_BASE, **CLAMPED, "lambda_per": "task", "density": 0.2}, ADAMERGING),
 ]  # fmt: skip
 
 
@@ -113,6 +111,28 @@ def test_a_preset_is_its_papers(
     name: str, preset: str, given: dict[str, Any], method: dict[str, Any], loop: Mapping[str, Any]
 ) -> None:
     compare(name, preset, given, method, loop)
+
+
+@pytest.mark.parametrize("given", [{}, {"origin": "pretrained"}, {"basis": "tsv_m"}])
+def test_the_papers_preset_on_texts_has_the_language_settings(given: dict[str, Any]) -> None:
+    """Steps and batches as released, the step size of the paper, and the start of RoBERTa's released file."""
+    found, loop = with_preset(ADAPTIVE["adarank"], given, {}, "paper", text=True)
+    released = "roberta-7-ta" if given else "roberta-7-cart"
+    beside, of_loop = with_preset(ADAPTIVE["adarank"], given, {}, released)
+    assert found == (beside if "basis" not in given else with_preset(ADAPTIVE["adarank"], given, {}, "paper")[0])
+    assert loop == of_loop.model_copy(update={"lr_masks": 5e-5, "lr_lambda": 5e-5})
+
+
+@pytest.mark.parametrize("kind", [text_zoo, image_zoo])
+def test_a_recipes_paper_preset_is_that_of_its_tasks(kind: Any, tmp_path: Path) -> None:
+    folder = kind.make_zoo(tmp_path)
+    recipe = load_recipe(
+        kind.recipe(folder, "paper.yaml", merge_method="adarank", adapt={"preset": "paper"}, parameters={})
+    )
+    method = adarank.open_job(recipe).method
+    of_text = kind is text_zoo
+    assert (method.rank, method.scale) == ((0.04, 1.6) if of_text else (0.16, 2.3))
+    assert (method.settings.steps, method.settings.lr_masks) == ((5_000, 5e-5) if of_text else (10_000, 1e-3))
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
@@ -147,7 +167,7 @@ def adapted(idle: Mapping[str, Any]) -> LiveWeights:
         return entropy(net(torch.randn(settings.batch_size, 5, generator=generator(step))))
 
     def falling(step: int) -> dict[str, Signals]:
-        return dict.fromkeys("ab", Signals(1 - step / 20, step / 20, 0.0, 0.5, 0.5, 0.5, 64))
+        return dict.fromkeys("ab", Signals(agreeing(1 - step / 20), step / 20, 0.0, 0.5, 0.5, 0.5))
 
     losses: dict[str, Loss] = {"a": loss, "b": lambda step: loss(100 + step)}
     history = adapt(live, losses, settings, judge=falling)

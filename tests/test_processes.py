@@ -52,7 +52,6 @@ def adapted(zoo: Path) -> Path:
         "steps": 6,
         "batch_size": 4,
         "check_every": 3,
-        "save_every": 1,
         "objective": {"self-label": 1, "infomax": 0.1},
     }
     given = {"merge_method": "adarank", "parameters": {"rank": 0.25, "lambda": 1.0}, "max_shard_size": SHARDS}

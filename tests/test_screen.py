@@ -293,7 +293,7 @@ def test_points_with_long_settings_are_whole(
 
 
 def history(tasks: int, steps: int, name: str = "a_task_with_quite_a_long_name_indeed") -> History:
-    signals = Signals(0.875, 0.1, 0.1, 0.5, 0.3, 0.3, 64)
+    signals = Signals(b"\1" * 56 + b"\0" * 8, 0.1, 0.1, 0.5, 0.3, 0.3)
     names = [f"{name}_{i}" for i in range(tasks)]
     made = History({task: [1.25] * steps for task in names}, kept=[0.5374] * steps, seconds=200.0)
     made.judged[0] = dict.fromkeys(names, signals)
@@ -326,7 +326,7 @@ def test_stages_are_silent_in_a_pipe_but_for_long_ones(
             now[0] += 1
             advance()
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["Scoring: 30%", "Scoring: 60%", "Scoring: 90%"]
+    assert lines == ["Scoring: 30%, 1 min 10 s left", "Scoring: 60%, 40.0 s left", "Scoring: 90%, 10.0 s left"]
 
 
 def test_steps_are_told_now_and_then_in_a_pipe(
@@ -347,7 +347,7 @@ def test_a_collapse_is_told_once_when_it_is_seen() -> None:
     told: list[str] = []
     steps: list[int] = []
     step = telling_of_collapse(told.append, lambda history, total: steps.append(history.step))
-    fine = Signals(0.9, 0.1, 0.05, 0.5, 0.3, 0.3, 64)
+    fine = Signals(b"\1" * 9 + b"\0", 0.1, 0.05, 0.5, 0.3, 0.3)
     seen = {
         0: fine,
         10: fine,

@@ -20,7 +20,7 @@ from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 ADAPTED = {
     **ADAPT,
-    "adapt": {"steps": 4, "batch_size": 4, "check_every": 2, "save_every": 2, "repair": 0, "retreat": 0},
+    "adapt": {"steps": 4, "batch_size": 4, "check_every": 2},
 }
 
 

@@ -75,7 +75,7 @@ def recipe(folder: Path, name: str = "recipe.yaml", **changes: Any) -> Path:
 ADAPT: Mapping[str, Any] = {
     "merge_method": "adarank",
     "parameters": {"rank": 0.25, "lambda": 1.0},
-    "adapt": {"steps": 12, "batch_size": 4, "lr_masks": 0.05, "lr_lambda": 0.02, "save_every": 2},
+    "adapt": {"steps": 12, "batch_size": 4, "lr_masks": 0.05, "lr_lambda": 0.02, "check_every": 2},
 }
 
 

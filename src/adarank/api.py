@@ -178,7 +178,7 @@ def adapt(
     kind: Any = _kind(method, "adapt")
     batches, held_out = _batches(batches, held_out, experts)
     block, preset = _block(settings, objective)
-    chosen: AdaptiveMethod = kind.resolve(Given(parameters or {}, adapt=block, preset=preset))
+    chosen: AdaptiveMethod = kind.resolve(Given(parameters or {}, adapt=block, preset=preset, text=_of_texts(experts)))
     loop = chosen.settings
     unknown = [task for task in loop.objectives if task not in experts]
     if unknown:
@@ -269,6 +269,11 @@ def _listed(what: str, given: Mapping[str, Any], experts: Mapping[str, Any]) -> 
     if problems:
         raise DataError(f"{what}: {problems[0]}" if len(problems) == 1 else itemise(f"{what}:", problems))
     return {task: batches if isinstance(batches, (list, tuple)) else list(batches) for task, batches in given.items()}
+
+
+def _of_texts(experts: Mapping[str, nn.Module]) -> bool:
+    """True if the experts are networks of transformers that are given tokens."""
+    return any(getattr(expert, "main_input_name", None) == "input_ids" for expert in experts.values())
 
 
 def _block(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,7 +12,13 @@ from adarank.errors import RecipeError, itemise
 
 
 class Settings(BaseModel):
-    """A frozen pydantic model that refuses unknown keys. Fields may be given by name or alias."""
+    """A frozen pydantic model that refuses unknown keys. Fields may be given by name or alias.
+
+    Class attributes:
+        replaced: settings that are no more -> what stands in their place, in words.
+    """
+
+    replaced: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", populate_by_name=True, arbitrary_types_allowed=True, allow_inf_nan=False
@@ -60,7 +66,10 @@ def _sentence(kind: type[BaseModel], problem: Any) -> str:
     location = problem["loc"]
     path = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        return f"{path}: unknown key.{nearest(str(location[-1]), _keys_at(kind, location[:-1]))}"
+        owner = _kind_at(kind, location[:-1])
+        if issubclass(owner, Settings) and location[-1] in owner.replaced:
+            return f"{path}: is no setting any more: {owner.replaced[location[-1]]}."
+        return f"{path}: unknown key.{nearest(str(location[-1]), keys(owner))}"
     if problem["type"] in _PLAIN:
         return f"{path or 'value'}: {_PLAIN[problem['type']]} is needed, got {_short(problem['input'])}"
     got = "" if problem["type"] == "missing" else f" (got {_short(problem['input'])})"
@@ -73,8 +82,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _keys_at(kind: type[BaseModel], location: Iterable[Any]) -> list[str]:
-    """The keys allowed at a path inside nested settings. A union's path names the class that was tried."""
+def _kind_at(kind: type[BaseModel], location: Iterable[Any]) -> type[BaseModel]:
+    """The settings at a path inside nested ones. A union's path names the class that was tried."""
     current: type[BaseModel] = kind
     inside: Any = None
     for part in location:
@@ -86,7 +95,7 @@ def _keys_at(kind: type[BaseModel], location: Iterable[Any]) -> list[str]:
         if field is not None:
             inside = field.annotation
             current = _settings_in(inside) or current
-    return keys(current)
+    return current
 
 
 def _by_alias(kind: type[BaseModel], alias: str) -> Any:

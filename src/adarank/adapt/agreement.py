@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,29 +16,40 @@ from adarank.adapt.objectives import divergences, entropies
 from adarank.adapt.top_logits import TopLogits, matched
 from adarank.errors import AdaptationError
 
-Signal = Literal["agreement", "divergence"]
-
 
 @dataclass(frozen=True)
 class Signals:
     """What one task's predictions look like beside its expert's, on the same unlabelled inputs.
 
     Attributes:
-        agreement: share of inputs where both predict the same class.
+        agreed: for each input 1 where both predict the same class, else 0.
         divergence: mean Kullback-Leibler divergence from the expert's predictions, in nats.
         histogram: total-variation distance between the histograms of predicted classes, 0 to 1.
         entropy: mean entropy of the predictions, in nats.
         largest, expert_largest: share of inputs that get the most frequent class, here and from the expert.
-        inputs: how many inputs this rests on; of generating models, how many tokens.
     """
 
-    agreement: float
+    agreed: bytes
     divergence: float
     histogram: float
     entropy: float
     largest: float
     expert_largest: float
-    inputs: int
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs this rests on."""
+        return len(self.agreed)
+
+    @property
+    def agreement(self) -> float:
+        """Share of inputs where both predict the same class."""
+        return sum(self.agreed) / len(self.agreed)
+
+    def numbers(self) -> dict[str, float]:
+        """All of it in numbers, as a record has them."""
+        of_all = {name: value for name, value in vars(self).items() if name != "agreed"}
+        return {"agreement": self.agreement, **of_all, "inputs": self.inputs}
 
 
 Judged = Mapping[str, Signals]
@@ -105,13 +115,12 @@ def summary(parts: Sequence[Compared]) -> Signals:
     classes = max(part.classes for part in parts)  # of neighbours as many as a batch has texts
     counts, targets = (torch.bincount(y, minlength=classes).double() / len(y) for y in (predicted, wanted))
     return Signals(
-        agreement=float(((predicted == wanted) & answered).double().mean()),
+        agreed=bytes(((predicted == wanted) & answered).tolist()),
         divergence=float(apart.mean()),
         histogram=float((counts - targets).abs().sum() / 2),
         entropy=float(spread.mean()),
         largest=float(counts.max()),
         expert_largest=float(targets.max()),
-        inputs=len(predicted),
     )
 
 
@@ -125,34 +134,45 @@ def signals(logits: Tensor, expert: Tensor | TopLogits) -> Signals:
     return summary([compare(logits, expert)])
 
 
-def mean_signal(judged: Judged, signal: Signal) -> float:
-    """Mean over tasks, signed so that larger is better; -inf if some task's predictions are NaN."""
+def mean_agreement(judged: Judged) -> float:
+    """Mean over tasks; -inf if some task's predictions are NaN."""
     if any(math.isnan(of_task.entropy) for of_task in judged.values()):
         return -math.inf
-    values = [of_task.agreement if signal == "agreement" else -of_task.divergence for of_task in judged.values()]
-    mean = sum(values) / len(values)
-    return round(mean, 12) if math.isfinite(mean) else -math.inf  # rounded, so that equal shares are equal
+    mean = sum(of_task.agreement for of_task in judged.values()) / len(judged)
+    return round(mean, 12)  # so that equal shares are equal
+
+
+def change(now: Signals, before: Signals) -> tuple[int, int]:
+    """Inputs (lost, gained) since another judgement: that agreed with the expert then alone, or now alone."""
+    pairs = list(zip(before.agreed, now.agreed, strict=True))
+    return sum(then > here for then, here in pairs), sum(then < here for then, here in pairs)
 
 
 def standard_error(of_task: Signals) -> float:
     """Of the agreement, a share a of n inputs: √(a(1-a)/n), with one agreeing and one other input added, so that it is above 0
     for a task that agrees everywhere."""
-    share = (of_task.agreement * of_task.inputs + 1) / (of_task.inputs + 2)
+    share = (sum(of_task.agreed) + 1) / (of_task.inputs + 2)
     return math.sqrt(share * (1 - share) / (of_task.inputs + 2))
 
 
-def mean_error(judged: Judged) -> float:
-    """Standard error of the mean agreement over tasks."""
-    return math.sqrt(sum(standard_error(of_task) ** 2 for of_task in judged.values())) / len(judged)
-
-
 def worse(judged: Judged, start: Judged, tolerance: float) -> list[str]:
-    """Tasks whose agreement is below the start's by more than `tolerance` standard errors of it."""
+    """Tasks behind their start: their agreement is below it by more than `tolerance` standard errors of the start's.
+
+    A paired test of inputs lost against gained would be stricter where few change: a task that agrees on 246 of 256 and loses
+    two would hold back what all the others gain.
+    """
     return [
         task
         for task, first in start.items()
         if judged[task].agreement < first.agreement - tolerance * standard_error(first) - 1e-12
     ]
+
+
+def level(judged: Judged, other: Judged) -> bool:
+    """True if the mean agreement is not below the other's by more than one standard error of the difference, input by input."""
+    changes = [(change(judged[task], of_task), of_task.inputs) for task, of_task in other.items()]
+    below = sum((lost - gained) / inputs for (lost, gained), inputs in changes)
+    return below <= math.sqrt(sum((lost + gained) / inputs**2 for (lost, gained), inputs in changes)) + 1e-12
 
 
 def collapsed(now: Signals, start: Signals) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from adarank.adapt.outcomes import Classes, Outcomes
 from adarank.adapt.problem import Chunk, Predict, Predictions
-from adarank.adapt.schedule import Schedule
 from adarank.adapt.settings import AdaptSettings
 
 T = TypeVar("T")
@@ -61,7 +60,7 @@ class BatchInputs:
 
     def adapted_on(self) -> list[Chunk]:
         """The batches that steps will see, or all if the head is learned from them."""
-        most = len(self.batches) if self.learns_head else Schedule(self.settings).longest
+        most = len(self.batches) if self.learns_head else self.settings.steps
         return [self.step(step) for step in range(min(most, len(self.batches)))]
 
     def judged_on(self, most: int | None = None) -> Iterable[Chunk]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from adarank.adapt.agreement import Judge, Signals
-from adarank.adapt.choice import Choice, LinePoint, choose_best, fits
+from adarank.adapt.choice import SHARES, Choice, LinePoint, choose_best, fits
 from adarank.adapt.history import History, Learned, Progress
 from adarank.adapt.learner import LiveLearner, Loss
 from adarank.adapt.loop import adapt
@@ -118,9 +118,7 @@ class _Walk:
         """Choose the start of all blocks, and judge it."""
         judge, started = self._problem.judge(), time.perf_counter()
         if self._grid.open:
-            self.history.starts = find_start(
-                self.weights, self._grid, self._problem.quick_check(), self._settings.signal
-            )
+            self.history.starts = find_start(self.weights, self._grid, self._problem.quick_check())
         self.weights.write()
         self.history.judged[0] = dict(judge(0))
         self.history.judging_seconds += time.perf_counter() - started
@@ -170,23 +168,22 @@ class _Walk:
         judge, step, started = self._problem.judge(), history.step, time.perf_counter()
         self.weights.write()
         history.judged[step] = dict(judge(step))
-        history.ended = step
         if settings.keep == "last":
             history.choice = Choice(step, "the last step, as keep: last asks")
         else:
             self._search_line(judge)
-            history.choice = choose_best(history.judged, settings.signal, settings.tolerance, history.line_points)
+            history.choice = choose_best(history.judged, settings.tolerance, history.line_points)
             self.weights.share = history.choice.share if history.choice.step else 0.0
             self.weights.write()
         history.judging_seconds += time.perf_counter() - started
 
     def _search_line(self, judge: Judge) -> None:
-        step, count = self.history.step, self._settings.retreat
+        step = self.history.step
         point = LinePoint(step, 1.0, self.history.judged[step])
-        for number in range(count, 0, -1):
+        for share in SHARES:
             if fits(point, self.history.judged, self._settings.tolerance):
                 return
-            self.weights.share = number / (count + 1)
+            self.weights.share = share
             self.weights.write()
             point = LinePoint(step, self.weights.share, dict(judge(step)))
             self.history.line_points.append(point)

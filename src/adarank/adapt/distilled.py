@@ -19,17 +19,15 @@ from adarank.adapt.joint_heads import WithHeads
 from adarank.adapt.learner import LiveLearner
 from adarank.adapt.live_weights import Learn
 from adarank.adapt.methods import AdaMerging, AdaptiveMethod
-from adarank.adapt.presets import PRESETS
+from adarank.adapt.parameters import Number
 from adarank.adapt.settings import AdaptSettings
-from adarank.adapt.start_search import Number
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.models import TaskModels
 from adarank.spectral.bases import Basis
 from adarank.spectral.blocks import Blocks
 
-_PAPER = PRESETS["paper"]["adapt"]
-_OF_MASKS = frozenset({"lr_masks", "step_unit", "temperature", "logit"})
-_OF_PREDICTIONS = frozenset({"objective", "objectives", "self_label", "filter", "momentum"})
+_OF_MASKS = frozenset({"lr_masks"})
+_OF_PREDICTIONS = frozenset({"objective", "objectives", "self_label"})
 _MOMENTS = 5  # of each entry of a task vector: itself, its coefficient, that one's gradient and Adam's two moments
 
 
@@ -45,30 +43,27 @@ class ProDistill(AdaptiveMethod):
         "W = W₀ + Σ_t α_t∘τ_t; α = argmin Σ_t ‖block(α; z_t) - block_t(e_t)‖², block after block; z: merged stream, e: the expert's"
     )
     source: ClassVar[str] = "Xu, Li, Zhang 2025, arXiv:2502.12706"
-    fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks", "learn_lambda", "rank", "lambda_per"})
-    unused: ClassVar[frozenset[str]] = _OF_MASKS | _OF_PREDICTIONS | {"clamp"}
+    fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks", "learn_lambda", "rank", "lambda_per", "clamp"})
+    unused: ClassVar[frozenset[str]] = _OF_MASKS | _OF_PREDICTIONS
     defaults: ClassVar[Mapping[str, Any]] = {"by": "block", "lr_lambda": 0.01}
-    # 64 inputs a task, all in a step
-    paper_adapt: ClassVar[Mapping[str, Any]] = {
-        **_PAPER,
-        "by": "block",
-        "lr_lambda": 0.01,
-        "batch_size": 64,
-        "steps": 100,
-    }
 
     learn_masks: Literal[False] = Field(False, description="learn the masks")
 
     @model_validator(mode="after")
     def _every_entry(self) -> ProDistill:
-        if self.rank != 1 or self.lambda_per != "tensor" or not self.learn_lambda:
-            raise ValueError("every entry has its coefficient: leave out rank, lambda_per and learn_lambda")
+        if self.rank != 1 or self.lambda_per != "tensor" or self.clamp is not None or not self.learn_lambda:
+            raise ValueError("every entry has its coefficient: leave out rank, lambda_per, clamp and learn_lambda")
         return self
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """λ 0.3 about the base."""
-        return {**super().paper(given), "learn_masks": False}
+        return {**super().paper(given, text), "learn_masks": False}
+
+    @classmethod
+    def paper_loop(cls, text: bool) -> dict[str, Any]:
+        """64 inputs a task, all in each of 100 steps."""
+        return {"by": "block", "lr_lambda": 0.01, "batch_size": 64, "steps": 100}
 
     @classmethod
     def memory(cls) -> str:
@@ -108,26 +103,25 @@ class SyMerge(AdaMerging):
     )
     source: ClassVar[str] = "Jung et al. 2024, arXiv:2412.19098"
     unused: ClassVar[frozenset[str]] = _OF_MASKS | {"learn_heads"}
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "objective": "trusted-label", "clamp": (0.0, 1.0), "lr_lambda": 0.01, "learn_heads": False,
-    }  # fmt: skip
-    paper_adapt: ClassVar[Mapping[str, Any]] = {
-        **{key: value for key, value in _PAPER.items() if key not in _OF_MASKS},
-        "objective": "trusted-label", "clamp": [0.0, 1.0], "lr_lambda": 0.01, "batch_size": 32, "steps": 500,
-    }  # fmt: skip
+    defaults: ClassVar[Mapping[str, Any]] = {"objective": "trusted-label", "lr_lambda": 0.01, "learn_heads": False}
     joint_heads: ClassVar[bool] = True
 
+    clamp: tuple[float, float] | None = Field((0.0, 1.0), description="range in which λ is used")
     lr_heads: float = Field(0.01, ge=0, description="Adam step size of the heads")
 
-    @classmethod
-    def shares_work(cls) -> bool:
+    def shares_work(self) -> bool:
         """No: heads are learned by the process that has their tasks."""
         return False
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """λ 0.3 about the base; heads by the same steps."""
-        return {**super().paper(given), "lr_heads": 0.01}
+        return {**super().paper(given, text), "clamp": (0.0, 1.0), "lr_heads": 0.01}
+
+    @classmethod
+    def paper_loop(cls, text: bool) -> dict[str, Any]:
+        """500 steps of 32 inputs a task."""
+        return {"objective": "trusted-label", "lr_lambda": 0.01, "batch_size": 32, "steps": 500}
 
     def check_adapt(self, settings: AdaptSettings, given: Mapping[str, Any]) -> list[str]:
         """Also refuses `by: block`."""
@@ -154,23 +148,24 @@ class SAMerging(AdaMerging):
     source: ClassVar[str] = "arXiv:2512.21288; adaptive SAM: Kwon et al. 2021, arXiv:2102.11600"
     unused: ClassVar[frozenset[str]] = _OF_MASKS
     defaults: ClassVar[Mapping[str, Any]] = {"self_label": {"temperature": 2.0}}
-    # 100 batches of 16, ten times
-    paper_adapt: ClassVar[Mapping[str, Any]] = {
-        **{key: value for key, value in _PAPER.items() if key not in _OF_MASKS},
-        "objective": "self-label", "self_label": {"temperature": 2.0}, "batch_size": 16, "steps": 1000, "lr_lambda": 1e-3,
-    }  # fmt: skip
 
     scale: Number = Field(0.0, alias="lambda", description="λ at the start, or auto")
     sam: float = Field(0.07, ge=0, description="ρ, how far uphill the gradient is taken; 0: at λ itself")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """λ 0 about the base."""
-        return {**super().paper(given), "lambda": 0.0, "sam": 0.07}
+        return {**super().paper(given, text), "lambda": 0.0, "sam": 0.07}
 
-    def learn(self, settings: AdaptSettings) -> Learn:
+    @classmethod
+    def paper_loop(cls, text: bool) -> dict[str, Any]:
+        """100 batches of 16 inputs a task, ten times."""
+        labels = {"objective": "self-label", "self_label": {"temperature": 2.0}}
+        return {**labels, "batch_size": 16, "steps": 1000, "lr_lambda": 1e-3}
+
+    def learn(self) -> Learn:
         """What is learned, and how far uphill its gradient is taken."""
-        return replace(super().learn(settings), sam=self.sam)
+        return replace(super().learn(), sam=self.sam)
 
 
 DISTILLED: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (ProDistill, SyMerge, SAMerging)}

@@ -40,7 +40,7 @@ class ElementWeights:
     def optimiser(self, settings: AdaptSettings) -> torch.optim.Optimizer:
         """Adam over all coefficients."""
         group = {"params": list(self.coefficients.values()), "lr": settings.lr_lambda, "start": settings.lr_lambda}
-        return torch.optim.Adam([group], betas=settings.betas)
+        return torch.optim.Adam([group])
 
     def learned(self) -> dict[str, Tensor]:
         """The coefficients."""

@@ -31,6 +31,10 @@ class HeadExamples:
         """Those of some inputs."""
         return HeadExamples(self.given[chosen], self.expert[chosen])
 
+    def joined(self, others: HeadExamples) -> HeadExamples:
+        """Those of these and of other inputs."""
+        return HeadExamples(torch.cat([self.given, others.given]), torch.cat([self.expert, others.expert]))
+
 
 @dataclass(frozen=True)
 class HeadFunction:

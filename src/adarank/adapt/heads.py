@@ -141,10 +141,11 @@ Path = Iterator[tuple[float, Tensor, Callable[[], Head]]]
 
 
 def _held_out(call: Call, start: Head, examples: HeadExamples, judged: HeadExamples) -> Path:
-    head = start
+    """What is held out decides; then the head is learned from it, too: the body was not adapted on it, and more inputs teach more."""
+    head, every = start, examples.joined(judged)
     for pull in PULLS:
         head = fit_head(call, start, examples, pull, head)
-        yield pull, call(head, judged.given), partial(dict, head)
+        yield pull, call(head, judged.given), partial(fit_head, call, start, every, pull, head)
 
 
 def _cross_validated(call: Call, start: Head, examples: HeadExamples, judged: HeadExamples) -> Path:

@@ -31,7 +31,6 @@ class History:
         judging_seconds: time spent in judging.
         choice: which step's weights were kept, once adaptation is over.
         starts: the starts that were compared, if there was a choice.
-        ended: steps taken before any repair, once they are.
         line_points: points on the line to the start that were judged.
     """
 
@@ -43,7 +42,6 @@ class History:
     judging_seconds: float = 0.0
     choice: Choice | None = None
     starts: list[Tried] = field(default_factory=list)
-    ended: int | None = None
     line_points: list[LinePoint] = field(default_factory=list)
 
     @property

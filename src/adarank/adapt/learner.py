@@ -101,7 +101,7 @@ class Parameters:
 
     def optimiser(self, settings: AdaptSettings) -> torch.optim.Optimizer:
         """Adam over all of them."""
-        return torch.optim.Adam([{"params": self.parameters, "lr": self.lr, "start": self.lr}], betas=settings.betas)
+        return torch.optim.Adam([{"params": self.parameters, "lr": self.lr, "start": self.lr}])
 
     def learned(self) -> Mapping[str, Tensor]:
         """The tensors, by name."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from adarank.adapt.settings import AdaptSettings, Precision, StepUnit
+from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.tying import LambdaPer, tie
 from adarank.errors import RecipeError
 from adarank.io import processes
@@ -23,6 +23,8 @@ from adarank.spectral.blocks import Blocks
 from adarank.spectral.half import HalfFactors
 from adarank.spectral.mask_file import MaskFile
 from adarank.spectral.masks import First, MaskKind, first_mask, hard, pace, soft, straight_through
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,6 @@ class Learn:
         per: what has a λ of its own.
         returnable: components pruned at the start may come back. If not, their logits have no gradient.
         mask: `binary` or `soft`, where masks are learned.
-        unit: for soft masks, what a step changes equally for all components of a matrix and task: `weights` or `mask`.
         first: which components the start keeps, the `top` ones or `random` ones; `seed` of the latter.
         sam: ρ of sharpness-aware steps: how far uphill gradients are taken, relative to each number. 0: not at all.
         precision: of the products with components while steps are taken, where soft masks are learned.
@@ -49,7 +50,6 @@ class Learn:
     per: LambdaPer = "tensor"
     returnable: bool = True
     mask: MaskKind = "binary"
-    unit: StepUnit = "weights"
     first: First = "top"
     seed: int = 0
     sam: float = 0.0
@@ -69,7 +69,7 @@ class LiveWeights:
     Attributes:
         lam: the coefficients, on the CPU: (tensors, tasks), or fewer rows and columns where they are tied.
         logits: (all components,) mask logits, on the CPU, matrix after matrix in the order of `blocks`. Soft masks move
-            `pace` times as far from their start, where steps count in weights.
+            `pace` times as far from their start: steps count in weights.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class LiveWeights:
         self._logit = logit
         halves = learn.precision == "bfloat16" and self.mask_kind == "soft"
         self._halves = {n: HalfFactors.of(block) for n, block in self.blocks.items() if halves and block.components}
-        self._pace = self._paces() if self.mask_kind == "soft" and learn.unit == "weights" else None
+        self._pace = self._paces() if self.mask_kind == "soft" else None
         self.reset(scale, rank)
         # buffers such as running statistics are written, but have no gradient
         for parameter in self.parameters.values():
@@ -108,7 +108,7 @@ class LiveWeights:
             groups.append({"params": [self.logits], "lr": step, "start": step})
         if not groups:
             raise RecipeError("adapt: neither λ nor masks are learned. Use a data-free method, or learn one of them.")
-        return torch.optim.Adam(groups, betas=settings.betas)
+        return torch.optim.Adam(groups)
 
     def learned(self) -> dict[str, Tensor]:
         """λ and mask logits, also those that are not learned."""

@@ -1,4 +1,9 @@
-"""The loop: one forward and backward per task, one pull-back of the gradients, one step of the optimiser.
+"""The loop: a start, steps, a judgement now and then, and of what was judged the best is kept.
+
+    start     the λ and rank at which merged model and experts agree best on a few unlabelled inputs (`start_search.py`)
+    step      one forward and backward per task, one pull-back of the summed gradients, one step of Adam
+    judge     every `check_every` steps: on which unlabelled inputs each task agrees with its expert (`agreement.py`)
+    keep      the best judged step that leaves no task behind its start, or a point on the line to a better one (`choice.py`)
 
 The loop knows no data, no model and no objective: a task is a function from the step's number to a scalar loss, the
 judge one from the step's number to signals, and what is learned a `Learner`. What losses remember lies in a memory
@@ -21,16 +26,16 @@ import torch
 from torch import Tensor
 
 from adarank.adapt.agreement import Judge, Signals
-from adarank.adapt.balance import behind, repair_weights, task_weights
-from adarank.adapt.choice import Choice, LinePoint, best_step, choose_best, fits
+from adarank.adapt.choice import Choice, LinePoint, best_step, choose_best, fits, line_points, nearest_step
 from adarank.adapt.history import History, Progress
 from adarank.adapt.learner import Learner, Loss, Memory, between
-from adarank.adapt.schedule import Schedule
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import Grid, Tried, best_of, find_start
 from adarank.errors import AdaptationError, Interrupted
 from adarank.io import processes
 from adarank.io.state import read_state, write_state
+
+SAVED_WITHIN = 60.0  # seconds: the state is saved at every judgement, and in between where steps take long
 
 
 def adapt(
@@ -50,10 +55,11 @@ def adapt(
 
     Arguments:
         live: what is learned, such as the λ and masks of live merged weights.
-        losses: task -> loss of a step. Their gradients add up, weighted as `settings.balance` says.
+        losses: task -> loss of a step. Their gradients add up.
         state: file in which the state is kept, and from which an interrupted run continues; None keeps none.
         fingerprint: identifies inputs and settings; a state with another one is refused.
-        judge: called at the start, every `check_every` steps and at the end. Without one the last step is kept.
+        judge: called at the start, every `check_every` steps and at the end. Without one the last step is kept, and the state
+            is saved as often.
         progress: called after each step.
         memory: what the losses remember; filled from the state when a run continues.
         grid: starts of λ and rank to choose from before the first step. Without one the live weights start as they are.
@@ -66,8 +72,8 @@ def adapt(
         RecipeError: the state file belongs to another run.
     """
     history = History({task: [] for task in losses})
-    schedule = Schedule(settings, one_pass)
-    run = _Run(live, settings, schedule, history, state, fingerprint, judge, {} if memory is None else memory)
+    every = settings.interval(one_pass)
+    run = _Run(live, settings, every, history, state, fingerprint, judge, {} if memory is None else memory)
     quick_check = quick_check or judge
     if not run.restore() and quick_check is not None and grid is not None and grid.open:
         run.find_start(grid, quick_check)
@@ -80,11 +86,10 @@ def adapt(
             run.history.seconds += time.perf_counter() - started
             run.judge_if_due()
             if progress:
-                progress(run.history, run.planned())
+                progress(run.history, settings.steps)
             if any(processes.gathered(bool(stopped))) and not run.over():
                 run.stop()
-            if run.history.step % settings.save_every == 0:
-                run.save()
+            run.save_if_due()
         run.search_line(stopped)
     run.keep()
     return run.history
@@ -119,7 +124,7 @@ class _Run:
 
     live: Learner
     settings: AdaptSettings
-    schedule: Schedule
+    every: int  # steps between two judgements
     history: History
     state: Path | None
     fingerprint: str
@@ -127,43 +132,41 @@ class _Run:
     memory: Memory
     start: dict[str, Tensor] = field(default_factory=dict)  # what is learned, as it was before the first step
     best: dict[str, Tensor] = field(default_factory=dict)  # at the judged step that would be kept
-    source: dict[str, Tensor] = field(default_factory=dict)  # and at the one that a repair would start from
+    nearest: dict[str, Tensor] = field(default_factory=dict)  # and at the one nearest to the experts
 
     def __post_init__(self) -> None:
         self.optimiser = self.live.optimiser(self.settings)
+        self.saved = time.monotonic()
 
     def find_start(self, grid: Grid, quick_check: Judge) -> None:
         """Choose a start of the grid."""
         started = time.perf_counter()
-        self.history.starts = find_start(self.live, grid, quick_check, self.settings.signal)
+        self.history.starts = find_start(self.live, grid, quick_check)
         self.history.judging_seconds += time.perf_counter() - started
 
     def take_step(self, losses: Mapping[str, Loss]) -> None:
-        step, judged = self.history.step, self.history.judged
-        if step == self.schedule.ended(judged):
-            self._begin_repair()
-        weights = self._weights(list(losses))
-        step_losses = self._gradients(losses, weights)
+        step = self.history.step
+        step_losses = self._gradients(losses)
         if self.live.ascend():
-            self._gradients(losses, weights)
+            self._gradients(losses)
             self.live.descend()
         for task, value in step_losses.items():
             self.history.losses[task].append(value)
         for group in self.optimiser.param_groups:
-            group["lr"] = group["start"] * self.schedule.factor(step, judged)
+            group["lr"] = group["start"] * self.settings.factor(step)
         self.optimiser.step()
         self.live.write()
         share = self.live.kept_share()
         if share is not None:
             self.history.kept.append(share)
 
-    def _gradients(self, losses: Mapping[str, Loss], weights: list[float]) -> dict[str, float]:
+    def _gradients(self, losses: Mapping[str, Loss]) -> dict[str, float]:
         """Take the gradient of what is learned where it is; the losses there."""
         self.live.zero_grad()
         values = []
-        for loss, weight in processes.share(list(zip(losses.values(), weights, strict=True))):
+        for loss in processes.share(list(losses.values())):
             value = loss(self.history.step)
-            (weight * value).backward()
+            value.backward()
             values.append(value.detach())
         shared = processes.whole(torch.stack(values).tolist() if values else [])
         step_losses = dict(zip(losses, shared, strict=True))
@@ -175,62 +178,52 @@ class _Run:
     def judge_if_due(self) -> None:
         """Judge the current weights, and copy what was learned if they are the best so far."""
         step, judged = self.history.step, self.history.judged
-        if self.judge is None or step in judged or not self.schedule.due(step, judged):
+        if self.judge is None or step in judged or not self._due():
             return
-        started = time.perf_counter()
-        judged[step] = dict(self.judge(step))
-        self.history.judging_seconds += time.perf_counter() - started
+        judged[step] = self._judgement(step)
         if step == 0:
             self.start = self._now()
-        if self._best() == step:
+        if best_step(judged, self.settings.tolerance) == step:
             self.best = self._now()
-        if self.schedule.source(judged) == step:
-            self.source = self._now()
+        if nearest_step(judged) == step:
+            self.nearest = self._now()
 
     def over(self) -> bool:
-        """True if there is nothing left to do."""
-        return self.schedule.over(self.history.step, self.history.judged)
-
-    def planned(self) -> int:
-        """How many steps the run is to take, as far as is known."""
-        return self.schedule.planned(self.history.step, self.history.judged)
+        """True if all steps are taken."""
+        return self.history.step >= self.settings.steps
 
     def search_line(self, stopped: list[int]) -> None:
-        """If the repair fails, judge points on the line to the start until one leaves no task behind. Steps are saved before."""
-        points = self.schedule.line_points(self.history.judged)
+        """Where the nearest step leaves a task behind, judge points on the line to the start until one does not."""
+        points = line_points(self.history.judged, self.settings.tolerance) if self.settings.keep == "best" else []
         if not points:
             return
-        assert self.judge is not None  # without one nothing was judged
         self.save()
-        ends = {self.schedule.source(self.history.judged): self.source, self.history.step: self._now()}
+        last = self._now()
         for step, share in points:
             if any(processes.gathered(bool(stopped))):
-                self._set(ends[self.history.step])
+                self._set(last)
                 self.stop()
-            self._set(between(self.start, ends[step], share))
+            on_line = between(self.start, self.nearest, share)
+            self._set(on_line)
             self.live.write()
-            started = time.perf_counter()
-            point = LinePoint(step, share, dict(self.judge(step)))
-            self.history.judging_seconds += time.perf_counter() - started
+            point = LinePoint(step, share, self._judgement(step))
             self.history.line_points.append(point)
             if fits(point, self.history.judged, self.settings.tolerance):
+                if self._chosen().share == share:
+                    self.best = on_line
                 break
-        chosen = self._chosen()
-        if chosen.share < 1:
-            self.best = between(self.start, ends[chosen.step], chosen.share)
-        self._set(ends[self.history.step])
+        self._set(last)
         self.live.write()
 
     def stop(self) -> None:
         """Save, and raise `Interrupted`."""
         self.save()
         again = "Run the same command to continue." if self.state else "No state was kept."
-        raise Interrupted(f"Stopped at step {self.history.step} of {self.planned()}. {again}")
+        raise Interrupted(f"Stopped at step {self.history.step} of {self.settings.steps}. {again}")
 
     def keep(self) -> None:
         """Make what is learned and the network those of the kept step, and say which it is."""
         last = self.history.step
-        self.history.ended = last if self.judge is None else self.schedule.ended(self.history.judged)
         if self.settings.keep == "last" or not self.history.judged:
             why = (
                 "the last step, as keep: last asks"
@@ -248,25 +241,18 @@ class _Run:
         """A copy of what is learned now; on the CPU, as saved states are."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.live.learned().items()}
 
-    def _best(self) -> int:
-        return best_step(self.history.judged, self.settings.signal, self.settings.tolerance)
+    def _due(self) -> bool:
+        return self.history.step % self.every == 0 or self.history.step == self.settings.steps
+
+    def _judgement(self, step: int) -> dict[str, Signals]:
+        assert self.judge is not None  # it was asked for before
+        started = time.perf_counter()
+        judgement = dict(self.judge(step))
+        self.history.judging_seconds += time.perf_counter() - started
+        return judgement
 
     def _chosen(self) -> Choice:
-        return choose_best(self.history.judged, self.settings.signal, self.settings.tolerance, self.history.line_points)
-
-    def _begin_repair(self) -> None:
-        """Return to the step that the repair starts from, with a new optimiser if that is not the last step."""
-        if self.schedule.source(self.history.judged) != self.history.step:
-            self._set(self.source)
-            self.live.write()
-            self.optimiser = self.live.optimiser(self.settings)
-
-    def _weights(self, tasks: list[str]) -> list[float]:
-        judged = self.history.judged
-        debts = behind(tasks, self.schedule.counts(judged))
-        if self.schedule.ended(judged) is not None:
-            return repair_weights(debts)
-        return task_weights([self.history.losses[task] for task in tasks], self.settings.balance, debts)
+        return choose_best(self.history.judged, self.settings.tolerance, self.history.line_points)
 
     def _check(self, values: Mapping[str, float]) -> None:
         bad = [task for task, value in values.items() if not math.isfinite(value)]
@@ -286,7 +272,14 @@ class _Run:
                 "Lower the step sizes, or check the tasks' inputs."
             )
 
+    def save_if_due(self) -> None:
+        """Save at every judgement, and where the last one was long ago."""
+        if self._due() or time.monotonic() - self.saved > SAVED_WITHIN:
+            self.save()
+
     def save(self) -> None:
+        """Write the state, if one is kept."""
+        self.saved = time.monotonic()
         if self.state is None:
             return
         memory = self._memory()
@@ -308,7 +301,7 @@ class _Run:
             "judging_seconds": self.history.judging_seconds,
             "start": self.start,
             "best": self.best,
-            "source": self.source,
+            "nearest": self.nearest,
             "starts": [asdict(tried) for tried in self.history.starts],
             "memory": memory,
         }
@@ -344,7 +337,7 @@ class _Run:
             content["losses"], content["kept"], content["seconds"], past, judged, content["judging_seconds"]
         )
         self.history.starts = starts
-        self.start, self.best, self.source = (content[name] for name in ("start", "best", "source"))
+        self.start, self.best, self.nearest = (content[name] for name in ("start", "best", "nearest"))
         self.memory.clear()
         self.memory.update(content["memory"])
         return True

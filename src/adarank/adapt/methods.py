@@ -20,29 +20,21 @@ from torch import Tensor
 
 from adarank.adapt.base import Adapting
 from adarank.adapt.learner import LiveLearner
-from adarank.adapt.live_weights import Learn, LiveWeights
+from adarank.adapt.live_weights import Learn, LiveWeights, Precision
+from adarank.adapt.parameters import Number, Share, block_problems, known_basis
 from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
-from adarank.adapt.start_search import AUTO, Grid, Number, Share, grid_of
+from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
 from adarank.alignment.layers import layer_groups
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError, itemise
-from adarank.io import processes
 from adarank.method import Context, Given, Outline, Result
 from adarank.models import TaskModels
-from adarank.settings import nearest
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import First, MaskKind
-
-
-def _known_basis(given: str) -> str:
-    if given not in BASES:
-        raise ValueError(f"unknown basis.{nearest(given, BASES)}")
-    return given
-
 
 A = TypeVar("A", bound="AdaptiveMethod")
 
@@ -52,7 +44,6 @@ class AdaptiveMethod(Adapting):
 
     Class attributes:
         formula: ℓ stands for the loop's `objective`: entropy in the papers.
-        paper_adapt: what the loop's preset `paper` stands for, where it is not AdaRank's.
         joint_heads: heads are learned by the same steps.
 
     Arguments:
@@ -62,12 +53,12 @@ class AdaptiveMethod(Adapting):
         lambda_per: what has its λ: every `tensor` of every task (what the papers call layer-wise); every
             `layer` of every task, as tensors' names number them; every layer for all tasks together (`shared-layer`, which
             is how AdaRank's Equation 5 is printed); every `task`; or only the `model`.
+        clamp: range in which λ is used, such as AdaMerging's [0, 1]; none by default.
         learn_masks, learn_lambda: the two switches.
     """
 
     fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks"})
     python: ClassVar[tuple[str, str]] = ("adapt", "adapts on data. Use adarank.adapt.")
-    paper_adapt: ClassVar[Mapping[str, Any]] = {}
     joint_heads: ClassVar[bool] = False
 
     origin: Literal["pretrained", "average"] = Field("pretrained", description="what task vectors are counted from")
@@ -77,20 +68,33 @@ class AdaptiveMethod(Adapting):
         "tensor",
         description="what has a λ of its own: each tensor or layer of each task, each layer for all, each task, the model",
     )
+    clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
     learn_masks: bool = Field(True, description="learn the masks")
     learn_lambda: bool = Field(True, description="learn λ")
 
+    @model_validator(mode="after")
+    def _range(self: A) -> A:
+        if self.clamp is not None and self.clamp[0] > self.clamp[1]:
+            raise ValueError(f"clamp: {self.clamp[0]} is above {self.clamp[1]}")
+        return self
+
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """What the method's paper starts from, beside the settings given: every setting, so that no preset depends on a default.
 
         Arguments:
             given: what a recipe says itself.
+            text: the tasks are of texts.
         """
         return {
-            "origin": "pretrained", "rank": 1.0, "lambda": 0.3, "lambda_per": "tensor",
+            "origin": "pretrained", "rank": 1.0, "lambda": 0.3, "lambda_per": "tensor", "clamp": None,
             "learn_masks": True, "learn_lambda": True,
         }  # fmt: skip
+
+    @classmethod
+    def paper_loop(cls, text: bool) -> dict[str, Any]:
+        """What `preset: paper` has of the method's loop beside what all papers have, on images or on texts."""
+        return {}
 
     @property
     def spectra(self) -> bool:
@@ -109,7 +113,7 @@ class AdaptiveMethod(Adapting):
         Raises:
             RecipeError: an unknown preset, or settings that do not fit.
         """
-        method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset)
+        method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset, given.text)
         problems = method.check_adapt(settings, given.adapt or {})
         if problems:
             raise RecipeError(problems[0] if len(problems) == 1 else itemise("The adapt block does not fit:", problems))
@@ -125,24 +129,17 @@ class AdaptiveMethod(Adapting):
         problems = [
             f"adapt.{key}: means nothing to '{self.name}'. Remove it." for key in sorted(self.unused & given.keys())
         ]
-        if settings.by == "model":
-            return problems
-        problems += [
-            f"adapt.{key}: by: block minimises the distance to what the experts' blocks give. Remove {key}, or use by: model."
-            for key in ("objective", "objectives", "self_label", "filter")
-            if key in given and key not in self.unused
-        ]
-        if self.lambda_per in ("task", "model"):
-            problems.append(
-                f"lambda_per: one λ for each {self.lambda_per} cannot be learned a block at a time. Use tensor, layer or shared-layer, or by: model."
-            )
-        if processes.size() > 1:
-            problems.append("adapt.by: block runs in one process. Start it without torchrun, or use by: model.")
+        if settings.by == "block":
+            problems += block_problems(self.lambda_per, given.keys() - self.unused)
         return problems
 
     def on(self, live: LiveLearner, models: TaskModels) -> LiveLearner:
         """What is learned on the tasks' networks, where that is more than the merged weights."""
         return live
+
+    def over(self: A, given: Given) -> A:
+        """The method resolved anew: where the models are open it is known whether the tasks are of texts."""
+        return type(self).resolve(given) if given.preset else self
 
     @classmethod
     def seeded(cls, given: Given) -> dict[str, Any]:
@@ -150,10 +147,9 @@ class AdaptiveMethod(Adapting):
         drawn = given.seed is not None and "seed" in cls.model_fields
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
 
-    @classmethod
-    def shares_work(cls) -> bool:
-        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up."""
-        return True
+    def shares_work(self) -> bool:
+        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up. Not block by block."""
+        return self.settings.by != "block"
 
     @classmethod
     def memory(cls) -> str:
@@ -193,7 +189,7 @@ class AdaptiveMethod(Adapting):
         columns = info.numel // max(1, rows)
         factors = min(rows, columns) * (rows + columns)
         if self.soft:
-            return factors + (factors // 2 if self.settings.precision == "bfloat16" else 0)
+            return factors + (factors // 2 if self.learn().precision == "bfloat16" else 0)
         return factors + (info.numel if max(self.grid.ranks) > 0.5 else 0)  # whole task vectors, less what is pruned
 
     @property
@@ -209,9 +205,9 @@ class AdaptiveMethod(Adapting):
         """How task vectors are decomposed into blocks. May read every tensor, one at a time."""
         return BASES["task_vectors"]
 
-    def learn(self, settings: AdaptSettings) -> Learn:
+    def learn(self) -> Learn:
         """What is learned, and how its gradient is taken."""
-        return Learn(self.learn_masks, self.learn_lambda, settings.temperature, settings.clamp, self.lambda_per)
+        return Learn(self.learn_masks, self.learn_lambda, clamp=self.clamp, per=self.lambda_per)
 
     def start(
         self,
@@ -232,11 +228,10 @@ class AdaptiveMethod(Adapting):
         return LiveWeights(
             parameters,
             blocks,
-            self.learn(settings),
+            self.learn(),
             self.grid.scales[self.grid.first[1]],
             self.grid.ranks[self.grid.first[0]],
-            settings.logit,
-            basis,
+            basis=basis,
         )
 
 
@@ -253,6 +248,9 @@ class AdaRank(AdaptiveMethod):
         seed: of random ones; by default the recipe's.
         mask: `soft`: what a component is multiplied by is learned, from 1 where it is kept at the start and 0 where not.
             `binary`: whether it is kept, as in the paper.
+        precision: of the products with singular components while soft masks are learned. `bfloat16` takes about half of the
+            time where the processor has units for it, and half as much memory again for components. What is written is composed in float32 in
+            either.
     """
 
     name: ClassVar[str] = "adarank"
@@ -263,7 +261,7 @@ class AdaRank(AdaptiveMethod):
 
     fixed: ClassVar[frozenset[str]] = frozenset()
 
-    basis: Annotated[str, AfterValidator(_known_basis)] = Field(
+    basis: Annotated[str, AfterValidator(known_basis)] = Field(
         "task_vectors", description="what the components are of", json_schema_extra={"choices": list(BASES.built_in)}
     )
     origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")
@@ -273,22 +271,35 @@ class AdaRank(AdaptiveMethod):
     first: First = Field("top", description="which components the start keeps: the top ones, or random ones, as many")
     seed: int = Field(0, description="of random ones; by default the recipe's seed")
     mask: MaskKind = Field("soft", description="any number for each component, or binary: kept or not, the paper's")
+    precision: Precision = Field(
+        "float32", description="of the products with singular components while soft masks are learned"
+    )
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks."""
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
+        """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks,
+        on texts those of RoBERTa with 7."""
         learned = {
-            **super().paper(given),
+            **super().paper(given, text),
             "basis": "task_vectors",
             "returnable": True,
             "mask": "binary",
             "first": "top",
             "seed": 0,
+            "precision": "float32",
         }
         if given.get("basis", "task_vectors") != "task_vectors":
             return {**learned, "lambda": 1.0}
-        about_average = given.get("origin", "average") == "average"
-        return {**learned, **({"origin": "average", "rank": 0.16, "lambda": 2.3} if about_average else {})}
+        if given.get("origin", "average") != "average":
+            return learned
+        start = {"rank": 0.04, "lambda": 1.6} if text else {"rank": 0.16, "lambda": 2.3}
+        return {**learned, "origin": "average", **start}
+
+    @classmethod
+    def paper_loop(cls, text: bool) -> dict[str, Any]:
+        """Step size and batch size of Appendix A, and as many steps as the released files have. Where these have another step
+        size, 1e-4 of RoBERTa about the average, they are the presets named after them."""
+        return {"steps": 5_000, "batch_size": 8, "lr_masks": 5e-5, "lr_lambda": 5e-5} if text else {"steps": 10_000}
 
     @model_validator(mode="before")
     @classmethod
@@ -322,16 +333,15 @@ class AdaRank(AdaptiveMethod):
         """The basis that the settings name."""
         return BASES[self.basis]
 
-    def learn(self, settings: AdaptSettings) -> Learn:
+    def learn(self) -> Learn:
         """What is learned: also which kind of mask, and whether pruned components may come back."""
         return replace(
-            super().learn(settings),
+            super().learn(),
             returnable=self.returnable,
             mask=self.mask,
-            unit=settings.step_unit,
             first=self.first,
             seed=self.seed,
-            precision=settings.precision,
+            precision=self.precision,
         )
 
 
@@ -345,9 +355,9 @@ class AdaMerging(AdaptiveMethod):
     learn_masks: Literal[False] = Field(False, description="learn the masks")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """λ 0.3 about the base, without masks."""
-        return {**super().paper(given), "learn_masks": False}
+        return {**super().paper(given, text), "learn_masks": False}
 
 
 class AdaMergingPP(AdaMerging):
@@ -365,9 +375,9 @@ class AdaMergingPP(AdaMerging):
     density: float = Field(0.2, gt=0, le=1, description="share of the model's entries kept")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """As AdaMerging's, with the entries that TIES keeps."""
-        return {**super().paper(given), "density": 0.2}
+        return {**super().paper(given, text), "density": 0.2}
 
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         """Task vectors above the magnitudes that leave `density` of the model's entries. Reads every tensor, one at a time."""
@@ -388,10 +398,10 @@ class CARTpp(AdaptiveMethod):
     learn_masks: Literal[False] = Field(False, description="learn the masks")
 
     @classmethod
-    def paper(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """The best rank of CART's paper (Fig. 5), with the experts' full deviations from their mean."""
         start = {"origin": "average", "rank": 0.08, "lambda": 1.0, "learn_masks": False}
-        return {**super().paper(given), **start}
+        return {**super().paper(given, text), **start}
 
 
 ADAPTIVE: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (AdaRank, AdaMerging, AdaMergingPP, CARTpp)}

@@ -140,15 +140,20 @@ class Multitask(MergeMethod):
 
     def pace(self) -> AdaptSettings:
         """These settings as those of the loop."""
-        return AdaptSettings(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            schedule="linear",
-            warmup=self.warmup,
-            keep="last",
-            balance=0.0,
-            save_every=self.save_every,
+        return _Pace(
+            steps=self.steps, batch_size=self.batch_size, keep="last", check_every=self.save_every, warmup=self.warmup
         )
+
+
+class _Pace(AdaptSettings):
+    """The loop's settings, with step sizes that rise before they fall."""
+
+    warmup: float
+
+    def factor(self, step: int) -> float:
+        """Linearly up over the share `warmup` of the steps, then linearly down to zero."""
+        rise = round(self.warmup * self.steps)
+        return (step + 1) / rise if step < rise else 1 - (step - rise) / max(1, self.steps - rise)
 
 
 class JointTraining(Parameters):
@@ -172,7 +177,7 @@ class JointTraining(Parameters):
             for decay, tensors in ((self._decay, matrices), (0.0, others))
             if tensors
         ]
-        return torch.optim.AdamW(groups, betas=settings.betas)
+        return torch.optim.AdamW(groups)
 
     def pull_back(self) -> None:
         """From the gradient of the sum over tasks to that of their mean."""

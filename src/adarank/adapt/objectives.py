@@ -8,7 +8,7 @@ filtered-entropy    entropy of the inputs that are reliable and not redundant   
 features            distance to the expert's last hidden representation                   (Surgery)
 
 A new objective is a function and a line in `OBJECTIVES`. Another package adds one by an entry point of the group
-`adarank.objectives`: a function of `View`, `SelfLabel` and `Filter` that gives a scalar with its graph. What it looks at
+`adarank.objectives`: a function of `View` and `SelfLabel` that gives a scalar with its graph. What it looks at
 beside the logits it names in its attribute `needs`, a set of `expert`, `mean` and `features`.
 """
 
@@ -25,6 +25,12 @@ from torch import Tensor
 from adarank.io.plugins import Registry
 from adarank.settings import Settings, nearest
 
+MOMENTUM = 0.9  # how slowly running mean predictions forget
+# An input is reliable if its entropy is below this share of log(classes), and redundant if the cosine of its prediction with
+# the running mean prediction is above that. The papers' values (0.05, 0.4) are for many classes: with two, a mean of (½, ½)
+# has cosine 0.71 with every sure prediction.
+MARGIN, REDUNDANCY = 0.4, 0.95
+
 
 class SelfLabel(Settings):
     """Settings of `self-label`.
@@ -33,6 +39,8 @@ class SelfLabel(Settings):
         temperature: divides both logits; the loss is multiplied by its square, so that gradients keep their size.
         hard: the target is the expert's most probable class, not its probabilities.
         confidence: inputs where the expert's largest probability is below this are left out.
+        top_logits: of generating models: how many logits of the expert are kept of each token that counts, the largest; all
+            other tokens of the vocabulary are one more, with the probability that is left.
     """
 
     temperature: float = Field(1.0, gt=0, description="divides both logits before the softmax")
@@ -40,30 +48,15 @@ class SelfLabel(Settings):
     confidence: float = Field(
         0.0, ge=0, lt=1, description="inputs where the expert's largest probability is below this are left out"
     )
+    top_logits: int = Field(
+        64, ge=1, description="of generating models: logits of the expert that are kept of each token, the largest"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> SelfLabel:
         if self.hard and self.temperature != 1:
             raise ValueError(f"temperature {self.temperature:g} does nothing to hard labels. Remove one of the two")
         return self
-
-
-class Filter(Settings):
-    """Settings of `filtered-entropy`.
-
-    Arguments:
-        margin: an input is reliable if its entropy is below this share of log(classes).
-        redundancy: an input is redundant if the cosine of its prediction with the running mean prediction is above
-            this; 1 leaves none out. The papers' values (0.05, 0.4) are for many classes: with two, a mean of (½, ½) has
-            cosine 0.71 with every sure prediction.
-    """
-
-    margin: float = Field(
-        0.4, gt=0, le=1, description="inputs with entropy above this share of log(classes) are left out"
-    )
-    redundancy: float = Field(
-        0.95, gt=0, le=1, description="inputs whose cosine with the running mean prediction is above this are left out"
-    )
 
 
 @dataclass(frozen=True)
@@ -189,7 +182,7 @@ def infomax(logits: Tensor, mean: Tensor) -> Tensor:
     return entropy(logits) - (spread + pull - pull.detach())
 
 
-def filtered_entropy(logits: Tensor, mean: Tensor, margin: float = 0.4, redundancy: float = 0.95) -> Tensor:
+def filtered_entropy(logits: Tensor, mean: Tensor, margin: float = MARGIN, redundancy: float = REDUNDANCY) -> Tensor:
     """Mean weighted entropy of the inputs that are reliable and not redundant, in nats.
 
         kept(x)   H(x) < E₀  and  cos(p(·|x), m) ≤ redundancy        E₀ = margin · log(classes)
@@ -224,7 +217,7 @@ def feature_distance(features: Tensor, expert: Tensor) -> Tensor:
     return (features - expert).square().sum() / expert.square().sum().clamp_min(1e-12)
 
 
-def running_mean(logits: Tensor, past: Tensor | None, momentum: float) -> Tensor:
+def running_mean(logits: Tensor, past: Tensor | None, momentum: float = MOMENTUM) -> Tensor:
     """(classes,) mean prediction over the batches so far, without a graph: the batch's mean if there was none before."""
     of_batch = logits.detach().softmax(dim=-1).mean(dim=0)
     return of_batch if past is None else momentum * past.to(of_batch) + (1 - momentum) * of_batch
@@ -239,18 +232,19 @@ def _given(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-Loss = Callable[[View, SelfLabel, Filter], Tensor]
+Loss = Callable[[View, SelfLabel], Tensor]
 _BUILT_IN: dict[str, Loss] = {
-    "self-label": lambda v, labels, _: self_label(
-        v.logits if v.matched is None else v.matched, _given(v.expert), **labels.model_dump(), rest=v.rest
+    "self-label": lambda v, labels: self_label(
+        v.logits if v.matched is None else v.matched,
+        _given(v.expert),
+        **labels.model_dump(exclude={"top_logits"}),
+        rest=v.rest,
     ),
-    "trusted-label": lambda v, *_: trusted_label(
-        v.logits if v.matched is None else v.matched, _given(v.expert), v.rest
-    ),
-    "entropy": lambda v, *_: entropy(v.logits),
-    "infomax": lambda v, *_: infomax(v.logits, _given(v.mean)),
-    "filtered-entropy": lambda v, _, kept: filtered_entropy(v.logits, _given(v.mean), **kept.model_dump()),
-    "features": lambda v, *_: feature_distance(_given(v.features), _given(v.expert_features)),
+    "trusted-label": lambda v, _: trusted_label(v.logits if v.matched is None else v.matched, _given(v.expert), v.rest),
+    "entropy": lambda v, _: entropy(v.logits),
+    "infomax": lambda v, _: infomax(v.logits, _given(v.mean)),
+    "filtered-entropy": lambda v, _: filtered_entropy(v.logits, _given(v.mean)),
+    "features": lambda v, _: feature_distance(_given(v.features), _given(v.expert_features)),
 }
 _NEEDS = {
     "self-label": "expert",
@@ -287,9 +281,9 @@ class Needing:
 NEED_EXPERT, NEED_MEAN, NEED_FEATURES = Needing("expert"), Needing("mean"), Needing("features")
 
 
-def objective(view: View, weights: Weights, labels: SelfLabel, kept: Filter) -> Tensor:
+def objective(view: View, weights: Weights, labels: SelfLabel) -> Tensor:
     """The weighted sum of a task's objectives on one batch: a scalar with its graph."""
-    parts = [weight * OBJECTIVES[name](view, labels, kept) for name, weight in weights.items()]
+    parts = [weight * OBJECTIVES[name](view, labels) for name, weight in weights.items()]
     return sum(parts[1:], parts[0])
 
 

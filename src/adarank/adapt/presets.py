@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound="AdaptiveMethod")
 
 # What all the papers do: entropy, constant step sizes, all the steps that are set, the last one kept. Everything that
-# the result depends on is written down, so that a default that changes changes no preset. Neither paper says how many
-# steps; `logit` is the released code's, τ, Adam's rates, step size and batch size are of AdaRank's Appendix A.
+# the result depends on is written down, so that a default that changes changes no preset. Step size and batch size are
+# those of AdaRank's Appendix A on images; what it has on text, and how many steps, is `AdaRank.paper_loop`.
 _PAPER: dict[str, Any] = {
-    "by": "model", "objective": "entropy", "objectives": {}, "schedule": "constant", "warmup": 0.0, "keep": "last", "patience": None,
-    "repair": 0, "retreat": 0, "lr_masks": 1e-3, "lr_lambda": 1e-3, "betas": [0.9, 0.999], "balance": 0.0,
-    "batch_size": 16, "steps": 200, "temperature": 10.0, "logit": 0.1, "step_unit": "mask", "clamp": None, "learn_heads": False, "top_logits": 64,
-    "precision": "float32",
+    "by": "model", "objective": "entropy", "objectives": {}, "schedule": "constant", "keep": "last", "lr_masks": 1e-3,
+    "lr_lambda": 1e-3, "batch_size": 16, "steps": 200, "learn_heads": False,
 }  # fmt: skip
 # Two batches of 16 a step, as the released loop really uses. AdaMerging++ takes the same.
-_ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500, "clamp": [0.0, 1.0]}
+_ADAMERGING = {**_PAPER, "batch_size": 32, "steps": 500}
+_CLAMPED = {"lambda": 0.3, "clamp": (0.0, 1.0)}
 
 
 def _preset(
@@ -56,15 +55,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "roberta-7-cart": _preset("average", 1.6, 0.04, 8, 5_000, 1e-4),
     "gpt2-7-ta": _preset("pretrained", 0.3, 1.0, 8, 5_000, 5e-5),
     "gpt2-7-cart": _preset("average", 1.3, 0.01, 8, 5_000, 5e-5),
-    "adamerging": {"parameters": {"lambda": 0.3}, "adapt": _ADAMERGING},
-    "adamerging-task": {"parameters": {"lambda": 0.3, "lambda_per": "task"}, "adapt": _ADAMERGING},
+    "adamerging": {"parameters": _CLAMPED, "adapt": _ADAMERGING},
+    "adamerging-task": {"parameters": {**_CLAMPED, "lambda_per": "task"}, "adapt": _ADAMERGING},
 }
 
 
 def with_preset(
-    kind: type[A], parameters: Mapping[str, Any], adapt: Mapping[str, Any], preset: str | None
+    kind: type[A], parameters: Mapping[str, Any], adapt: Mapping[str, Any], preset: str | None, text: bool = False
 ) -> tuple[A, AdaptSettings]:
     """An adaptive method and its loop's settings: preset first, then what is given by hand.
+
+    Arguments:
+        text: the tasks are of texts, so that `paper` is what the papers have for language models.
 
     Raises:
         RecipeError: an unknown preset, or settings that do not fit.
@@ -76,7 +78,7 @@ def with_preset(
     given = {preferred.get(key, key): value for key, value in parameters.items()}
     # released starts are of plain task vectors: with another basis it is that of its static method
     released = values["parameters"] if given.get("basis", "task_vectors") == "task_vectors" else {}
-    start = {**kind.paper(given), **released} if preset else {}
+    start = {**kind.paper(given, text), **released} if preset else {}
+    loop = {**values["adapt"], **(kind.paper_loop(text) if preset == "paper" else {})}
     method = parse(kind, {**start, **given}, f"parameters of '{kind.name}'")
-    loop = kind.paper_adapt if preset == "paper" and kind.paper_adapt else values["adapt"]
     return method, parse(AdaptSettings, {**kind.defaults, **loop, **adapt}, "adapt")

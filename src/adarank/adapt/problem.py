@@ -212,9 +212,9 @@ class Problem:
             if function is not None:
                 return function(logits)
             if NEED_MEAN & weights.keys():
-                self.memory[task] = running_mean(logits, self.memory.get(task), self.settings.momentum)
+                self.memory[task] = running_mean(logits, self.memory.get(task))
             view = self._view(task, where, logits, seen[-1] if seen else None)
-            return objective(view, weights, self.settings.self_label, self.settings.filter)
+            return objective(view, weights, self.settings.self_label)
 
         return loss
 
@@ -255,7 +255,7 @@ def expert_predictions(
     def of_expert(task: str) -> Predictions:
         models.fill(member_tensors(network, network.experts[task]))
         head = head_parts(models, task) if not function and NEED_FEATURES & settings.weights(task).keys() else []
-        most = settings.top_logits if inputs[task].generate else None
+        most = settings.self_label.top_logits if inputs[task].generate else None
         predict = predictor(models.modules[task], head, forward, most=most)
         predictions = inputs[task].predictions(predict, not function and needs_targets(settings, task))
         keep(task, predictions)

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from pydantic import BeforeValidator
-
-from adarank.adapt.agreement import Judge, Signal, mean_signal
+from adarank.adapt.agreement import Judge, mean_agreement
 from adarank.io.progress import advance, stage
 
 AUTO: Literal["auto"] = "auto"
@@ -24,26 +22,9 @@ SCALES = (0.05, 0.1, 0.2, 0.3, 0.6, 1.0, 1.6, 2.5)
 QUICK_CHECK = 64  # inputs per task, at most: all starts are seen on the same ones, so that few tell them apart
 
 
-def _number_or_auto(given: Any) -> Any:
-    if given != AUTO and (isinstance(given, bool) or not isinstance(given, (int, float))):
-        raise ValueError("a number or auto was needed")
-    return given
-
-
-def _share_or_auto(given: Any) -> Any:
-    if _number_or_auto(given) != AUTO and not 0 < given <= 1:
-        raise ValueError("a share above 0 and at most 1, or auto, was needed")
-    return given
-
-
-Number = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
-Share = Annotated[float | Literal["auto"], BeforeValidator(_share_or_auto)]
-"""λ, or the share of components kept: given, or searched for."""
-
-
 @dataclass(frozen=True)
 class Tried:
-    """One start that was tried: share of components kept, λ, and the mean signal there (more is better)."""
+    """One start that was tried: share of components kept, λ, and the mean agreement there."""
 
     rank: float
     scale: float
@@ -71,6 +52,15 @@ class Grid:
     def open(self) -> bool:
         """True if there is anything to find."""
         return len(self.ranks) * len(self.scales) > 1
+
+    def at_edge(self, tried: list[Tried]) -> list[str]:
+        """Of `rank` and `lambda` those whose best value is the last of those that may be tried, though others are possible."""
+        if not tried:
+            return []
+        best = best_of(tried)
+        edges = {"rank": len(self.ranks) > 1 and best.rank == self.ranks[0],  # the other end is all components
+                 "lambda": len(self.scales) > 1 and best.scale in (self.scales[0], self.scales[-1])}  # fmt: skip
+        return [name for name, at_edge in edges.items() if at_edge]
 
     def neighbours(self, at: tuple[int, int]) -> list[tuple[int, int]]:
         """The points one step away in rank or in λ."""
@@ -129,13 +119,13 @@ class HasStarts(Protocol):
         ...
 
 
-def find_start(live: HasStarts, grid: Grid, quick_check: Judge, signal: Signal) -> list[Tried]:
+def find_start(live: HasStarts, grid: Grid, quick_check: Judge) -> list[Tried]:
     """Put the live weights at the best start of the grid; returns what was tried."""
 
     def value(rank: float, scale: float) -> float:
         live.reset(scale, rank)
         live.write()
-        seen = mean_signal(quick_check(0), signal)
+        seen = mean_agreement(quick_check(0))
         advance()
         return seen
 

@@ -67,10 +67,12 @@ class Components(Figure):
     name: ClassVar[str] = "components"
     summary: ClassVar[str] = "what adding each singular component of one expert does to the merge of the others"
     source: ClassVar[str] = "AdaRank, Figures 1 and 2"
+    tasks: ClassVar[int] = 2
+    decomposed: ClassVar[bool] = True
 
     scale: float = Field(0.3, alias="lambda", description="λ of the merge and of the component")
     origin: Literal["pretrained", "average"] = Field("pretrained", description="what task vectors are counted from")
-    tasks: tuple[str, ...] = Field((), description="whose components are added; by default every task's")
+    of: tuple[str, ...] = Field((), description="whose components are added; by default every task's")
     matrices: tuple[str, ...] = Field(("*",), description="patterns of the matrices that they are added to")
     top: float = Field(0.1, gt=0, le=1, description="share of the components that is measured by forward passes")
 
@@ -78,16 +80,15 @@ class Components(Figure):
 
     def check(self, bench: Bench) -> None:
         """Refuse tasks, matrices and origins that the recipe has not."""
-        for task in self.tasks:
+        super().check(bench)
+        for task in self.of:
             if task not in bench.tasks:
-                raise RecipeError(f"{self.name}: tasks: no task '{task}'.{nearest(task, bench.tasks)}")
+                raise RecipeError(f"{self.name}: of: no task '{task}'.{nearest(task, bench.tasks)}")
         if self.origin not in bench.origins():
             raise RecipeError(f"{self.name}: origin: the recipe has no base_model. Give it, or origin=average.")
         if not self._chosen(bench):
             raise RecipeError(
                 f"{self.name}: matrices: none of {len(bench.matrices)} decomposed matrices, such as '{bench.matrices[0]}', fits {', '.join(self.matrices)}."
-                if bench.matrices
-                else f"{self.name}: no matrix of these models is decomposed."
             )
 
     def parts(self, bench: Bench) -> list[str]:
@@ -157,6 +158,7 @@ class Components(Figure):
                 series |= {f"{what}{style}": [(row["component"], row[what]) for row in here] for what in ("net", "own")}
             dashes = {name: "--" if "first" in name else "-" for name in series}
             drawing.lines(axis, series, ("component", "change of loss"), f"components of {task}", dashes=dashes)
+            axis.locator_params(nbins=4)
         strongest = where(rows, kind=EXACT, component=1)
         cells = [[row[_on(other)] for other in tasks_of(rows)] for row in strongest]
         ticks = {float(place): str(place + 1) for place in range(len(tasks_of(rows)))}
@@ -169,7 +171,7 @@ class Components(Figure):
         return figure
 
     def _tasks(self, bench: Bench) -> tuple[str, ...]:
-        return self.tasks or bench.tasks
+        return self.of or bench.tasks
 
     def _chosen(self, bench: Bench) -> list[str]:
         return [name for name in bench.matrices if any(fnmatchcase(name, pattern) for pattern in self.matrices)]

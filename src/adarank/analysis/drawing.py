@@ -6,6 +6,7 @@ Okabe and Ito, "Color Universal Design", 2008. Maps are cividis (one sign) and P
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from typing import Any
@@ -19,6 +20,7 @@ _MISSING = "matplotlib is not installed, which draws figures. Install adarank[re
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: smaller, and read by those who do not see it
     "svg.hashsalt": "adarank",
+    "font.sans-serif": ["DejaVu Sans", "Arial", "sans-serif"],
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -57,12 +59,17 @@ def lines(
     title: str = "",
     errors: Mapping[str, Sequence[float]] | None = None,
     dashes: Mapping[str, str] | None = None,
+    outlined: bool = False,
 ) -> None:
-    """A line per series, each with its colour and mark; with `errors` a bar at every point."""
+    """A line per series, each with its colour and mark; with `errors` a bar at every point; outlined where they lie on a map."""
+    from matplotlib.patheffects import withStroke
+
     for number, (name, points) in enumerate(series.items()):
         across, up = [x for x, _ in points], [y for _, y in points]
         how: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)], "label": name,
                "linestyle": (dashes or {}).get(name, DASHES[number // len(COLOURS) % len(DASHES)])}  # fmt: skip
+        if outlined:
+            how["path_effects"] = [withStroke(linewidth=2.6, foreground="white")]
         if errors is None:
             axis.plot(across, up, **how)
         else:
@@ -139,4 +146,14 @@ def rendered(draw: Callable[[], Any], kind: str) -> bytes:
     content = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         draw().savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return content.getvalue()
+    return compact(content.getvalue()) if kind == "svg" else content.getvalue()
+
+
+def compact(svg: bytes) -> bytes:
+    """An SVG without indentation, its coordinates with two digits after the point in place of six; its words stay as they are."""
+
+    def rounded(number: re.Match[str]) -> str:
+        return f"{float(number.group()):.2f}".rstrip("0").rstrip(".")
+
+    text = re.sub(r"\n\s+", "\n", svg.decode("utf-8"))
+    return re.sub(r'="[^"]*"', lambda value: re.sub(r"-?\d+\.\d{3,}", rounded, value.group()), text).encode("utf-8")

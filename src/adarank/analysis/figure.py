@@ -7,9 +7,12 @@ interrupted analysis goes on; its rows are a tidy table, the same that is writte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_origin
+
+from pydantic import model_validator
 
 from adarank.analysis.bench import Bench
+from adarank.errors import RecipeError
 from adarank.settings import Settings
 
 Row = dict[str, Any]
@@ -25,6 +28,8 @@ class Figure(Settings):
         source: the papers' figures that it is after.
         data: what it reads of the tasks' data, in words; empty if it reads none.
         outputs: what it needs of outputs of `merge`, in words; empty if it takes none.
+        tasks: how many experts it takes at least.
+        decomposed: it takes matrices that are decomposed.
     """
 
     name: ClassVar[str]
@@ -32,9 +37,30 @@ class Figure(Settings):
     source: ClassVar[str]
     data: ClassVar[str] = "labels of the scored split"
     outputs: ClassVar[str] = ""
+    tasks: ClassVar[int] = 1
+    decomposed: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        """One value for a setting that is a list, as it may be typed."""
+        if not isinstance(given, Mapping):
+            return given
+        lists = {
+            field.alias or name for name, field in cls.model_fields.items() if get_origin(field.annotation) is tuple
+        }
+        return {k: (v,) if k in lists and not isinstance(v, (list, tuple)) else v for k, v in given.items()}
 
     def check(self, bench: Bench) -> None:
         """Raise a `RecipeError` if the recipe has not what the figure needs. Called before any work."""
+        if len(bench.tasks) < self.tasks:
+            raise RecipeError(
+                f"{self.name}: takes {self.tasks} experts or more, and the recipe has {len(bench.tasks)}."
+            )
+        if self.decomposed and not bench.matrices:
+            raise RecipeError(f"{self.name}: no matrix of these models is decomposed. Let select: decompose name some.")
+        if self.outputs and not bench.outputs:
+            raise RecipeError(f"{self.name}: {self.outputs}, are needed. Give --output FOLDER for each.")
 
     def parts(self, bench: Bench) -> list[str]:
         """The names of the parts, in the order in which they are computed."""

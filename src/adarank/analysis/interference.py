@@ -31,6 +31,7 @@ class Interference(Figure):
     summary: ClassVar[str] = "singular-task interference of matrices and of pairs of tasks, and cosines of task vectors"
     source: ClassVar[str] = "Gargiulo et al. 2024, arXiv:2412.00081"
     data: ClassVar[str] = ""
+    tasks: ClassVar[int] = 2
 
     rank: float | None = Field(
         None, gt=0, le=1, description="share of each task vector's components that counts; by default 1/T"

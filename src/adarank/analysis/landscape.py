@@ -26,9 +26,6 @@ from adarank.analysis.rank_sweep import ORIGINS, cut, merged
 from adarank.errors import RecipeError
 from adarank.spectral.svd import spectrum_of
 
-_LEAST = 3
-"""Experts that a plane takes: of two the second direction is none."""
-
 
 @dataclass(frozen=True)
 class Plane:
@@ -67,6 +64,7 @@ class Landscape(Figure):
     name: ClassVar[str] = "landscape"
     summary: ClassVar[str] = "losses on the plane of the experts' two principal directions, with paths over rank and λ"
     source: ClassVar[str] = "CART, Figures 4, 7 and 8"
+    tasks: ClassVar[int] = 3  # two lie on a line with their average
 
     points: int = Field(13, ge=2, le=101, description="points of the grid along each side")
     shares: tuple[float, ...] = Field(
@@ -77,13 +75,6 @@ class Landscape(Figure):
     margin: float = Field(0.1, ge=0, le=2, description="around all that is marked, as a share of its extent")
 
     _plane: Plane | None = PrivateAttr(None)
-
-    def check(self, bench: Bench) -> None:
-        """Refuse so few experts that they span no plane."""
-        if len(bench.tasks) < _LEAST:
-            raise RecipeError(
-                f"{self.name}: {len(bench.tasks)} experts span no plane about their average. Give a recipe of {_LEAST} or more."
-            )
 
     def parts(self, bench: Bench) -> list[str]:
         """The models' places, the points of the paths, the points of the grid."""
@@ -173,7 +164,7 @@ class Landscape(Figure):
             if places:
                 series[kind] = places
         dashes = dict.fromkeys(("expert", "average", "base"), "none")
-        drawing.lines(axis, series, ("", ""), f"loss: {title}", dashes=dashes)
+        drawing.lines(axis, series, ("", ""), f"loss: {title}", dashes=dashes, outlined=True)
 
     def _paths(self, bench: Bench) -> dict[str, tuple[str, float, float]]:
         """Name -> method, λ, share."""

@@ -13,7 +13,7 @@ from pydantic import Field
 from adarank.analysis import drawing
 from adarank.analysis.bench import Bench
 from adarank.analysis.figure import Figure, Row, mean, values_of, where
-from adarank.errors import CheckpointError, MismatchError, RecipeError
+from adarank.errors import CheckpointError, MismatchError
 from adarank.spectral.mask_file import FILE, MaskFile
 from adarank.spectral.masks import kept
 
@@ -33,8 +33,7 @@ class Masks(Figure):
 
     def check(self, bench: Bench) -> None:
         """Refuse outputs without masks, or of other tasks."""
-        if not bench.outputs:
-            raise RecipeError(f"{self.name}: {self.outputs}, are needed. Give --output FOLDER for each.")
+        super().check(bench)
         for folder in bench.outputs.values():
             if not (folder / FILE).exists():
                 raise CheckpointError(

@@ -38,6 +38,7 @@ class RankSweep(Figure):
     name: ClassVar[str] = "rank-sweep"
     summary: ClassVar[str] = "scores of TA and CART over the kept rank, from the top and reversed, merged and routed"
     source: ClassVar[str] = "CART, Figures 1, 2, 3 and 5"
+    decomposed: ClassVar[bool] = True
 
     shares: tuple[float, ...] = Field(SHARES, description="shares of each matrix's components that are kept")
     ta: float = Field(0.3, description="λ of TA where merged")

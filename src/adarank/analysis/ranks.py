@@ -27,6 +27,7 @@ class Ranks(Figure):
     summary: ClassVar[str] = "effective ranks of every matrix and task, about the base and about the average"
     source: ClassVar[str] = "AdaRank, Figure 3"
     data: ClassVar[str] = ""
+    decomposed: ClassVar[bool] = True
 
     energy: float = Field(0.95, gt=0, le=1, description="share of Σσ² that the counted components hold")
 

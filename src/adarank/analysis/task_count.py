@@ -46,6 +46,7 @@ class TaskCount(Figure):
 
     def check(self, bench: Bench) -> None:
         """Refuse methods that need data or give no single model, and counts that no subset has."""
+        super().check(bench)
         for name in self.methods:
             kind = METHODS.named(name, f"{self.name}: methods: unknown method")
             if kind.data or kind.in_use:
@@ -119,6 +120,7 @@ class TaskCount(Figure):
                 ("merged tasks", f"mean {column}"),
                 errors={method: [error for _, error in curve.values()] for method, curve in curves.items()},
             )
+            axis.set_xticks(sorted(values_of(rows, "count")))
         drawing.legend_below(figure, axes[0][0])
         return figure
 

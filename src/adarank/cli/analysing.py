@@ -43,6 +43,12 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_analyse, left=_left)
 
 
+def add_metric(command: argparse.ArgumentParser) -> None:
+    """The option of commands that score: another metric than the recipe's."""
+    text = "score every task by this, such as loss (default: the recipe's)"
+    command.add_argument("--metric", metavar="NAME", help=text)
+
+
 def _analyse(options: argparse.Namespace) -> None:
     from adarank.cli import console
     from adarank.cli.progress import screen

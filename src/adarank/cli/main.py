@@ -118,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--per-class", action="store_true", help="precision, recall and F1 of every class, too (csv: of these alone)"
     )
+    analysing.add_metric(evaluate)
     scoring.add_sources(evaluate)
     evaluate.set_defaults(run=_evaluate, left=_nothing_left)
 
@@ -133,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="AXIS",
         help="name=first:last:step or name=a,b,c; several make a grid",
     )
+    analysing.add_metric(search)
     search.add_argument("--force", action="store_true", help="replace an existing best recipe and its record")
     search.set_defaults(run=_search, left=_left_of_search)
 
@@ -274,8 +276,9 @@ def _search(options: argparse.Namespace) -> None:
     from adarank.workflow.search import level, parse_axis, search
 
     axes = [parse_axis(text) for text in options.over]
+    given = (options.recipe, options.best, axes, options.force)
     with screen() as shown:
-        ranked, record = search(options.recipe, options.best, axes, options.force, shown.note, shown.point)
+        ranked, record = search(*given, shown.note, shown.point, options.metric)
     if options.json:
         _print_json(record)
         return

@@ -31,7 +31,7 @@ class Screen:
         self._task = TaskID(0)
         self._stage = ""
         self._live: Live | None = None
-        self._said = time.monotonic()
+        self._said = self._began = time.monotonic()
         self._first = self._last = 0
         self._spent = 0.0
         self._best: Point | None = None
@@ -46,10 +46,18 @@ class Screen:
         if console.err.is_terminal:
             self._draw_bar(what, done, total)
         elif what != self._stage:
-            self._stage, self._said = what, time.monotonic()
+            self._stage = what
+            self._said = self._began = time.monotonic()
         elif time.monotonic() - self._said >= PLAIN_SECONDS and done != total:
             self._said = time.monotonic()
-            write(f"{what}: {100 * done / total:.0f}%" if total else f"{what}: {done:g} done", console=console.err)
+            write(f"{what}: {self._plain(done, total)}", console=console.err)
+
+    def _plain(self, done: float, total: float | None) -> str:
+        """How far a stage is, in words, with the time that the rest takes at its pace."""
+        if not total:
+            return f"{done:g} done"
+        left = (self._said - self._began) * (total - done) / done if done else 0.0
+        return f"{100 * done / total:.0f}%" + (f", {clock(left)} left" if done else "")
 
     def step(self, history: History, steps: int) -> None:
         """A step of adaptation: on a terminal loss and last agreement per task, components kept, speed, time left."""

@@ -38,6 +38,8 @@ def table_of(options: argparse.Namespace, note: Note) -> Table:
     other = "--from-lm-eval" if options.from_lm_eval else "--from-mteb" if options.from_mteb else ""
     if other and options.recipe is not None:
         raise RecipeError(f"{options.recipe}: {other} needs no recipe: its tasks are those that were measured. Leave the recipe out.")  # fmt: skip
+    if other and options.metric is not None:
+        raise RecipeError(f"--metric {options.metric}: {other} reads what was measured, by its own metrics. Leave --metric out.")  # fmt: skip
     if options.from_lm_eval:
         from adarank.workflow.lm_eval import read_lm_eval
 
@@ -50,4 +52,4 @@ def table_of(options: argparse.Namespace, note: Note) -> Table:
         raise RecipeError("evaluate: no recipe is given. Give a recipe, or --from-lm-eval or --from-mteb and a path.")
     from adarank.workflow.evaluate import evaluate
 
-    return evaluate(options.recipe, options.outputs, options.split, note, options.per_class)
+    return evaluate(options.recipe, options.outputs, options.split, note, options.per_class, options.metric)

@@ -238,7 +238,13 @@ def adapted(report: Mapping[str, Any]) -> None:
             f"start: rank {best['rank']:g}, λ {best['lambda']:g}: nearest to the experts on unlabelled inputs, "
             f"of {len(report['starts'])} looked at"
         )
-    taken = f"{report['steps']} steps" + (", stopped early" if report["stopped_early"] else "")
+    if report.get("start_at_edge"):
+        names = " and ".join(report["start_at_edge"])
+        head(
+            "edge:",
+            f" the best start has the last {names} that is looked at. Beyond it a better one may lie: set it by hand.",
+        )
+    taken = f"{report['steps']} steps"
     kept = f", {100 * report['components_kept']:.2f}% of the components kept" if "components_kept" in report else ""
     kept += " (their soft masks are ½ or more)" if report.get("mask") == "soft" else ""
     write(taken + kept)

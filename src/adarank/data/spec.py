@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from adarank.data.metrics import Metric
 from adarank.settings import Settings
@@ -109,17 +110,32 @@ class TaskSpec(Settings):
         return [str(label) if isinstance(label, int) else label for label in given]
 
 
+def _share(given: Any) -> Any:
+    """A share in (0, 1], also from per cent in words."""
+    words = re.fullmatch(r"\s*([0-9.]+)\s*%\s*", given) if isinstance(given, str) else None
+    try:
+        share = float(words[1]) / 100 if words else given
+    except ValueError:  # 1.2.3%
+        share = given
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ValueError("a share above 0 and at most 1, or per cent such as 1%, was needed")
+    return float(share)
+
+
 class DataSettings(Settings):
     """How rows become splits.
 
     Arguments:
         protocol: `disjoint` keeps adapt, select and test apart; `transductive` adapts on the test inputs
             themselves, as the papers do, and every table and record then says so.
+        budget: under `transductive` the share of the test inputs that is adapted on, in (0, 1] or as `1%`; all of them are scored.
+            None is all.
         adapt, select, test: fractions of a single file; at most 1 in sum.
         split_seed: seeds the split, apart from the seed of adaptation.
     """
 
     protocol: Literal["disjoint", "transductive"] = "disjoint"
+    budget: Annotated[float, BeforeValidator(_share)] | None = None
     adapt: float = Field(0.4, ge=0, le=1)
     select: float = Field(0.2, ge=0, le=1)
     test: float = Field(0.4, ge=0, le=1)
@@ -127,6 +143,11 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _sum(self) -> DataSettings:
+        if self.budget is not None and self.protocol != "transductive":
+            raise ValueError(
+                "budget: is a share of the test inputs, which only protocol: transductive adapts on. "
+                "Under disjoint, adapt says how many inputs are adapted on"
+            )
         if self.adapt + self.select + self.test > 1 + 1e-9:
             raise ValueError(
                 f"the fractions adapt + select + test are {self.adapt + self.select + self.test:g}, more than 1"

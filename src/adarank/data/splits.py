@@ -90,3 +90,13 @@ def limited(splits: Splits, limit: int | None, seed: int) -> Splits:
     if splits.rows["adapt"] == splits.rows["test"]:  # transductive: the rows adapted on are those scored
         chosen["adapt"] = chosen["test"]
     return Splits(chosen, splits.dropped)
+
+
+def budgeted(splits: Splits, settings: DataSettings) -> Splits:
+    """Only the `budget` of the adapt rows, one at least, by a seeded choice."""
+    if settings.budget is None:
+        return splits
+    rows = splits.rows["adapt"]
+    count = min(len(rows), max(1, round(settings.budget * len(rows))))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.split_seed))[:count].tolist()
+    return Splits({**splits.rows, "adapt": tuple(sorted(rows[i] for i in order))}, splits.dropped)

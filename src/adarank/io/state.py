@@ -14,7 +14,7 @@ from adarank.io.archive import load_signed, signed
 from adarank.io.pickled import DAMAGED
 
 _STATE = {"fingerprint", "losses", "seconds", "resumed_from", "judged", "judging_seconds", "starts"}
-_BY_STEP = _STATE | {"learned", "optimiser", "rng", "kept", "start", "best", "source", "memory"}
+_BY_STEP = _STATE | {"learned", "optimiser", "rng", "kept", "start", "best", "nearest", "memory"}
 _BY_BLOCK = _STATE | {"blocks"}
 
 

@@ -28,18 +28,21 @@ class TensorFile:
 
     Arguments:
         layout: name -> (shape, dtype) of every tensor, in the order in which they will be written.
+        hashed: compute the file's SHA-256 beside writing.
 
     Raises:
         OutputError: the tensors do not follow the layout (a bug, not a user's mistake), or the layout's dtype cannot
             hold a value.
     """
 
-    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None, hashed: bool = False
+    ) -> None:
         self._path, self._layout = path, layout
         self._expected = iter(layout)
         self._handle = path.open("wb")
         write_header(self._handle, layout, metadata)
-        self._hash = _FollowingHash(path)
+        self._hash = _FollowingHash(path) if hashed else None
         self._unflushed = 0
 
     def __enter__(self) -> TensorFile:
@@ -51,15 +54,16 @@ class TensorFile:
             missing = next(self._expected, None)
             if kind is None and missing is not None:
                 raise OutputError(f"{self._path.name}: tensor '{missing}' was never written.")
-            if kind is None:
+            if kind is None and self._hash:
                 self._hash.ended()
         finally:
-            self._hash.stop()
+            if self._hash:
+                self._hash.stop()
 
     @property
     def sha256(self) -> str | None:
-        """Of the whole file, once it is closed; None if it could not be read."""
-        return self._hash.digest
+        """Of the whole file, once it is closed; None if it was not hashed, or could not be read."""
+        return self._hash.digest if self._hash else None
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor: cast to the layout's dtype, moved to the CPU and written."""
@@ -71,7 +75,7 @@ class TensorFile:
             )
         write_tensor(self._handle, cast(tensor, dtype, name, "Give another out_dtype, such as bfloat16.").cpu())
         self._unflushed += spec_bytes((shape, dtype))
-        if self._unflushed >= _READ_BYTES:
+        if self._hash and self._unflushed >= _READ_BYTES:
             self._handle.flush()
             self._hash.written(self._handle.tell())
             self._unflushed = 0

@@ -291,7 +291,7 @@ def write_folders(
 
 def _write_shard(path: Path, shard: Shard, layout: Layout, given: Iterator[tuple[str, Tensor]]) -> str | None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TensorFile(path, {short: layout[name] for name, short in shard.names.items()}) as handle:
+    with TensorFile(path, {short: layout[name] for name, short in shard.names.items()}, hashed=True) as handle:
         for _ in shard.names:
             name, tensor = next(given, ("nothing", torch.zeros(0)))
             handle.write(shard.names.get(name, name), tensor)

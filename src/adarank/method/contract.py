@@ -111,8 +111,7 @@ class MergeMethod(Settings):
         """Whether some layers can be merged apart from the others."""
         return False
 
-    @classmethod
-    def shares_work(cls) -> bool:
+    def shares_work(self) -> bool:
         """Whether several processes that run it together share its work, and write what one alone would."""
         return False
 

@@ -115,6 +115,7 @@ class Given:
         folder: where relative paths count from.
         find: name -> method, for methods that are put on another.
         span: the layers that lists over the layers run over, where these are a slice.
+        text: the tasks are of texts, as far as that is known; no model is open before `names` are.
     """
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -126,6 +127,7 @@ class Given:
     folder: Path = Path(".")
     find: Callable[[str, str], type[MergeMethod]] | None = None
     span: Span | None = None
+    text: bool = False
 
 
 @dataclass(frozen=True)

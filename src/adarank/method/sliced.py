@@ -49,8 +49,7 @@ class Sliced(MergeMethod):
         """Whether matrices are decomposed in any slice."""
         return any(part.method.decomposes for part in self.parts)
 
-    @classmethod
-    def shares_work(cls) -> bool:
+    def shares_work(self) -> bool:
         """The methods of slices merge tensor by tensor."""
         return True
 

@@ -107,10 +107,9 @@ class Method(MergeMethod):
         """Whether it merges each tensor from that tensor alone."""
         return cls.passes == 1 and not cls.data and not cls.in_use
 
-    @classmethod
-    def shares_work(cls) -> bool:
+    def shares_work(self) -> bool:
         """Whether several processes can merge its tensors: each its own."""
-        return not cls.in_use
+        return not self.in_use
 
     @classmethod
     def needs_base(cls) -> bool:

@@ -149,9 +149,18 @@ def find_chain(module: nn.Module, forward: Forward, batch: Any, merged: Sequence
     if repeated:
         raise RecipeError(f"adapt.by: '{repeated[0]}' runs {calls.counts[repeated[0]]} times in a pass. {_REMEDY}")
     given: dict[int, Given] = {}
-    for place in range(len(chain)):
-        given[place] = on_cpu(chain.run(place, batch, {n: put(given[n], logits.device) for n in chain.needed(place)}))
-    again = chain.logits(batch, {n: put(given[n], logits.device) for n in chain.needed(len(chain))})
+    try:
+        for place in range(len(chain)):
+            of_lists = {n: put(given[n], logits.device) for n in chain.needed(place)}
+            given[place] = on_cpu(chain.run(place, batch, of_lists))
+        again = chain.logits(batch, {n: put(given[n], logits.device) for n in chain.needed(len(chain))})
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:  # what is around blocks takes them apart, as in T5
+        raise RecipeError(f"adapt.by: the blocks of {type(module).__name__} cannot be run one by one ({error}). {_REMEDY}") from None  # fmt: skip
     if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-4, atol=1e-5):
         raise RecipeError(
             f"adapt.by: the blocks of {type(module).__name__}, run one by one, do not give its predictions. {_REMEDY}"

@@ -27,7 +27,8 @@ class Family(Protocol):
         architectures: what the class names of its models contain, one of these.
         keep_embeddings: embedding tables are kept from the base by default.
         paths: text in an input column is the path of a file that holds the input.
-        token_budget: padded tokens (or their like) in one batch when scoring.
+        token_budget: padded tokens (or their like) in one batch when nothing is learned from it; `cpu_token_budget`: where that is
+            on the CPU, which gains nothing by large batches, and loses by their padding.
         mlps: what the two linear layers of a block's MLP are called in checkpoints, after the block's own name.
         expanded: parameters of shape (1, ...) that networks of the family expand over the batch.
         head_apart: no class of `transformers` has a task's head, so that an ordinary folder holds it beside the base's class.
@@ -41,6 +42,7 @@ class Family(Protocol):
     keep_embeddings: bool
     paths: bool
     token_budget: int
+    cpu_token_budget: int
     mlps: tuple[tuple[str, str], ...]
     expanded: tuple[str, ...]
     head_apart: bool = False

@@ -36,7 +36,7 @@ class GeneratingModels(Family):
 
     keep_embeddings = False
     paths = False
-    token_budget = 2048  # each token has a prediction over the whole vocabulary
+    token_budget = cpu_token_budget = 2048  # each token has a prediction over the whole vocabulary
     mlps: tuple[tuple[str, str], ...] = ()  # what routes whole inputs is none for them
     expanded: tuple[str, ...] = ()
     generates = True

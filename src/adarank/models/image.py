@@ -102,7 +102,7 @@ class ImageClassifiers(Family):
     architectures: tuple[str, ...] = ("ForImageClassification",)
     keep_embeddings = False
     paths = True
-    token_budget = 2**20  # pixels: about 20 images of 224×224
+    token_budget = cpu_token_budget = 2**20  # pixels: about 20 images of 224×224
     kept_bytes = 128 * 2**20
     # ViT and Swin as they are stored; as some versions name them, DINOv2 and CLIP; ConvNeXt
     mlps: tuple[tuple[str, str], ...] = (
@@ -145,7 +145,12 @@ class ImageClassifiers(Family):
         """(inputs, classes) float32: what the network gives for a batch."""
         try:
             out: Tensor = module(**batch).logits
-        except ValueError as error:  # how these models refuse images of another size or number of channels
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # how these models refuse images of another size or number of channels
+            if isinstance(error, RuntimeError) and "size" not in str(error):
+                raise  # of the machine, and not of the images
             shape = tuple(batch["pixel_values"].shape[1:])
             raise DataError(
                 f"{type(module).__name__}: refuses images of shape {shape} ({_short(error)}). Check preprocessor_config.json beside the expert's weights."

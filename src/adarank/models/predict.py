@@ -24,7 +24,8 @@ def split_batches(
         DataError: the split is empty.
     """
     data.filled(split)
-    for rows, batch in data.scored_batches(split, family.token_budget):
+    on_cpu = torch.device(device).type == "cpu"
+    for rows, batch in data.scored_batches(split, family.cpu_token_budget if on_cpu else family.token_budget):
         yield rows, {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -46,7 +46,7 @@ class TextClassifiers(Family):
     architectures: tuple[str, ...] = ("ForSequenceClassification",)
     keep_embeddings = True
     paths = False
-    token_budget = 8192
+    token_budget, cpu_token_budget = 8192, 1024
     # BERT and its kin; DistilBERT; GPT-2
     mlps: tuple[tuple[str, str], ...] = (
         ("intermediate.dense", "output.dense"),

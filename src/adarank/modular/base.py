@@ -69,8 +69,8 @@ __all__ = [
 M = TypeVar("M", bound="Modular")
 
 # Settings of the loop that are about λ and masks, or about logits.
-OF_COMPONENTS = frozenset({"by", "lr_masks", "lr_lambda", "step_unit", "temperature", "logit", "clamp", "learn_heads"})
-OF_LOGITS = frozenset({"objective", "objectives", "self_label", "filter", "momentum", "balance"})
+OF_COMPONENTS = frozenset({"by", "lr_masks", "lr_lambda", "learn_heads"})
+OF_LOGITS = frozenset({"objective", "objectives", "self_label"})
 
 
 class Modular(Adapting):
@@ -87,7 +87,7 @@ class Modular(Adapting):
     spectral: ClassVar[bool] = False
     of_inputs: ClassVar[bool] = True
     compares: ClassVar[Mapping[str, Any]] = {}
-    defaults: ClassVar[Mapping[str, Any]] = {"steps": 1000, "check_every": 100, "save_every": 100}
+    defaults: ClassVar[Mapping[str, Any]] = {"steps": 1000, "check_every": 100}
     unused: ClassVar[frozenset[str]] = OF_COMPONENTS
     python: ClassVar[tuple[str, str]] = (
         "",

@@ -71,10 +71,10 @@ class Surgery(Modular):
     name: ClassVar[str] = "surgery"
     formula: ClassVar[str] = "z'_t = z_t - U_t relu(D_t z_t); D, U = argmin Σ_t |z'_t - z*_t|₁"
     source: ClassVar[str] = "Yang et al. 2024, arXiv:2402.02705"
-    # its adapters do not depend on each other: each keeps its best step, and there is nothing to end early or to repair
-    unused: ClassVar[frozenset[str]] = OF_COMPONENTS | OF_LOGITS | {"patience", "tolerance", "repair", "retreat"}
+    # its adapters do not depend on each other: each keeps its best step
+    unused: ClassVar[frozenset[str]] = OF_COMPONENTS | OF_LOGITS | {"tolerance"}
 
-    compares: ClassVar[Mapping[str, Any]] = {"objective": "features", "balance": 0.0}
+    compares: ClassVar[Mapping[str, Any]] = {"objective": "features"}
 
     rank: int = Field(16, ge=1, description="width r of each adapter")
     start: Start = Start()

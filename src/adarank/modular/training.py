@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adarank.adapt.agreement import Judge, Judged, Signal, mean_signal
+from adarank.adapt.agreement import Judge, Judged, mean_agreement
 from adarank.adapt.history import History
 from adarank.adapt.learner import Loss, Memory, Parameters
 from adarank.adapt.loop import adapt
@@ -117,7 +117,7 @@ def train(work: Work, built: Built, lr: float, fingerprint: str) -> dict[str, An
     if built.separate is None or settings.keep == "last":
         history = _trained(work, built, learner, settings, judge, fingerprint)
         return work.context.report(history, settings)
-    each = _Each(built.separate, work.memory, settings.signal)
+    each = _Each(built.separate, work.memory)
     last = settings.model_copy(update={"keep": "last"})
     history = _trained(work, built, learner, last, each.watching(judge), fingerprint)
     steps = each.keep()
@@ -166,8 +166,8 @@ def pieces(
 class _Each:
     """The best judged step of each task by itself. What it remembers is saved with the loop's state."""
 
-    def __init__(self, separate: Mapping[str, Sequence[Tensor]], memory: Memory, signal: Signal) -> None:
-        self._separate, self._memory, self._signal = separate, memory, signal
+    def __init__(self, separate: Mapping[str, Sequence[Tensor]], memory: Memory) -> None:
+        self._separate, self._memory = separate, memory
 
     def watching(self, judge: Judge) -> Judge:
         """The judge, after which the tasks that are nearer to their experts than ever before are remembered."""
@@ -175,12 +175,7 @@ class _Each:
         def judged(step: int) -> Judged:
             signals = judge(step)
             for task, of_task in signals.items():
-                value = mean_signal({task: of_task}, self._signal)
-                least = float(
-                    self._memory.setdefault(f"{task}/start", torch.tensor(of_task.agreement, dtype=torch.float64))
-                )
-                if of_task.agreement < least:  # by divergence it may be nearer, and still disagree more often
-                    continue
+                value = mean_agreement({task: of_task})
                 if f"{task}/value" not in self._memory or value > float(self._memory[f"{task}/value"]):
                     self._memory[f"{task}/value"] = torch.tensor(value, dtype=torch.float64)
                     self._memory[f"{task}/step"] = torch.tensor(step)

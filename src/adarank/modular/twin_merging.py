@@ -66,7 +66,7 @@ class TwinMerging(Modular):
     knows: ClassVar[str] = "the task of every input, for its head; its weights are merged as the router says"
     in_use: ClassVar[str] = f"In use it must know {knows}."
     spectral: ClassVar[bool] = True
-    compares: ClassVar[Mapping[str, Any]] = {"objective": "entropy", "balance": 0.0}
+    compares: ClassVar[Mapping[str, Any]] = {"objective": "entropy"}
     defaults: ClassVar[Mapping[str, Any]] = {**Modular.defaults, "steps": 500, "batch_size": 32, "keep": "last"}
     unused: ClassVar[frozenset[str]] = OF_COMPONENTS | OF_LOGITS
 

@@ -233,7 +233,7 @@ class _Opening:
         if network is None or not self.whole or not self.draft.sound:
             return None
         with self.problems.noted():
-            method = _method(self.recipe, network)
+            method = _method(self.recipe, network, self.family)
             return Job(
                 self.recipe, self.base, self.experts, network, self.family, method, tuple(notes), tokens.tokenizer, template
             )  # fmt: skip
@@ -343,9 +343,9 @@ class _Opening:
         return network
 
 
-def _method(recipe: Recipe, network: AlignedCheckpoints) -> MergeMethod:
+def _method(recipe: Recipe, network: AlignedCheckpoints, family: Family | None) -> MergeMethod:
     """The recipe's method, checked against the network, as is the form of its output: before anything is computed."""
-    method = recipe.method(network.merged())
+    method = recipe.method(network.merged(), text=bool(family and not family.paths))
     method.check(network)
     if recipe.output.lora is not None:
         slots_of(network)

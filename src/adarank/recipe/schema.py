@@ -273,21 +273,22 @@ class Recipe(Settings):
             changes["base_model"] = base if any(listed) else None
         return self.model_copy(update=changes).after({})
 
-    def given(self, names: Sequence[str] = (), span: Span | None = None) -> Given:
+    def given(self, names: Sequence[str] = (), span: Span | None = None, text: bool = False) -> Given:
         """What the recipe says of its method.
 
         Arguments:
             names: the tensors that it merges; none while no checkpoint is opened.
             span: the layers that lists over the layers run over, where these are a slice.
+            text: the tasks are of texts.
         """
         block, preset = self.adapt.split() if self.adapt else (None, None)
         name, kind = self.merge_method, self.kind
         models = {t: with_effect(name, e.parameters, kind.per_model) for t, e in self.experts.items()}
         parameters = with_effect(name, self.parameters, keys(kind))
-        return Given(parameters, models, block, preset, names, self.seed, self.folder, METHODS.named, span)
+        return Given(parameters, models, block, preset, names, self.seed, self.folder, METHODS.named, span, text)
 
-    def method(self, names: Sequence[str] = (), span: Span | None = None) -> MergeMethod:
-        """The method with all its settings, which are parsed once; `names` and `span` as for `given`.
+    def method(self, names: Sequence[str] = (), span: Span | None = None, text: bool = False) -> MergeMethod:
+        """The method with all its settings, which are parsed once; the arguments as for `given`.
 
         Raises:
             RecipeError: settings that do not fit.
@@ -296,7 +297,7 @@ class Recipe(Settings):
             return self.kind.resolve(self.given(names, span))
         if self._method is None:
             self._method = self.kind.resolve(self.given())
-        return self._method.over(self.given(names, span)) if names else self._method
+        return self._method.over(self.given(names, span, text)) if names else self._method
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Recipe:
         """As pydantic's, with the method left to be parsed anew: its settings may be among the changes."""

@@ -1,4 +1,4 @@
-"""The products of the spectral sum with factors in bfloat16: about three times faster where the processor has units for it.
+"""The products of the spectral sum with factors in bfloat16: about twice as fast where the processor has units for it.
 
     W = origin + Σ_r (λ b s)_r u_r v_rᵀ        u, v in bfloat16, added to a float32 origin
     g_r = Σ_i u_ir (G v_r)_i                    summed in float32

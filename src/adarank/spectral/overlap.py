@@ -86,13 +86,7 @@ def described(
             Spectrum(part.u, part.s * mask * scale, part.v)
             for part, mask, scale in zip(spectra, factors.split(block.sizes), lam[name].to(block.s), strict=True)
         ]
-        matrices[name] = {
-            "components": list(block.sizes),
-            "rank": [effective_rank(part.s) for part in spectra],
-            "rank_kept": [effective_rank(part.s.abs().sort(descending=True).values) for part in weighted],
-            "interference": _share(spectra, groups),
-            "interference_kept": _share(weighted, groups),
-        }
+        matrices[name] = _matrix(block.sizes, spectra, weighted, groups)
         for total, curve, parts in ((gram, curves, spectra), (gram_kept, curves_kept, weighted)):
             wholes = torch.stack([part.reconstruct().flatten() for part in parts])
             total += (wholes @ wholes.T).double().cpu()
@@ -107,6 +101,19 @@ def described(
         "cosines_kept": _cosines(gram_kept),
         "spectra": {group: _rounded(curves[place] / divisor) for group, place in named.items()},
         "spectra_kept": {group: _rounded(curves_kept[place] / divisor) for group, place in named.items()},
+    }
+
+
+def _matrix(
+    sizes: Sequence[int], spectra: Sequence[Spectrum], weighted: Sequence[Spectrum], groups: Sequence[str]
+) -> dict[str, Any]:
+    """One matrix's numbers before and after."""
+    return {
+        "components": list(sizes),
+        "rank": [effective_rank(part.s) for part in spectra],
+        "rank_kept": [effective_rank(part.s.abs().sort(descending=True).values) for part in weighted],
+        "interference": _share(spectra, groups),
+        "interference_kept": _share(weighted, groups),
     }
 
 

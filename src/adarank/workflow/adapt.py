@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.top_logits import TokenTable
 from adarank.adapt.weights import adapt_weights
 from adarank.data.task import TaskData
+from adarank.io import processes
 from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
@@ -24,6 +26,7 @@ from adarank.recipe.job import Job
 from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
 from adarank.spectral.overlap import described
+from adarank.spectral.svd import stored_spectra
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.heads import learned_heads, moved_heads
 from adarank.workflow.problem import problem_of, table_inputs
@@ -62,16 +65,19 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     models = build_models(job)
     predictions = run.expert_predictions(models, settings)
     problem = problem_of(job, models, data, settings, predictions)
-    learned = adapt_weights(
-        problem, method, job.network, job.recipe.device, run.state, fingerprint, run.progress, run.note
-    )
+    # spectra are kept beside the state, so that a run that goes on decomposes nothing anew
+    with stored_spectra(run.folder / "spectra") if run.folder and method.settings.by == "model" else nullcontext():
+        learned = adapt_weights(
+            problem, method, job.network, job.recipe.device, run.state, fingerprint, run.progress, run.note
+        )
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = learned.masks and replace(learned.masks, about=about)
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
     if method.joint_heads and not run.keeps_heads:
         heads = moved_heads(job, problem)
         of_heads = {"joint_heads": list(heads)}
-    of_loop = report(learned.history, job, settings, data) | _of_masks(learned) | kept_mass(predictions)
+    edge = {"start_at_edge": method.grid.at_edge(learned.history.starts)}
+    of_loop = report(learned.history, job, settings, data) | edge | _of_masks(learned) | kept_mass(predictions)
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
 
 
@@ -81,7 +87,9 @@ def _of_masks(learned: Learned) -> dict[str, Any]:
     if learned.masks is not None:
         kept = [round(v, 5) for v in learned.history.kept]
         said |= {"components_kept": learned.masks.kept_share(), "kept": kept, "mask": learned.masks.kind}
-        said |= spectra_of(learned.factors, learned.masks)
+        said |= (
+            spectra_of(learned.factors, learned.masks) if processes.rank() == 0 else {}
+        )  # which alone writes the record
     return said
 
 
@@ -140,8 +148,6 @@ def report(
         "protocol": job.recipe.data.protocol,
         "starts": [tried.named() for tried in history.starts],
         "steps": history.step,
-        "stopped_early": (history.ended or 0) < settings.steps,
-        "repair_steps": history.step - (history.ended or 0),
         "step_kept": choice.step,
         "share_kept": choice.share,
         "why_kept": choice.why,
@@ -168,4 +174,6 @@ def report(
 
 
 def _rounded(seen: Judged) -> dict[str, dict[str, float]]:
-    return {task: {name: round(value, 5) for name, value in asdict(signals).items()} for task, signals in seen.items()}
+    return {
+        task: {name: round(value, 5) for name, value in signals.numbers().items()} for task, signals in seen.items()
+    }

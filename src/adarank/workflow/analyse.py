@@ -108,11 +108,7 @@ def analyse(
         adarank.analyse("ranks", "recipe.yaml", "ranks.svg")
     """
     kind = figure_of(name)
-    place, options = _place(Path(out) if out is not None else Path(name), options)
-    made = (place.with_name(f"{place.name}.{options.data}"),) + (
-        () if options.image == "none" else (place.with_name(f"{place.name}.{options.image}"),)
-    )
-    files = ListedFiles(made, place.with_name(f"{place.name}.json"), state_of_analysis(place), "analyse", "an analysis")
+    files, options = _files(Path(out) if out is not None else Path(name), options)
     problems = Problems()
     with problems.noted():
         figure = parse(kind, settings or {}, f"settings of '{name}'")
@@ -128,7 +124,10 @@ def analyse(
     parts, cost = figure.parts(bench), figure.cost(bench)
     if dry_run:
         return Analysed(name, len(parts), cost)
-    note(f"{name}: {len(parts)} parts; " + ", ".join(f"{count:,} {what}" for what, count in cost.items()))
+    note(f"{name}: {figure.summary} ({figure.source})")
+    note(f"{len(parts)} parts: " + ", ".join(f"{count:,} {what}" for what, count in cost.items()))
+    if figure.data and bench.job.recipe.heads == "learn":
+        note("Networks have the experts' heads; heads are learned by merge alone")
     with locked(files.record):
         files.check(force)
         return _computed(figure, bench, parts, options, files, note)
@@ -140,12 +139,15 @@ def _computed(
     """What `analyse` does, once its files are this run's alone."""
     clock = Clock()
     note("Hashing the inputs")
+    actions = {name: choice.action for name, choice in bench.network.choices.items()}
     about = {
         "figure": figure.name,
         "settings": figure.model_dump(mode="json", by_alias=True),
         "split": bench.split if figure.data else None,
         "limit": options.limit,
         "inputs": bench.job.inputs(),
+        "tensors": hashlib.sha256(json.dumps(actions).encode()).hexdigest(),  # what happens to each, as `select` says
+        "metrics": {task: of.metric for task, of in bench.data.items()},
         "data": {task: of.fingerprint() for task, of in bench.data.items()},
         "outputs": {n: hashlib.sha256((path / RECORD).read_bytes()).hexdigest() for n, path in bench.outputs.items()},
     }
@@ -161,7 +163,6 @@ def _computed(
         record = {
             **about,
             "sentences": sentences,
-            "metrics": {task: of.metric for task, of in bench.data.items()},
             "recipe": portable(bench.job.recipe),
             "versions": versions(),
             "machine": machine(bench.job.recipe.device),
@@ -204,8 +205,8 @@ def _kept(file: Path) -> dict[str, list[Row]]:
     return done
 
 
-def _place(out: Path, options: Options) -> tuple[Path, Options]:
-    """The files' common path without a suffix, and the options with the kind of file that a suffix names."""
+def _files(out: Path, options: Options) -> tuple[ListedFiles, Options]:
+    """What is written, and the options with the kind of file that a suffix names."""
     local_path(out, kind=OutputError)
     for kind in ("csv", "parquet"):
         if out.suffix == f".{kind}":
@@ -217,7 +218,10 @@ def _place(out: Path, options: Options) -> tuple[Path, Options]:
         raise OutputError(
             f"{out}: is not the name of files, which an analysis writes. Give a name such as figures/ranks."
         )
-    return resolved(out), options
+    place = resolved(out)
+    table, drawn, record = (place.with_name(f"{place.name}.{kind}") for kind in (options.data, options.image, "json"))
+    made = (table,) if options.image == "none" else (table, drawn)
+    return ListedFiles(made, record, state_of_analysis(place), "analyse", "an analysis"), options
 
 
 def _opened(kind: type[Figure], recipe: RecipeLike, options: Options, state: Path, problems: Problems) -> Bench:

@@ -32,7 +32,7 @@ from adarank.recipe.job import Job
 from adarank.recipe.reader import RecipeLike
 from adarank.recipe.schema import Recipe
 from adarank.workflow.build_networks import build_models, family_of, network_tensors
-from adarank.workflow.load_tasks import load_opened
+from adarank.workflow.load_tasks import load_opened, scored_by
 from adarank.workflow.prepare import check_labels, open_recipe, whole
 from adarank.workflow.scores import Table, TaskScore, measure_task
 
@@ -43,6 +43,7 @@ def evaluate(
     split: Split = "test",
     note: Note = lambda text: None,
     per_class: bool = False,
+    metric: str | None = None,
 ) -> Table:
     """Score base, experts and merged outputs on one split of every task.
 
@@ -52,6 +53,7 @@ def evaluate(
         split: `test`, or `select` while choosing settings.
         note: called with a line of text as each model's scoring begins.
         per_class: count precision, recall and F1 of every class, too.
+        metric: score every task by this one, such as `loss`, in place of the recipe's.
 
     Returns:
         Scores by row and task (`table.rows`), in per cent, a loss as it is (`table.metrics` names each task's metric);
@@ -66,7 +68,7 @@ def evaluate(
     """
     problems = Problems()
     opened = open_recipe(recipe, problems)
-    data = load_opened(opened, problems) if opened else {}
+    data = scored_by(load_opened(opened, problems) if opened else {}, metric, problems)
     check_labels(data, split, problems)
     rows: dict[str, ScoredOutput] = {}
     for path in map(Path, outputs):

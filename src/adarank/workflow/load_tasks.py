@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from adarank.data.labels import Label, Problem
 from adarank.data.metrics import chosen_metric
 from adarank.data.read import Table, read_table
 from adarank.data.spec import DataSettings, HubData, Split, SplitData, TaskSpec
-from adarank.data.splits import Splits, by_file, by_fraction, limited
+from adarank.data.splits import Splits, budgeted, by_file, by_fraction, limited
 from adarank.data.task import TaskData
 from adarank.errors import AdaRankError, DataError, Problems, RecipeError, itemise, raise_together
 from adarank.io.checkpoint import Checkpoint
@@ -69,7 +69,7 @@ class TaskReader:
         counts = {split: len(part[columns[0]]) for split, part in tables.items()}
         whole = not isinstance(spec.data, SplitData)
         splits = by_fraction(keys, self.settings) if whole else by_file(keys, counts, self.settings)
-        chosen = limited(splits, spec.limit, self.settings.split_seed)
+        chosen = budgeted(limited(splits, spec.limit, self.settings.split_seed), self.settings)
         return Rows(table, labels, chosen, problem, classes, metric)
 
     def load(self, name: str, spec: TaskSpec, expert: Path, config: Mapping[str, Any]) -> TaskData:
@@ -129,6 +129,16 @@ def load_opened(opened: Opened, problems: Problems) -> dict[str, TaskData]:
         problems,
         lambda reader, name, spec, expert: reader.load(name, spec, expert.processor_folder, expert.config),
     )
+
+
+def scored_by(data: Mapping[str, TaskData], metric: str | None, problems: Problems) -> dict[str, TaskData]:
+    """The tasks with another metric than their recipe's; None leaves them as they are. Where it does not fit is noted."""
+    changed = dict(data)
+    for task, of_task in data.items() if metric is not None else ():
+        with problems.noted():
+            chosen = chosen_metric(metric, of_task.problem, len(of_task.classes), f"task '{task}'")
+            changed[task] = replace(of_task, metric=chosen)
+    return changed
 
 
 def check_opened(opened: Opened, problems: Problems) -> dict[str, Rows]:

@@ -172,7 +172,10 @@ def expert_predictions(
     inputs = table_inputs(job, data, settings)
     rows = {task: of_task.rows_to_predict(needs_targets(settings, task)) for task, of_task in inputs.items()}
     kinds = {
-        task: [bool(NEED_FEATURES & settings.weights(task).keys()), settings.top_logits if of_task.generate else None]
+        task: [
+            bool(NEED_FEATURES & settings.weights(task).keys()),
+            settings.self_label.top_logits if of_task.generate else None,
+        ]
         for task, of_task in inputs.items()
     }
     store = _Store(folder, {task: _digest([mark, task, rows[task], kinds[task]]) for task in inputs})

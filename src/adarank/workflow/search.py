@@ -41,7 +41,7 @@ from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import score_result
 from adarank.workflow.left_over import state_of_search
 from adarank.workflow.listed_files import ListedFiles
-from adarank.workflow.load_tasks import load_opened
+from adarank.workflow.load_tasks import load_opened, scored_by
 from adarank.workflow.prepare import check_labels, open_recipe, whole
 
 SPLIT: Split = "select"
@@ -115,6 +115,7 @@ def search(
     force: bool = False,
     note: Note = lambda text: None,
     progress: Callable[[Point, int, int], None] = lambda point, done, total: None,
+    metric: str | None = None,
 ) -> tuple[list[Point], dict[str, Any]]:
     """Score every point of a grid; write the best one as a recipe and all of them as its record.
 
@@ -123,6 +124,7 @@ def search(
         best: recipe to write, in the same folder; its record goes beside it as `NAME.search.json`.
         axes: settings of the method's `parameters` to vary. Points are their product.
         progress: called with each point and how many are done.
+        metric: score every task by this one, such as `loss`, in place of the recipe's.
 
     Returns:
         The points, best mean first (of equal ones the first of the grid), and the record.
@@ -141,11 +143,16 @@ def search(
     files.check(force)
     with locked(files.record):  # which names the state, too, and is the same for best.yaml and best.yml
         files.check(force)
-        return _search(path, files, axes, note, progress)
+        return _search(path, files, axes, note, progress, metric)
 
 
 def _search(
-    path: Path, files: ListedFiles, axes: Sequence[Axis], note: Note, progress: Callable[[Point, int, int], None]
+    path: Path,
+    files: ListedFiles,
+    axes: Sequence[Axis],
+    note: Note,
+    progress: Callable[[Point, int, int], None],
+    metric: str | None,
 ) -> tuple[list[Point], dict[str, Any]]:
     """What `search` does, once its output is this run's alone."""
     clock = Clock()
@@ -158,7 +165,7 @@ def _search(
     if opened and opened.job:
         with problems.noted():
             methods = [_method(opened.job, settings) for settings in points]
-    data = load_opened(opened, problems) if opened else {}
+    data = scored_by(load_opened(opened, problems) if opened else {}, metric, problems)
     check_labels(data, SPLIT, problems)
     with problems.noted():
         _check_metrics(data)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.adapt.objectives import Filter, SelfLabel, View
+from adarank.adapt.objectives import SelfLabel, View
 from adarank.methods.base import Deltas, Method, OriginKind, weighted_sum
 from adarank.spectral.bases import Basis, task_vectors
 from adarank.spectral.svd import Spectrum
@@ -36,12 +36,12 @@ def halved(deltas: Mapping[str, Tensor], name: str) -> list[Spectrum]:
 HALVES = Basis("halves", halved, scaled=lambda tasks: 0.5)
 
 
-def confidence(view: View, labels: SelfLabel, kept: Filter) -> Tensor:
+def confidence(view: View, labels: SelfLabel) -> Tensor:
     """Minus the mean largest probability."""
     return -view.logits.softmax(dim=-1).amax(dim=-1).mean()
 
 
-def nearness(view: View, labels: SelfLabel, kept: Filter) -> Tensor:
+def nearness(view: View, labels: SelfLabel) -> Tensor:
     """Mean squared distance of the logits from the expert's."""
     assert view.expert is not None
     return (view.logits - view.expert).square().mean()

@@ -1,0 +1,183 @@
+"""Seconds and memory of data-free merges beside mergekit and beside the copy that no merge can do without.
+
+    python benchmarks/merge_speed.py --folder FOLDER --venv VENV [--gigabytes 0.4] [--methods linear task_arithmetic …]
+
+VENV is an environment with mergekit 0.1.5. FOLDER gets a Llama of seeded noise and three noisy copies in bfloat16, which stay there for the next
+run. Every merge is the command line of its tool, on the same recipe file, in a process of one thread; copy, adarank and mergekit
+take turns, so that what else the machine does is spread over all. `processor` is the time of the processor, user and system; `anonymous` the peak
+of RssAnon, sampled every 20 ms. The copy reads all four models and writes one. adarank also hashes all that it reads and writes,
+and checks that it is finite; mergekit does neither. The record is written anew after each method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from adarank.cli.threads import wait_passively
+
+wait_passively()  # before PyTorch is loaded
+
+import torch
+import yaml
+from merge_memory import SAMPLE_SECONDS, anonymous
+from mergekit_compare import difference
+from records import FOLDER, Records
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adarank.io.checkpoint import Checkpoint
+from adarank.io.record import machine, versions
+
+EXPERTS = ("one", "two", "three")
+SHAPE = {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16,
+         "tie_word_embeddings": False}  # fmt: skip
+TABLES, LAYER = 2 * 32_000 * 1024, 4 * 1024**2 + 3 * 1024 * 2816  # numbers
+RECIPES: dict[str, dict[str, Any]] = {
+    "linear": {"weight": 0.3},
+    "task_arithmetic": {"weight": 0.3},
+    "ties": {"weight": 0.5, "density": 0.5},
+    "breadcrumbs": {"weight": 0.5, "density": 0.5, "gamma": 0.01},
+    "model_stock": {},
+    "sce": {"select_topk": 0.5},
+}
+PER_MODEL = ("weight", "density", "gamma")
+COPY = """
+import pathlib, sys
+out, *models = map(pathlib.Path, sys.argv[1:])
+out.mkdir()
+for model in models:
+    for file in sorted(model.glob("*.safetensors")):
+        with file.open("rb") as source, (out / file.name).open("ab") as target:
+            while block := source.read(1 << 22):
+                if model == models[0]:
+                    target.write(block)
+"""
+
+
+def make_models(folder: Path, gigabytes: float) -> None:
+    """base, one, two and three, unless they are there."""
+    if (folder / EXPERTS[-1] / "config.json").exists():
+        return
+    layers = max(1, round((gigabytes * 1e9 / 2 - TABLES) / LAYER))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=layers))
+    for name in ("base", *EXPERTS):
+        if name != "base":
+            with torch.no_grad():
+                for tensor in model.parameters():
+                    tensor += 0.002 * torch.randn_like(tensor)
+        model.to(torch.bfloat16).save_pretrained(folder / name)
+        model.to(torch.float32)
+
+
+def recipe(folder: Path, method: str, name: str = "") -> Path:
+    """A recipe that both tools read; `name`: of a method of adarank's alone, in its place."""
+    settings = RECIPES[method]
+    of_model = {key: value for key, value in settings.items() if key in PER_MODEL and not name}
+    models = [{"model": expert, **({"parameters": of_model} if of_model else {})} for expert in EXPERTS]
+    content = {"merge_method": name or method, "models": models, "dtype": "bfloat16"}
+    if method != "linear":
+        content["base_model"] = "base"
+    if shared := {key: value for key, value in settings.items() if key not in PER_MODEL}:
+        content["parameters"] = shared
+    path = folder / f"{name or method}.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def measured(command: list[str], folder: Path) -> dict[str, float]:
+    """Seconds, seconds of the processor and peak anonymous bytes of a command."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    peak = [0]
+
+    def watch() -> None:
+        while (now := anonymous(process.pid)) is not None:
+            peak[0] = max(peak[0], now)
+            time.sleep(SAMPLE_SECONDS)
+
+    threading.Thread(target=watch, daemon=True).start()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} ended with {status}")
+    return {
+        "seconds": time.perf_counter() - started,
+        "processor": usage.ru_utime + usage.ru_stime,
+        "anonymous": peak[0],
+    }
+
+
+def compared(folder: Path, method: str, tools: dict[str, list[str]], repeats: int) -> dict[str, Any]:
+    """Every tool's runs, in turn, and how far the two merges are from each other."""
+    runs: dict[str, list[dict[str, float]]] = {tool: [] for tool in tools}
+    for _ in range(repeats):
+        for tool, command in tools.items():
+            shutil.rmtree(folder / f"{method}-{tool}", ignore_errors=True)
+            runs[tool].append(measured(command, folder))
+    apart = difference(*(Checkpoint(folder / f"{method}-{tool}") for tool in ("adarank", "mergekit")))
+    for tool in tools:
+        shutil.rmtree(folder / f"{method}-{tool}", ignore_errors=True)
+    summary = {tool: {key: spread([run[key] for run in of]) for key in of[0]} for tool, of in runs.items()}
+    line = "  ".join(
+        f"{tool} {of['processor']['median']:.1f} s ({of['processor']['min']:.1f}-{of['processor']['max']:.1f}), {of['anonymous']['median'] / 1e6:.0f} MB"
+        for tool, of in summary.items()
+    )
+    print(f"{method:16s} {line}  apart {apart['max_relative_difference']:.1e}", flush=True)
+    return {**summary, "difference": apart, "recipe": RECIPES[method]}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most, rounded."""
+    return {name: round(of(values), 3) for name, of in (("median", median), ("min", min), ("max", max))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--venv", type=Path, required=True, help="an environment with mergekit 0.1.5")
+    parser.add_argument("--gigabytes", type=float, default=0.4, help="of each model")
+    parser.add_argument("--methods", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--note", default="", help="kept in the record, such as what else the machine did")
+    parser.add_argument("--records", type=Path, metavar="FILE", default=FOLDER / "costs.jsonl")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    make_models(folder, options.gigabytes)
+    records = Records(options.records)
+    known = (records.first(kind="cost", name="merge speed") or {}).get("methods", {})
+    record = {
+        "kind": "cost", "name": "merge speed", "what": "merging a base and three experts beside mergekit 0.1.5 and beside a copy, one thread each, in turn",
+        "command": f"python benchmarks/merge_speed.py --folder FOLDER --venv VENV --gigabytes {options.gigabytes} --repeats {options.repeats}",
+        "bytes_per_model": sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors")),
+        "note": options.note, "seed": 0, "versions": versions(), "machine": machine(), "methods": known,
+    }  # fmt: skip
+    for method in options.methods:
+        file = recipe(folder, method).name
+        ours = [sys.executable, "-m", "adarank", "merge", file, f"{method}-adarank", "--no-report", "--threads", "1"]
+        theirs = [
+            str(options.venv / "bin" / "mergekit-yaml"),
+            file,
+            f"{method}-mergekit",
+            "--no-copy-tokenizer",
+            "--no-write-model-card",
+        ]
+        copy = [sys.executable, "-c", COPY, f"{method}-copy", "base", *EXPERTS]
+        record["methods"][method] = compared(
+            folder, method, {"copy": copy, "adarank": ours, "mergekit": theirs}, options.repeats
+        )
+        records.write(record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""A merge and an adaptation by 1, 2 and 4 processes, and by a model of them that is carried on to 256.
+
+    python benchmarks/scale.py --folder FOLDER [--processes 1 2 4] [--repeats 3] [--commands task_arithmetic ties_merging adarank]
+
+FOLDER is one that merge_speed.py has filled. Measured is the time of the processor of the busiest process (one thread each), which does not
+depend on how many cores there are, nor on what else they do. The model has two constants of a command, fitted to one and to two processes:
+
+    seconds(n) = alone + shared / n
+
+`alone` is what every process does for itself: start, headers, and in adaptation composing and pulling back. Four processes check it. What is
+exchanged is counted, not timed. The curves are of models of 70 and 400 billion parameters; nothing of that size was run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from adarank.cli.threads import wait_passively
+
+wait_passively()  # before PyTorch is loaded
+
+import yaml
+from merge_speed import recipe
+from records import FOLDER, Records
+
+from adarank.io.record import machine, versions
+from adarank.recipe.reader import load_recipe
+from adarank.workflow import demo
+
+STEPS = 12
+RANKS = (8, 16, 32, 64, 128, 256)
+MODELS = {
+    "70 B": (70e9, 8192, 80, 7),
+    "400 B": (400e9, 16384, 126, 7),
+}  # parameters, width, layers, matrices of a layer
+TASKS, BYTES = 8, 2
+LINKS = {"1 GB/s": 1e9, "12.5 GB/s": 12.5e9, "100 GB/s": 100e9}
+
+
+def seconds_of(count: int, arguments: list[str], folder: Path) -> float:
+    """Seconds of the processor that the busiest of `count` processes takes for a command."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if count > 1 else {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **several}
+    command = [sys.executable, "-m", "adarank", *arguments, "--threads", "1"]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    started = [
+        subprocess.Popen(command, cwd=folder, env={**environment, "RANK": str(rank)}, **silent) for rank in range(count)
+    ]
+    used = []
+    for process in started:
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{' '.join(command)}: a process of {count} ended with {status}")
+        used.append(usage.ru_utime + usage.ru_stime)
+    return max(used)
+
+
+def adaptation(folder: Path) -> Path:
+    """A recipe of a few steps on demo-8."""
+    content = load_recipe(demo.ZOO / "recipe.yaml").model_dump(mode="json", by_alias=True, exclude_unset=True)
+    content["adapt"] = {"steps": STEPS, "keep": "last", "check_every": STEPS, "learn_heads": False, "repair": 0}
+    content["parameters"] = {"rank": 0.16, "lambda": 1.0}
+    place = folder / "demo"
+    place.mkdir(exist_ok=True)
+    for file in demo.ZOO.iterdir():  # where the recipe's paths lead
+        if file.is_dir() and not (place / file.name).exists():
+            (place / file.name).symlink_to(file)
+    path = place / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def measured(name: str, folder: Path, counts: list[int], repeats: int) -> dict[str, float]:
+    """Count of processes -> median seconds of the busiest one."""
+    path = adaptation(folder) if name == "adarank" else recipe(folder, "task_arithmetic", name)
+    shards = [] if name == "adarank" else ["--max-shard-size", "70MB"]
+    runs: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(repeats):
+        for count in counts:
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                runs[count].append(
+                    seconds_of(count, ["merge", str(path), f"{place}/out", *shards, "--no-report"], folder)
+                )
+    table = {str(count): round(median(of), 2) for count, of in runs.items()}
+    print(name, table, flush=True)
+    return table
+
+
+def model(table: dict[str, float]) -> dict[str, float]:
+    """`alone` and `shared` by what one and two processes took, and how far the model is from what four took."""
+    shared = 2 * (table["1"] - table["2"])
+    fitted = {"alone": table["1"] - shared, "shared": shared}
+    if "4" in table:
+        predicted = fitted["alone"] + shared / 4
+        fitted |= {"predicted_4": predicted, "measured_4": table["4"], "off": predicted / table["4"] - 1}
+    return {key: round(value, 3) for key, value in fitted.items()}
+
+
+def curve_of_merge(seconds_per_byte: float) -> list[str]:
+    """Minutes that a data-free merge of a base and eight experts takes: the slower of computing and of the shared folder."""
+    lines = []
+    for name, (parameters, *_) in MODELS.items():
+        read, written = (TASKS + 1) * parameters * BYTES, parameters * BYTES
+        for link, speed in LINKS.items():
+            minutes = [max(seconds_per_byte * read / ranks, (read + written) / speed) / 60 for ranks in RANKS]
+            lines.append(f"| {name} | {link} | " + " | ".join(f"{value:.1f}" for value in minutes) + " |")
+    return lines
+
+
+def curve_of_step() -> list[str]:
+    """What a process of an adaptation holds, computes and exchanges in a step, of a body split by rows (which is not built)."""
+    lines = []
+    for name, (parameters, width, layers, matrices) in MODELS.items():
+        components = layers * matrices * TASKS * width
+        for ranks in RANKS[1::2]:
+            held = 4 * (3 + 2 * TASKS) * parameters / ranks  # origin, weight, gradient; U and V of every task
+            products = 4 * TASKS * parameters * width / ranks  # compose and pull back
+            exchanged = 2 * 4 * components * (ranks - 1) / ranks
+            seconds = " | ".join(f"{exchanged / speed:.3f} s" for speed in LINKS.values())
+            lines.append(f"| {name} | {ranks} | {held / 1e9:.0f} GB | {products / 1e15:.1f} PFLOP | {exchanged / 1e6:.0f} MB | {seconds} |")  # fmt: skip
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--commands", nargs="+", default=["task_arithmetic", "ties_merging", "adarank"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--note", default="", help="kept in the record, such as what else the machine did")
+    parser.add_argument("--records", type=Path, metavar="FILE", default=FOLDER / "costs.jsonl")
+    options = parser.parse_args()
+    folder, records = options.folder.resolve(), Records(options.records)
+    size = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
+    table: dict[str, dict[str, float]] = (records.first(kind="cost", name="processes") or {}).get("seconds", {})
+    for name in options.commands:
+        table[name] = measured(name, folder, options.processes, options.repeats)
+    models = {name: model(of) for name, of in table.items()}
+    content: dict[str, Any] = {
+        "kind": "cost", "name": "processes", "what": "seconds of the processor of the busiest of several processes, and the model fitted to them",
+        "command": f"python benchmarks/scale.py --folder FOLDER --repeats {options.repeats}", "bytes_per_model": size, "steps": STEPS,
+        "seconds": table, "model": models, "note": options.note, "seed": 0, "versions": versions(), "machine": machine(),
+    }  # fmt: skip
+    records.write(content)
+    print(models)
+    if "task_arithmetic" in models:
+        print("\n".join(curve_of_merge(models["task_arithmetic"]["shared"] / (4 * size))))
+    print("\n".join(curve_of_step()))
+
+
+if __name__ == "__main__":
+    main()
