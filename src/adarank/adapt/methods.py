@@ -225,14 +225,8 @@ class AdaptiveMethod(Adapting):
         self, parameters: Mapping[str, Tensor], blocks: Mapping[str, Blocks], settings: AdaptSettings, basis: Basis
     ) -> LiveLearner:
         """The live weights of some tensors at the method's start."""
-        return LiveWeights(
-            parameters,
-            blocks,
-            self.learn(),
-            self.grid.scales[self.grid.first[1]],
-            self.grid.ranks[self.grid.first[0]],
-            basis=basis,
-        )
+        rank, scale = self.grid.ranks[self.grid.first[0]], self.grid.scales[self.grid.first[1]]
+        return LiveWeights(parameters, blocks, self.learn(), scale, rank, basis=basis)
 
 
 class AdaRank(AdaptiveMethod):
@@ -280,14 +274,9 @@ class AdaRank(AdaptiveMethod):
         """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks,
         on texts those of RoBERTa with 7."""
         learned = {
-            **super().paper(given, text),
-            "basis": "task_vectors",
-            "returnable": True,
-            "mask": "binary",
-            "first": "top",
-            "seed": 0,
-            "precision": "float32",
-        }
+            **super().paper(given, text), "basis": "task_vectors", "returnable": True, "mask": "binary", "first": "top",
+            "seed": 0, "precision": "float32",
+        }  # fmt: skip
         if given.get("basis", "task_vectors") != "task_vectors":
             return {**learned, "lambda": 1.0}
         if given.get("origin", "average") != "average":
