@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adarank.adapt.settings import AdaptSettings
+from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
 
 
@@ -39,6 +40,14 @@ class Learner(Protocol):
         """Turn the gradients that backward passes accumulated into those of what is learned."""
         ...
 
+    def ascend(self) -> bool:
+        """Go to where the gradient is to be taken, given that of where one is; False if that is here."""
+        ...
+
+    def descend(self) -> None:
+        """Go back to before `ascend`, with the gradient that was taken there."""
+        ...
+
     def kept_share(self) -> float | None:
         """Share of components kept now; None where there are none to keep."""
         ...
@@ -52,6 +61,11 @@ class LiveLearner(Learner, Protocol):
     """
 
     parameters: dict[str, Tensor]
+
+    @property
+    def factors(self) -> Mapping[str, Blocks]:
+        """Tensor name -> origin, task vectors and spectra, where components are learned."""
+        ...
 
     def settle(self) -> None:
         """Compose what steps left in lower precision as it will be written. Steps are over."""
@@ -107,6 +121,13 @@ class Parameters:
 
     def pull_back(self) -> None:
         """Nothing: the gradients are where they belong."""
+
+    def ascend(self) -> bool:
+        """Gradients are taken where the parameters are."""
+        return False
+
+    def descend(self) -> None:
+        """There is nothing to go back from."""
 
     def kept_share(self) -> float | None:
         """There are no components."""

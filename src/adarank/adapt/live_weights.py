@@ -39,6 +39,7 @@ class Learn:
         returnable: components pruned at the start may come back. If not, their logits have no gradient.
         mask: `binary` or `soft`, where masks are learned.
         first: which components the start keeps, the `top` ones or `random` ones; `seed` of the latter.
+        sam: ρ of sharpness-aware steps: how far uphill gradients are taken, relative to each number. 0: not at all.
         precision: of the products with components while steps are taken, where soft masks are learned.
     """
 
@@ -51,6 +52,7 @@ class Learn:
     mask: MaskKind = "binary"
     first: First = "top"
     seed: int = 0
+    sam: float = 0.0
     precision: Precision = "float32"
 
 
@@ -130,6 +132,11 @@ class LiveWeights:
         for row, (name, mask) in enumerate(self.masks().items()):
             self.parameters[name].copy_((self._halves.get(name) or self.blocks[name]).compose(lam[row], mask))
 
+    @property
+    def factors(self) -> Mapping[str, Blocks]:
+        """The same as `blocks`."""
+        return self.blocks
+
     def settle(self) -> None:
         """Compose every merged tensor in float32, as the method `masked` will. Steps are over."""
         if self._halves:
@@ -157,6 +164,26 @@ class LiveWeights:
             slots[row].copy_(gradient.mask)
         total = processes.add_up(torch.cat([grad_lam.flatten(), grad_mask]).cpu())  # of several processes, their tasks'
         self._set_gradients(total[: lam.numel()].view_as(lam), total[lam.numel() :])
+
+    @torch.no_grad()
+    def ascend(self) -> bool:
+        """Add ε = ρ p² ∘ g / ‖ |p| ∘ g ‖ to λ and logits p with gradient g (adaptive SAM, Kwon et al. 2021)."""
+        learned = [tensor for tensor in (self.lam, self.logits) if tensor.grad is not None]
+        if not self.learn.sam or not learned:
+            return False
+        self._before = [(tensor, tensor.clone()) for tensor in learned]
+        squares = [(p * p.grad).square().sum() for p in learned if p.grad is not None]
+        norm = torch.stack(squares).sum().sqrt().clamp_min(1e-12)
+        for tensor, step in [(p, p.square() * p.grad) for p in learned if p.grad is not None]:
+            tensor += self.learn.sam / norm * step
+        self.write()
+        return True
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """Go back to before `ascend`."""
+        for tensor, before in self._before:
+            tensor.copy_(before)
 
     def zero_grad(self) -> None:
         """Forget the gradients of the network's parameters."""

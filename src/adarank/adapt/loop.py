@@ -146,17 +146,10 @@ class _Run:
 
     def take_step(self, losses: Mapping[str, Loss]) -> None:
         step = self.history.step
-        self.live.zero_grad()
-        values = []
-        for loss in processes.share(list(losses.values())):
-            value = loss(step)
-            value.backward()
-            values.append(value.detach())
-        shared = processes.whole(torch.stack(values).tolist() if values else [])
-        step_losses = dict(zip(losses, shared, strict=True))
-        self._check(step_losses)
-        self.live.pull_back()
-        self._check_gradients()
+        step_losses = self._gradients(losses)
+        if self.live.ascend():
+            self._gradients(losses)
+            self.live.descend()
         for task, value in step_losses.items():
             self.history.losses[task].append(value)
         for group in self.optimiser.param_groups:
@@ -166,6 +159,21 @@ class _Run:
         share = self.live.kept_share()
         if share is not None:
             self.history.kept.append(share)
+
+    def _gradients(self, losses: Mapping[str, Loss]) -> dict[str, float]:
+        """Take the gradient of what is learned where it is; the losses there."""
+        self.live.zero_grad()
+        values = []
+        for loss in processes.share(list(losses.values())):
+            value = loss(self.history.step)
+            value.backward()
+            values.append(value.detach())
+        shared = processes.whole(torch.stack(values).tolist() if values else [])
+        step_losses = dict(zip(losses, shared, strict=True))
+        self._check(step_losses)
+        self.live.pull_back()
+        self._check_gradients()
+        return step_losses
 
     def judge_if_due(self) -> None:
         """Judge the current weights, and copy what was learned if they are the best so far."""

@@ -19,15 +19,18 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.base import Adapting
+from adarank.adapt.learner import LiveLearner
 from adarank.adapt.live_weights import Learn, LiveWeights, Precision
-from adarank.adapt.parameters import Number, Share, check_blocks, known_basis
+from adarank.adapt.parameters import Number, Share, block_problems, known_basis
 from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
 from adarank.alignment.layers import layer_groups
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.errors import RecipeError, itemise
 from adarank.method import Context, Given, Outline, Result
+from adarank.models import TaskModels
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import Blocks, build_blocks
@@ -41,6 +44,7 @@ class AdaptiveMethod(Adapting):
 
     Class attributes:
         formula: ℓ stands for the loop's `objective`: entropy in the papers.
+        joint_heads: heads are learned by the same steps.
 
     Arguments:
         origin: what task vectors are counted from: `pretrained` (the base) or `average` (the experts' mean).
@@ -55,6 +59,7 @@ class AdaptiveMethod(Adapting):
 
     fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks"})
     python: ClassVar[tuple[str, str]] = ("adapt", "adapts on data. Use adarank.adapt.")
+    joint_heads: ClassVar[bool] = False
 
     origin: Literal["pretrained", "average"] = Field("pretrained", description="what task vectors are counted from")
     rank: Share = Field(1.0, description="share of components kept at the start, in (0, 1], or auto")
@@ -109,9 +114,28 @@ class AdaptiveMethod(Adapting):
             RecipeError: an unknown preset, or settings that do not fit.
         """
         method, settings = with_preset(cls, cls.seeded(given), given.adapt or {}, given.preset, given.text)
-        if settings.by == "block":
-            check_blocks(method.lambda_per, given.adapt or {})
+        problems = method.check_adapt(settings, given.adapt or {})
+        if problems:
+            raise RecipeError(problems[0] if len(problems) == 1 else itemise("The adapt block does not fit:", problems))
         return method.with_settings(settings)
+
+    def check_adapt(self, settings: AdaptSettings, given: Mapping[str, Any]) -> list[str]:
+        """What in the `adapt` block means nothing to the method, or where a block is learned at a time; in sentences.
+
+        Arguments:
+            settings: the loop's, all.
+            given: those that were given.
+        """
+        problems = [
+            f"adapt.{key}: means nothing to '{self.name}'. Remove it." for key in sorted(self.unused & given.keys())
+        ]
+        if settings.by == "block":
+            problems += block_problems(self.lambda_per, given.keys() - self.unused)
+        return problems
+
+    def on(self, live: LiveLearner, models: TaskModels) -> LiveLearner:
+        """What is learned on the tasks' networks, where that is more than the merged weights."""
+        return live
 
     def over(self: A, given: Given) -> A:
         """The method resolved anew: where the models are open it is known whether the tasks are of texts."""
@@ -191,7 +215,7 @@ class AdaptiveMethod(Adapting):
         shared: Mapping[str, Tensor],
         settings: AdaptSettings,
         device: torch.device | str,
-    ) -> LiveWeights:
+    ) -> LiveLearner:
         """The live weights at the method's start, over the parameters that the networks share."""
         basis = self.decomposition(network, device)
         blocks = build_blocks(network, self.origin, device, self.spectra, basis)
@@ -199,16 +223,10 @@ class AdaptiveMethod(Adapting):
 
     def live(
         self, parameters: Mapping[str, Tensor], blocks: Mapping[str, Blocks], settings: AdaptSettings, basis: Basis
-    ) -> LiveWeights:
+    ) -> LiveLearner:
         """The live weights of some tensors at the method's start."""
-        return LiveWeights(
-            parameters,
-            blocks,
-            self.learn(),
-            self.grid.scales[self.grid.first[1]],
-            self.grid.ranks[self.grid.first[0]],
-            basis=basis,
-        )
+        rank, scale = self.grid.ranks[self.grid.first[0]], self.grid.scales[self.grid.first[1]]
+        return LiveWeights(parameters, blocks, self.learn(), scale, rank, basis=basis)
 
 
 class AdaRank(AdaptiveMethod):
@@ -256,14 +274,9 @@ class AdaRank(AdaptiveMethod):
         """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks,
         on texts those of RoBERTa with 7."""
         learned = {
-            **super().paper(given, text),
-            "basis": "task_vectors",
-            "returnable": True,
-            "mask": "binary",
-            "first": "top",
-            "seed": 0,
-            "precision": "float32",
-        }
+            **super().paper(given, text), "basis": "task_vectors", "returnable": True, "mask": "binary", "first": "top",
+            "seed": 0, "precision": "float32",
+        }  # fmt: skip
         if given.get("basis", "task_vectors") != "task_vectors":
             return {**learned, "lambda": 1.0}
         if given.get("origin", "average") != "average":

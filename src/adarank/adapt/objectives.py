@@ -2,6 +2,7 @@
 
 entropy             mean entropy of the predictions                                       (AdaMerging, AdaRank)
 self-label          divergence from the expert's predictions on the same inputs           (distillation without labels)
+trusted-label       the expert's class, where it is surer than the merged model           (SyMerge)
 infomax             mean entropy minus the entropy of the mean prediction                 (SHOT)
 filtered-entropy    entropy of the inputs that are reliable and not redundant             (EATA, SAR)
 features            distance to the expert's last hidden representation                   (Surgery)
@@ -131,6 +132,25 @@ def self_label(
     return _mean_where(each, surest.values >= confidence)
 
 
+def trusted_label(logits: Tensor, expert: Tensor, rest: bool = False) -> Tensor:
+    """Mean cross-entropy to the expert's class, over the inputs where the expert is to be trusted.
+
+        mean_x -log p(ŷ(x)|x) over x with argmax p = ŷ or max q ≥ max p        ŷ = argmax q, q = softmax(expert), p = softmax(logits)
+
+    Left out are inputs where the merged model is surer of another class; 0 if none is left.
+
+    Arguments:
+        logits, expert: (batch, classes), float.
+        rest: as for `self_label`.
+
+    Source: SyMerge, arXiv:2412.19098.
+    """
+    classes = expert.shape[-1] - rest
+    surest, predicted = (part.detach().softmax(dim=-1)[..., :classes].max(dim=-1) for part in (expert, logits))
+    each = -logits.log_softmax(dim=-1).gather(-1, surest.indices[..., None]).squeeze(-1)
+    return _mean_where(each, (surest.values >= predicted.values) | (surest.indices == predicted.indices))
+
+
 def divergences(logits: Tensor, expert: Tensor) -> Tensor:
     """(batch,) Kullback-Leibler divergence of each prediction from the expert's, in nats: Σ_c q (log q - log p)."""
     log_q = expert.log_softmax(dim=-1)
@@ -220,12 +240,19 @@ _BUILT_IN: dict[str, Loss] = {
         **labels.model_dump(exclude={"top_logits"}),
         rest=v.rest,
     ),
+    "trusted-label": lambda v, _: trusted_label(v.logits if v.matched is None else v.matched, _given(v.expert), v.rest),
     "entropy": lambda v, _: entropy(v.logits),
     "infomax": lambda v, _: infomax(v.logits, _given(v.mean)),
     "filtered-entropy": lambda v, _: filtered_entropy(v.logits, _given(v.mean)),
     "features": lambda v, _: feature_distance(_given(v.features), _given(v.expert_features)),
 }
-_NEEDS = {"self-label": "expert", "infomax": "mean", "filtered-entropy": "mean", "features": "features"}
+_NEEDS = {
+    "self-label": "expert",
+    "trusted-label": "expert",
+    "infomax": "mean",
+    "filtered-entropy": "mean",
+    "features": "features",
+}
 OBJECTIVES: Registry[Loss] = Registry(
     "adarank.objectives", "objective", _BUILT_IN, lambda name, given: "" if callable(given) else "is no function"
 )

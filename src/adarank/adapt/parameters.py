@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
 from adarank.adapt.start_search import AUTO
 from adarank.adapt.tying import LambdaPer
-from adarank.errors import RecipeError, itemise
 from adarank.io import processes
 from adarank.settings import nearest
 from adarank.spectral.bases import BASES
@@ -38,14 +37,11 @@ Number = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
 Share = Annotated[float | Literal["auto"], BeforeValidator(_share_or_auto)]
 
 
-def check_blocks(lambda_per: LambdaPer, adapt: Mapping[str, Any]) -> None:
-    """Refuse what means nothing where a block is learned at a time.
+def block_problems(lambda_per: LambdaPer, adapt: Collection[str]) -> list[str]:
+    """What means nothing where a block is learned at a time, in sentences.
 
     Arguments:
-        adapt: the loop's settings that are given by hand.
-
-    Raises:
-        RecipeError: some do not fit; all at once.
+        adapt: names of the loop's settings that are given by hand.
     """
     problems = [
         f"adapt.{key}: by: block minimises the distance to what the experts' blocks give. Remove {key}, or use by: model."
@@ -58,5 +54,4 @@ def check_blocks(lambda_per: LambdaPer, adapt: Mapping[str, Any]) -> None:
         )
     if processes.size() > 1:
         problems.append("adapt.by: block runs in one process. Start it without torchrun, or use by: model.")
-    if problems:
-        raise RecipeError(problems[0] if len(problems) == 1 else itemise("adapt: by block", problems))
+    return problems

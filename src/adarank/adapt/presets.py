@@ -81,4 +81,4 @@ def with_preset(
     start = {**kind.paper(given, text), **released} if preset else {}
     loop = {**values["adapt"], **(kind.paper_loop(text) if preset == "paper" else {})}
     method = parse(kind, {**start, **given}, f"parameters of '{kind.name}'")
-    return method, parse(AdaptSettings, {**loop, **adapt}, "adapt")
+    return method, parse(AdaptSettings, {**kind.defaults, **loop, **adapt}, "adapt")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -79,9 +79,17 @@ def _loop(kind: type[MergeMethod]) -> list[Setting]:
     """Settings of the adapt block, with the method's defaults."""
     if kind.adapt_block is None:
         return []
-    defaults = {f"adapt.{key}": str(value) for key, value in kind.defaults.items()}
+    defaults = _flat(kind.defaults, "adapt.")
     settings = _settings(kind.adapt_block, kind.unused, "adapt.")
     return [replace(setting, default=defaults.get(setting.name, setting.default)) for setting in settings]
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, str]:
+    """Defaults by the names of their settings, those of groups too."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: _yaml(value)}
+    return flat
 
 
 def _settings(kind: type[Settings], fixed: Collection[str], prefix: str = "") -> list[Setting]:

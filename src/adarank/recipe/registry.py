@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from adarank.adapt.distilled import DISTILLED
 from adarank.adapt.methods import ADAPTIVE
 from adarank.adapt.multitask import Multitask
 from adarank.errors import RecipeError
@@ -27,7 +28,7 @@ def _flaw(name: str, given: Any) -> str:
 
 
 METHODS: Registry[type[MergeMethod]] = Registry(
-    "adarank.methods", "method", {**STREAMED, **ADAPTIVE, **MODULAR, Multitask.name: Multitask}, _flaw
+    "adarank.methods", "method", {**STREAMED, **ADAPTIVE, **DISTILLED, **MODULAR, Multitask.name: Multitask}, _flaw
 )
 """Name -> method. Another package adds one by an entry point of the group `adarank.methods`."""
 

@@ -28,7 +28,7 @@ from adarank.spectral.mask_file import MaskFile
 from adarank.spectral.overlap import described
 from adarank.spectral.svd import stored_spectra
 from adarank.workflow.build_networks import build_models
-from adarank.workflow.heads import learned_heads
+from adarank.workflow.heads import learned_heads, moved_heads
 from adarank.workflow.problem import problem_of, table_inputs
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = learned.masks and replace(learned.masks, about=about)
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
+    if method.joint_heads and not run.keeps_heads:
+        heads = moved_heads(job, problem)
+        of_heads = {"joint_heads": list(heads)}
     edge = {"start_at_edge": method.grid.at_edge(learned.history.starts)}
     of_loop = report(learned.history, job, settings, data) | edge | _of_masks(learned) | kept_mass(predictions)
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)

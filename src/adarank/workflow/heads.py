@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from adarank.adapt.heads import HeadFit, learn_heads
@@ -80,6 +81,16 @@ def learned_heads(job: Job, problem: Problem, note: Note, fill: Fill = _nothing)
     fits = learn_heads(problem, fill)
     heads = {task: _head(job, problem, task) for task, fit in fits.items() if fit.kept}
     return heads, {"heads": {task: _rounded(fit) for task, fit in fits.items()}}
+
+
+def moved_heads(job: Job, problem: Problem) -> Heads:
+    """The heads that the networks hold, of the tasks where they are not the expert's."""
+    heads = {task: _head(job, problem, task) for task in problem.inputs}
+    return {
+        task: head
+        for task, head in heads.items()
+        if not all(torch.equal(head[name], tensor.to(head[name])) for name, tensor in job.network.head(task).items())
+    }
 
 
 def _head(job: Job, problem: Problem, task: str) -> dict[str, Tensor]:

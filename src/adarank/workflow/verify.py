@@ -179,7 +179,8 @@ def _merge_again(findings: _Findings, out: Path, record: Mapping[str, Any], reci
             return
         same = [name for name in made["files"] if name != CARD]  # which is of this very recipe and its scores
         other = [name for name in same if made["files"][name]["sha256"] != _sha256(out / name)]
-    learned = [f"heads/{task}/" for task, head in _heads(record).items() if head.get("kept")]
+    kept = [task for task, head in _heads(record).items() if head.get("kept")]
+    learned = [f"heads/{task}/" for task in (*kept, *record.get("adaptation", {}).get("joint_heads", ()))]
     other = [name for name in other if not name.startswith(tuple(learned))]
     findings.remade += [name for name in same if name not in other and not name.startswith(tuple(learned))]
     if learned:
