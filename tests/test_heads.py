@@ -84,8 +84,9 @@ def test_a_kept_head_is_learned_from_held_out_inputs_too() -> None:
     learned_on, held_out = inputs(3, 120), inputs(4, 80)
     modules, heads = adarank.learn_heads(base, {"a": expert}, state(body), {"a": learned_on}, held_out={"a": held_out})
     assert heads["a"].kept
-    head = copy.deepcopy(modules["a"].head).double()
+    head = copy.deepcopy(modules["a"].head).double().requires_grad_()
 
+    @torch.enable_grad()
     def slope(x: Tensor) -> float:
         """The largest entry of ∇ (mean KL + pull · squared distance to the expert's head), by autograd."""
         head.zero_grad()
