@@ -130,7 +130,7 @@ def first_run() -> list[str]:
         f"- **Result**: a table of scores. Mean accuracy is {means['base']} for the base, {means['average']} for the average of the experts' weights,",
         f"  {means['AdaRank']} for AdaRank's merged model, and {means['experts']} for the experts, each on its own task.",
         f"- **{means['AdaRank']} here, {_spread(default)} [below](#results)**: the demo takes {taken} steps, with one seed, to be done sooner;",
-        f"  the default is {whole} steps, and the figure below is the mean over {len(default)} seeds.",
+        f"  the figure below is of {whole} steps, and the mean over {len(default)} seeds. Both have the experts' heads.",
     ]
 
 
