@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from rich.cells import cell_len
+from rich.console import Console
 from torch import Tensor, nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test asks the network
@@ -22,6 +25,35 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("adarank")
+
+
+WIDTHS = [80, 120]  # of terminals
+Shown = Callable[..., str]
+
+
+@pytest.fixture(params=WIDTHS)
+def terminal(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Shown:
+    """Runs a command on a terminal of a width; returns what it shows, after it was checked to fit."""
+    from adarank.cli import console
+    from adarank.cli.main import main
+
+    width = request.param
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(console, "out", Console(width=width, highlight=False, markup=False))
+    monkeypatch.setattr(console, "err", Console(width=width, highlight=False, markup=False, stderr=True))
+
+    def shown(*command: object, code: int = 0) -> str:
+        capsys.readouterr()
+        assert main([str(part) for part in command]) == code
+        captured = capsys.readouterr()
+        for line in (captured.out + captured.err).splitlines():
+            assert cell_len(line) <= width, line
+            assert "…" not in line, line
+        return captured.out if code == 0 else captured.err
+
+    return shown
 
 
 @pytest.fixture(scope="module")

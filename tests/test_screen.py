@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,10 +33,8 @@ from adarank.recipe.registry import METHODS
 from adarank.workflow.adapt import telling_of_collapse
 from adarank.workflow.scores import Table
 from adarank.workflow.search import Point
+from conftest import WIDTHS, Shown
 from image_zoo import ADAPT, TASKS, make_zoo, recipe
-
-WIDTHS = [80, 120]
-Shown = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +47,6 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("adapted", "bundled", "plain"):
         assert main(["merge", str(folder / f"{name}.yaml"), str(folder / name)]) == 0
     return folder
-
-
-@pytest.fixture(params=WIDTHS)
-def terminal(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Shown:
-    """Runs a command on a terminal of a width; returns what it shows, after it was checked to fit."""
-    width = request.param
-    monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setattr(console, "out", Console(width=width, highlight=False, markup=False))
-    monkeypatch.setattr(console, "err", Console(width=width, highlight=False, markup=False, stderr=True))
-
-    def shown(*command: object, code: int = 0) -> str:
-        capsys.readouterr()
-        assert main([str(part) for part in command]) == code
-        captured = capsys.readouterr()
-        for line in (captured.out + captured.err).splitlines():
-            assert cell_len(line) <= width, line
-            assert "…" not in line, line
-        return captured.out if code == 0 else captured.err
-
-    return shown
 
 
 def words(text: str) -> str:
