@@ -337,7 +337,7 @@ def test_features_are_what_the_head_turns_into_logits(tmp_path: Path, architectu
     assert len(seen) == 2  # nothing is taken once it is closed
 
 
-def boom(*_: object) -> None:
+def boom(*_: object, **__: object) -> None:
     raise ZeroDivisionError
 
 

@@ -23,6 +23,7 @@ SCRIPT = """
 import os, signal, sys
 from adarank.cli.main import main
 from adarank.cli.progress import Screen
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells have it ignored
 kind, text, *command = sys.argv[1:]
 before = getattr(Screen, kind)
 def interrupted(self, *given):
