@@ -225,16 +225,21 @@ class Bench:
         out = self.output(row, seed)
         changes, chosen = self._adapted(row, start)
         changes["adapt"] = {"learn_heads": False, **changes["adapt"]}
-        if not out.exists():
-            progress = Printer(row, seed)
-            merge(self.recipe({**changes, "seed": seed}), out, progress=progress, data=self._data_of(seed))
-        merged = json.loads((out / "adarank.json").read_text())
-        checkpoint = Checkpoint(out)
-        self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
+        merged = self._filled(row, seed, out, changes)
         content = {"settings": merged["settings"], "adaptation": merged["adaptation"], "merge_seconds": merged["seconds"],
                    "peak_resident_bytes": merged["peak_resident_bytes"],
                    "chosen": chosen}  # fmt: skip
         self.record(row, seed, content)
+
+    def _filled(self, row: str, seed: int, out: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Merge to `out`, unless it is there, and fill the networks with it; its record."""
+        if not out.exists():
+            progress = Printer(row, seed)
+            merge(self.recipe({**changes, "seed": seed}), out, progress=progress, data=self._data_of(seed))
+        checkpoint = Checkpoint(out)
+        self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
+        merged: dict[str, Any] = json.loads((out / "adarank.json").read_text())
+        return merged
 
     def _adapted(self, row: str, start: Mapping[str, float]) -> tuple[dict[str, Any], str]:
         """The recipe of an adaptive row but for models, data and seed, and what was chosen."""
@@ -291,12 +296,7 @@ class Bench:
             changes = {"merge_method": name, "parameters": self.search(row) if axes else {}, "heads": "learn"}
             if axes:
                 chosen = f"{', '.join(axes)} on select, with labels; heads: no labels"
-        if not out.exists():
-            progress = Printer(row, seed)
-            merge(self.recipe({**changes, "seed": seed}), out, progress=progress, data=self._data_of(seed))
-        merged = json.loads((out / "adarank.json").read_text())
-        checkpoint = Checkpoint(out)
-        self.models.fill((name, checkpoint.read(name)) for name in self.job.network.tensors)
+        merged = self._filled(row, seed, out, changes)
         content = {name: merged[name] for name in ("settings", "adaptation", "learned_heads") if name in merged}
         content |= {
             "merge_seconds": merged["seconds"],

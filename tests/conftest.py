@@ -31,6 +31,11 @@ WIDTHS = [80, 120]  # of terminals
 Shown = Callable[..., str]
 
 
+def whole(text: str) -> str:
+    """Text without any space, for what is longer than a line."""
+    return "".join(text.split())
+
+
 @pytest.fixture(params=WIDTHS)
 def terminal(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

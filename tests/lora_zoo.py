@@ -111,16 +111,21 @@ def save_base(kind: Kind, folder: Path) -> Path:
     return folder
 
 
+def train(wrapped: nn.Module, seed: int, step: float = 0.2) -> None:
+    """Move what an adapter trains at random, as training would."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(step * torch.randn_like(parameter))
+
+
 def save_adapter(kind: Kind, folder: Path, seed: int) -> Path:
     """An adapter with random weights in every tensor of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = get_peft_model(make_model(kind), LoraConfig(task_type=kind.task, **kind.settings))
-        torch.manual_seed(100 + seed)
-        with torch.no_grad():
-            for parameter in wrapped.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.2 * torch.randn_like(parameter))
+        train(wrapped, 100 + seed)
         wrapped.save_pretrained(folder)
     return folder
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, CLIP
 
 import adarank
 import clip_zoo
+from lora_zoo import train
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 TARGETS = {"bert": ["query", "value", "dense"], "gpt2": ["c_attn", "c_proj"]}
@@ -26,11 +27,7 @@ def make_adapters(folder: Path, architecture: str) -> None:
         load = AutoModelForSequenceClassification.from_pretrained
         settings = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=TARGETS[architecture])
         wrapped = get_peft_model(load(folder / "models" / "base", num_labels=classes), settings)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in wrapped.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.2 * torch.randn_like(parameter))
+        train(wrapped, seed)
         wrapped.save_pretrained(folder / "adapters" / task)
         model = load(folder / "models" / "base", num_labels=classes)
         PeftModel.from_pretrained(model, str(folder / "adapters" / task)).merge_and_unload().save_pretrained(
@@ -127,11 +124,7 @@ def test_adapters_of_image_towers_merge_under_zero_shot_heads(tmp_path: Path) ->
             wrapped = get_peft_model(
                 CLIPModel.from_pretrained(tmp_path / "models" / "base"), LoraConfig(r=2, target_modules=towers)
             )
-            torch.manual_seed(seed)
-            with torch.no_grad():
-                for parameter in wrapped.parameters():
-                    if parameter.requires_grad:
-                        parameter.add_(0.2 * torch.randn_like(parameter))
+            train(wrapped, seed)
             wrapped.save_pretrained(tmp_path / "adapters" / task)
             wrapped.merge_and_unload().save_pretrained(tmp_path / "models" / task)
     whole = clip_zoo.recipe(tmp_path, merge_method="tsv_m")

@@ -28,6 +28,7 @@ from adarank.workflow.build_networks import build_models
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.problem import expert_predictions
 from lm_zoo import ADAPT, TASKS, make_zoo, recipe
+from lora_zoo import train
 
 ASKED: dict[str, Any] = {"answers": "generate", "max_new_tokens": 4}
 
@@ -187,11 +188,7 @@ def make_adapters(folder: Path) -> None:
     load: Any = AutoModelForCausalLM.from_pretrained
     for seed, task in enumerate(TASKS):
         wrapped = get_peft_model(load(folder / "models" / "base"), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj", "down_proj"]))  # fmt: skip
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in wrapped.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
+        train(wrapped, seed, 0.3)
         wrapped.save_pretrained(folder / "adapters" / task)
         merged: Any = PeftModel.from_pretrained(load(folder / "models" / "base"), str(folder / "adapters" / task))
         merged.merge_and_unload().save_pretrained(folder / "whole" / task)

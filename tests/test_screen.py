@@ -33,7 +33,7 @@ from adarank.recipe.registry import METHODS
 from adarank.workflow.adapt import telling_of_collapse
 from adarank.workflow.scores import Table
 from adarank.workflow.search import Point
-from conftest import WIDTHS, Shown
+from conftest import WIDTHS, Shown, whole
 from image_zoo import ADAPT, TASKS, make_zoo, recipe
 
 
@@ -52,11 +52,6 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(text: str) -> str:
     """Text without its line ends: a sentence may go over several lines, broken between words."""
     return " ".join(text.split())
-
-
-def whole(text: str) -> str:
-    """Text without any space, for what is longer than a line."""
-    return "".join(text.split())
 
 
 def test_plans_name_every_tensor_and_task(zoo: Path, terminal: Shown) -> None:

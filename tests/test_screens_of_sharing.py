@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adarank.cli.main import main
-from conftest import Shown
+from conftest import Shown, whole
 from image_zoo import TASKS, make_zoo, recipe
 from open_clip_zoo import Clip
 
@@ -23,16 +23,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def whole(text: str) -> str:
-    """Text without any space, for what is longer than a line."""
-    return "".join(text.split())
-
-
 def test_an_analysis_names_its_files_and_findings(zoo: Path, terminal: Shown, tmp_path: Path) -> None:
     text = terminal("analyse", "ranks", zoo / "plain.yaml", tmp_path / "ranks", "--image", "none")
     written = json.loads((tmp_path / "ranks.json").read_text())
     assert written["figure"] == "ranks"
-    assert all(whole(str(tmp_path / name)) in whole(text) for name in ("ranks.csv",))
+    assert whole(str(tmp_path / "ranks.csv")) in whole(text)
     terminal("analyse", "ranks", zoo / "plain.yaml", tmp_path / "ranks", "--image", "none", "--dry-run", "--force")
 
 
@@ -54,7 +49,7 @@ def test_a_card_and_what_would_be_pushed_are_whole(
 def test_suites_and_their_files_are_whole(terminal: Shown, tmp_path: Path) -> None:
     assert "vision-20-l14" in terminal("reproduce")
     text = whole(terminal("reproduce", "glue-7-roberta", "--dry-run", "--from", tmp_path))
-    assert "not known" in text or "notknown" in text
+    assert "notknown" in text
 
 
 def test_a_converted_checkpoint_is_named_whole(terminal: Shown, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import ViTModel
 from cards import data_card, model_card
 from images import TaskImages, load_split, load_training, write_splits
 from model import Head, State, accuracy, load_body, rounded, save_base, save_expert
-from stages import digest, publish, read_record, write_record
+from stages import begin_with, digest, publish, read_record, write_record
 from tasks import SIZES, TASKS, Task
 from train import BaseTrainer, train_expert
 
@@ -77,11 +77,7 @@ class Build:
             "tasks": [dataclasses.asdict(task) for task in TASKS],
             "sources": self.sources,
         }
-        path = self.work / "settings.json"
-        found = read_record(path)
-        if found and found != settings:
-            raise SystemExit(f"{self.out} was begun with other settings or data: choose another --out")
-        write_record(path, settings)
+        begin_with(settings, self.work / "settings.json", self.out)
 
     def run(self) -> None:
         """Go through all stages."""

@@ -36,7 +36,7 @@ from lm_model import (
     training_seed,
 )
 from lm_text import DOMAINS, Document, Splits, passages, read_domains, rows, thin
-from stages import digest, publish, read_record, write_record
+from stages import begin_with, digest, publish, read_record, write_record
 
 transformers_logging.disable_progress_bar()
 
@@ -85,11 +85,7 @@ class Build:
             "characters": texts,
             "sources": {name: digest(getattr(self.options, name)) for name in ("verse", "news")},
         }
-        path = self.work / "settings.json"
-        before = read_record(path)
-        if before and before != settings:
-            raise SystemExit(f"{self.out} was begun with other settings or data: choose another --out")
-        write_record(path, settings)
+        begin_with(settings, self.work / "settings.json", self.out)
 
     def run(self) -> None:
         """Go through all stages."""

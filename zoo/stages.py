@@ -45,6 +45,14 @@ def read_record(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def begin_with(settings: dict[str, Any], path: Path, out: Path) -> None:
+    """Write down what a build is made from; refuse to go on with a folder that something else began."""
+    before = read_record(path)
+    if before and before != settings:
+        raise SystemExit(f"{out} was begun with other settings or data: choose another --out")
+    write_record(path, settings)
+
+
 def seed_for(seed: int, *names: str) -> int:
     """A seed of its own for each named use, so that stages can be redone one by one."""
     return zlib.crc32("/".join([str(seed), *names]).encode())

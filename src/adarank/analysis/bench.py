@@ -86,6 +86,10 @@ class Bench:
         """What task vectors can be counted from: the base, if there is one, and the average."""
         return ("pretrained", "average") if self.network.base is not None else ("average",)
 
+    def decompositions(self) -> int:
+        """How many there are of every task vector of every matrix, from each origin."""
+        return len(self.matrices) * len(self.tasks) * len(self.origins())
+
     def origin(self, name: str, kind: OriginKind) -> tuple[Tensor, TaskVectors]:
         """A tensor's origin, and the task vectors about it."""
         origin = self.network.origin(name, kind, self.job.recipe.device)

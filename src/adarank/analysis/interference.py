@@ -43,7 +43,7 @@ class Interference(Figure):
 
     def cost(self, bench: Bench) -> Mapping[str, int]:
         """An SVD of every task vector of every matrix."""
-        return {"decompositions": len(bench.matrices) * len(bench.tasks) * len(bench.origins())}
+        return {"decompositions": bench.decompositions()}
 
     def compute(self, bench: Bench, part: str) -> list[Row]:
         """One tensor: rows of interference (of matrices), and the inner products of each pair of tasks."""

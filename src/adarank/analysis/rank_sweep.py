@@ -60,7 +60,7 @@ class RankSweep(Figure):
     def cost(self, bench: Bench) -> Mapping[str, int]:
         """All inputs at every point; each SVD once."""
         return {
-            "decompositions": len(bench.matrices) * len(bench.tasks) * len(bench.origins()),
+            "decompositions": bench.decompositions(),
             "forward passes of single inputs": len(self._points(bench)) * bench.all_inputs(),
         }
 
