@@ -122,7 +122,8 @@ def first_run() -> list[str]:
     """How long `adarank demo` took, on what, and the means that it came to."""
     demo, quick = (record_of("demo-8", "demo", name) for name in ("whole", "quick"))
     machine = demo["machine"]
-    means = {line.split()[0]: line.split()[1] for line in takewhile(lambda line: not line.startswith("inputs"), demo["shown"][2:])}
+    rows = takewhile(lambda line: not line.startswith("inputs"), demo["shown"][2:])
+    means = {line.split()[0]: line.split()[1] for line in rows}
     default = load("demo-8", "AdaRank")
     taken = load_recipe(ZOO / "recipe.yaml").method().settings.steps
     return [
