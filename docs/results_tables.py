@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from functools import cache
+from itertools import takewhile
 from typing import Any
 
 from records import FOLDER, Record, Records
@@ -121,16 +122,17 @@ def first_run() -> list[str]:
     """How long `adarank demo` took, on what, and the means that it came to."""
     demo, quick = (record_of("demo-8", "demo", name) for name in ("whole", "quick"))
     machine = demo["machine"]
-    means = {line.split()[0]: line.split()[1] for line in demo["shown"][2:10]}
+    rows = takewhile(lambda line: not line.startswith("inputs"), demo["shown"][2:])
+    means = {line.split()[0]: line.split()[1] for line in rows}
     default = load("demo-8", "AdaRank")
-    taken, whole = load_recipe(ZOO / "recipe.yaml").method().settings.steps, default[0]["settings"]["adapt"]["steps"]
+    taken = load_recipe(ZOO / "recipe.yaml").method().settings.steps
     return [
         f"- **Time**: the set-up, which depends on your connection, and then {demo['seconds']:.0f} s, or {quick['seconds']:.0f} s with `--quick`. That was on",
         f"  {machine['cores']} CPU cores ({machine['system']}, PyTorch {demo['versions']['torch']}), with {demo['peak_resident_bytes'] / 1e9:.1f} GB of memory at the peak.",
         f"- **Result**: a table of scores. Mean accuracy is {means['base']} for the base, {means['average']} for the average of the experts' weights,",
         f"  {means['AdaRank']} for AdaRank's merged model, and {means['experts']} for the experts, each on its own task.",
-        f"- **{means['AdaRank']} here, {_spread(default)} [below](#results)**: the demo takes {taken} steps, with one seed, to be done sooner;",
-        f"  the figure below is of {whole} steps, and the mean over {len(default)} seeds. Both have the experts' heads.",
+        f"- **{means['AdaRank']} here, {_spread(default)} [below](#results)**: the demo has one seed and {taken} steps, and learns the heads too, as in",
+        "  its row CART+heads. In the tables below all rows have the experts' heads, and figures are means over the seeds.",
     ]
 
 

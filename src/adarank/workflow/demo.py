@@ -22,7 +22,7 @@ from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
 from adarank.workflow.build_networks import build_models, network_tensors
 from adarank.workflow.context import RecipeContext
-from adarank.workflow.evaluate import score_all, score_experts
+from adarank.workflow.evaluate import heads_of, score_all, score_experts
 from adarank.workflow.left_over import of_demo
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.merge import merge
@@ -35,6 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "average": {"merge_method": "average"},
     "TA": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.1}},
     "CART": {"merge_method": "cart", "parameters": {"rank": 0.16, "lambda": 0.7}},
+    "CART+heads": {"merge_method": "cart", "parameters": {"rank": 0.16, "lambda": 0.7}, "heads": "learn"},
     "AdaMerging": {
         "merge_method": "adamerging",
         "parameters": {"lambda": 0.1},
@@ -50,7 +51,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "AdaRank": {},
 }
 _LIMIT = 80  # inputs per task and split of the quick demo
-_QUICK = {"steps": 40, "check_every": 40, "tolerance": 2}  # so few inputs and steps make agreement jump
+# so few inputs and steps make agreement jump
+_QUICK = {"steps": 40, "batch_size": 8, "check_every": 40, "tolerance": 2}
 
 
 def check_zoo(folder: Path) -> None:
@@ -126,7 +128,7 @@ def _run(out: Path, quick: bool, seed: int, force: bool, note: Note, progress: P
     score("base", network_tensors(job, "base"))
     with tempfile.TemporaryDirectory(prefix="adarank-demo-") as scratch:
         for row, of_row in jobs.items():
-            if not of_row.method.data:
+            if not of_row.method.data and of_row.recipe.heads == "expert":
                 score(row, of_row.method.run(RecipeContext(of_row)).tensors)
                 continue
             note(f"{row}: {of_row.recipe.merge_method}")
@@ -137,7 +139,8 @@ def _run(out: Path, quick: bool, seed: int, force: bool, note: Note, progress: P
                 where = str(stopped).partition(". ")[0]
                 raise Interrupted(f"{where}, in the row {row}. {of_demo(out)}") from None
             written = Checkpoint(folder)
-            score(row, ((name, written.read(name)) for name in job.network.tensors))
+            with heads_of(folder, models):
+                score(row, ((name, written.read(name)) for name in job.network.tensors))
     score_card(out, table.plain(), "AdaRank")
     return table
 
