@@ -27,6 +27,8 @@ from table_rows import (
     Bed,
 )
 
+from adarank.adapt.distilled import DISTILLED
+from adarank.adapt.methods import ADAPTIVE
 from adarank.data.task import TaskData
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.record import Clock, machine, versions
@@ -224,7 +226,7 @@ class Bench:
     def adapted(self, row: str, seed: int, start: Mapping[str, float]) -> None:
         out = self.output(row, seed)
         changes, chosen = self._adapted(row, start)
-        changes["adapt"] = {"learn_heads": False, **changes["adapt"]}
+        changes["adapt"] |= self._heads(row, False)
         merged = self._filled(row, seed, out, changes)
         content = {"settings": merged["settings"], "adaptation": merged["adaptation"], "merge_seconds": merged["seconds"],
                    "peak_resident_bytes": merged["peak_resident_bytes"],
@@ -255,6 +257,11 @@ class Bench:
             loop |= {"steps": own.steps, **{name: larger * loop[name] for name in ("lr_masks", "lr_lambda")}}
         chosen = "start: λ and rank on select, with labels; adaptation: no labels"
         return {**changes, "adapt": {"preset": "paper", **loop}}, chosen
+
+    @staticmethod
+    def _heads(row: str, learned: bool) -> dict[str, bool]:
+        """Whether heads are learned once the body is; nothing to say where they are learned by the same steps."""
+        return {} if (ADAPTIVE | DISTILLED)[ADAPTED[row].method].joint_heads else {"learn_heads": learned}
 
     def trained(self, row: str, seed: int) -> None:
         """The reference, with labels, on what the experts were trained on. It has heads of its own."""
@@ -287,7 +294,7 @@ class Bench:
         if row in ADAPTED:
             of = ADAPTED[row].start
             changes, chosen = self._adapted(row, self.search(of) if of else {})
-            changes["adapt"] = {**changes["adapt"], "learn_heads": True}
+            changes["adapt"] |= self._heads(row, True)
         elif row in STATISTICS:
             name, parameters = STATISTICS[row]
             changes = {"merge_method": name, "parameters": {**parameters, "seed": seed}, "heads": "learn"}

@@ -138,6 +138,10 @@ ADAPTED: dict[str, Adapted] = {
     "AdaRank, λ alone": Adapted("adarank", None, {"learn_masks": False}, loop={}),
     "AdaRank, masks alone": Adapted("adarank", None, {"learn_lambda": False}, loop={}),
     "TSV-M+AdaRank, soft masks": Adapted("adarank", None, {"basis": "tsv_m"}, loop={}),
+    "SyMerge": Adapted("symerge", None, loop={}),
+    "SAMerging": Adapted("samerging", None, loop={}),
+    "ProDistill": Adapted("prodistill", None, loop={}),
+    "AdaRank, by block": Adapted("adarank", None, loop={"by": "block"}),
     "AdaRank about the base": Adapted("adarank", None, {"origin": "pretrained", **_BINARY}),
     "TSV-M+AdaRank": Adapted("adarank", None, {"basis": "tsv_m", **_BINARY}),
     "Iso-C+AdaRank": Adapted("adarank", None, {"basis": "iso_c", **_BINARY}),
@@ -156,8 +160,11 @@ TRAINED = "multi-task training"
 LEARNED_HEADS = (
     "learned heads"  # kind of the records of rows whose heads were learned; those of the kind "row" have the experts'
 )
+# every row that gives one model; the empirical Fisher information would read labels here
 WITH_HEADS = (
-    *("weight average", "TA", "TIES", "TSV-M", "CART", "DC-Merge", "SVC", "WUDI", "SWUDI", "ACTMat", "ESM"),
-    *("RegMean", "FeatCal", "AdaMerging", "AdaRank"),
+    "weight average",
+    *STATIC,
+    *(row for row in STATISTICS if row != "Fisher, empirical"),
+    *(row for row in ADAPTED if not row.endswith("masks only")),
 )
 WORTH = 0.25  # points of mean score that a search must gain beyond its grid to go on there

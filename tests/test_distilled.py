@@ -183,6 +183,11 @@ def test_what_means_nothing_is_refused(method: str, adapt: dict[str, Any], text:
         METHODS[method].resolve(Given(adapt=adapt))
 
 
+def test_a_given_block_changes_its_own_keys_alone() -> None:
+    chosen: Any = METHODS["samerging"].resolve(Given(adapt={"self_label": {"confidence": 0.5}}))
+    assert (chosen.settings.self_label.temperature, chosen.settings.self_label.confidence) == (2.0, 0.5)
+
+
 @pytest.mark.parametrize(
     ("method", "settings"),
     [

@@ -79,6 +79,16 @@ def with_preset(
     # released starts are of plain task vectors: with another basis it is that of its static method
     released = values["parameters"] if given.get("basis", "task_vectors") == "task_vectors" else {}
     start = {**kind.paper(given, text), **released} if preset else {}
-    loop = {**values["adapt"], **(kind.paper_loop(text) if preset == "paper" else {})}
+    loop = {**kind.defaults, **values["adapt"], **(kind.paper_loop(text) if preset == "paper" else {})}
     method = parse(kind, {**start, **given}, f"parameters of '{kind.name}'")
-    return method, parse(AdaptSettings, {**kind.defaults, **loop, **adapt}, "adapt")
+    return method, parse(AdaptSettings, {**loop, **adapt, **_blocks(loop, adapt)}, "adapt")
+
+
+def _blocks(loop: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Blocks of settings that both have: what is given by hand changes its own keys alone."""
+    shared = {key: (loop[key], given[key]) for key in loop.keys() & given.keys()}
+    return {
+        key: {**of, **by_hand}
+        for key, (of, by_hand) in shared.items()
+        if isinstance(of, dict) and isinstance(by_hand, dict)
+    }
