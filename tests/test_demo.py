@@ -81,27 +81,26 @@ def test_an_existing_output_is_kept(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_the_quick_demo_ends_with_the_same_table_each_time(tmp_path: Path, capsys) -> None:
-    assert main(["demo", str(tmp_path / "one"), "--quick", "--threads", "1", "--json"]) == 0
-    table = json.loads(capsys.readouterr().out)
-    assert list(table["rows"]) == ["experts", "base", *demo.ROWS]
-    means = {row: found["mean"] for row, found in table["summary"].items()}
-    # TA, whose λ was chosen on 500 labelled inputs a task, may come out ahead of so short an adaptation
-    assert means["experts"] > means["AdaRank"] > max(means[row] for row in ("base", "average", "CART"))
-    again = demo.run(tmp_path / "two", quick=True)
-    assert again.rows == table["rows"]
-    assert len(adarank.load_task(tmp_path / "one", "gtsrb").config.id2label) == 43
-
-
-def test_the_demo_tells_where_the_model_is_and_what_to_do_next(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_the_quick_demo_says_the_same_each_time(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("out", "err"):
         monkeypatch.setattr(console, name, Console(width=80, highlight=False, markup=False, stderr=name == "err"))
     assert main(["demo", "out", "--quick", "--threads", "1"]) == 0
-    told = capsys.readouterr()
-    assert all(cell_len(line) <= 80 and "…" not in line for line in (told.out + told.err).splitlines())
+    screen = capsys.readouterr()
+    assert all(cell_len(line) <= 80 and "…" not in line for line in (screen.out + screen.err).splitlines())
     for needed in ("experts", "CART", "AdaRank", "adarank inspect out", "adarank plan"):
-        assert needed in told.out
+        assert needed in screen.out
+    assert main(["demo", "again", "--quick", "--threads", "1", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert list(table["rows"]) == ["experts", "base", *demo.ROWS]
+    means = {row: scores["mean"] for row, scores in table["summary"].items()}
+    printed = {
+        cells[0]: float(cells[1]) for cells in map(str.split, screen.out.splitlines()) if cells and cells[0] in means
+    }
+    assert printed == pytest.approx(means, abs=0.06)
+    # TA, whose λ was chosen on 500 labelled inputs a task, may come out ahead of so short an adaptation
+    assert means["experts"] > means["AdaRank"] > max(means[row] for row in ("base", "average", "CART"))
+    assert len(adarank.load_task("out", "gtsrb").config.id2label) == 43
 
 
 def test_quick_shortens_a_recipe_without_an_adapt_block(copy: Path, tmp_path: Path, monkeypatch) -> None:
