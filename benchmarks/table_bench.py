@@ -19,6 +19,7 @@ from table_rows import (
     DEMO,
     LEARNED_HEADS,
     MODULES,
+    PLAIN,
     STATIC,
     STATISTICS,
     TASK_AWARE,
@@ -298,8 +299,11 @@ class Bench:
         elif row in STATISTICS:
             name, parameters = STATISTICS[row]
             changes = {"merge_method": name, "parameters": {**parameters, "seed": seed}, "heads": "learn"}
+        elif row in PLAIN:
+            name, parameters = PLAIN[row]
+            changes = {"merge_method": name, "parameters": parameters, "heads": "learn"}
         else:
-            name, axes = STATIC[row][:2] if row in STATIC else ("average", {})
+            name, axes = STATIC[row][:2]
             changes = {"merge_method": name, "parameters": self.search(row) if axes else {}, "heads": "learn"}
             if axes:
                 chosen = f"{', '.join(axes)} on select, with labels; heads: no labels"

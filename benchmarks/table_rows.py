@@ -161,8 +161,12 @@ LEARNED_HEADS = (
     "learned heads"  # kind of the records of rows whose heads were learned; those of the kind "row" have the experts'
 )
 # every row that gives one model; the empirical Fisher information would read labels here
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # rows without anything to choose: (method, parameters)
+    "base": ("task_arithmetic", {"lambda": 0.0}),
+    "weight average": ("average", {}),
+}
 WITH_HEADS = (
-    "weight average",
+    *PLAIN,
     *STATIC,
     *(row for row in STATISTICS if row != "Fisher, empirical"),
     *(row for row in ADAPTED if not row.endswith("masks only")),

@@ -7,7 +7,7 @@ infomax             mean entropy minus the entropy of the mean prediction       
 filtered-entropy    entropy of the inputs that are reliable and not redundant             (EATA, SAR)
 features            distance to the expert's last hidden representation                   (Surgery)
 
-A new objective is a function and a line in `OBJECTIVES`. Another package adds one by an entry point of the group
+A new objective is a function and a line in `_BUILT_IN`. Another package adds one by an entry point of the group
 `adarank.objectives`: a function of `View` and `SelfLabel` that gives a scalar with its graph. What it looks at
 beside the logits it names in its attribute `needs`, a set of `expert`, `mean` and `features`.
 """

@@ -11,7 +11,7 @@ A part is one stored tensor. Its name in shared.safetensors and own.safetensors 
 `mask:encoder.0.weight`, or `PART:` if it belongs to the whole model. The part `whole` is a tensor as it is: a task
 whose files have `whole:NAME` uses that for NAME. What other parts mean is the kind's business.
 
-Another kind of bundle is another method (`method.py`) whose result are `Parts`: it says how a task's parts become tensors
+Another kind of bundle is another method (`method/contract.py`) whose result are `Parts`: it says how a task's parts become tensors
 (`task_tensors`) and, where the network needs more than tensors (an adapter, a router), a module (`dress`). A kind whose
 parts come of one tensor's task vectors at a time is a `TaskAwareMethod` (`methods/task_aware/base.py`), which does both.
 """

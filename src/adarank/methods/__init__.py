@@ -1,4 +1,4 @@
-"""The methods that are one pass over the tensors. A new one is one file here and one line below."""
+"""The methods that are one pass over the tensors. A new one is one file in a folder beside this file and one line below."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ M = TypeVar("M", bound="Method")
 class Method(MergeMethod):
     """Base of the data-free methods: a frozen object of settings with two functions of one tensor.
 
-    Class attributes, beside those of the contract (`method.py`):
+    Class attributes, beside those of the contract (`method/contract.py`):
         origin: what task vectors are counted from.
         spectral: True if it decomposes matrices; the memory plan counts an SVD's workspace then.
         passes: how often the checkpoints are read. Methods about the whole model read them first, in `prepare`.

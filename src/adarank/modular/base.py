@@ -76,7 +76,7 @@ OF_LOGITS = frozenset({"objective", "objectives", "self_label"})
 class Modular(Adapting):
     """Base of the modular methods.
 
-    Class attributes, beside those of the contract (`method.py`):
+    Class attributes, beside those of the contract (`method/contract.py`):
         knows: what must be known of an input when the network is used.
         spectral: True if it decomposes matrices.
         compares: settings of the loop that stand for its losses; they decide which of the experts' predictions are computed.
