@@ -149,14 +149,18 @@ def filled(page: str, fill: Mapping[str, Callable[[], list[str]]]) -> str:
 
 def adaptation_page() -> str:
     """What adaptation does and what its choices come to."""
-    fill = {
+    return filled("adaptation.in.md", {"choices": adaptation_tables.choices})
+
+
+def studies_page() -> str:
+    """What adaptation's choices rest on."""
+    fill: dict[str, Callable[[], list[str] | str]] = {
         "steps": adaptation_tables.steps,
-        "choices": adaptation_tables.choices,
         "studies": adaptation_tables.tables,
         "signals": adaptation_tables.signals,
         "subsets": adaptation_tables.subsets,
     }
-    return filled("adaptation.in.md", fill)
+    return filled("studies.in.md", fill)
 
 
 def results_page() -> str:
@@ -212,6 +216,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/methods.md": methods_page,
     "docs/cli.md": cli_page,
     "docs/adaptation.md": adaptation_page,
+    "docs/studies.md": studies_page,
     "docs/adaptation.svg": adaptation_tables.curves,
     "docs/results.md": results_page,
     "docs/performance.md": performance_page,

@@ -78,18 +78,25 @@ def table(bed: str, rows: list[str], costs: bool = False) -> list[str]:
 
 
 def short_table(bed: str, rows: list[str]) -> list[str]:
-    """The README's table: six columns, and in the last but one the task that keeps least of its expert's score."""
+    """The README's table, six columns: mean scores with the experts' heads and with learned ones.
+
+    What follows is with learned heads: the share of the way from the weight average with the experts' heads to the experts, and
+    the task that keeps least of its expert's score.
+    """
     experts, average = (load(bed, row)[0] for row in ("experts", "weight average"))
     lines = [
-        "| method | mean | normalised | gap closed | weakest task: score of expert's | seeds |",
+        "| method | experts' heads | learned heads | gap closed | weakest task: score of expert's | seeds |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         records, wide = load(bed, row), experts["scores"]
-        scores = _scores(bed, records)
-        weakest = min(scores, key=lambda task: scores[task] / wide[task])
-        cells = [_spread(records), _normalised(bed, scores), _gap(records, average, experts),
-                 f"{weakest}: {scores[weakest]:.1f} of {wide[weakest]:.1f}" if row != "experts" else "", str(len(records))]  # fmt: skip
+        learned = load(bed, row, "learned heads")
+        scores = _scores(bed, learned) if learned else {}
+        weakest = min(scores, key=lambda task: scores[task] / wide[task], default="")
+        cells = [_spread(records), *(
+            [_spread(learned), _gap(learned, average, experts), f"{weakest}: {scores[weakest]:.1f} of {wide[weakest]:.1f}"]
+            if learned else ["", "100%" if row == "experts" else "", ""]
+        ), str(len(learned or records))]  # fmt: skip
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
 
