@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from printer import Printer
 from records import Records, summary
 from table_rows import (
     ADAPTED,
@@ -24,12 +25,15 @@ from table_rows import (
     STATISTICS,
     TASK_AWARE,
     WEMOE_LR_TIMES_STEPS,
-    WORTH,
     Bed,
+    Grid,
 )
+from table_search import widened
 
 from adarank.adapt.distilled import DISTILLED
 from adarank.adapt.methods import ADAPTIVE
+from adarank.adapt.problem import Predictions
+from adarank.adapt.settings import AdaptSettings
 from adarank.data.task import TaskData
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.record import Clock, machine, versions
@@ -43,10 +47,13 @@ from adarank.spectral.mask_file import FILE, MaskFile
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
 from adarank.workflow.evaluate import heads_of, score_all, score_bundle
+from adarank.workflow.heads import learned_heads
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.merge import merge
+from adarank.workflow.problem import expert_predictions, problem_of
 from adarank.workflow.scores import Table
-from adarank.workflow.search import Point, each_tasks_best, edges, try_points
+
+LEARN_HEADS = AdaptSettings(learn_heads=True)
 
 
 class Bench:
@@ -126,20 +133,44 @@ class Bench:
     def static(
         self, row: str, method: Method, chosen: str, seed: int = 0, data: Mapping[str, TaskData] | None = None
     ) -> None:
+        content = self._merged(method, data or self.data)
+        self.record(row, seed, content | {"chosen": chosen})
+
+    def _merged(self, method: Method, data: Mapping[str, TaskData]) -> dict[str, Any]:
+        """Fill the networks with what a method that does not adapt gives; its settings, what it cost and its report."""
         clock = Clock()
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as kept:
             job, state = replace(self.job, method=method), Path(kept) / "state.pt"
-            result = method.run(RecipeContext(job, data or self.data, state=state, ready=self.models))
+            result = method.run(RecipeContext(job, data, state=state, ready=self.models))
             self.models.fill(result.tensors)
         spent = clock.spent()
-        spent = {"merge_seconds": spent["seconds"], "peak_resident_bytes": spent["peak_resident_bytes"]}
         settings = {
             "merge_method": method.name,
             "parameters": method.model_dump(by_alias=True, exclude={"weights", "masks"}),
         }
-        content = {"settings": settings, "chosen": chosen, **spent}
-        self.record(row, seed, content | result.recorded())
+        costs = {"merge_seconds": spent["seconds"], "peak_resident_bytes": spent["peak_resident_bytes"]}
+        return {"settings": settings, **costs} | result.recorded()
+
+    @cached_property
+    def predictions(self) -> dict[str, Predictions]:
+        """The experts' predictions: computed once for all rows whose heads are learned on the merged body."""
+        return expert_predictions(self.job, self.models, self.data, LEARN_HEADS)
+
+    def _heads_after(self, row: str, seed: int, method: Method, chosen: str) -> None:
+        """The row of a method that does not adapt, with heads that are learned as by `heads: learn`."""
+        predictions = self.predictions
+        content = self._merged(method, self.data) | {"chosen": chosen}
+        if not self.recorded(row, seed):
+            self.record(row, seed, dict(content))
+        experts = {task: {n: t.detach().clone() for n, t in head.items()} for task, head in self.models.heads.items()}
+        problem = problem_of(self.job, self.models, self.data, LEARN_HEADS, predictions)
+        _, report = learned_heads(self.job, problem, lambda text: None)
+        self.record(row, seed, content | {"learned_heads": report}, LEARNED_HEADS)
+        with torch.no_grad():
+            for task, head in experts.items():
+                for name, tensor in head.items():
+                    self.models.heads[task][name].copy_(tensor)
 
     def search(self, row: str) -> dict[str, Any]:
         """The settings of a row with the best mean on select; the whole grid is kept in a record of the kind "search"."""
@@ -148,21 +179,7 @@ class Bench:
         record = self.records.first(kind="search", name=stem)
         if record is None:
             clock = Clock()
-
-            def tried(values: Mapping[str, Iterable[Any]]) -> list[Point]:
-                grid = [dict(zip(values, own, strict=True)) for own in itertools.product(*values.values())]
-                points = [(own, parse(kind, own, name)) for own in grid]
-                return try_points(self.job, self.models, self.data, points, self.folder / "search" / stem)
-
-            found = tried(axes)
-            gained = math.inf
-            # until the best lies inside, or it is level there
-            while (beyond := edges(kind, found)) and gained >= WORTH:
-                near, before = _near(found), max(point.mean for point in found)
-                for axis, (_, further) in beyond.items():
-                    found += [p for p in tried({**near, axis: [further]}) if p not in found]
-                gained = max(point.mean for point in found) - before
-            found += each_tasks_best(kind, found)
+            found = widened(self, kind, name, axes, self.folder / "search" / stem)
             best = max(found, key=lambda point: point.mean)
             record = {
                 "kind": "search",
@@ -291,22 +308,12 @@ class Bench:
         Of an adaptive row that is both records: it has the same body with the experts' heads.
         """
         out = self.output(f"{row}, learned heads", seed)
-        chosen = "nothing to choose; heads: no labels"
-        if row in ADAPTED:
-            of = ADAPTED[row].start
-            changes, chosen = self._adapted(row, self.search(of) if of else {})
-            changes["adapt"] |= self._heads(row, True)
-        elif row in STATISTICS:
-            name, parameters = STATISTICS[row]
-            changes = {"merge_method": name, "parameters": {**parameters, "seed": seed}, "heads": "learn"}
-        elif row in PLAIN:
-            name, parameters = PLAIN[row]
-            changes = {"merge_method": name, "parameters": parameters, "heads": "learn"}
-        else:
-            name, axes = STATIC[row][:2]
-            changes = {"merge_method": name, "parameters": self.search(row) if axes else {}, "heads": "learn"}
-            if axes:
-                chosen = f"{', '.join(axes)} on select, with labels; heads: no labels"
+        if row not in ADAPTED:
+            self._heads_after(row, seed, *self._plain(row, seed))
+            return
+        of = ADAPTED[row].start
+        changes, chosen = self._adapted(row, self.search(of) if of else {})
+        changes["adapt"] |= self._heads(row, True)
         merged = self._filled(row, seed, out, changes)
         content = {name: merged[name] for name in ("settings", "adaptation", "learned_heads") if name in merged}
         content |= {
@@ -314,10 +321,22 @@ class Bench:
             "peak_resident_bytes": merged["peak_resident_bytes"],
             "chosen": chosen,
         }
-        if row in ADAPTED:
-            self.record(row, seed, dict(content))
+        self.record(row, seed, dict(content))
         with heads_of(out, self.models):
             self.record(row, seed, content, LEARNED_HEADS)
+
+    def _plain(self, row: str, seed: int) -> tuple[Method, str]:
+        """A row's method that does not adapt, as it is after `search`, and what chose its settings."""
+        axes: Grid = {}
+        if row in STATISTICS:
+            name, parameters = STATISTICS[row][0], {**STATISTICS[row][1], "seed": seed}
+        elif row in PLAIN:
+            name, parameters = PLAIN[row]
+        else:
+            name, axes, seeds = STATIC[row]
+            parameters = (self.search(row) if axes else {}) | ({"seed": seed} if seeds > 1 else {})
+        chosen = f"{', '.join(axes)} on select, with labels" if axes else "nothing to choose"
+        return parse(METHODS[name], parameters, name), f"{chosen}; heads: no labels"
 
     def _labelled_models(self) -> list[dict[str, Any]]:
         """The bed's models, each task's adapt file being what its expert was trained on, with labels."""
@@ -357,28 +376,3 @@ class Bench:
                 }
             },
         )
-
-
-def _near(points: Sequence[Point]) -> dict[str, list[Any]]:
-    """Of each axis, the best point's value and those next to it."""
-    best = max(points, key=lambda point: point.mean).settings
-    near = {}
-    for axis, at in best.items():
-        values = sorted({point.settings[axis] for point in points})
-        place = values.index(at)
-        near[axis] = values[max(0, place - 1) : place + 2]
-    return near
-
-
-class Printer:
-    def __init__(self, row: str, seed: int) -> None:
-        self.row, self.seed = row, seed
-
-    def __call__(self, history: Any, steps: int) -> None:
-        if history.step % 25 == 0 or history.step == 1:
-            mean = sum(values[-1] for values in history.losses.values()) / len(history.losses)
-            kept = f" kept {history.kept[-1]:.4f}" if history.kept else ""
-            print(
-                f"  {self.row} seed {self.seed} step {history.step}/{steps} mean loss {mean:.3f}{kept} {history.seconds:.0f} s",
-                flush=True,
-            )
