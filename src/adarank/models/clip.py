@@ -9,8 +9,9 @@ and merging move the image tower alone. Radford et al. 2021, arXiv:2103.00020; h
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,87 +22,40 @@ from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, Source, TensorInfo
 from adarank.io.hub import local_path
 from adarank.io.low_rank import Factors
+from adarank.models.clip_layouts import PROJECTION, ClipLayout, layout_of
+from adarank.models.clip_networks import OPEN_CLIP, classifier_class
 from adarank.models.image import ImageClassifiers
-from adarank.models.loading import LOCALLY, loading
 from adarank.models.text import tokenizer_of
 from adarank.models.tied import held_tensors, refuse_missing, stored_keys
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-VISION, PROJECTION, HEAD = "vision_model.", "visual_projection.weight", "classifier.weight"
-TEXT = ("text_model.", "text_projection.weight", "logit_scale")
+HEAD = "classifier.weight"
 TEMPLATES = ("a photo of a {}.",)
 _PROMPTS = 256  # in one pass of the text tower
-
-
-class CosineHead(nn.Module):
-    """Dot products of each input's direction with the classes' rows.
-
-    Arguments:
-        width: of an input. `weight` is (classes, width).
-    """
-
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(classes, width))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(inputs, classes) dot products of `features`, (inputs, width)."""
-        return functional.linear(functional.normalize(features, dim=-1), self.weight)
-
-
-def classifier_class() -> type[PreTrainedModel]:
-    """The `transformers` model of one task. Made on use, as importing `transformers` is slow; the same class every time."""
-    global _CLASS
-    if _CLASS is None:
-        from transformers import CLIPVisionModelWithProjection
-        from transformers.modeling_outputs import ImageClassifierOutput
-
-        class CLIPZeroShotClassifier(CLIPVisionModelWithProjection):
-            """CLIP's image tower and projection with the fixed head of one task."""
-
-            _model_mapping: Mapping[Any, Any] = {}  # no `AutoModelFor...` leads here
-
-            def __init__(self, config: Any) -> None:
-                super().__init__(config)
-                self.classifier = CosineHead(config.projection_dim, config.num_labels)
-
-            def forward(self, pixel_values: Tensor, **named: Any) -> Any:
-                output = super().forward(pixel_values=pixel_values, **named)
-                return ImageClassifierOutput(
-                    logits=self.classifier(output.image_embeds),
-                    hidden_states=output.hidden_states,
-                    attentions=output.attentions,
-                )
-
-            @classmethod
-            def from_config(cls, config: Any, trust_remote_code: bool = False) -> Any:
-                return cls(config)
-
-        _CLASS = CLIPZeroShotClassifier
-    return _CLASS
-
-
-_CLASS: type[PreTrainedModel] | None = None
 
 
 class ZeroShotHeads:
     """Heads of several tasks by one text tower, which is loaded when the first is asked for and let go after the last.
 
     Arguments:
-        base: a whole CLIP model.
+        base: a whole CLIP model, and its layout.
         prompts: task -> its classes' prompts, a list for each class.
     """
 
-    def __init__(self, base: Checkpoint, prompts: Mapping[str, Sequence[Sequence[str]]]) -> None:
-        self._base, self._prompts = base, prompts
+    def __init__(self, base: Checkpoint, layout: ClipLayout, prompts: Mapping[str, Sequence[Sequence[str]]]) -> None:
+        self._base, self._layout, self._prompts = base, layout, prompts
         self._made: dict[str, Tensor] = {}
 
     @property
     def width(self) -> int:
         """Of a row of a head."""
-        return self._base.tensors["text_projection.weight"].shape[0]
+        return self._layout.width(self._base)
+
+    @property
+    def making_bytes(self) -> int:
+        """Bytes held while heads are made."""
+        parts = self._layout.text(self._base)
+        tensors = self._base.tensors.items()
+        return 4 * sum(info.numel for name, info in tensors if any(fnmatchcase(name, part) for part in parts))
 
     def classes(self, task: str) -> int:
         """How many rows a task's head has."""
@@ -111,31 +65,11 @@ class ZeroShotHeads:
     def head(self, task: str) -> Tensor:
         """(classes, width) float32."""
         if not self._made:
-            tower, tokens = self._tower(), tokenizer_of(self._base.folder)
-            scale = self._base.read("logit_scale").float().exp()
-            most = int((self._base.config.get("text_config") or {}).get("max_position_embeddings", 77))  # CLIP's own
+            tower, tokens = self._layout.text_tower(self._base), tokenizer_of(self._base.folder)
+            scale, most = self._layout.logit_scale(self._base).float().exp(), self._layout.longest(self._base)
             for each_task, classes in self._prompts.items():
                 self._made[each_task] = scale * torch.stack([_direction(tower, tokens, each, most) for each in classes])
         return self._made[task]
-
-    def _tower(self) -> nn.Module:
-        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-        settings = {**(self._base.config.get("text_config") or {}), "projection_dim": self.width}
-        with loading(
-            self._base.folder, "no text tower of CLIP can be loaded", "Give a whole CLIP model as base_model."
-        ):
-            loaded: Any = CLIPTextModelWithProjection.from_pretrained(
-                str(self._base.folder),
-                config=CLIPTextConfig(**settings),
-                dtype=torch.float32,
-                output_loading_info=True,
-                **LOCALLY,
-            )
-        tower, report = loaded
-        refuse_missing(tower, report["missing_keys"], self._base.label)
-        made: nn.Module = tower.eval()
-        return made
 
 
 def _direction(tower: nn.Module, tokens: Any, prompts: Sequence[str], most: int) -> Tensor:
@@ -167,28 +101,24 @@ class ZeroShotExpert(Checkpoint):
         templates: Sequence[str],
     ) -> None:
         self.__dict__.update(expert.__dict__)
+        layout = layout_of(expert)
         self._expert, self._base, self._heads, self._task = expert, base, heads, task
-        towers = [name for name in expert.tensors if name.startswith(VISION)]
-        # CLIPVisionModel writes its tensors with the tower's name before them or without, by version
-        plain = not towers and not any(name.startswith("text_model.") for name in expert.tensors)
-        stored = list(expert.tensors) if plain else towers
-        self._stored = {(VISION + name if plain else name): name for name in stored if name != PROJECTION}
-        self.projected = PROJECTION in expert.tensors
-        infos = {stored: expert.tensors[name] for stored, name in self._stored.items()}
-        infos[PROJECTION] = (expert if self.projected else base).tensors[PROJECTION]
+        self._stored = layout.tower(expert)
+        borrowed = [name for name in layout.borrowed if name not in self._stored]
+        self.projected = not borrowed
+        infos = {name: expert.tensors[stored] for name, stored in self._stored.items()}
+        infos |= {name: base.tensors[name] for name in borrowed}
         shape = (heads.classes(task), heads.width)
         infos[HEAD] = TensorInfo(HEAD, shape, torch.float32, f"the head made of task '{task}''s classes")
-        self.tensors = {stored: TensorInfo(stored, info.shape, info.dtype, info.file) for stored, info in infos.items()}
+        self.tensors = {name: TensorInfo(name, info.shape, info.dtype, info.file) for name, info in infos.items()}
         self.aliases = {}
-        self.config = _configuration(expert.config or base.config, names, templates, heads.width)
+        self.config = _configuration(layout, layout.vision(expert, base), names, templates, heads.width)
 
     def read(self, name: str) -> Tensor:
         """The tensor of this name; those that no file holds are made."""
         if name == HEAD:
             return self._heads.head(self._task)
-        if name == PROJECTION:
-            return (self._expert if self.projected else self._base).read(PROJECTION)
-        return self._expert.read(self._stored[name])
+        return self._expert.read(self._stored[name]) if name in self._stored else self._base.read(name)
 
     def change(self, name: str, start: Source, stored: str) -> Factors | None:
         """What the expert adds to `start` there, where it is an adapter."""
@@ -218,12 +148,13 @@ class ZeroShotExpert(Checkpoint):
     @property
     def making_bytes(self) -> int:
         """Bytes held while heads are made."""
-        return 4 * sum(info.numel for name, info in self._base.tensors.items() if name.startswith(TEXT))
+        return self._heads.making_bytes
 
     @property
     def unused(self) -> Mapping[str, str]:
         """Tensors of the file that are not used -> why."""
-        others = [n for n in self._expert.tensors if n not in (*self._stored.values(), PROJECTION)]
+        used = set(self._stored.values())
+        others = [name for name in self._expert.tensors if name not in used]
         parts = ", ".join(dict.fromkeys(name.split(".", 1)[0] for name in others))
         return {f"{parts}: {len(others)} tensor(s)": "heads are made by the base's text tower"} if others else {}
 
@@ -235,16 +166,13 @@ class ZeroShotExpert(Checkpoint):
 
 
 def _configuration(
-    config: Mapping[str, Any], classes: Sequence[str], templates: Sequence[str], width: int
+    layout: ClipLayout, vision: Mapping[str, Any], classes: Sequence[str], templates: Sequence[str], width: int
 ) -> dict[str, Any]:
-    """The `config.json` of a task's classifier, from that of a vision tower or of a whole CLIP."""
-    settings = dict(config.get("vision_config") or config)
+    """The `config.json` of a task's classifier, from that of the image tower."""
     labels = {str(number): name for number, name in enumerate(classes)}
     return {
-        **{
-            key: value for key, value in settings.items() if key not in ("transformers_version", "torch_dtype", "dtype")
-        },
-        "architectures": ["CLIPZeroShotClassifier"],
+        **{key: value for key, value in vision.items() if key not in ("transformers_version", "torch_dtype", "dtype")},
+        "architectures": [layout.architecture],
         "model_type": "clip_vision_model",
         "projection_dim": width,
         "id2label": labels,
@@ -271,7 +199,7 @@ class ZeroShotImageClassifiers(ImageClassifiers):
 
         settings = AutoConfig.for_model(**expert.config)
         with torch.random.fork_rng():
-            module: Any = classifier_class()(settings)
+            module: Any = self.auto_class().from_config(settings)
         held = held_tensors(module)
         shapes = {name: info.shape for name, info in expert.tensors.items()}
         loaded = set(stored_keys({name: name for name in shapes}, shapes, module, held).values())
@@ -287,7 +215,7 @@ class ZeroShotImageClassifiers(ImageClassifiers):
         """Experts and base, with the heads that the text tower gives."""
         names = {task: _lines(spec.classes, folder) for task, spec in tasks.items()}
         templates = {task: _lines(spec.templates, folder) or list(TEMPLATES) for task, spec in tasks.items()}
-        problems = [*_unfit(names, templates), *_no_clip(base)]
+        problems = [*_unfit(names, templates), *_no_clip(base), *_mixed(base, experts)]
         if problems or base is None:
             heading = f"recipe: {len(problems)} problem(s)."
             raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))
@@ -295,12 +223,13 @@ class ZeroShotImageClassifiers(ImageClassifiers):
             task: [[template.replace("{}", name) for template in templates[task]] for name in each]
             for task, each in names.items()
         }
-        heads = ZeroShotHeads(base, prompts)
+        layout = layout_of(base)
+        heads = ZeroShotHeads(base, layout, prompts)
         made = {
             task: ZeroShotExpert(expert, base, heads, task, names[task], templates[task])
             for task, expert in experts.items()
         }
-        kept = {f"{part}*": "the base's text tower, which heads are made by" for part in TEXT}
+        kept = dict.fromkeys(layout.text(base), "the base's text tower, which heads are made by")
         if not any(expert.projected for expert in made.values()):
             kept[PROJECTION] = "no expert has a projection of its own"
         return dict(made), kept
@@ -318,10 +247,19 @@ def _unfit(names: Mapping[str, Sequence[str]], templates: Mapping[str, Sequence[
 
 def _no_clip(base: Checkpoint | None) -> Iterator[str]:
     """Why heads cannot be made by the base, if they cannot."""
-    missing = [name for name in (PROJECTION, *TEXT[1:]) if base is None or name not in base.tensors]
-    if missing:
-        where = base.label if base else "the recipe, which names no base"
-        yield f"base_model: zero-shot heads need a whole CLIP model, with its text tower; missing from {where}: {', '.join(missing)}."
+    if base is None:
+        yield "base_model: zero-shot heads need a whole CLIP model, with its text tower, and the recipe names no base."
+    elif missing := layout_of(base).lacking(base):
+        yield f"base_model: zero-shot heads need a whole CLIP model, with its text tower; missing from {base.label}: {', '.join(missing)}."
+
+
+def _mixed(base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Tensors of two layouts have no common names, and q, k and v in one matrix have other components than apart."""
+    for task, expert in experts.items():
+        packed, base_packed = (layout_of(each).architecture == OPEN_CLIP for each in (expert, base or expert))
+        if packed != base_packed:
+            here, there = ("open_clip", "transformers") if packed else ("transformers", "open_clip")
+            yield f"task '{task}': {expert.label} is laid out as by {here}, and the base as by {there}. Bring one to the other's layout: adarank convert has --layout."
 
 
 def _lines(given: str | Sequence[str] | None, folder: Path) -> list[str]:

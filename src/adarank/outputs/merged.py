@@ -145,7 +145,12 @@ class Merged:
 def _names(body: Checkpoint, module: nn.Module, backbone: str) -> dict[str, str]:
     """Tensor of the body -> its name in a file of the task's own."""
     wanted = set(module.state_dict())
-    return {name: name if name in wanted else backbone + name for name in body.tensors}
+
+    def named(name: str) -> str:
+        inner = name.partition(".")[2]  # where the base's names begin with a wrapper's (`model.visual.proj`)
+        return next((each for each in (name, backbone + name, inner) if each in wanted), backbone + name)
+
+    return {name: named(name) for name in body.tensors}
 
 
 def load_task(out: str | Path, task: str) -> nn.Module:
