@@ -78,8 +78,8 @@ class ClipLayout(Protocol):
 class TransformersLayout:
     """As `transformers` writes CLIP."""
 
-    architecture = PLAIN
-    borrowed = (PROJECTION,)
+    architecture: str = PLAIN
+    borrowed: tuple[str, ...] = (PROJECTION,)
 
     def tower(self, expert: Checkpoint) -> dict[str, str]:
         """Name in the network -> stored name, of an expert's image tower and projection."""
@@ -124,8 +124,8 @@ class TransformersLayout:
 class OpenClipLayout:
     """As open_clip writes CLIP, and with it task_vectors and TALL-masks: q, k and v in one matrix."""
 
-    architecture = OPEN_CLIP
-    borrowed = ()
+    architecture: str = OPEN_CLIP
+    borrowed: tuple[str, ...] = ()
 
     def tower(self, expert: Checkpoint) -> dict[str, str]:
         """Name in the network -> stored name, of an expert's image tower and projection."""

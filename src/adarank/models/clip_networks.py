@@ -178,7 +178,7 @@ def open_clip_class() -> type[PreTrainedModel]:
                 super().__init__(config)
                 self.visual = PackedVision(config)
                 self.classifier = CosineHead(config.projection_dim, config.num_labels)
-                self.post_init()
+                self.post_init()  # type: ignore[no-untyped-call]
 
             def forward(self, pixel_values: Tensor) -> Any:
                 return ImageClassifierOutput(logits=self.classifier(self.visual(pixel_values)))
