@@ -111,7 +111,7 @@ ROWS = (
     _variant("TA", "masks only", 79.9, parameters={"learn_lambda": False}),
     _variant("CART", "λ only", 85.9, parameters={"learn_masks": False}),
     _variant("CART", "masks only", 88.7, parameters={"learn_lambda": False}),
-    _variant("TA", "1% of data", None, data={"budget": 0.01}),
+    _variant("TA", "1% of data", None, data={"protocol": "transductive", "budget": 0.01}),
 )  # fmt: skip
 TABLES: Mapping[str, tuple[str, ...]] = {
     "Table 4": ("Task Arithmetic", "TA+AdaRank, λ only", "TA+AdaRank, masks only", "TA+AdaRank",
