@@ -126,7 +126,12 @@ def stored_keys(
     lost: dict[str, str] = {}
     for name, stored_name in stored.items():
         renamed = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        key = next((key for key in (stored_name, renamed, backbone + name) if key in held), None)
+        inside = backbone + name
+        if (
+            backbone and inside in stored
+        ):  # another tensor's name: open_clip's CLIP has `transformer` and `visual.transformer`
+            inside = name
+        key = next((key for key in (stored_name, renamed, inside) if key in held), None)
         if key is not None:
             keys[name] = key
         elif name in shapes:

@@ -147,8 +147,9 @@ def _names(body: Checkpoint, module: nn.Module, backbone: str) -> dict[str, str]
     wanted = set(module.state_dict())
 
     def named(name: str) -> str:
+        inside = name if backbone + name in body.tensors else backbone + name  # a name is one tensor's
         inner = name.partition(".")[2]  # where the base's names begin with a wrapper's (`model.visual.proj`)
-        return next((each for each in (name, backbone + name, inner) if each in wanted), backbone + name)
+        return next((each for each in (name, inside, inner) if each in wanted), inside)
 
     return {name: named(name) for name in body.tensors}
 
