@@ -170,7 +170,7 @@ def open_clip_class() -> type[PreTrainedModel]:
             """open_clip's image tower and projection with the fixed head of one task."""
 
             config_class = CLIPVisionConfig
-            base_model_prefix = "visual"
+            base_model_prefix = "model"  # which it has not: what stands before names where task_vectors saved a model
             main_input_name = "pixel_values"
             _model_mapping: Mapping[Any, Any] = {}
 
