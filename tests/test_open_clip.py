@@ -26,7 +26,7 @@ from open_clip_zoo import SIDE, Clip, make_zoo
 IMAGES = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
 PACKED = "visual.transformer.resblocks.1.attn.in_proj_weight"
 WEIGHTS = "open_clip_model.safetensors"
-ADAPT: dict[str, Any] = {"merge_method": "adarank", "parameters": {"rank": 0.25, "lambda": 0.8},
+ADAPT: dict[str, Any] = {"merge_method": "adarank", "parameters": {"rank": 0.25, "lambda": 0.8, "origin": "pretrained"},
                          "adapt": {"steps": 4, "batch_size": 4, "learn_heads": False, "keep": "last"}}  # fmt: skip
 
 

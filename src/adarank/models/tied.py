@@ -172,8 +172,9 @@ def refuse_missing(module: nn.Module, missing: Iterable[str], where: str) -> Non
     if not lost:
         return
     named = ", ".join(f"'{name}'" for name in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
-    prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    headless = " It has no head." if not any(name.startswith(prefix) for name in lost) else ""
+    body = getattr(module, "base_model_prefix", "")
+    in_body = not hasattr(module, body) or any(name.startswith(f"{body}.") for name in lost)
+    headless = "" if in_body else " It has no head."
     raise CheckpointError(
         f"{where}: {type(module).__name__} has {len(lost)} tensor(s) that no file there holds: {named}. They would be "
         f"random.{headless} Give the whole model that was fine-tuned for the task, its head included; to merge it "
