@@ -20,6 +20,7 @@ from adarank.errors import RecipeError
 from adarank.recipe.job import open_job
 from adarank.recipe.reader import load_recipe
 from adarank.workflow.build_networks import build_models
+from adarank.workflow.load_tasks import load_tasks
 from clip_zoo import CLASSES, recipe
 from open_clip_zoo import SIDE, Clip, make_zoo
 
@@ -180,3 +181,48 @@ def test_conversion_may_leave_every_tensor_as_it_is(zoo: Path, tmp_path: Path) -
     pixels = processor(np.full((SIDE, SIDE, 3), 255, dtype=np.uint8), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, SIDE, SIDE)
     torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor([1.9303, 2.0749, 2.1459]), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "change"), [
+    ("surgery", {"adapt": {"steps": 2, "batch_size": 4}, "parameters": {"rank": 4}}),
+    ("wemoe", {"adapt": {"steps": 2, "batch_size": 4}}),
+    ("emr", {}),
+    ("adarank", {**ADAPT, "adapt": {"steps": 2, "batch_size": 4, "objective": "features", "learn_heads": True}}),
+    ("adarank", {**ADAPT, "adapt": {"steps": 2, "batch_size": 4, "by": "block"}}),
+])  # fmt: skip
+def test_what_looks_inside_networks_takes_packed_ones(zoo: Path, tmp_path: Path, method: str, change: Any) -> None:
+    path = recipe(zoo, "inside.yaml", **{**change, "merge_method": method})
+    adarank.merge_recipe(path, tmp_path / "out")
+    assert set(adarank.evaluate_recipe(path, [tmp_path / "out"]).rows) >= {"base", "experts"}
+    adarank.load_task(tmp_path / "out", "shapes")
+
+
+def test_regmean_fits_the_packed_matrix_to_what_it_is_given(zoo: Path, tmp_path: Path) -> None:
+    path = recipe(zoo, "regmean.yaml", merge_method="regmean", parameters={"off_diagonal": 1.0})
+    adarank.merge_recipe(path, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")[PACKED].double()
+    clip, left = Clip().eval(), torch.zeros_like(merged)
+    data = load_tasks(open_job(load_recipe(path)))
+    size = 0.0
+    for task in CLASSES:
+        clip.load_state_dict(state(zoo, task))
+        given: list[Tensor] = []
+        handle = clip.visual.transformer.resblocks[1].ln_1.register_forward_hook(lambda m, a, out: given.append(out))  # noqa: B023
+        with torch.no_grad():
+            clip.visual(data[task].examples.batch(data[task].splits.rows["adapt"])["pixel_values"])
+        handle.remove()
+        x = given[0].flatten(0, 1).double()
+        gram, expert = x.T @ x / len(x), state(zoo, task)[PACKED].double()
+        left += (merged - expert) @ gram
+        size += float((expert @ gram).abs().max())
+    assert float(left.abs().max()) < 1e-3 * size  # the normal equations Σ (W - W_t) G_t = 0
+    mean = sum(state(zoo, task)[PACKED].double() for task in CLASSES) / len(CLASSES)
+    assert float((merged - mean).abs().max()) > 1e-3
+
+
+def test_one_task_is_taken_out_of_an_output(adapted: Path, tmp_path: Path) -> None:
+    adarank.extract(adapted, "shapes", tmp_path / "shapes")
+    alone, merged = load_file(tmp_path / "shapes" / "model.safetensors"), load_file(adapted / "model.safetensors")
+    assert set(alone) == set(merged)
+    assert all(torch.equal(alone[name], tensor) for name, tensor in merged.items())
+    assert torch.equal(*(logits(adarank.load_task(place, "shapes")) for place in (adapted, tmp_path / "shapes")))
