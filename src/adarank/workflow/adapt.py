@@ -80,8 +80,8 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
         heads = moved_heads(job, problem)
         of_heads = {"joint_heads": list(heads)}
     edge = {"start_at_edge": method.grid.at_edge(learned.history.starts)}
-    edge |= {"strongest_change": effect} if effect else {}
     of_loop = report(learned.history, job, settings, data) | edge | _of_masks(learned) | kept_mass(predictions)
+    of_loop |= {"strongest_change": effect} if effect else {}
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
 
 
