@@ -8,26 +8,21 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 import adarank
 from adarank.cli.main import main
 from adarank.errors import AdaRankError, CheckpointError, DataError, OutputError
-from adarank.recipe.job import open_job
-from adarank.recipe.reader import load_recipe
 from adarank.report.figures import Chart
 from adarank.report.masks import COLUMNS, row_of
 from adarank.report.scores import interval, score_table
-from adarank.workflow.load_tasks import load_tasks
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 ADAPTED = {**ADAPT, "adapt": {"steps": 4, "batch_size": 4, "check_every": 2, "learn_heads": True, "keep": "last"}}
@@ -138,39 +133,6 @@ def test_lambda_and_masks_on_the_page_are_the_files(zoo: Path, adapted: Page) ->
             torch.testing.assert_close(torch.tensor(values), part.clamp(-1, 2), atol=0.017, rtol=0)
             assert row["kept"] == int((part >= 0.5).sum())
             assert row["of"] == part.numel()
-
-
-def test_whom_a_change_of_masks_harmed_is_measured(zoo: Path, adapted: Page, tmp_path: Path) -> None:
-    """Two merges by masks, one with the strongest direction put back, and their predictions beside the experts'."""
-    effect = record(zoo / "adapted")["adaptation"]["strongest_change"]
-    masks = adarank.MaskFile.load(zoo / "adapted" / "masks.safetensors")
-    firsts = {
-        (name, task): float(part[0])
-        for name, mask in masks.masks.items()
-        for task, part in zip(masks.tasks, mask.split(masks.sizes[name]), strict=True)
-    }
-    place = (effect["tensor"], effect["task"])
-    assert firsts[place] == min(firsts.values()) == pytest.approx(effect["mask"], abs=1e-5)
-    put_back = masks.masks[place[0]].clone()
-    put_back[sum(masks.sizes[place[0]][: masks.tasks.index(place[1])])] = 1
-    files = {"kept": masks, "whole": replace(masks, masks={**masks.masks, place[0]: put_back})}
-    changes = dict.fromkeys(TASKS, 0.0)
-    for which, file in files.items():
-        file.save(tmp_path / f"{which}.safetensors")
-        again = recipe(zoo, f"{which}.yaml", merge_method="masked", parameters={"masks": str(tmp_path / f"{which}.safetensors")})  # fmt: skip
-        adarank.merge_recipe(again, tmp_path / which)
-        for task, data in load_tasks(open_job(load_recipe(zoo / "adapted.yaml"))).items():
-            batch = data.examples.batch(data.splits.rows["select"])
-            expert = transformers.AutoModelForSequenceClassification.from_pretrained(zoo / "models" / task).eval()
-            with torch.no_grad():
-                p, q = (module(**batch).logits.double().log_softmax(-1) for module in (expert, adarank.load_task(tmp_path / which, task)))  # fmt: skip
-            apart = float((p.exp() * (p - q)).sum(-1).mean())
-            assert effect["divergence"][task][which] == pytest.approx(apart, abs=1e-5)
-            changes[task] += apart if which == "kept" else -apart
-    raised = max(changes, key=lambda task: changes[task])
-    if changes[raised] > 1e-4:
-        assert f"raised {raised}'s divergence from its expert the most, by {changes[raised]:.3f}" in adapted.text
-    assert "measured by putting it back whole" in adapted.text
 
 
 def test_scores_files_hashes_and_heads_are_shown(zoo: Path, adapted: Page) -> None:
