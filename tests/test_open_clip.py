@@ -226,3 +226,30 @@ def test_one_task_is_taken_out_of_an_output(adapted: Path, tmp_path: Path) -> No
     assert set(alone) == set(merged)
     assert all(torch.equal(alone[name], tensor) for name, tensor in merged.items())
     assert torch.equal(*(logits(adarank.load_task(place, "shapes")) for place in (adapted, tmp_path / "shapes")))
+
+
+def test_heads_from_files_need_no_text_tower(zoo: Path, tmp_path: Path) -> None:
+    folder = make_zoo(tmp_path / "zoo", keep_text=False)
+    made = build_models(open_job(load_recipe(recipe(zoo, "made.yaml"))))
+    files = {}
+    for task in CLASSES:
+        rows = made.heads[task]["classifier.weight"].detach()
+        head = torch.nn.Linear(rows.shape[1], rows.shape[0])
+        head.load_state_dict({"weight": rows, "bias": torch.zeros(len(rows))})
+        torch.save(head, tmp_path / f"head_{task}.pt")  # as task_vectors saves them
+        files[task] = {"head_file": str(tmp_path / f"head_{task}.pt"), "classes": None}
+    adarank.merge_recipe(recipe(folder, tasks=files, merge_method="average"), tmp_path / "by_files")
+    adarank.merge_recipe(recipe(zoo, "made.yaml", merge_method="average"), tmp_path / "by_text")
+    for task in CLASSES:
+        by_files, by_text = (logits(adarank.load_task(tmp_path / out, task)) for out in ("by_files", "by_text"))
+        assert torch.equal(by_files, by_text)
+    assert adarank.verify(tmp_path / "by_files").ok
+    wrong = {**files, "shapes": {**files["shapes"], "classes": ["one", "two"], "templates": ["{}"]}}
+    with pytest.raises(
+        RecipeError, match="(?s)templates change nothing of a head_file.*has 3 rows, and classes names 2"
+    ):
+        open_job(load_recipe(recipe(folder, "wrong.yaml", tasks=wrong)))
+    torch.save({"weight": torch.ones(2, 24), "bias": torch.ones(2)}, tmp_path / "biased.pt")
+    biased = {**files, "digits": {"head_file": str(tmp_path / "biased.pt")}}
+    with pytest.raises(RecipeError, match="'bias', which is not zero"):
+        open_job(load_recipe(recipe(folder, "wrong.yaml", tasks=biased)))

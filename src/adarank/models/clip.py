@@ -2,13 +2,15 @@
 
     logits = W z / |z|      z = P · vision(x)      row c of W: exp(logit_scale) · unit(mean_p unit(text(p with class c)))
 
-A task's head W is made of its classes' names and prompt templates p by the base's text tower, and stays as it is: fine-tuning
-and merging move the image tower alone. Radford et al. 2021, arXiv:2103.00020; heads as in Ilharco et al. 2023, arXiv:2212.04089.
+A task's head W is made of its classes' names and prompt templates p by the base's text tower, or read from a file of its own, and
+stays as it is: fine-tuning and merging move the image tower alone. Radford et al. 2021, arXiv:2103.00020; heads as in Ilharco et al. 2023, arXiv:2212.04089.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,11 @@ from torch.nn import functional
 from adarank.data.spec import TaskSpec
 from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, Source, TensorInfo
+from adarank.io.files import file_sha256
 from adarank.io.hub import local_path
 from adarank.io.low_rank import Factors
+from adarank.io.pickled import LEGACY
+from adarank.io.pickled_modules import load_module_state
 from adarank.models.clip_layouts import PROJECTION, ClipLayout, layout_of
 from adarank.models.clip_networks import OPEN_CLIP, classifier_class
 from adarank.models.image import ImageClassifiers
@@ -33,16 +38,59 @@ TEMPLATES = ("a photo of a {}.",)
 _PROMPTS = 256  # in one pass of the text tower
 
 
+@dataclass(frozen=True)
+class StoredHead:
+    """A head that was saved by itself, as task_vectors saves those of its tasks.
+
+    Attributes:
+        rows: (classes, width) float32.
+    """
+
+    file: Path
+    rows: Tensor
+
+    @classmethod
+    def read(cls, task: str, given: str, folder: Path) -> StoredHead:
+        """The head of a task.
+
+        Raises:
+            RecipeError: the file holds no head of cosines: one matrix, and no bias but zeros.
+        """
+        file = local_path(given, folder, RecipeError)
+        if not file.is_file():
+            raise RecipeError(f"task '{task}': head_file: {file}: no such file.")
+        if file.suffix in LEGACY:
+            state = load_module_state(file)
+        else:
+            stored = Checkpoint(file)
+            state = {name: stored.read(name) for name in stored.tensors}
+        matrices = [tensor for tensor in state.values() if tensor.dim() == 2]
+        others = [name for name, tensor in state.items() if tensor.dim() != 2 and bool((tensor != 0).any())]
+        if len(matrices) != 1 or others:
+            got = f"{len(matrices)} matrices" if not others else f"'{others[0]}', which is not zero,"
+            raise RecipeError(
+                f"task '{task}': head_file: {file} holds {got} where one matrix (classes, width) was needed, and a bias of zeros at most. Give a zero-shot head."
+            )
+        return cls(file, matrices[0].float())
+
+
 class ZeroShotHeads:
     """Heads of several tasks by one text tower, which is loaded when the first is asked for and let go after the last.
 
     Arguments:
-        base: a whole CLIP model, and its layout.
+        base: a whole CLIP model, and its layout; where no head is made, its image tower is enough.
         prompts: task -> its classes' prompts, a list for each class.
+        stored: task -> its head, where it is not made.
     """
 
-    def __init__(self, base: Checkpoint, layout: ClipLayout, prompts: Mapping[str, Sequence[Sequence[str]]]) -> None:
-        self._base, self._layout, self._prompts = base, layout, prompts
+    def __init__(
+        self,
+        base: Checkpoint,
+        layout: ClipLayout,
+        prompts: Mapping[str, Sequence[Sequence[str]]],
+        stored: Mapping[str, StoredHead],
+    ) -> None:
+        self._base, self._layout, self._prompts, self.stored = base, layout, prompts, stored
         self._made: dict[str, Tensor] = {}
 
     @property
@@ -53,17 +101,19 @@ class ZeroShotHeads:
     @property
     def making_bytes(self) -> int:
         """Bytes held while heads are made."""
-        parts = self._layout.text(self._base)
+        parts = self._layout.text(self._base) if self._prompts else []
         tensors = self._base.tensors.items()
         return 4 * sum(info.numel for name, info in tensors if any(fnmatchcase(name, part) for part in parts))
 
     def classes(self, task: str) -> int:
         """How many rows a task's head has."""
-        return len(self._prompts[task])
+        return len(self.stored[task].rows if task in self.stored else self._prompts[task])
 
     @torch.no_grad()
     def head(self, task: str) -> Tensor:
         """(classes, width) float32."""
+        if task in self.stored:
+            return self.stored[task].rows
         if not self._made:
             tower, tokens = self._layout.text_tower(self._base), tokenizer_of(self._base.folder)
             scale, most = self._layout.logit_scale(self._base).float().exp(), self._layout.longest(self._base)
@@ -129,8 +179,10 @@ class ZeroShotExpert(Checkpoint):
         return self._expert.change_rank(self._stored[name], start, stored) if name in self._stored else None
 
     def sha256(self) -> dict[str, str]:
-        """Of the expert's files."""
-        return self._expert.sha256()
+        """Of the expert's files, and of its head's where it has one, which is named as seen from them."""
+        head = self._heads.stored.get(self._task)
+        of_head = {} if head is None else {Path(os.path.relpath(head.file, self.folder)).as_posix(): file_sha256(head.file)}  # fmt: skip
+        return self._expert.sha256() | of_head
 
     def check_bytes(self) -> None:
         """Compare the bytes of the expert's tensors with their checksums."""
@@ -213,18 +265,24 @@ class ZeroShotImageClassifiers(ImageClassifiers):
         self, base: Checkpoint | None, experts: Mapping[str, Checkpoint], tasks: Mapping[str, TaskSpec], folder: Path
     ) -> tuple[dict[str, Checkpoint], dict[str, str]]:
         """Experts and base, with the heads that the text tower gives."""
+        stored = {t: StoredHead.read(t, spec.head_file, folder) for t, spec in tasks.items() if spec.head_file}
         names = {task: _lines(spec.classes, folder) for task, spec in tasks.items()}
         templates = {task: _lines(spec.templates, folder) or list(TEMPLATES) for task, spec in tasks.items()}
-        problems = [*_unfit(names, templates), *_no_clip(base), *_mixed(base, experts)]
+        made_of = {task: each for task, each in names.items() if task not in stored}
+        problems = [*_unfit(made_of, templates), *_no_clip(base, bool(made_of)), *_mixed(base, experts)]
+        problems += _unfit_heads(stored, tasks, names, base)
         if problems or base is None:
             heading = f"recipe: {len(problems)} problem(s)."
             raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))
         prompts = {
             task: [[template.replace("{}", name) for template in templates[task]] for name in each]
-            for task, each in names.items()
+            for task, each in made_of.items()
+        }
+        names |= {
+            task: [str(number) for number in range(len(head.rows))] for task, head in stored.items() if not names[task]
         }
         layout = layout_of(base)
-        heads = ZeroShotHeads(base, layout, prompts)
+        heads = ZeroShotHeads(base, layout, prompts, stored)
         made = {
             task: ZeroShotExpert(expert, base, heads, task, names[task], templates[task])
             for task, expert in experts.items()
@@ -245,11 +303,34 @@ def _unfit(names: Mapping[str, Sequence[str]], templates: Mapping[str, Sequence[
                 yield f"task '{task}': template {template!r} has no {{}} where the class goes. Add it."
 
 
-def _no_clip(base: Checkpoint | None) -> Iterator[str]:
-    """Why heads cannot be made by the base, if they cannot."""
+def _unfit_heads(
+    stored: Mapping[str, StoredHead],
+    tasks: Mapping[str, TaskSpec],
+    names: Mapping[str, Sequence[str]],
+    base: Checkpoint | None,
+) -> Iterator[str]:
+    """Why heads that were saved do not fit, in sentences."""
+    projection = None if base is None else base.tensors.get(layout_of(base).projection(base))
+    for task, head in stored.items():
+        classes, width = head.rows.shape
+        if tasks[task].templates:
+            yield f"task '{task}': templates change nothing of a head_file. Remove one of them."
+        if names[task] and len(names[task]) != classes:
+            yield f"task '{task}': {head.file} has {classes} rows, and classes names {len(names[task])}."
+        if base is not None and projection is not None and width != layout_of(base).width(base):
+            yield f"task '{task}': {head.file} has rows of {width} entries, and {base.label} gives {layout_of(base).width(base)}."
+
+
+def _no_clip(base: Checkpoint | None, makes_heads: bool) -> Iterator[str]:
+    """Why heads cannot be made by the base, if they cannot, or be put on what it gives."""
     if base is None:
         yield "base_model: zero-shot heads need a whole CLIP model, with its text tower, and the recipe names no base."
-    elif missing := layout_of(base).lacking(base):
+        return
+    layout = layout_of(base)
+    if not makes_heads:
+        if layout.projection(base) not in base.tensors:
+            yield f"base_model: zero-shot heads are put on CLIP's projection; missing from {base.label}: {layout.projection(base)}."
+    elif missing := layout.lacking(base):
         yield f"base_model: zero-shot heads need a whole CLIP model, with its text tower; missing from {base.label}: {', '.join(missing)}."
 
 

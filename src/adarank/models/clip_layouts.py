@@ -38,6 +38,10 @@ class ClipLayout(Protocol):
     architecture: str
     borrowed: tuple[str, ...]
 
+    def projection(self, base: Checkpoint) -> str:
+        """The base's tensor that brings the image tower's output to the width of heads."""
+        ...
+
     def tower(self, expert: Checkpoint) -> dict[str, str]:
         """Name in the network -> stored name, of an expert's image tower and projection."""
         ...
@@ -81,6 +85,10 @@ class TransformersLayout:
     architecture: str = PLAIN
     borrowed: tuple[str, ...] = (PROJECTION,)
 
+    def projection(self, base: Checkpoint) -> str:
+        """The base's tensor that brings the image tower's output to the width of heads."""
+        return PROJECTION
+
     def tower(self, expert: Checkpoint) -> dict[str, str]:
         """Name in the network -> stored name, of an expert's image tower and projection."""
         towers = [name for name in expert.tensors if name.startswith(VISION)]
@@ -105,7 +113,7 @@ class TransformersLayout:
 
     def width(self, base: Checkpoint) -> int:
         """Of a row of a head."""
-        return base.tensors["text_projection.weight"].shape[0]
+        return base.tensors[PROJECTION].shape[0]
 
     def longest(self, base: Checkpoint) -> int:
         """Tokens of a prompt at most."""
@@ -126,6 +134,10 @@ class OpenClipLayout:
 
     architecture: str = OPEN_CLIP
     borrowed: tuple[str, ...] = ()
+
+    def projection(self, base: Checkpoint) -> str:
+        """The base's tensor that brings the image tower's output to the width of heads."""
+        return f"{_prefix(base)}{IMAGE}proj"
 
     def tower(self, expert: Checkpoint) -> dict[str, str]:
         """Name in the network -> stored name, of an expert's image tower and projection."""
@@ -150,7 +162,7 @@ class OpenClipLayout:
 
     def width(self, base: Checkpoint) -> int:
         """Of a row of a head."""
-        return base.tensors[f"{_prefix(base)}text_projection"].shape[1]
+        return base.tensors[self.projection(base)].shape[1]
 
     def longest(self, base: Checkpoint) -> int:
         """Tokens of a prompt at most."""
