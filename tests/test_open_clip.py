@@ -246,7 +246,7 @@ def test_heads_from_files_need_no_text_tower(zoo: Path, tmp_path: Path) -> None:
     assert adarank.verify(tmp_path / "by_files").ok
     wrong = {**files, "shapes": {**files["shapes"], "classes": ["one", "two"], "templates": ["{}"]}}
     with pytest.raises(
-        RecipeError, match="(?s)templates change nothing of a head_file.*has 3 rows, and classes names 2"
+        RecipeError, match=r"(?s)templates change nothing of a head_file.*has 3 rows, and classes names 2"
     ):
         open_job(load_recipe(recipe(folder, "wrong.yaml", tasks=wrong)))
     torch.save({"weight": torch.ones(2, 24), "bias": torch.ones(2)}, tmp_path / "biased.pt")
