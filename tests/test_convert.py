@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
@@ -89,6 +90,30 @@ def test_a_whole_state_dict_becomes_a_whole_clip(clip: Clip, tmp_path: Path, for
         text, image = (functional.normalize(x, dim=-1) for x in (clip.text(ids), clip.visual(IMAGES)))
     torch.testing.assert_close(out.text_embeds, text, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out.logits_per_image, clip.logit_scale.exp() * image @ text.T, atol=1e-3, rtol=1e-4)
+
+
+def test_a_model_without_its_text_layers_is_a_tower(clip: Clip, tmp_path: Path) -> None:
+    """As task_vectors saves models: of the text tower all but its transformer is there."""
+    state = {f"model.{n}": t for n, t in clip.state_dict().items() if not n.startswith("transformer.")}
+    torch.save(state, tmp_path / "zeroshot.pt")
+    record = adarank.convert(tmp_path / "zeroshot.pt", tmp_path / "out")
+    assert record["converted"]["architecture"] == "CLIPVisionModelWithProjection"
+    model = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES).image_embeds, clip.visual(IMAGES), atol=1e-4, rtol=1e-4)
+
+
+def test_settings_beside_the_weights_decide_what_shapes_do_not(clip: Clip, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    save_file(clip.state_dict(), tmp_path / "given" / "open_clip_model.safetensors")
+    settings = {"model_cfg": {"vision_cfg": {"head_width": 32}, "text_cfg": {"heads": 4}}, "preprocess_cfg": {"mean": [0.5] * 3}}  # fmt: skip
+    (tmp_path / "given" / "open_clip_config.json").write_text(json.dumps(settings))
+    adarank.convert(tmp_path / "given" / "open_clip_model.safetensors", tmp_path / "kept", layout="open_clip")
+    adarank.convert(tmp_path / "kept" / "model.safetensors", tmp_path / "out")  # what the first wrote says the same
+    config = transformers.CLIPConfig.from_pretrained(tmp_path / "out")
+    assert (config.vision_config.hidden_act, config.text_config.hidden_act) == ("gelu", "gelu")
+    assert (config.vision_config.num_attention_heads, config.text_config.num_attention_heads) == (4, 4)
+    assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean == [0.5] * 3
 
 
 class Runs:

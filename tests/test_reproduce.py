@@ -116,8 +116,12 @@ def test_the_ablation_differs_in_what_is_learned_alone() -> None:
         others = [m.model_dump(exclude={"learn_masks", "learn_lambda"}) for m in methods]
         assert others[0] == others[1] == others[2]
         assert len({parse_recipe(chosen.recipe(row), Path()).adapt.preset for row in of_baseline}) == 1  # type: ignore[union-attr]
-    large = suite("vision-8-l14").recipe(rows(["CART+AdaRank, masks only"])[0])
-    assert large["adapt"]["preset"] == "vit-l14-8-cart"
+    masks_only, start = rows(["CART+AdaRank, masks only", "CART at AdaRank's start"])
+    large = suite("vision-8-l14")
+    assert large.recipe(masks_only)["adapt"]["preset"] == "vit-l14-8-cart"
+    assert large.recipe(start)["parameters"] == {"rank": 0.16, "lambda": 3.0}
+    adapted = parse_recipe(chosen.recipe(masks_only), Path()).method()
+    assert parse_recipe(chosen.recipe(start), Path()).method().model_dump().items() >= {"rank": adapted.rank, "scale": adapted.scale}.items()  # fmt: skip
     assert not {row.name for row in rows()} & {row.name for row in cells if "only" in row.name}
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from adarank.adapt.presets import PRESETS
 from adarank.errors import RecipeError
 from adarank.recipe.papers import ROWS, TABLES, PaperRow
 from adarank.settings import nearest
@@ -93,8 +94,12 @@ class Suite:
             raise RecipeError(
                 f"{row.name}: adapts on a share of the inputs that are scored, which --protocol {protocol} does not. Leave the row or the protocol out."
             )
-        if preset := self.presets.get(row.like or row.name):
-            content["adapt"] = {**content.get("adapt", {}), "preset": preset}
+        preset = self.presets.get(row.like or row.name)
+        if preset and "adapt" in content:
+            content["adapt"] = {**content["adapt"], "preset": preset}
+        elif preset:  # what adaptation starts from
+            start = PRESETS[preset]["parameters"]
+            content["parameters"] = {key: start[key] for key in content["parameters"]}
         if steps is not None and "adapt" in content:
             content["adapt"] = {**content["adapt"], "steps": steps}
         more = {} if limit is None else {"limit": limit}
