@@ -113,7 +113,7 @@ def test_settings_beside_the_weights_decide_what_shapes_do_not(clip: Clip, tmp_p
     config = transformers.CLIPConfig.from_pretrained(tmp_path / "out")
     assert (config.vision_config.hidden_act, config.text_config.hidden_act) == ("gelu", "gelu")
     assert (config.vision_config.num_attention_heads, config.text_config.num_attention_heads) == (4, 4)
-    assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean == [0.5] * 3
+    assert list(transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean) == [0.5] * 3
 
 
 class Runs:
