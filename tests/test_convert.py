@@ -116,6 +116,15 @@ def test_settings_beside_the_weights_decide_what_shapes_do_not(clip: Clip, tmp_p
     assert list(transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean) == [0.5] * 3
 
 
+@pytest.mark.parametrize("content", ["[]", '{"model_cfg": 3}', '{"model_cfg": {"vision_cfg": {"head_width": "wide"}}}'])
+def test_settings_that_are_none_are_named(clip: Clip, tmp_path: Path, content: str) -> None:
+    torch.save(clip.state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"open_clip_config\.json"):
+        adarank.convert(tmp_path / "whole.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 class Runs:
     """What runs a command when it is unpickled as pickles usually are."""
 
@@ -152,10 +161,12 @@ def test_names_of_a_module_are_those_of_its_state_dict(clip: Clip, elsewhere: Mo
 def test_what_is_no_clip_is_refused(clip: Clip, tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
     torch.save({**clip.state_dict(), "visual.attnpool.weight": torch.ones(2)}, tmp_path / "resnet.pt")
+    torch.save({"visual.conv1.weight": torch.ones(4, 3, 2, 2)}, tmp_path / "part.pt")
     (tmp_path / "damaged.pt").write_bytes(b"PK\3\4")
     for name, words in [
         ("other", "no image tower of open_clip"),
         ("resnet", "have no place"),
+        ("part", r"part.pt: laid out .* 'visual.positional_embedding' is missing"),
         ("damaged", "damaged"),
         ("missing", "no such file"),
     ]:

@@ -147,7 +147,7 @@ class OpenClipLayout:
     def vision(self, expert: Checkpoint, base: Checkpoint) -> Mapping[str, Any]:
         """What the image tower's `config.json` says."""
         shapes = {name: expert.tensors[stored].shape for name, stored in self.tower(expert).items()}
-        return vision_config(shapes, OpenClipSettings.beside(expert.folder, base.folder))
+        return vision_config(shapes, OpenClipSettings.beside(expert.folder, base.folder), expert.label)
 
     def text(self, base: Checkpoint) -> list[str]:
         """Patterns of the base's tensors that only heads are made of: all but the image tower's."""
@@ -176,7 +176,7 @@ class OpenClipLayout:
         """The text tower, as `transformers` calls it, in float32 and evaluation mode."""
         prefix = _prefix(base)
         state = {name.removeprefix(prefix): base.read(name) for name in self._outside(base)}
-        tensors, settings = text_tower(state, OpenClipSettings.beside(base.folder))
+        tensors, settings = text_tower(state, OpenClipSettings.beside(base.folder), base.label)
         return _text_tower(base, settings, None, {"state_dict": tensors})
 
     def _outside(self, base: Checkpoint) -> list[str]:

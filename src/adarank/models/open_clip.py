@@ -68,29 +68,36 @@ class OpenClipSettings:
         if file is None:
             return cls()
         content = read_json(file)
-        model, pixels = (content.get(key) or {} for key in ("model_cfg", "preprocess_cfg"))
-        return cls(
-            "quick_gelu" if model.get("quick_gelu") else "gelu",
-            int((model.get("vision_cfg") or {}).get("head_width", 64)),
-            (model.get("text_cfg") or {}).get("heads"),
-            tuple(pixels.get("mean", MEAN)),
-            tuple(pixels.get("std", STD)),
-        )
+        try:
+            model, pixels = content.get("model_cfg") or {}, content.get("preprocess_cfg") or {}
+            head, heads = (
+                (model.get("vision_cfg") or {}).get("head_width", 64),
+                (model.get("text_cfg") or {}).get("heads"),
+            )
+            if int(head) < 1 or (heads is not None and int(heads) < 1):
+                raise ValueError(f"head_width {head}, heads {heads}")
+            return cls(
+                "quick_gelu" if model.get("quick_gelu") else "gelu",
+                int(head),
+                None if heads is None else int(heads),
+                tuple(map(float, pixels.get("mean", MEAN))),
+                tuple(map(float, pixels.get("std", STD))),
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: no settings of open_clip ({error}). Needed: model_cfg with vision_cfg and text_cfg, and preprocess_cfg. Download it again."
+            ) from None
 
-    def as_file(self, shapes: Shapes) -> dict[str, Any]:
-        """The content of `open_clip_config.json` for a model of these shapes.
-
-        Arguments:
-            shapes: name, without a prefix -> shape.
-        """
-        vision = vision_config(shapes, self)
+    def as_file(self, shapes: Shapes, where: str) -> dict[str, Any]:
+        """The content of `open_clip_config.json` for a model of these shapes. The arguments are as of `vision_config`."""
+        vision = vision_config(shapes, self, where)
         model: dict[str, Any] = {"embed_dim": vision["projection_dim"], "quick_gelu": self.activation == "quick_gelu"}
         model["vision_cfg"] = {
             "image_size": vision["image_size"], "layers": vision["num_hidden_layers"], "width": vision["hidden_size"],
             "head_width": self.head, "patch_size": vision["patch_size"], "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"],
         }  # fmt: skip
         if all(name in shapes for name in TEXT_TOWER):
-            text = text_config(shapes, self)
+            text = text_config(shapes, self, where)
             model["text_cfg"] = {
                 "context_length": text["max_position_embeddings"], "vocab_size": text["vocab_size"], "width": text["hidden_size"],
                 "heads": text["num_attention_heads"], "layers": text["num_hidden_layers"],
@@ -147,7 +154,7 @@ def from_open_clip(
         raise CheckpointError(
             f"{where}: {len(lost)} tensor(s) have no place in transformers' CLIP, such as {lost[0]}. Only CLIPs as OpenAI's are converted."
         )
-    return made, _config(names, settings, whole)
+    return made, _config(names, settings, whole, where)
 
 
 def without_prefix(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -164,47 +171,50 @@ def without_prefix(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def text_tower(state: Mapping[str, Tensor], settings: OpenClipSettings) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def text_tower(
+    state: Mapping[str, Tensor], settings: OpenClipSettings, where: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and settings of a `CLIPTextModelWithProjection` of an open_clip model's tensors, under open_clip's own names."""
     made: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not name.startswith((IMAGE, *_UNUSED, "logit_")):
             made |= _placed(name, tensor)
-    return made, text_config({name: tuple(tensor.shape) for name, tensor in state.items()}, settings)
+    return made, text_config({name: tuple(tensor.shape) for name, tensor in state.items()}, settings, where)
 
 
-def vision_config(shapes: Shapes, settings: OpenClipSettings) -> dict[str, Any]:
+def vision_config(shapes: Shapes, settings: OpenClipSettings, where: str) -> dict[str, Any]:
     """What `config.json` says of an image tower.
 
     Arguments:
-        shapes: open_clip's name -> shape.
+        shapes: open_clip's name, without a prefix -> shape.
+        where: what errors begin with.
 
     Raises:
         CheckpointError: a tensor that tells a size is missing.
     """
-    patch, positions = _shape(shapes, _FIRST)[-1], _shape(shapes, f"{IMAGE}positional_embedding")[0]
-    tower = _tower(shapes, IMAGE, settings)
+    patch, positions = _shape(shapes, _FIRST, where)[-1], _shape(shapes, f"{IMAGE}positional_embedding", where)[0]
+    tower = _tower(shapes, IMAGE, settings, where)
     sizes = {
         "patch_size": patch,
         "image_size": round((positions - 1) ** 0.5) * patch,
-        "projection_dim": _shape(shapes, f"{IMAGE}proj")[1],
+        "projection_dim": _shape(shapes, f"{IMAGE}proj", where)[1],
     }
     return {**tower, "num_attention_heads": max(1, tower["hidden_size"] // settings.head), **sizes}
 
 
-def text_config(shapes: Shapes, settings: OpenClipSettings) -> dict[str, Any]:
+def text_config(shapes: Shapes, settings: OpenClipSettings, where: str) -> dict[str, Any]:
     """What `config.json` says of a text tower. The arguments and errors are as of `vision_config`."""
-    tokens, width = _shape(shapes, "token_embedding.weight")
+    tokens, width = _shape(shapes, "token_embedding.weight", where)
     # the ids of CLIP's own vocabulary: start and end of a text are its last two tokens
-    return {**_tower(shapes, "", settings), "num_attention_heads": settings.text_heads or max(1, width // 64), "vocab_size": tokens,
-            "max_position_embeddings": _shape(shapes, "positional_embedding")[0], "projection_dim": _shape(shapes, "text_projection")[1],
+    return {**_tower(shapes, "", settings, where), "num_attention_heads": settings.text_heads or max(1, width // 64), "vocab_size": tokens,
+            "max_position_embeddings": _shape(shapes, "positional_embedding", where)[0], "projection_dim": _shape(shapes, "text_projection", where)[1],
             "bos_token_id": tokens - 2, "eos_token_id": tokens - 1, "pad_token_id": tokens - 1}  # fmt: skip
 
 
-def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+def _shape(shapes: Shapes, name: str, where: str) -> tuple[int, ...]:
     if name not in shapes:
         raise CheckpointError(
-            f"{name}: missing, where the model is laid out as a CLIP of open_clip. Only CLIPs as OpenAI's are read."
+            f"{where}: laid out as a CLIP of open_clip, and '{name}' is missing. Only CLIPs with a vision transformer, as OpenAI's, are read."
         )
     return shapes[name]
 
@@ -231,9 +241,9 @@ def _placed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {}
 
 
-def _config(names: Mapping[str, Tensor], settings: OpenClipSettings, whole: bool) -> dict[str, Any]:
+def _config(names: Mapping[str, Tensor], settings: OpenClipSettings, whole: bool, where: str) -> dict[str, Any]:
     shapes = {name: tuple(tensor.shape) for name, tensor in names.items()}
-    vision = vision_config(shapes, settings)
+    vision = vision_config(shapes, settings, where)
     dtype = str(names[_FIRST].dtype).removeprefix("torch.")
     if not whole:
         return {
@@ -244,13 +254,13 @@ def _config(names: Mapping[str, Tensor], settings: OpenClipSettings, whole: bool
         }
     return {"architectures": ["CLIPModel"], "model_type": "clip", "dtype": dtype, "projection_dim": vision["projection_dim"],
             "vision_config": {**vision, "model_type": "clip_vision_model"},
-            "text_config": {**text_config(shapes, settings), "model_type": "clip_text_model"}}  # fmt: skip
+            "text_config": {**text_config(shapes, settings, where), "model_type": "clip_text_model"}}  # fmt: skip
 
 
-def _tower(shapes: Shapes, front: str, settings: OpenClipSettings) -> dict[str, Any]:
+def _tower(shapes: Shapes, front: str, settings: OpenClipSettings, where: str) -> dict[str, Any]:
     blocks = f"{front}transformer.resblocks."
     layers = {name.removeprefix(blocks).split(".")[0] for name in shapes if name.startswith(blocks)}
-    inner, width = _shape(shapes, f"{blocks}0.mlp.c_fc.weight")
+    inner, width = _shape(shapes, f"{blocks}0.mlp.c_fc.weight", where)
     return {
         "hidden_size": width,
         "intermediate_size": inner,

@@ -74,7 +74,7 @@ def convert(
         "versions": versions(),
     }
     of_tensors: Layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    processor = settings.processor(vision_config(shapes, settings)["image_size"])
+    processor = settings.processor(vision_config(shapes, settings, str(source))["image_size"])
     check_outside(resolved(Path(out)), [source])
     with atomic_folder(Path(out), force) as folder:
         write_checkpoint(folder, of_tensors, ((n, check_finite(t, n, str(source))) for n, t in tensors.items()))
@@ -97,6 +97,6 @@ def _laid_out(
     """Tensors, configuration (file -> content), and what the model is called."""
     if layout == "open_clip":
         tensors = {name: tensor.contiguous() for name, tensor in without_prefix(state, where).items()}
-        return tensors, {SETTINGS_FILE: settings.as_file(shapes)}, "CLIP of open_clip"
+        return tensors, {SETTINGS_FILE: settings.as_file(shapes, where)}, "CLIP of open_clip"
     tensors, config = from_open_clip(state, where, settings)
     return tensors, {"config.json": config}, config["architectures"][0]
