@@ -102,24 +102,11 @@ def _effect(record: Mapping[str, Any], name: str, task: str) -> Iterator[str]:
         return
     changes = {each: of["kept"] - of["whole"] for each, of in effect["divergence"].items()}
     most, least = max(changes, key=lambda t: changes[t]), min(changes, key=lambda t: changes[t])
-    parts = (
-        [f"raised {most}'s divergence from its expert the most, by {changes[most]:.4f} nats"]
-        if changes[most] > _UNSEEN
-        else []
-    )
-    parts += (
-        [
-            f"lowered {least}'s the most, by {-changes[least]:.4f}"
-            if parts
-            else f"lowered {least}'s divergence from its expert the most, by {-changes[least]:.4f} nats"
-        ]
-        if changes[least] < -_UNSEEN
-        else []
-    )
-    if parts:
-        yield f"That {' and '.join(parts)}: measured by putting it back whole."
-    else:
-        yield "That changed no task's divergence from its expert by as much as 0.0001 nats: measured by putting it back whole."
+    raised = f"raised {most}'s divergence from its expert the most, by {changes[most]:.4f} nats"
+    lowered = f"lowered {least}'s divergence from its expert the most, by {-changes[least]:.4f} nats"
+    parts = [text for text, seen in ((raised, changes[most] > _UNSEEN), (lowered, changes[least] < -_UNSEEN)) if seen]
+    did = ", and ".join(parts) or "changed no task's divergence from its expert by 0.0001 nats"
+    yield f"That {did}: measured by putting it back whole."
 
 
 def _spectra(output: Output) -> list[str]:
