@@ -66,8 +66,8 @@ class Family(Protocol):
         Raises:
             RecipeError: what the recipe says makes no network of this family.
         """
-        idle = [f"task '{task}': classes and templates are of zero-shot-image-classification, and this is {self.kind}. Remove them, or give kind."
-                for task, spec in tasks.items() if spec.classes or spec.templates]  # fmt: skip
+        idle = [f"task '{task}': classes, templates and head_file are of zero-shot-image-classification, and this is {self.kind}. Remove them, or give kind."
+                for task, spec in tasks.items() if spec.classes or spec.templates or spec.head_file]  # fmt: skip
         idle += [f"task '{task}': {text}" for task, spec in tasks.items() for text in self.without_effect(spec)]
         if idle:
             raise RecipeError(idle[0] if len(idle) == 1 else itemise(f"recipe: {len(idle)} problem(s).", idle))

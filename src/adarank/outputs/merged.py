@@ -161,7 +161,13 @@ class Merged:
 def _names(body: Checkpoint, module: nn.Module, backbone: str) -> dict[str, str]:
     """Tensor of the body -> its name in a file of the task's own."""
     wanted = set(module.state_dict())
-    return {name: name if name in wanted else backbone + name for name in body.tensors}
+
+    def named(name: str) -> str:
+        inside = name if backbone + name in body.tensors else backbone + name  # a name is one tensor's
+        inner = name.partition(".")[2]  # where the base's names begin with a wrapper's (`model.visual.proj`)
+        return next((each for each in (name, inside, inner) if each in wanted), inside)
+
+    return {name: named(name) for name in body.tensors}
 
 
 def load_task(out: str | Path, task: str) -> nn.Module:

@@ -18,6 +18,7 @@ from adarank.adapt.methods import AdaptiveMethod
 from adarank.adapt.passage import Passage
 from adarank.adapt.problem import Chunk, Inputs, Predictions, Problem
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.strongest import strongest_change
 from adarank.adapt.top_logits import TokenTable
 from adarank.adapt.weights import adapt_weights
 from adarank.data.task import TaskData
@@ -76,6 +77,8 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
         learned = adapt_weights(
             problem, method, job.network, job.recipe.device, run.state, fingerprint, run.progress, run.note, passage
         )
+    exact = method.learn().precision == "float32"  # else what was judged is not quite what is kept
+    effect = strongest_change(problem, learned) if exact else None
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = learned.masks and replace(learned.masks, about=about)
     over = problem if passage is None or run.keeps_heads else _over_merged(problem, passage, learned)
@@ -85,6 +88,7 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
         of_heads = {"joint_heads": list(heads)}
     edge = {"start_at_edge": method.grid.at_edge(learned.history.starts)}
     of_loop = report(learned.history, job, settings, data) | edge | _of_masks(learned) | kept_mass(predictions)
+    of_loop |= {"strongest_change": effect} if effect else {}
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
 
 
