@@ -10,6 +10,7 @@ Every tensor, layer or task has its λ, or the model has one (`lambda_per`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -26,7 +27,7 @@ from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
-from adarank.alignment.layers import layer_groups
+from adarank.alignment.layers import layer_groups, layer_number
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError, itemise
 from adarank.method import Context, Given, Outline, Result
@@ -163,22 +164,22 @@ class AdaptiveMethod(Adapting):
         return self.spectra
 
     def held_bytes(self, outline: Outline) -> int:
-        """Live weights, what is kept, heads; and origin, gradient, and spectra or task vectors of every merged tensor, or of the
-        largest block where one is learned at a time."""
+        """Live weights, what is kept, heads; and origin, gradient, and spectra or task vectors of every merged tensor. Where a
+        block is learned at a time: all this of the largest, and the weights of what is in none."""
         network = outline.network
         numel = {name: info.numel for name, info in network.tensors.items()}
         kept = sum(numel[name] for name, choice in network.choices.items() if choice.action in ("keep", "average"))
         learned = {
             name: 2 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged()
         }
-        held = sum(learned.values())
         if self.settings.by == "block":
-            groups = layer_groups(network.merged())
-            held = max(
-                (sum(learned[n] for n, g in zip(learned, groups, strict=True) if g == group) for group in groups),
-                default=0,
-            )
-        return 4 * (sum(numel[name] for name in learned) + held + kept + outline.head_numel())
+            blocks = Counter[str]()
+            for name, group in zip(numel, layer_groups(list(numel)), strict=True):
+                if layer_number(name) is not None:
+                    blocks[group] += numel[name] + learned.get(name, 0)
+            outside = sum(count for name, count in numel.items() if layer_number(name) is None)
+            return 4 * (outside + max(blocks.values(), default=0) + outline.head_numel())
+        return 4 * (sum(numel[name] for name in learned) + sum(learned.values()) + kept + outline.head_numel())
 
     def _stored(self, network: AlignedCheckpoints, name: str) -> int:
         """Numbers that one task's part of a tensor takes: factors, or the task vector."""

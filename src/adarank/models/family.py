@@ -154,9 +154,18 @@ def load_made(auto_class: Any, config: Mapping[str, Any], state: Mapping[str, Te
 
     with loading(Path(label), f"cannot be loaded as {auto_class.__name__}", "Check config.json and the weights."):
         settings = AutoConfig.for_model(**config)
-        module, report = auto_class._model_mapping[type(settings)].from_pretrained(
+        module, report = _class_of(auto_class, settings).from_pretrained(
             None, config=settings, state_dict=dict(state), dtype=torch.float32, output_loading_info=True, **LOCALLY
         )
     refuse_missing(module, report["missing_keys"], label)
     made: nn.Module = module.to(torch.float32).eval()
     return made
+
+
+def _class_of(auto_class: Any, settings: Any) -> Any:
+    """The class of a configuration; of several the one that it names, or the first."""
+    made = auto_class._model_mapping[type(settings)]
+    if not isinstance(made, (tuple, list)):
+        return made
+    named = settings.architectures or ()
+    return next((each for each in made if each.__name__ in named), made[0])

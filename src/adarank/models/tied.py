@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adarank.alignment.selection import computed
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import CheckpointError, MismatchError, itemise
+from adarank.models.hollow import release
 from adarank.models.loading import loaded_names
 
 
@@ -40,11 +41,12 @@ class TaskModels:
                 self.shared[name].copy_(value)
 
 
-def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints) -> TaskModels:
+def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints, empty: bool = False) -> TaskModels:
     """Tie all tensors of the modules that are not heads, so that writing one writes it for every task.
 
     Arguments:
         pairs: (task, module). May be lazy: each module's own copies are let go before the next is made.
+        empty: shared tensors are hollow, to be held and filled some at a time.
 
     Raises:
         MismatchError: a tensor of the network is in none of the modules under a name that fits.
@@ -69,6 +71,8 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints) -
                 tensor = shared.setdefault(name, held[key])
                 for twin in [k for k, t in held.items() if t is held[key]]:  # tied weights stay tied
                     _set(module, twin, tensor)
+                if empty:
+                    release([tensor])
             elif not kept:
                 problems.append(f"{name}: no such tensor in the model of task '{task}' ({type(module).__name__})")
     if problems:
