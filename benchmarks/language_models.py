@@ -42,7 +42,7 @@ from adarank.workflow.scores import measure_task
 
 DOMAINS = ("verse", "news", "code", "arithmetic")
 Recipe = dict[str, Any]
-_LAMBDAS = (0.3, 0.5, 0.7, 1.0)
+_LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 def grid(method: str, **others: Any) -> list[Recipe]:
