@@ -20,6 +20,7 @@ ROWS = [
     "CART",
     "AdaRank by entropy",
     "AdaRank",
+    "AdaRank about the base",
     "AdaRank block by block",
     "experts",
 ]
