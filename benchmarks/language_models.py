@@ -42,7 +42,7 @@ from adarank.workflow.scores import measure_task
 
 DOMAINS = ("verse", "news", "code", "arithmetic")
 Recipe = dict[str, Any]
-_LAMBDAS = (0.3, 0.5, 0.7, 1.0)
+_LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 def grid(method: str, **others: Any) -> list[Recipe]:
@@ -50,9 +50,9 @@ def grid(method: str, **others: Any) -> list[Recipe]:
     return [{"merge_method": method, "parameters": {"lambda": value, **others}} for value in _LAMBDAS]
 
 
-def adapted(**adapt: Any) -> list[Recipe]:
-    """AdaRank with these settings of its loop."""
-    return [{"merge_method": "adarank", "adapt": {"batch_size": 8, **adapt}}]
+def adapted(parameters: Recipe | None = None, **adapt: Any) -> list[Recipe]:
+    """AdaRank with these settings, and these of its loop."""
+    return [{"merge_method": "adarank", "parameters": parameters or {}, "adapt": {"batch_size": 8, **adapt}}]
 
 
 # name -> its candidates; of those after "lora" the adapters are the experts
@@ -66,9 +66,10 @@ ROWS: Mapping[str, Sequence[Recipe]] = {
     "CART": grid("cart", rank=0.16),
     "AdaRank by entropy": adapted(objective="entropy"),
     "AdaRank": adapted(),
+    "AdaRank about the base": adapted({"origin": "pretrained"}),
     "AdaRank block by block": adapted(by="block"),
 }
-SEEDED = ("DARE", "AdaRank by entropy", "AdaRank", "AdaRank block by block")
+SEEDED = ("DARE", "AdaRank by entropy", "AdaRank", "AdaRank about the base", "AdaRank block by block")
 
 
 class Bed:

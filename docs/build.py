@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))  # r
 
 import adaptation_tables
 import performance_tables
+from language_tables import language_table
 from peer_tables import forms, fusion_bench, peers, vocabularies
 from results_tables import (
     HEAD,
@@ -178,6 +179,8 @@ def results_page() -> str:
         "demo_heads_masks_lambda": lambda: heads_masks_lambda("demo-8"),
         "demo_settings": lambda: settings("demo-8"),
         "demo_collapse": lambda: collapse("demo-8"),
+        "language": lambda: language_table(lora=False),
+        "language_lora": lambda: language_table(lora=True),
         "costs": costs,
         "peers": peers,
         "forms": forms,

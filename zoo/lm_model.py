@@ -49,7 +49,7 @@ class Size:
 
 FULL = Size(
     vocabulary=2048, hidden=192, inner=576, layers=4, heads=4, key_heads=2, context=128, batch=8,
-    base_steps=400, base_rate=3e-3, steps=120, rate=1.5e-3, lora_steps=80, lora_rate=4e-3, rank=16,
+    base_steps=1600, base_rate=3e-3, steps=600, rate=1.5e-3, lora_steps=400, lora_rate=4e-3, rank=16,
     thin=0.3, problems=20_000, adapt=400, select=150, test=300,
 )  # fmt: skip
 TINY = Size(
