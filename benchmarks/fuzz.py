@@ -34,6 +34,7 @@ from types import FrameType
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a case that asks the network would wait for it
 import fuzz_mutations as mutations
 import torch
 

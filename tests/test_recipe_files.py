@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from adarank.cli.main import main
 from adarank.errors import CheckpointError, RecipeError
 from adarank.methods import CART, SVDk
 from adarank.recipe.job import open_job
@@ -95,3 +96,10 @@ def test_an_expert_called_base_is_not_taken_for_the_base(tmp_path: Path) -> None
     assert job.experts["base-1"].path == tmp_path / "experts" / "base"
     assert job.base is not None
     assert job.base.path == tmp_path / "models" / "base"
+
+
+def test_half_of_a_character_is_answered_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('merge_method: average\nmodels: [{model: a}, {model: b}]\n"\\ud800": cpu\n')
+    assert main(["plan", str(recipe)]) == 1
+    assert "a key: has half of a character" in capsys.readouterr().err

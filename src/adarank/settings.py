@@ -72,6 +72,8 @@ def _sentence(kind: type[BaseModel], problem: Any) -> str:
         return f"{path}: unknown key.{nearest(str(location[-1]), keys(owner))}"
     if problem["type"] in _PLAIN:
         return f"{path or 'value'}: {_PLAIN[problem['type']]} is needed, got {_short(problem['input'])}"
+    if problem["type"] == "string_unicode":
+        return f"{path or 'a key'}: has half of a character, a lone surrogate, got {_short(problem['input'])}. Write it whole."
     got = "" if problem["type"] == "missing" else f" (got {_short(problem['input'])})"
     message = problem["ctx"]["error"] if problem["type"] == "value_error" else problem["msg"]  # ours, without a prefix
     return f"{path or 'value'}: {message}{got}"

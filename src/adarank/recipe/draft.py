@@ -48,6 +48,8 @@ def salvaged(values: Mapping[str, Any], where: str, problems: Problems) -> Draft
     except ValidationError as error:
         problems.errors.append(refusal(Recipe, error, where))
         places = [problem["loc"] for problem in error.errors()]
+    if not all(places):  # wrong as a whole, as where a key is no text: no part can be left out
+        return None
     rest = _without(values, places)
     try:
         recipe = Recipe.model_validate(rest)
