@@ -173,6 +173,15 @@ def test_a_class_that_the_expert_does_not_name_is_filled_in(tmp_path: Path) -> N
     ]
 
 
+def test_more_layers_than_tensors_are_refused_unmade(tmp_path: Path) -> None:
+    zoo = text_zoo.make_zoo(tmp_path / "zoo")
+    adarank.merge_recipe(text_zoo.recipe(zoo, merge_method="average"), tmp_path / "out")
+    for file in (tmp_path / "out").rglob("config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 10**7}))
+    with pytest.raises(CheckpointError, match=r"tells of 10000000 layers, but there are \d+ tensors"):
+        adarank.load_task(tmp_path / "out", "mood")
+
+
 def test_an_output_without_an_image_processor_says_so(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,7 +147,7 @@ class Merged:
         return task_folder(self.folder, task) if self._headless else self.folder / "heads" / task
 
     def _empty(self, task: str) -> nn.Module:
-        return empty(self.config(task), self.models, self.folder)
+        return empty(self.config(task), self.models, self.folder, len(self.body().tensors))
 
     def _head(self, task: str) -> tuple[dict[str, Tensor], str]:
         """A task's head under its expert's names, and what these start with inside the body."""

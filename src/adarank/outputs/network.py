@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adarank.alignment.layers import DEPTHS
 from adarank.errors import CheckpointError
 from adarank.models import FAMILIES, foreign_code, kind_of
 from adarank.models.loading import LOCALLY, loader_report, loading
 
 
-def empty(config: Mapping[str, Any], kind: str | None, where: Path) -> nn.Module:
+def empty(config: Mapping[str, Any], kind: str | None, where: Path, tensors: int | None = None) -> nn.Module:
     """A module of a task's architecture, its weights yet to be filled.
 
     Arguments:
         config: the `config.json` of the task's expert.
         kind: what the models do, if it is known; else the configuration tells.
+        tensors: how many are there to fill it with, if that is known.
 
     Raises:
-        CheckpointError: the configuration tells no class of `transformers`.
+        CheckpointError: the configuration tells no class of `transformers`, or of more layers than there are tensors.
     """
     import transformers
 
@@ -30,6 +32,11 @@ def empty(config: Mapping[str, Any], kind: str | None, where: Path) -> nn.Module
     name = str(names[0]) if isinstance(names, list) and names else ""
     if "model_type" not in config:
         raise CheckpointError(f"{where}: config.json of the expert ({name or 'no architecture'}) names no model_type.")
+    layers = max((config[key] for key in DEPTHS if isinstance(config.get(key), int)), default=0)
+    if tensors is not None and layers > tensors:  # else thousands of layers would be made first
+        raise CheckpointError(
+            f"{where}: config.json of the expert tells of {layers} layers, but there are {tensors} tensors. Merge again."
+        )
     foreign = foreign_code(config)
     if foreign:
         raise CheckpointError(f"{where}: {foreign}, and adarank never runs code of a checkpoint.")
