@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from adarank.adapt.factor_files import kept_blocks
 from adarank.adapt.learner import LiveLearner, between
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import AlignedCheckpoints
@@ -127,14 +128,12 @@ class PartWeights:
 
     def blocks(self, number: int) -> dict[str, Blocks]:
         """Origins, task vectors and spectra of a part: from its file, if there is one."""
-        path = self.folder / f"factors-{number}.pt"
-        kept = read_kept(path)
-        if kept is None:
+
+        def made() -> dict[str, Blocks]:
             kind, spectra = self.method.origin, self.method.spectra
-            blocks = build_blocks(self.network, kind, self.device, spectra, self._basis, self.parts[number])
-            write_state(path, {name: vars(block) for name, block in blocks.items()}, "the factors")
-            return blocks
-        return {name: _on_device(fields, self.device) for name, fields in kept.items()}
+            return build_blocks(self.network, kind, self.device, spectra, self._basis, self.parts[number])
+
+        return kept_blocks(self.folder / f"factors-{number}.pt", made, self.device)
 
 
 class PartFactors(Mapping[str, Blocks]):
@@ -157,12 +156,3 @@ class PartFactors(Mapping[str, Blocks]):
 
     def __len__(self) -> int:
         return len(self._numbers)
-
-
-def _on_device(fields: Mapping[str, Any], device: torch.device | str) -> Blocks:
-    def put(value: Any) -> Any:
-        if isinstance(value, list):
-            return [None if each is None else each.to(device) for each in value]
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    return Blocks(**{name: put(value) for name, value in fields.items()})

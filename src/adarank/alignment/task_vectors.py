@@ -64,7 +64,13 @@ class Member:
     @property
     def in_place(self) -> bool:
         """Whether what is read lies in memory or in a mapped file, so that holding it costs nothing."""
-        return type(self.source).read in (Checkpoint.read, MemorySource.read)
+        source = self.source
+        if not isinstance(source, (Checkpoint, MemorySource)) or type(source).read not in (
+            Checkpoint.read,
+            MemorySource.read,
+        ):
+            return False
+        return source.in_place
 
     def cut(self, name: str, size: int) -> Iterator[Member]:
         """The member with this tensor alone, as a vector of the next `size` of its entries, read once."""

@@ -65,10 +65,13 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     models = build_models(job)
     predictions = run.expert_predictions(models, settings)
     problem = problem_of(job, models, data, settings, predictions)
+    mapped = run.folder is not None and method.factors_in_files(job.outline())
+    factors = run.folder / "factors" / fingerprint[:32] if run.folder and mapped else None
     # spectra are kept beside the state, so that a run that goes on decomposes nothing anew
-    with stored_spectra(run.folder / "spectra") if run.folder and method.settings.by == "model" else nullcontext():
+    kept = run.folder if method.settings.by == "model" and not mapped else None
+    with stored_spectra(kept / "spectra") if kept else nullcontext():
         learned = adapt_weights(
-            problem, method, job.network, job.recipe.device, run.state, fingerprint, run.progress, run.note
+            problem, method, job.network, job.recipe.device, run.state, fingerprint, run.progress, run.note, factors
         )
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = learned.masks and replace(learned.masks, about=about)
