@@ -52,6 +52,11 @@ def saved(state: Any, folder: Path) -> Path:
     return folder
 
 
+def all_of(folder: Path) -> dict[str, Tensor]:
+    read = Checkpoint(folder)
+    return {name: read.read(name) for name in read.tensors}
+
+
 def same(read: Checkpoint, state: dict[str, Tensor]) -> bool:
     return set(read.tensors) == set(state) and all(
         torch.equal(read.read(n), t) and read.read(n).dtype == t.dtype == read.tensors[n].dtype
@@ -88,8 +93,8 @@ def test_merges_of_it_are_those_of_safetensors(tmp_path: Path) -> None:
         models = [{"model": str(tmp_path / f"{prefix}{name}")} for name in ("one", "two")]
         given = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / f"{prefix}base"), "models": models}
         adarank.merge_recipe(given, tmp_path / f"{prefix}out")
-        outputs.append((tmp_path / f"{prefix}out" / "model.safetensors").read_bytes())
-    assert outputs[0] == outputs[1]
+        outputs.append(tmp_path / f"{prefix}out")
+    assert same(Checkpoint(outputs[0]), all_of(outputs[1]))
 
 
 def test_shards_of_several_processes_are_put_together(tmp_path: Path) -> None:
@@ -135,10 +140,8 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence(tmp_path: Path, damage: s
     else:
         other = saved({"x": torch.zeros(1000)}, tmp_path / "other")
         shutil.copy(other / "__0_0.distcp", parts)
-    with pytest.raises(CheckpointError, match="damaged"):
-        read = Checkpoint(folder)
-        for name in read.tensors:
-            read.read(name)
+    with pytest.raises(CheckpointError, match="damaged|lacks it"):
+        all_of(folder)
 
 
 def test_convert_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ from adarank.recipe.tokenizers import OutputTokenizer, Tokens, settle_tokens
 
 # Measured on Linux with PyTorch 2 for processors (`benchmarks/merge_memory.py`).
 PROCESS_BYTES = 190 * 10**6
-NETWORKS_BYTES = 100 * 10**6
+NETWORKS_BYTES = 150 * 10**6
 
 
 @dataclass(frozen=True)
