@@ -51,9 +51,9 @@ def adaptive(**settings: Any) -> Any:
 def test_elementwise_merges_need_blocks_whatever_the_tensors() -> None:
     method = METHODS["task_arithmetic"]()
     few, many = (outline(network({"a.weight": (rows, 2**12)})) for rows in (2**8, 2**12))
-    assert method.held_bytes(few) == method.held_bytes(many) == 4 * 4 * 2**18
+    assert method.held_bytes(few) == method.held_bytes(many) == 4 * 3 * 2**18
     half = outline(network({"a.weight": (2**8, 2**12)}, dtype=torch.bfloat16))
-    assert method.held_bytes(half) == 4 * 5 * 2**18  # and a float32 copy of what is read
+    assert method.held_bytes(half) == 4 * 4 * 2**18  # and the origin, which is no float32 file
 
 
 def test_blocks_are_as_small_as_a_budget_needs() -> None:
@@ -66,13 +66,13 @@ def test_blocks_are_as_small_as_a_budget_needs() -> None:
 
 def test_whole_tensors_count_as_often_as_they_are_copied() -> None:
     method, net = METHODS["cart"](rank=0.5), network({"a.weight": (64, 32), "b.weight": (16, 16)})
-    assert method.held_bytes(outline(net)) == 4 * 9 * 64 * 32
+    assert method.held_bytes(outline(net)) == 4 * 15 * 64 * 32
 
 
 def test_adaptation_holds_weights_origins_gradients_and_factors() -> None:
     net = network({"w.weight": (6, 4), "w.bias": (6,)})
     numbers = {
-        "live": 30, "origin": 30, "of components": 10 * 2 * 4, "one decomposition, more than gradients and products": 9 * 24,
+        "live": 30, "origin": 30, "of components": 10 * 2 * 4, "one decomposition, more than gradients and products": 14 * 24,
         "factors": 2 * 4 * (6 + 4), "task vectors of what is scaled": 2 * 6,
     }  # fmt: skip
     assert adaptive(origin="average").held_bytes(outline(net)) == 4 * sum(numbers.values())
@@ -159,7 +159,7 @@ def models(folder: Path) -> None:
 def test_a_budget_changes_no_byte(tmp_path: Path) -> None:
     models(tmp_path)
     outputs = []
-    for options in ((), ("--memory", "191MB"), ("--memory", "4GiB")):
+    for options in ((), ("--memory", "201MB"), ("--memory", "4GiB")):
         assert written(tmp_path, "--force", *options) == 0
         outputs.append((tmp_path / "out" / "model.safetensors").read_bytes())
         plan = json.loads((tmp_path / "out" / "adarank.json").read_text())["plan"]
@@ -193,7 +193,7 @@ def test_a_refusal_names_what_would_fit(zoo: Path) -> None:
     ):
         check_memory(job)
     check_memory(replace(job, memory=peak_bytes(replace(job, memory=None))))
-    with pytest.raises(RecipeError, match="budget of the processor's memory, and device is cuda"):
+    with pytest.raises(RecipeError, match=r"budget of the processor's memory, and device is cuda"):
         check_memory(replace(job, recipe=job.recipe.model_copy(update={"device": "cuda"})))
 
 

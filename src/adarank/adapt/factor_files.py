@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _BY_COMPONENT = (
     10  # logits, where they start, their pace, gradient and moments, masks, and what is kept of the best step
 )
-_SVD = 9  # copies of a matrix: itself and its origin, U, V, what the driver works in
-_SMALL = 2**18  # numbers: what is less stays in memory
+_SVD = 14  # copies of a matrix: itself and its origin, U, V, what the driver works in
+_SMALL = 2**14  # numbers: what is less stays in memory
 
 
 def kept_blocks(
@@ -148,9 +148,8 @@ class Holding:
 
     def _origin(self, name: str) -> int:
         """Numbers of an origin: none where it is mapped from the base's file."""
-        base = self._network.base
-        plain = base is not None and base.in_place and base.info(name).dtype == torch.float32
-        return 0 if plain and self._method.origin == "pretrained" else self._numel(name)
+        mapped = self._method.origin == "pretrained" and self._network.base_is_mapped(name)
+        return 0 if mapped else self._numel(name)
 
     def _of_components(self, name: str) -> int:
         """Numbers beside factors: a few for each component, and factors in bfloat16."""

@@ -188,6 +188,10 @@ class AlignedCheckpoints:
         for base, *experts in zip(bases, *(expert.cut(name, size) for expert in self.experts.values()), strict=False):
             yield replace(self, base=base, experts=dict(zip(self.experts, experts, strict=True)))
 
+    def base_is_mapped(self, name: str) -> bool:
+        """Whether the base's tensor in float32 is what its file holds, so that it takes no memory."""
+        return self.base is not None and self.base.in_place and self.base.info(name).dtype == torch.float32
+
     def in_place(self) -> bool:
         """Whether all that is read lies in memory or in mapped files."""
         members = (*self.experts.values(), *([self.base] if self.base is not None else []))

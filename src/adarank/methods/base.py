@@ -88,8 +88,9 @@ class Method(MergeMethod):
         return self
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
-        """Copies of a tensor in float32 held beside origin, sum and one task vector; the memory plan counts them."""
-        return 5 if decomposed and self.spectral else 0
+        """Copies of a tensor in float32 held beside its origin, for the memory plan: a sum, one task vector and what it is read
+        from; of a matrix that is decomposed U, V, what the driver works in, and what is multiplied out again."""
+        return 14 if decomposed and self.spectral else 3
 
     @classmethod
     def resolve(cls: type[M], given: Given) -> M:
@@ -131,7 +132,7 @@ class Method(MergeMethod):
     def memory(cls) -> str:
         """In words: what the method holds in memory."""
         method = cls.model_construct(**cls.example())
-        one, two = (4 + method.workspace(tasks, True) for tasks in (1, 2))
+        one, two = (1 + method.workspace(tasks, True) for tasks in (1, 2))
         copies = f"{one}" if one == two else f"{2 * one - two} + {two - one}·T"  # it may grow with the tasks
         blocks = "a block of 2¹⁸ entries"
         return f"{copies} float32 copies of {blocks if method.by_entry else 'the largest tensor'}"
@@ -151,7 +152,7 @@ class Method(MergeMethod):
         return max((self._streamed_bytes(outline, name) for name in outline.network.merged()), default=0)
 
     def _streamed_bytes(self, outline: Outline, name: str) -> int:
-        """What merging one tensor holds at a time: origin, sum, one task vector; casts; the workspace."""
+        """What merging one tensor holds at a time: its origin and the workspace."""
         network, info = outline.network, outline.network.tensors[name]
         copies, block = self._copies(outline, name), self.block(outline)
         if self.by_entry and info.numel > block and network.in_place():
@@ -162,10 +163,9 @@ class Method(MergeMethod):
     def _copies(self, outline: Outline, name: str) -> int:
         """Copies in float32 of what is merged at a time: a tensor, or a block of it."""
         network = outline.network
-        copies = (
-            4 + (network.tensors[name].dtype.itemsize < 4) + 2 * outline.dequantised
-        )  # codes as floats, and their scales
-        return copies + self.workspace(len(network.tasks), network.choices[name].action == "decompose")
+        copies = self.workspace(len(network.tasks), network.choices[name].action == "decompose")
+        mapped = self.origin_kind(network) == "pretrained" and network.base_is_mapped(name)
+        return copies + (not mapped) + 2 * outline.dequantised  # what is put together as it is read
 
     def block(self, outline: Outline) -> int:
         """Entries that are merged at a time where they do not depend on each other: fewer where a budget has no room for more."""
