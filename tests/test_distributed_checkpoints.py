@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence(tmp_path: Path, damage: s
     else:
         other = saved({"x": torch.zeros(1000)}, tmp_path / "other")
         shutil.copy(other / "__0_0.distcp", parts)
-    with pytest.raises(CheckpointError, match="damaged|lacks it"):
+    with pytest.raises(CheckpointError, match=r"damaged|lacks it"):
         all_of(folder)
 
 
