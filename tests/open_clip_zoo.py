@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 
+import numpy as np
 import torch
+import transformers
+from safetensors.torch import save_file
 from torch import nn
 
-WIDTH, LAYERS, SIDE, PATCH, OUT = 128, 2, 16, 8, 24
+from clip_zoo import CLASSES, WORDS
+from image_zoo import processor
+
+WIDTH, LAYERS, SIDE, PATCH, OUT, TOKENS = 128, 2, 16, 8, 24, 30
 
 
 class QuickGELU(nn.Module):
@@ -61,7 +68,7 @@ class Clip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.visual = Visual()
-        self.token_embedding = nn.Embedding(30, 64)
+        self.token_embedding = nn.Embedding(TOKENS, 64)
         self.positional_embedding = nn.Parameter(torch.randn(7, 64))
         self.transformer = Transformer(64)
         self.ln_final = nn.LayerNorm(64)
@@ -74,3 +81,36 @@ class Clip(nn.Module):
         for block in self.transformer.resblocks:
             x = block(x, self.attn_mask)
         return self.ln_final(x)[range(len(ids)), ids.argmax(dim=-1)] @ self.text_projection
+
+
+def make_zoo(folder: Path, prefix: str = "", keep_text: bool = True) -> Path:
+    """Write models/ (base; digits and shapes, fine-tuned image towers) and data/, for `clip_zoo.recipe`; returns `folder`.
+
+    Arguments:
+        prefix: what stands before every name, as `model.` where task_vectors saved a model.
+        keep_text: the base has its text tower; task_vectors saves models without its layers.
+    """
+    torch.manual_seed(0)
+    clip = Clip().eval()
+    base = {f"{prefix}{name}": tensor.clone() for name, tensor in clip.state_dict().items()}
+    _save({n: t for n, t in base.items() if keep_text or not n.startswith(f"{prefix}transformer.")}, folder / "base")
+    words = [*dict.fromkeys(WORDS), *(f"w{number}" for number in range(30))]
+    # as in CLIP's own vocabulary the end of a text has the largest id, and its start the one before
+    tokens = [*["[PAD]", "[UNK]", "[MASK]", *words][: TOKENS - 2], "[CLS]", "[SEP]"]
+    made = transformers.BertTokenizerFast(vocab={token: i for i, token in enumerate(tokens)}, model_max_length=7)
+    made.save_pretrained(folder / "models" / "base")
+    processor().save_pretrained(folder / "models" / "base")
+    (folder / "data").mkdir()
+    for number, (task, classes) in enumerate(CLASSES.items(), start=1):
+        moved = {n: t + 0.1 * t.std() * torch.randn_like(t) if ".visual." in f".{n}" and t.dim() else t for n, t in base.items()}  # fmt: skip
+        _save(moved, folder / task)
+        rng = np.random.default_rng(number)
+        images = rng.integers(0, 256, (24, SIDE, SIDE, 3), dtype=np.uint8)
+        np.savez(folder / "data" / f"{task}.npz", image=images, label=rng.integers(0, len(classes), 24))
+    return folder
+
+
+def _save(state: dict[str, torch.Tensor], path: Path) -> None:
+    target = path.parent / "models" / path.name
+    target.mkdir(parents=True)
+    save_file(state, target / "open_clip_model.safetensors")

@@ -131,6 +131,35 @@ def test_a_preset_gives_settings_of_loop_and_method(problem) -> None:
         adarank.adapt(base, experts, batches, settings={"preset": "papr"})
 
 
+def test_features_of_layers_are_compared_beside_the_last(problem) -> None:
+    base, experts, batches = problem
+    start = {"origin": "pretrained", "rank": 1.0, "lambda": 1.0}
+    last, both = (
+        adarank.adapt(
+            base, experts, batches, "adarank", start, {"steps": 1, "objective": "features", **more}
+        ).history.losses["a"][0]
+        for more in ({}, {"self_label": {"layers": ["con?"]}})
+    )
+    merged = adarank.merge(base, experts, "task_arithmetic", {"lambda": 1.0})
+    weights = [(merged["conv.weight"], merged["conv.bias"]), (experts["a"].conv.weight, experts["a"].conv.bias)]
+    conv = experts["a"].conv
+    means = [
+        nn.functional.conv1d(batches["a"][0][:, None], *pair, conv.stride, conv.padding).detach().mean(dim=1)
+        for pair in weights
+    ]
+    distance = float((means[0] - means[1]).square().sum() / means[1].square().sum())
+    assert both == pytest.approx((last + distance) / 2, rel=1e-4)
+    for settings, sentence in (
+        (
+            {"objective": "features", "self_label": {"layers": ["conw"]}},
+            r"'conw' is the name of no part.*Did you mean 'conv'",
+        ),
+        ({"self_label": {"layers": ["conv"]}}, "they are compared by the objective features"),
+    ):
+        with pytest.raises(adarank.AdaRankError, match=sentence):
+            adarank.adapt(base, experts, batches, "adarank", start, {"steps": 1, **settings})
+
+
 def test_features_of_the_expert_itself_are_at_no_distance(problem) -> None:
     base, experts, batches = problem
     start = {"origin": "pretrained", "rank": 1.0, "lambda": 1.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import sys
@@ -91,6 +92,39 @@ def test_a_whole_state_dict_becomes_a_whole_clip(clip: Clip, tmp_path: Path, for
     torch.testing.assert_close(out.logits_per_image, clip.logit_scale.exp() * image @ text.T, atol=1e-3, rtol=1e-4)
 
 
+def test_a_model_without_its_text_layers_is_a_tower(clip: Clip, tmp_path: Path) -> None:
+    """As task_vectors saves models: of the text tower all but its transformer is there."""
+    state = {f"model.{n}": t for n, t in clip.state_dict().items() if not n.startswith("transformer.")}
+    torch.save(state, tmp_path / "zeroshot.pt")
+    record = adarank.convert(tmp_path / "zeroshot.pt", tmp_path / "out")
+    assert record["converted"]["architecture"] == "CLIPVisionModelWithProjection"
+    model = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES).image_embeds, clip.visual(IMAGES), atol=1e-4, rtol=1e-4)
+
+
+def test_settings_beside_the_weights_decide_what_shapes_do_not(clip: Clip, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    save_file(clip.state_dict(), tmp_path / "given" / "open_clip_model.safetensors")
+    settings = {"model_cfg": {"vision_cfg": {"head_width": 32}, "text_cfg": {"heads": 4}}, "preprocess_cfg": {"mean": [0.5] * 3}}  # fmt: skip
+    (tmp_path / "given" / "open_clip_config.json").write_text(json.dumps(settings))
+    adarank.convert(tmp_path / "given" / "open_clip_model.safetensors", tmp_path / "kept", layout="open_clip")
+    adarank.convert(tmp_path / "kept" / "model.safetensors", tmp_path / "out")  # what the first wrote says the same
+    config = transformers.CLIPConfig.from_pretrained(tmp_path / "out")
+    assert (config.vision_config.hidden_act, config.text_config.hidden_act) == ("gelu", "gelu")
+    assert (config.vision_config.num_attention_heads, config.text_config.num_attention_heads) == (4, 4)
+    assert list(transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean) == [0.5] * 3
+
+
+@pytest.mark.parametrize("content", ["[]", '{"model_cfg": 3}', '{"model_cfg": {"vision_cfg": {"head_width": "wide"}}}'])
+def test_settings_that_are_none_are_named(clip: Clip, tmp_path: Path, content: str) -> None:
+    torch.save(clip.state_dict(), tmp_path / "whole.pt")
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"open_clip_config\.json"):
+        adarank.convert(tmp_path / "whole.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 class Runs:
     """What runs a command when it is unpickled as pickles usually are."""
 
@@ -127,10 +161,12 @@ def test_names_of_a_module_are_those_of_its_state_dict(clip: Clip, elsewhere: Mo
 def test_what_is_no_clip_is_refused(clip: Clip, tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
     torch.save({**clip.state_dict(), "visual.attnpool.weight": torch.ones(2)}, tmp_path / "resnet.pt")
+    torch.save({"visual.conv1.weight": torch.ones(4, 3, 2, 2)}, tmp_path / "part.pt")
     (tmp_path / "damaged.pt").write_bytes(b"PK\3\4")
     for name, words in [
         ("other", "no image tower of open_clip"),
         ("resnet", "have no place"),
+        ("part", r"part.pt: laid out .* 'visual.positional_embedding' is missing"),
         ("damaged", "damaged"),
         ("missing", "no such file"),
     ]:

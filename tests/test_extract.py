@@ -16,6 +16,7 @@ from torch import Tensor
 import adarank
 import clip_zoo
 import image_zoo
+import lm_zoo
 import modular_zoo
 import text_zoo
 from adarank.cli.main import main
@@ -214,3 +215,23 @@ def test_the_command_takes_one_task_and_replaces_nothing(
     assert json.loads((Path(alone) / "config.json").read_text())["id2label"]["2"] == "colour-2"
     with pytest.raises(OutputError, match="already exists"):
         adarank.extract(out, "mood", alone)
+
+
+def test_a_generating_tasks_folder_is_the_merged_body(tmp_path: Path) -> None:
+    """Weights are those of all tasks; chat template and settings of generation are the expert's."""
+    zoo, out = lm_zoo.make_zoo(tmp_path / "zoo", rows=20), tmp_path / "out"
+    (zoo / "models" / "news" / "chat_template.jinja").write_text("news: {{ messages }}")
+    (zoo / "models" / "news" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 2, "max_new_tokens": 5})
+    )
+    adarank.merge_recipe(lm_zoo.recipe(zoo, merge_method="average"), out)
+    for task, template in (("verse", lm_zoo.CHAT), ("news", "news: {{ messages }}")):
+        adarank.extract(out, task, tmp_path / task)
+        module = loaded(transformers.AutoModelForCausalLM, tmp_path / task)
+        assert_same(module, lm_zoo.model(out))
+        assert_same(module, adarank.load_task(out, task))
+        assert_same(module, adarank.load_task(tmp_path / task, task))
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path / task).chat_template == template
+        assert module.generation_config.max_new_tokens == (5 if task == "news" else None)
+    with pytest.raises(CheckpointError, match=r"no task 'new'\. Did you mean 'news'"):
+        adarank.extract(out, "new", tmp_path / "new")

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 import adarank
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.top_logits import TopLogits
-from adarank.errors import RecipeError
 from adarank.models.generation import CausalModels
 from adarank.models.prompts import Prompts
 from adarank.recipe.job import open_job
@@ -82,15 +81,21 @@ def test_models_are_adapted_on_answers(zoo: Path) -> None:
     assert not list(zoo.glob(".adapted.state"))
 
 
-def test_blocks_of_any_kind_are_adapted_or_refused(zoo: Path) -> None:
-    """Those of T5 give each other more than hidden states, and its layers take that apart."""
+BLOCKS = {
+    "llama": ["model.layers.0", "model.layers.1"],
+    "t5": ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"],
+    "bart": ["model.encoder.layers.0", "model.decoder.layers.0"],
+}
+
+
+def test_blocks_of_any_kind_are_adapted(zoo: Path) -> None:
+    """Those of T5 give each other more than hidden states, and hold a list of layers that are no blocks."""
     path = recipe(zoo, "blocks.yaml", ASKED, **{**ADAPT, "adapt": {"by": "block", "steps": 2, "batch_size": 4}})
-    if "t5" in (zoo / "models" / "base" / "config.json").read_text():
-        with pytest.raises(RecipeError, match=r"cannot be run one by one .* by: model"):
-            adarank.merge_recipe(path, zoo / "blocks")
-        return
-    record = adarank.merge_recipe(path, zoo / "blocks")
-    assert record["adaptation"]["blocks"]
+    blocks = adarank.merge_recipe(path, zoo / "blocks")["adaptation"]["blocks"]
+    kind = json.loads((zoo / "models" / "base" / "config.json").read_text())["model_type"]
+    assert [block["block"] for block in blocks] == BLOCKS[kind]
+    assert sum(blocks[0]["after"].values()) <= sum(blocks[0]["before"].values())
+    assert all(value > 0 for block in blocks for value in block["before"].values())
 
 
 def weights(out: Path) -> dict[str, Tensor]:

@@ -152,6 +152,14 @@ def test_feature_distance_is_a_share_of_the_experts_size() -> None:
     assert float(feature_distance(own, expert)) == pytest.approx(float(wanted))
 
 
+def test_features_of_several_layers_count_alike() -> None:
+    own, expert = (randn(seed, 4, 5, dtype=torch.float64) for seed in (1, 2))
+    each = [feature_distance(own[:, part], expert[:, part]) for part in (slice(2), slice(2, 5))]
+    assert float(feature_distance(own, expert, (2, 3))) == pytest.approx(float(sum(each)) / 2)
+    assert torch.equal(feature_distance(own, expert, (5,)), feature_distance(own, expert))
+    assert float(feature_distance(expert, expert, (2, 3))) == 0
+
+
 def test_running_means_forget_by_their_momentum() -> None:
     first, second = randn(1, 5, 3, dtype=torch.float64), randn(2, 4, 3, dtype=torch.float64)
     found = running_mean(second, running_mean(first, None, 0.7), 0.7)

@@ -45,7 +45,8 @@ def by_modules(zoo: Path, parameters: Mapping[str, Any], loop: Mapping[str, Any]
     family, data = family_of(job), load_tasks(job)
     base = transformers.AutoModel.from_pretrained(zoo / "models" / "base")
     experts = {task: family.load(expert) for task, expert in job.experts.items()}
-    batches = {task: [own.adapt_batch(step, loop["batch_size"]) for step in range(STEPS)] for task, own in data.items()}
+    count = 1 if loop.get("by") == "block" else STEPS  # blocks see the batches of one pass again and again
+    batches = {task: [own.adapt_batch(step, loop["batch_size"]) for step in range(count)] for task, own in data.items()}
     held_out = {task: [batch for _, batch in own.scored_batches("select", 10**9)] for task, own in data.items()}
     given = {"forward": family.logits, "select": adarank.Select(keep=tuple(KEEP)), "held_out": held_out}
     return adarank.adapt(base, experts, batches, "adarank", parameters, loop, **given)
@@ -54,6 +55,11 @@ def by_modules(zoo: Path, parameters: Mapping[str, Any], loop: Mapping[str, Any]
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a start that is found": ({}, {**WHOLE, **FAST}),
     "features": (GIVEN, {**WHOLE, **FAST, "objective": {"features": 1.0, "self-label": 0.5}}),
+    "features of layers": (
+        GIVEN,
+        {**WHOLE, **FAST, "objective": {"features": 1.0}, "self_label": {"layers": ["*encoder.layer.0"]}},
+    ),
+    "block by block": ({"lambda": 1.0}, {**WHOLE, **FAST, "by": "block"}),
     "a running mean": (GIVEN, {**WHOLE, **FAST, "objective": "infomax"}),
     "the paper's preset": ({}, {**WHOLE, **FAST, "preset": "paper"}),
 }

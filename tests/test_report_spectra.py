@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +20,7 @@ import adarank
 from adarank.report.figures import radar
 from adarank.report.scores import score_table
 from adarank.spectral.overlap import POINTS
+from adarank.workflow.load_tasks import load_tasks
 from text_zoo import ADAPT, make_zoo, recipe
 
 TASKS = {"mood": 2, "colour": 3, "size": 2}
@@ -168,3 +171,38 @@ def test_scores_have_a_radar_where_there_are_experts() -> None:
     assert "out: a 50.0, b 100.0, c 120.0" in score_table(scores)["radar"]["label"]
     assert score_table({**scores, "rows": {"out": rows["out"]}})["radar"] is None
     assert radar("", ["a", "b"], {"out": [1.0, 2.0]}) is None
+
+
+def test_whom_a_change_of_masks_harmed_is_measured(zoo: Path, tmp_path: Path) -> None:
+    """Two merges by masks, one with the strongest direction put back, and their predictions beside the experts'."""
+    models = [{"model": f"models/{task}", "task": {"name": task, "data": f"data/{task}.tsv"}} for task in TASKS]
+    moved = recipe(zoo, "moved.yaml", **{**ADAPT, "models": models, "adapt": {**ADAPT["adapt"], "keep": "last"}})
+    adarank.merge_recipe(moved, tmp_path / "moved")
+    effect = json.loads((tmp_path / "moved" / "adarank.json").read_text())["adaptation"]["strongest_change"]
+    matrix, whose = effect["tensor"], effect["task"]
+    masks = adarank.MaskFile.load(tmp_path / "moved" / "masks.safetensors")
+    places = [(n, t, sum(sizes[:i])) for n, sizes in masks.sizes.items() for i, t in enumerate(masks.tasks)]
+    values = {(name, task): float(masks.masks[name][first]) for name, task, first in places}
+    assert values[matrix, whose] == min(values.values()) == pytest.approx(effect["mask"], abs=1e-5)
+    put_back = masks.masks[matrix].clone()
+    put_back[next(first for name, task, first in places if (name, task) == (matrix, whose))] = 1
+    changes = dict.fromkeys(TASKS, 0.0)
+    for which, of_matrix, sign in (("kept", masks.masks[matrix], 1), ("whole", put_back, -1)):
+        file = tmp_path / f"{which}.safetensors"
+        replace(masks, masks={**masks.masks, matrix: of_matrix}).save(file)
+        again = recipe(zoo, f"{which}.yaml", models=models, merge_method="masked", parameters={"masks": str(file)})
+        adarank.merge_recipe(again, tmp_path / which)
+        for task, data in load_tasks(adarank.open_job(adarank.load_recipe(moved))).items():
+            batch = data.examples.batch(data.splits.rows["select"])
+            expert = transformers.AutoModelForSequenceClassification.from_pretrained(zoo / "models" / task).eval()
+            with torch.no_grad():
+                p, q = (m(**batch).logits.double().log_softmax(-1) for m in (expert, adarank.load_task(tmp_path / which, task)))  # fmt: skip
+            apart = float((p.exp() * (p - q)).sum(-1).mean())
+            assert effect["divergence"][task][which] == pytest.approx(apart, abs=1e-5)
+            changes[task] += sign * apart
+    text = adarank.write_report([tmp_path / "moved"], tmp_path / "page.html").read_text()
+    assert "measured by putting it back whole" in text
+    most = max(changes, key=lambda task: changes[task])
+    raised = re.search(r"raised (\w+)(?:'|&#39;)s divergence from its expert the most, by ([\d.]+)", text)
+    assert (raised is not None) == (changes[most] > 5e-5)
+    assert raised is None or (raised[1] == most and float(raised[2]) == pytest.approx(changes[most], abs=6e-5))

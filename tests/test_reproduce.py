@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,7 @@ from adarank.recipe.reader import parse_recipe
 from adarank.recipe.suites import families, rows, suite, suites
 from adarank.workflow.reproduce import needed_files, reproduce
 from image_zoo import processor
+from open_clip_zoo import make_zoo
 
 TABLES = yaml.safe_load((Path(module.__file__).parent / "suite_files" / "published.yaml").read_text())
 OF_SETTING = {
@@ -81,11 +84,11 @@ def test_families_of_checkpoints_are_kept_apart(name: str) -> None:
         assert table.checkpoints in families()
         assert set(table.means) or set(table.scores)
         assert all(set(of) <= set(chosen.tasks) for of in table.scores.values())
-    if name.startswith("vision"):  # the papers' are in another layout, and not on the hub as single repositories
-        assert {table.checkpoints for table in chosen.published if "AdaRank" in table.source} <= {
-            "task-vectors",
-            "tall-masks",
-        }
+    of_papers = {table.checkpoints for table in chosen.published if "AdaRank" in table.source}
+    if name.endswith("-papers"):
+        assert of_papers == {chosen.checkpoints}
+    elif name.startswith("vision"):  # the papers' are in another layout, and not on the hub as single repositories
+        assert of_papers <= {"task-vectors", "tall-masks"}
         assert chosen.checkpoints == "fusion-bench"
 
 
@@ -97,6 +100,37 @@ def test_names_that_are_none_are_refused() -> None:
     with pytest.raises(RecipeError, match="scored with every row"):
         rows(["Individual"])
     assert [row.name for row in rows(["cart"])] == ["CART"]
+
+
+def test_the_ablation_differs_in_what_is_learned_alone() -> None:
+    """Table 4: for each baseline neither, λ, masks, both."""
+    chosen = suite("vision-8-b32")
+    published = next(table for table in chosen.published if table.name == "vision-8-b32")
+    cells = rows(["Table 4"])
+    figures = {row.name: published.means[row.name] for row in cells}
+    assert sorted(figures.values()) == [69.2, 79.9, 80.1, 84.7, 85.9, 87.9, 88.7, 89.2]
+    for baseline in ("TA", "CART"):
+        of_baseline = [row for row in cells if row.name.startswith(f"{baseline}+AdaRank")]
+        methods = [parse_recipe(chosen.recipe(row), Path()).method() for row in of_baseline]
+        assert [(m.learn_masks, m.learn_lambda) for m in methods] == [(False, True), (True, False), (True, True)]
+        others = [m.model_dump(exclude={"learn_masks", "learn_lambda"}) for m in methods]
+        assert others[0] == others[1] == others[2]
+        assert len({parse_recipe(chosen.recipe(row), Path()).adapt.preset for row in of_baseline}) == 1  # type: ignore[union-attr]
+    masks_only, start = rows(["CART+AdaRank, masks only", "CART at AdaRank's start"])
+    large = suite("vision-8-l14")
+    assert large.recipe(masks_only)["adapt"]["preset"] == "vit-l14-8-cart"
+    assert large.recipe(start)["parameters"] == {"rank": 0.16, "lambda": 3.0}
+    adapted = parse_recipe(chosen.recipe(masks_only), Path()).method()
+    assert parse_recipe(chosen.recipe(start), Path()).method().model_dump().items() >= {"rank": adapted.rank, "scale": adapted.scale}.items()  # fmt: skip
+    assert not {row.name for row in rows()} & {row.name for row in cells if "only" in row.name}
+
+
+def test_a_budget_is_a_share_of_the_scored_inputs() -> None:
+    small, whole = (parse_recipe(suite("vision-8-b32").recipe(row), Path()) for row in rows(["data budget"]))
+    assert (small.data.budget, whole.data.budget) == (0.01, None)
+    assert small.adapt == whole.adapt
+    with pytest.raises(RecipeError, match="1% of data: adapts on a share of the inputs that are scored"):
+        suite("vision-8-b32").recipe(rows(["TA+AdaRank, 1% of data"])[0], "disjoint")
 
 
 @pytest.fixture
@@ -160,8 +194,6 @@ def test_the_hub_tells_sizes_before_anything_is_fetched(cache: Path, monkeypatch
 
 def make_clip_suite(cache: Path, here: Path, name: str) -> None:
     """Tiny models under the suite's names in a cache of the hub, and data in the datasets' formats under `here`."""
-    import datasets
-
     chosen = suite(name)
     torch.manual_seed(0)
     words = sorted({word for spec in chosen.tasks.values() for text in (*spec["classes"], *spec["templates"])
@@ -209,8 +241,6 @@ def make_clip_suite(cache: Path, here: Path, name: str) -> None:
 
 
 def make_glue_suite(cache: Path, here: Path, name: str) -> None:
-    import datasets
-
     chosen = suite(name)
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"])}
@@ -284,6 +314,26 @@ def test_image_towers_on_the_hub_go_through_a_suite(cache: Path, tmp_path: Path,
     assert main([*command, "--format", "md"]) == 0  # what is merged is scored again, and not merged
     assert (tmp_path / "made" / "cart" / "adarank.json").stat().st_mtime_ns == written
     assert "difference \\[1\\]" in capsys.readouterr().out
+
+
+def test_the_papers_checkpoints_go_through_a_suite(cache: Path, tmp_path: Path) -> None:
+    """Models in open_clip's layout, in folders of the suite's names."""
+    here, chosen = tmp_path / "here", suite("vision-8-b32-papers")
+    zoo = make_zoo(tmp_path / "zoo", "model.")
+    (here / chosen.base).parent.mkdir(parents=True)
+    (zoo / "models" / "base").rename(here / chosen.base)
+    for number, (task, expert) in enumerate(chosen.experts.items()):
+        shutil.copytree(zoo / "models" / ("digits", "shapes")[number % 2], here / expert)
+        classes, rng = len(chosen.tasks[task]["classes"]), np.random.default_rng(number)
+        rows_of = [{"image": image, "label": int(rng.integers(classes))} for image in rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)]  # fmt: skip
+        features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"))
+        _put(datasets.Dataset.from_list(rows_of, features=features), here, chosen.tasks[task]["data"])
+    listed = {each.file for each in needed_files(chosen.name, here) if each.repository == "task_vectors/ViT-B-32"}
+    assert {"base/open_clip_model.safetensors", "SUN397/open_clip_model.safetensors"} <= listed
+    result = reproduce(chosen.name, tmp_path / "made", ["CART"], folder=here, device="cpu")
+    assert {table.name for table in result.comparable()} == {"vision-8-b32", "vision-8-b32-later", "cart-vision-8-b32"}
+    assert result.plain()["rows"]["CART"]["differences"]["vision-8-b32"]["mean"] == pytest.approx(result.means["CART"] - 84.7)  # fmt: skip
+    assert "model.visual.transformer.resblocks.0.attn.in_proj_weight" in load_file(tmp_path / "made" / "cart" / "model.safetensors")  # fmt: skip
 
 
 def test_text_experts_in_subfolders_go_through_a_suite(cache: Path, tmp_path: Path) -> None:

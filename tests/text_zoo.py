@@ -29,12 +29,13 @@ def make_zoo(
     dtype: torch.dtype = torch.float32,
     tasks: Mapping[str, int] = TASKS,
     positions: int = 16,
+    **sizes: int,
 ) -> Path:
     """Write models/, data/ and no recipe yet; returns `folder`."""
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
     tokens = BertTokenizerFast(vocab=vocabulary, model_max_length=positions)
-    small = {**_SMALL[architecture], "vocab_size": len(vocabulary)}
+    small = {**_SMALL[architecture], "vocab_size": len(vocabulary), **sizes}
     if positions != 16:
         small["max_position_embeddings"] = positions
     config = transformers.AutoConfig.for_model(architecture, **small)

@@ -2,11 +2,12 @@
 
     4 · ( Σ_W (live + origin + components) + kept + heads + max(gradients + one matrix's products, one matrix's SVD) + Σ_W factors )
 
-bytes, W over the merged tensors. A budget of memory that has no room for the last sum has factors mapped from files.
+bytes, W over the merged tensors; where a block is learned at a time, the largest block. A budget of memory that has no room for the last sum has factors mapped from files.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adarank.alignment.layers import layer_groups
+from adarank.alignment.layers import layer_groups, layer_number
 from adarank.io import processes
 from adarank.io.state import read_kept, write_state
 from adarank.method import Outline
@@ -130,17 +131,20 @@ class Holding:
         return small + max(sizes.values(), default=0)
 
     def _by_block(self) -> int:
-        """All weights; of the largest block origins, gradients and factors."""
-        groups = layer_groups(self._merged)
-        learned = {
-            name: 2 * self._numel(name) + self._method.stored_numbers(self._network, name) + self._of_components(name)
-            for name in self._merged
-        }
-        held = dict.fromkeys(groups, 0)
-        for name, group in zip(self._merged, groups, strict=True):
-            held[group] += learned[name]
-        live = sum(self._numel(name) for name in self._merged)
-        return live + max(held.values(), default=0) + self._kept() + self._outline.head_numel()
+        """All that is held of the largest block, and the weights of what is in none."""
+        blocks, outside = Counter[str](), self._outline.head_numel()
+        names = list(self._network.tensors)
+        for name, group in zip(names, layer_groups(names), strict=True):
+            if layer_number(name) is None:
+                outside += self._numel(name)
+            else:
+                blocks[group] += self._numel(name) + (self._learned(name) if name in self._merged else 0)
+        return outside + max(blocks.values(), default=0)
+
+    def _learned(self, name: str) -> int:
+        """Numbers beside a merged tensor's weights: origin, gradient, factors and components."""
+        stored = self._method.stored_numbers(self._network, name)
+        return 2 * self._numel(name) + stored + self._of_components(name)
 
     def _kept(self) -> int:
         choices = self._network.choices.items()

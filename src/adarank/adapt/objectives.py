@@ -5,7 +5,8 @@ self-label          divergence from the expert's predictions on the same inputs 
 trusted-label       the expert's class, where it is surer than the merged model           (SyMerge)
 infomax             mean entropy minus the entropy of the mean prediction                 (SHOT)
 filtered-entropy    entropy of the inputs that are reliable and not redundant             (EATA, SAR)
-features            distance to the expert's last hidden representation                   (Surgery)
+features            distance to the expert's last hidden representation, and those of
+                    other layers that are chosen                                          (Surgery)
 
 A new objective is a function and a line in `OBJECTIVES`. Another package adds one by an entry point of the group
 `adarank.objectives`: a function of `View` and `SelfLabel` that gives a scalar with its graph. What it looks at
@@ -15,10 +16,11 @@ beside the logits it names in its attribute `needs`, a set of `expert`, `mean` a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -41,6 +43,8 @@ class SelfLabel(Settings):
         confidence: inputs where the expert's largest probability is below this are left out.
         top_logits: of generating models: how many logits of the expert are kept of each token that counts, the largest; all
             other tokens of the vocabulary are one more, with the probability that is left.
+        layers: of the objective `features`: further hidden layers whose outputs are compared, beside what the head is given:
+            names of modules, such as `encoder.layer.3`, or patterns of them.
     """
 
     temperature: float = Field(1.0, gt=0, description="divides both logits before the softmax")
@@ -50,6 +54,9 @@ class SelfLabel(Settings):
     )
     top_logits: int = Field(
         64, ge=1, description="of generating models: logits of the expert that are kept of each token, the largest"
+    )
+    layers: tuple[str, ...] = Field(
+        (), description="of the objective features: modules whose outputs are compared, beside what the head is given"
     )
 
     @model_validator(mode="after")
@@ -68,9 +75,11 @@ class View:
         expert: (batch, outcomes) logits of the task's expert on the same inputs, where an objective needs them. Outcomes
             are classes; of generating models the most probable tokens, and all others as one more.
         mean: (classes,) running mean prediction, this batch included, without a graph, where an objective needs it.
-        features, expert_features: (batch, width) inputs of the head, where an objective needs them.
+        features, expert_features: (batch, width) inputs of the head, where an objective needs them; beside them the outputs of
+            further layers that are chosen.
         matched: (batch, outcomes) logits of the merged model over the expert's outcomes; None: they are `logits`.
         rest: the last outcome is all other classes together.
+        widths: of the features the width of each part.
     """
 
     logits: Tensor
@@ -80,6 +89,7 @@ class View:
     expert_features: Tensor | None = None
     matched: Tensor | None = None
     rest: bool = False
+    widths: tuple[int, ...] = ()
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -204,17 +214,20 @@ def filtered_entropy(logits: Tensor, mean: Tensor, margin: float = MARGIN, redun
     return _mean_where(each * (limit - detached).exp(), kept)
 
 
-def feature_distance(features: Tensor, expert: Tensor) -> Tensor:
+def feature_distance(features: Tensor, expert: Tensor, widths: Sequence[int] = ()) -> Tensor:
     """Squared distance to the expert's features, relative to theirs: 0 where they agree, 1 for features of 0.
 
-        D = Σ_x ‖f(x) - g(x)‖² / Σ_x ‖g(x)‖²
+        D = mean_l D_l        D_l = Σ_x ‖f_l(x) - g_l(x)‖² / Σ_x ‖g_l(x)‖²        l: what the head is given, and further layers
 
     Arguments:
-        features, expert: (batch, width), float: the inputs of the task's head.
+        features, expert: (batch, width), float: the inputs of the task's head; beside them the outputs of further layers.
+        widths: the width of each of these; one without it.
 
     Source: the distance that Surgery (Yang et al. 2024, arXiv:2402.02705) lowers, squared and normalised.
     """
-    return (features - expert).square().sum() / expert.square().sum().clamp_min(1e-12)
+    parts = [part.split(list(widths) or part.shape[-1], dim=-1) for part in (features, expert)]
+    each = [(f - g).square().sum() / g.square().sum().clamp_min(1e-12) for f, g in zip(*parts, strict=True)]
+    return torch.stack(each).mean() if len(each) > 1 else each[0]
 
 
 def running_mean(logits: Tensor, past: Tensor | None, momentum: float = MOMENTUM) -> Tensor:
@@ -237,14 +250,14 @@ _BUILT_IN: dict[str, Loss] = {
     "self-label": lambda v, labels: self_label(
         v.logits if v.matched is None else v.matched,
         _given(v.expert),
-        **labels.model_dump(exclude={"top_logits"}),
+        **labels.model_dump(exclude={"top_logits", "layers"}),
         rest=v.rest,
     ),
     "trusted-label": lambda v, _: trusted_label(v.logits if v.matched is None else v.matched, _given(v.expert), v.rest),
     "entropy": lambda v, _: entropy(v.logits),
     "infomax": lambda v, _: infomax(v.logits, _given(v.mean)),
     "filtered-entropy": lambda v, _: filtered_entropy(v.logits, _given(v.mean)),
-    "features": lambda v, _: feature_distance(_given(v.features), _given(v.expert_features)),
+    "features": lambda v, _: feature_distance(_given(v.features), _given(v.expert_features), v.widths),
 }
 _NEEDS = {
     "self-label": "expert",

@@ -5,10 +5,10 @@ Factors lie in files. In memory are those of one part, and what was learned of n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +19,13 @@ from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError
 from adarank.io.state import read_kept, write_state
-from adarank.spectral.blocks import Blocks, build_blocks
+from adarank.spectral.blocks import Blocks, build_blocks, reread_block
 from adarank.spectral.mask_file import MaskFile, joined
 
 if TYPE_CHECKING:
     from adarank.adapt.methods import AdaptiveMethod
+
+V = TypeVar("V")
 
 
 @dataclass
@@ -32,10 +34,12 @@ class PartWeights:
 
     Arguments:
         shared: tensor name -> the parameter or buffer that all networks use.
-        parts: names of merged tensors, those of a part together; each tensor once.
+        of_blocks: of each block the names of its merged tensors.
+        beside: names of those outside of the blocks, each a part of its own.
         folder: where factors and what is learned are kept. It is of this run alone.
 
     Attributes:
+        parts: names of merged tensors, those of a part together: the blocks' first.
         share: of the way from the start to what was learned, in [0, 1].
     """
 
@@ -43,13 +47,15 @@ class PartWeights:
     network: AlignedCheckpoints
     shared: Mapping[str, Tensor]
     settings: AdaptSettings
-    parts: Sequence[Sequence[str]]
+    of_blocks: Sequence[Sequence[str]]
+    beside: Sequence[str]
     folder: Path
-    device: torch.device | str
     share: float = 1.0
     _start: tuple[float, float] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.parts = [*self.of_blocks, *([name] for name in self.beside)]
+        self.device = next(iter(self.shared.values())).device
         self._basis = self.method.decomposition(self.network, self.device)
         grid = self.method.grid
         self.reset(grid.scales[grid.first[1]], grid.ranks[grid.first[0]])
@@ -67,7 +73,9 @@ class PartWeights:
 
     def live(self, number: int) -> LiveLearner:
         """One part, at its start, with its factors in memory."""
-        parameters = {name: self.shared[name] for name in self.parts[number]}
+        return self._live(number, {name: self.shared[name] for name in self.parts[number]})
+
+    def _live(self, number: int, parameters: Mapping[str, Tensor]) -> LiveLearner:
         live = self.method.live(parameters, self.blocks(number), self.settings, self._basis)
         live.reset(*self._start)
         return live
@@ -78,9 +86,29 @@ class PartWeights:
         write_state(self._learned(number), learned, "what was learned")
 
     def write(self) -> None:
-        """Compose every part into the networks, at `share` of the way to what was learned of it."""
-        for number in range(len(self.parts)):
-            self._compose(number)
+        """Compose what is outside of the blocks into the networks."""
+        for number in range(len(self.of_blocks), len(self.parts)):
+            self.compose(number)
+
+    def compose(self, number: int) -> None:
+        """Compose a part into the networks, at `share` of the way to what was learned of it."""
+        live = self._there(number)
+        live.settle()
+        live.write()
+        self.rest(live)
+
+    def composed(self, number: int) -> dict[str, Tensor]:
+        """The same apart from the networks: tensors by name."""
+        if number >= len(self.of_blocks):  # the networks hold it
+            return {name: self.shared[name] for name in self.parts[number]}
+        tensors = {
+            name: torch.empty_like(self.shared[name], memory_format=torch.contiguous_format)
+            for name in self.parts[number]
+        }
+        live = self._there(number, tensors)
+        live.settle()
+        live.write()
+        return tensors
 
     def rest(self, live: LiveLearner) -> None:
         """A part is no longer learned."""
@@ -93,15 +121,9 @@ class PartWeights:
         files = [self._there(number).mask_file(tasks, origin, about) for number in range(len(self.parts))]
         return joined([file for file in files if file is not None], self.network.merged())
 
-    def _compose(self, number: int) -> None:
-        live = self._there(number)
-        live.settle()
-        live.write()
-        self.rest(live)
-
-    def _there(self, number: int) -> LiveLearner:
+    def _there(self, number: int, parameters: Mapping[str, Tensor] | None = None) -> LiveLearner:
         """A part at `share` of the way."""
-        live = self.live(number)
+        live = self.live(number) if parameters is None else self._live(number, parameters)
         if self.share and self._learned(number).exists():
             kept = self._kept(number)
             start = {name: tensor.detach().clone() for name, tensor in live.learned().items()}
@@ -127,28 +149,32 @@ class PartWeights:
         return self.folder / f"learned-{number}.pt"
 
     def blocks(self, number: int) -> dict[str, Blocks]:
-        """Origins, task vectors and spectra of a part: from its file, if there is one."""
+        """Origins, task vectors and spectra of a part: from its file, if there is one. Of what is outside of the blocks and not
+        decomposed, task vectors are read when they are looked at: it may be large, and is composed now and then alone."""
+        names, kind, spectra = self.parts[number], self.method.origin, self.method.spectra
+        whole = not spectra or all(self.network.choices[name].action != "decompose" for name in names)
+        if whole and number >= len(self.of_blocks):
+            return {name: reread_block(self.network, kind, name, self.device, self._basis) for name in names}
 
         def made() -> dict[str, Blocks]:
-            kind, spectra = self.method.origin, self.method.spectra
-            return build_blocks(self.network, kind, self.device, spectra, self._basis, self.parts[number])
+            return build_blocks(self.network, kind, self.device, spectra, self._basis, names)
 
         return kept_blocks(self.folder / f"factors-{number}.pt", made, self.device)
 
 
-class PartFactors(Mapping[str, Blocks]):
-    """Merged tensor -> its origin, task vectors and spectra; those of one part are in memory at a time."""
+class _OfParts(Mapping[str, V]):
+    """Merged tensor -> something of it; those of one part are in memory at a time."""
 
-    def __init__(self, weights: PartWeights) -> None:
-        self._weights = weights
+    def __init__(self, weights: PartWeights, made: Callable[[int], dict[str, V]]) -> None:
+        self._made = made
         self._numbers = {name: number for number, names in enumerate(weights.parts) for name in names}
-        self._number, self._held = -1, dict[str, Blocks]()
+        self._number, self._held = -1, dict[str, V]()
 
-    def __getitem__(self, name: str) -> Blocks:
+    def __getitem__(self, name: str) -> V:
         number = self._numbers[name]
         if number != self._number:
             self._held.clear()
-            self._number, self._held = number, self._weights.blocks(number)
+            self._number, self._held = number, self._made(number)
         return self._held[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -156,3 +182,17 @@ class PartFactors(Mapping[str, Blocks]):
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+
+class PartFactors(_OfParts[Blocks]):
+    """Merged tensor -> its origin, task vectors and spectra."""
+
+    def __init__(self, weights: PartWeights) -> None:
+        super().__init__(weights, weights.blocks)
+
+
+class PartTensors(_OfParts[Tensor]):
+    """Merged tensor -> its value, composed when it is looked up."""
+
+    def __init__(self, weights: PartWeights) -> None:
+        super().__init__(weights, weights.composed)

@@ -6,7 +6,8 @@ experts' predictions, the losses, the judge and the quick check of starts are ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from adarank.adapt.top_logits import TopLogits
 from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
 from adarank.io import processes
 from adarank.models import TaskModels
-from adarank.models.head_inputs import Pool, head_inputs, head_parts
+from adarank.models.head_inputs import Pool, head_parts, layer_outputs, named_layers
 from adarank.models.predict import Forward
 
 Function = Callable[[Tensor], Tensor]
@@ -204,30 +205,33 @@ class Problem:
         weights, module = self.settings.weights(task), self.models.modules[task]
         function = self.function
         head = head_parts(self.models, task) if not function and NEED_FEATURES & weights.keys() else []
+        layers = named_layers(module, self.settings.self_label.layers) if head else []
 
         def loss(step: int) -> Tensor:
             where, batch = self.inputs[task].step(step)
-            with head_inputs(module, head) as seen:
+            with layer_outputs(module, head, layers) as seen:
                 logits = self.forward(module, batch)
             if function is not None:
                 return function(logits)
             if NEED_MEAN & weights.keys():
                 self.memory[task] = running_mean(logits, self.memory.get(task))
-            view = self._view(task, where, logits, seen[-1] if seen else None)
+            view = self._view(task, where, logits, seen[-1] if seen else ())
             return objective(view, weights, self.settings.self_label)
 
         return loss
 
-    def _view(self, task: str, where: Any, logits: Tensor, features: Tensor | None) -> View:
+    def _view(self, task: str, where: Any, logits: Tensor, of_layers: Sequence[Tensor]) -> View:
         outcomes = self.outcomes[task]
+        features = torch.cat(list(of_layers), dim=-1) if of_layers else None
+        widths = tuple(part.shape[-1] for part in of_layers)
         if not compares(self.settings, task):
-            return View(outcomes.read(logits), mean=self.memory.get(task), features=features)
+            return View(outcomes.read(logits), mean=self.memory.get(task), features=features, widths=widths)
         expert = self.predictions[task]
         targets = expert.logits[where]
         here, there = outcomes.matched(logits, targets)
         rest = isinstance(targets, TopLogits) and targets.has_rest
         expert_features = expert.features[where].to(logits) if expert.features is not None else None
-        return View(outcomes.read(logits), there, self.memory.get(task), features, expert_features, here, rest)
+        return View(outcomes.read(logits), there, self.memory.get(task), features, expert_features, here, rest, widths)
 
     def _signals(self, task: str, chunks: Iterable[Chunk]) -> Signals:
         return summary([self._compared(task, where, batch) for where, batch in chunks])
@@ -245,25 +249,34 @@ def expert_predictions(
     forward: Forward,
     function: Function | None = None,
     keep: Callable[[str, Predictions], None] = lambda task, predictions: None,
+    expert: Callable[[str], AbstractContextManager[Forward]] | None = None,
 ) -> dict[str, Predictions]:
     """task -> its expert's predictions, as far as losses and judge need them. The models hold the base's tensors afterwards.
 
     Arguments:
         keep: called with each task's as soon as they are computed.
+        expert: task -> while it is open, what runs its expert. By default the models are filled with it.
     """
 
-    def of_expert(task: str) -> Predictions:
+    @contextmanager
+    def filled(task: str) -> Iterator[Forward]:
         models.fill(member_tensors(network, network.experts[task]))
+        yield forward
+
+    def of_expert(task: str) -> Predictions:
         head = head_parts(models, task) if not function and NEED_FEATURES & settings.weights(task).keys() else []
         most = settings.self_label.top_logits if inputs[task].generate else None
-        predict = predictor(models.modules[task], head, forward, most=most)
-        predictions = inputs[task].predictions(predict, not function and needs_targets(settings, task))
+        with (expert or filled)(task) as run:
+            layers = named_layers(models.modules[task], settings.self_label.layers) if head else []
+            predict = predictor(models.modules[task], head, run, most=most, layers=layers)
+            predictions = inputs[task].predictions(predict, not function and needs_targets(settings, task))
         keep(task, predictions)
         return predictions
 
     predictions = dict(zip(inputs, processes.mapped(of_expert, list(inputs)), strict=True))
-    models.fill(member_tensors(network, network.reference()))
-    models.fill(network.averages())
+    if expert is None:
+        models.fill(member_tensors(network, network.reference()))
+        models.fill(network.averages())
     return predictions
 
 
@@ -283,7 +296,12 @@ def needs_targets(settings: AdaptSettings, task: str) -> bool:
 
 
 def predictor(
-    module: nn.Module, head: list[nn.Module], forward: Forward, pool: Pool | None = None, most: int | None = None
+    module: nn.Module,
+    head: list[nn.Module],
+    forward: Forward,
+    pool: Pool | None = None,
+    most: int | None = None,
+    layers: Sequence[nn.Module] = (),
 ) -> Predict:
     """What predicts batches by a module.
 
@@ -291,13 +309,14 @@ def predictor(
         head: the parts of the module whose inputs are kept as features; with none there are no features.
         pool: brings what a head is given to one vector per input.
         most: of each prediction keep so many of the largest logits; all by default.
+        layers: their outputs are kept beside the features.
     """
 
     @torch.no_grad()
     def predict(batch: Any) -> BatchPredictions:
-        with head_inputs(module, head, pool) as seen:
+        with layer_outputs(module, head, layers, pool) as seen:
             logits = forward(module, batch)
         kept = logits.cpu() if most is None else TopLogits.of(logits, most)
-        return BatchPredictions(kept, seen[-1].cpu() if seen else None)
+        return BatchPredictions(kept, torch.cat(seen[-1], dim=-1).cpu() if seen else None)
 
     return predict

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from adarank.adapt.objectives import OBJECTIVES, SelfLabel, Weights, as_weights, check_objective
+from adarank.adapt.objectives import NEED_FEATURES, OBJECTIVES, SelfLabel, Weights, as_weights, check_objective
 from adarank.settings import Settings
 
 AUTO: Literal["auto"] = "auto"
@@ -121,6 +121,11 @@ class AdaptSettings(Settings):
     def _ranges(self) -> AdaptSettings:
         if self.check_every != AUTO and self.check_every < 1:
             raise ValueError(f"check_every: needs at least one step, or auto, got {self.check_every}")
+        minimised = [self.objective, *self.objectives.values()]
+        if self.self_label.layers and not any(NEED_FEATURES & as_weights(each) for each in minimised):
+            raise ValueError(
+                "self_label.layers: they are compared by the objective features. Add it, such as objective: {self-label: 1.0, features: 0.1}, or remove them"
+            )
         return self
 
     def mask_step(self, soft: bool) -> float:

@@ -1,13 +1,17 @@
-"""What blocks gave on every batch, in files: one for each stream, block and batch."""
+"""What blocks gave on every batch, in files: one for each stream, block, task and batch."""
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from adarank.errors import RecipeError
 from adarank.io.state import read_kept, write_state
@@ -41,9 +45,36 @@ class Streams:
             given[place] = put(kept["given"], self.device)
         return given
 
-    def forget(self, place: int) -> None:
-        """What the block at a place gave is not needed any more."""
-        shutil.rmtree(self.folder / str(place), ignore_errors=True)
+    def forget(self, stream: str, place: int | None = None) -> None:
+        """What the block at a place gave, or all of them, is not needed any more."""
+        folder = self.folder / stream
+        shutil.rmtree(folder if place is None else folder / str(place), ignore_errors=True)
 
     def _path(self, stream: str, place: int, batch: str) -> Path:
-        return self.folder / str(place) / f"{stream}-{batch}.pt"
+        return self.folder / stream / str(place) / f"{batch}.pt"
+
+
+def name_of(task: int, batch: Any) -> str:
+    """What a batch of a task is called: batches of other contents have other names.
+
+    Arguments:
+        task: its number.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    _add(digest, batch)
+    return f"{task}-{digest.hexdigest()}"
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    elif isinstance(value, (Mapping, tuple, list)):
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+        digest.update(f"{type(value).__name__}{len(value)}".encode())
+        for key, part in parts:
+            digest.update(repr(key).encode())
+            _add(digest, part)
+    else:
+        digest.update(pickle.dumps(value))

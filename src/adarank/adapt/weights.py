@@ -10,6 +10,7 @@ import torch
 from adarank.adapt.by_block import adapt_by_block
 from adarank.adapt.history import Learned, Progress
 from adarank.adapt.methods import AdaptiveMethod
+from adarank.adapt.passage import Passage
 from adarank.adapt.problem import Problem
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io import processes
@@ -26,18 +27,20 @@ def adapt_weights(
     fingerprint: str = "",
     progress: Progress | None = None,
     note: Note = lambda text: None,
+    passage: Passage | None = None,
     factors: Path | None = None,
 ) -> Learned:
-    """Learn what the method learns, in place.
+    """Learn what the method learns, in place; by block as `adapt_by_block` says.
 
     Arguments:
         state, fingerprint, progress: as for `loop.adapt`.
         note: called with each stage as it begins.
+        passage: over the problem's networks, where a block is learned at a time and one is there.
         factors: folder from whose files origins, task vectors and spectra are mapped; None to hold them in memory.
     """
     if method.settings.by == "block":
         note("Adapting, block by block")
-        return adapt_by_block(problem, method, network, state, fingerprint, progress)
+        return adapt_by_block(problem, method, network, state, fingerprint, progress, passage)
     note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
     start = method.start(network, problem.models.shared, method.settings, device, factors)
     live = method.on(start, problem.models)

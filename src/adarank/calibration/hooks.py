@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from adarank.models.chain import positions
+from adarank.models.clip_networks import PackedAttention
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,21 @@ class LinearLayer:
 def linear_layers(module: nn.Module, shared: Mapping[str, Tensor], names: Collection[str]) -> list[LinearLayer]:
     """The linear layers whose weights are among `names`. A weight that several layers are tied to comes several times.
 
+    Attention with q, k and v in one matrix is a linear layer of what it is given, for that matrix.
+
     Arguments:
         shared: name in the network -> the module's parameter.
     """
     from transformers.pytorch_utils import Conv1D  # imported on use: it is slow
 
     known = {id(shared[name]): name for name in names if name in shared}
-    return [
-        LinearLayer(known[id(part.weight)], part, isinstance(part, Conv1D))
-        for part in module.modules()
-        if isinstance(part, (nn.Linear, Conv1D)) and id(part.weight) in known
-    ]
+    weights = {nn.Linear: "weight", Conv1D: "weight", PackedAttention: "in_proj_weight"}
+    layers = []
+    for part in module.modules():
+        weight = next((getattr(part, name) for kind, name in weights.items() if isinstance(part, kind)), None)
+        if weight is not None and id(weight) in known:
+            layers.append(LinearLayer(known[id(weight)], part, isinstance(part, Conv1D)))
+    return layers
 
 
 class Seen(Exception):

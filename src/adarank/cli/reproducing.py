@@ -22,7 +22,11 @@ def add(commands: Any, tabular: argparse.ArgumentParser, left: Left) -> None:
     )
     command.add_argument("suite", nargs="?", help="such as vision-8-b32 or glue-7-gpt2; without it they are listed")
     command.add_argument(
-        "--row", action="append", default=[], metavar="ROW", help="of the papers' tables (default: all)"
+        "--row",
+        action="append",
+        default=[],
+        metavar="ROW",
+        help="of the papers' tables, or 'Table 4' or 'Data budget' (default: all rows but these two tables' variants)",
     )
     command.add_argument(
         "--protocol",
@@ -90,7 +94,7 @@ def files(chosen: Suite, needed: list[Needed], rows: list[str]) -> Sheet:
     known = sum(each.bytes for each in needed if each.bytes is not None)
     missing = sum(each.bytes for each in needed if each.bytes is not None and not each.here)
     unknown = [each for each in needed if each.bytes is None]
-    notes = [f"Rows: {', '.join(rows)}."]
+    notes = [f"Rows: {', '.join(rows)}.", *chosen.notes]
     if len(unknown) < len(needed):
         notes.append(f"{known / 1e9:.3f} GB, of which {missing / 1e9:.3f} GB are not on this machine yet.")
     if unknown:

@@ -38,12 +38,16 @@ def add(
     convert = commands.add_parser(
         "convert",
         parents=[common],
-        help="a checkpoint of open_clip or of torch.distributed as a folder of transformers, without running its code",
+        help="a checkpoint of open_clip or of torch.distributed as a folder that merges, without running its code",
     )
     convert.add_argument(
         "file", type=Path, help="such as finetuned.pt of task_vectors or TALL-masks, or a folder with .metadata"
     )
     convert.add_argument("out", type=Path, help="folder to write")
+    convert.add_argument(
+        "--layout", choices=("transformers", "open_clip"), default="transformers",
+        help="open_clip: tensors as they are, q, k and v in one matrix, as the papers' code decomposes them (default: transformers)",
+    )  # fmt: skip
     convert.add_argument("--force", action="store_true", help="replace an existing output of adarank")
     convert.set_defaults(run=_convert, left=left)
 
@@ -125,7 +129,7 @@ def _convert(options: argparse.Namespace) -> None:
     from adarank.workflow.convert import convert
 
     with screen():
-        record = convert(options.file, options.out, options.force)
+        record = convert(options.file, options.out, options.force, options.layout)
     if options.json:
         print(json.dumps(record, indent=1, ensure_ascii=False))
     else:

@@ -73,6 +73,8 @@ class TaskSpec(Settings):
         limit: use at most this many rows (a seeded choice).
         classes: of zero-shot tasks: the classes' names in the order of the labels, or a text file with one on each line.
         templates: of zero-shot tasks: prompts with {} where a class's name goes, or a file of them; by default one.
+        head_file: of zero-shot tasks: a head that was saved by itself (task_vectors' `head_SUN397.pt`), in place of one made of
+            class names and prompts.
         answers: of generating models: `generate`: what is adapted on and judged is each expert's own greedy answer to each text,
             which is a prompt. Without it every token of the text counts. Decoders behind an encoder always answer.
         max_new_tokens: of generating models: the most tokens of an answer.
@@ -88,6 +90,7 @@ class TaskSpec(Settings):
     limit: int | None = Field(None, ge=1)
     classes: tuple[str, ...] | str | None = None
     templates: tuple[str, ...] | str | None = None
+    head_file: str | None = None
     answers: Literal["generate"] | None = None
     max_new_tokens: int = Field(32, ge=1)
     stop: tuple[str, ...] = ()

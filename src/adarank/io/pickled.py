@@ -58,7 +58,8 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file}: this pickle needs to run code to load, which adarank never does ({reason}). If you trust its origin, "
             f"convert it once in an isolated environment: torch.load('{file.name}', weights_only=False), then "
-            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
+            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors'). A CLIP of open_clip is read without its code by "
+            "adarank convert."
         ) from None
     except DAMAGED as error:
         raise damaged(file, error) from None

@@ -34,6 +34,7 @@ PATTERNS = (
     # image, audio and video processors
     "preprocessor_config.json",
     "*processor_config.json",
+    "open_clip_config.json",
     # sentence encoders, but for the folders that modules.json names
     "modules.json",
     "config_sentence_transformers.json",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adarank.models.clip import ZeroShotImageClassifiers
 from adarank.models.family import Family
 from adarank.models.generation import CausalModels, SequenceModels
 from adarank.models.image import ImageClassifiers
+from adarank.models.open_clip import prefix_of
 from adarank.models.sentence_encoders import SentenceEncoders
 from adarank.models.text import TextClassifiers
 from adarank.models.text_heads import MultipleChoice, QuestionAnswering, TokenClassifiers
@@ -39,6 +40,11 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
                 kind for kind, family in FAMILIES.items() if not named_alone(kind) and made in family.auto_class()._model_mapping
             ]  # fmt: skip
     return kinds[0] if len(kinds) == 1 else None
+
+
+def kind_by_names(names: Iterable[str]) -> str | None:
+    """The kind of models that are known by what their tensors are called: CLIPs of open_clip, which have no config.json."""
+    return None if prefix_of(names) is None else ZeroShotImageClassifiers.kind
 
 
 def classes_of(config: Mapping[str, Any]) -> str:
@@ -90,6 +96,7 @@ __all__ = [
     "TaskModels",
     "classes_of",
     "foreign_code",
+    "kind_by_names",
     "kind_of",
     "named_alone",
     "no_classifier",

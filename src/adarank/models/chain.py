@@ -9,7 +9,7 @@ network itself, of any architecture, and nothing is differentiated but the one b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from adarank.models.predict import Forward
 
 Given = Any
 """What a block gave: a tensor, or a tuple whose first tensor are the hidden states."""
+Holding = Callable[[nn.Module], AbstractContextManager[None]]
+"""Around what runs a module: has its weights in memory."""
 _REMEDY = "Use by: model, which adapts the whole network at a time."
 
 
@@ -52,6 +54,13 @@ class Chain:
         """The blocks whose results the network needs to call the block at a place: of every list, the last one before it."""
         last = {path.rpartition(".")[0]: number for number, path in enumerate(self.paths[:place])}
         return sorted(last.values())
+
+    def mask(self, place: int, batch: Any) -> Tensor | None:
+        """Of a batch the mask of the positions that the block at a place runs over; None if nothing is padded."""
+        if not isinstance(batch, Mapping):
+            return None
+        of_decoder = "decoder" in self.paths[place].split(".") and "decoder_attention_mask" in batch
+        return batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
 
     def run(self, place: int, batch: Any, given: Mapping[int, Given]) -> Given:
         """What the block at a place gives for a batch, with a graph where gradients are enabled.
@@ -128,17 +137,24 @@ def put(given: Given, device: torch.device) -> Given:
 
 
 @torch.no_grad()
-def find_chain(module: nn.Module, forward: Forward, batch: Any, merged: Sequence[Tensor]) -> Chain:
+def find_chain(
+    module: nn.Module,
+    forward: Forward,
+    batch: Any,
+    merged: Sequence[Tensor],
+    holding: Holding = lambda part: nullcontext(),
+) -> Chain:
     """The blocks of a network that hold tensors that are merged, as they run on a batch.
 
     Arguments:
         merged: the network's parameters and buffers that are merged.
+        holding: around whatever runs a numbered module, whose weights need not be in memory otherwise.
 
     Raises:
         RecipeError: there are none, one runs several times in a pass, or run one by one they give other predictions.
     """
-    calls = _Calls({id(tensor) for tensor in merged})
-    with calls.watching(module):
+    calls = _Calls(holding)
+    with calls.watching(numbered(module, merged)):
         logits = forward(module, batch)
     chain = Chain(module, forward, tuple(calls.blocks()))
     if not chain.paths:
@@ -152,14 +168,15 @@ def find_chain(module: nn.Module, forward: Forward, batch: Any, merged: Sequence
     try:
         for place in range(len(chain)):
             of_lists = {n: put(given[n], logits.device) for n in chain.needed(place)}
-            given[place] = on_cpu(chain.run(place, batch, of_lists))
+            with holding(chain.block(place)):
+                given[place] = on_cpu(chain.run(place, batch, of_lists))
         again = chain.logits(batch, {n: put(given[n], logits.device) for n in chain.needed(len(chain))})
     except (
         ValueError,
         TypeError,
         LookupError,
         AttributeError,
-    ) as error:  # what is around blocks takes them apart, as in T5
+    ) as error:  # what is around blocks takes them apart
         raise RecipeError(f"adapt.by: the blocks of {type(module).__name__} cannot be run one by one ({error}). {_REMEDY}") from None  # fmt: skip
     if again.shape != logits.shape or not torch.allclose(again, logits, rtol=1e-4, atol=1e-5):
         raise RecipeError(
@@ -168,33 +185,42 @@ def find_chain(module: nn.Module, forward: Forward, batch: Any, merged: Sequence
     return chain
 
 
+def numbered(module: nn.Module, merged: Sequence[Tensor]) -> dict[str, nn.Module]:
+    """Path -> module of numbered lists that holds tensors that are merged: blocks are among these."""
+    ids = {id(tensor) for tensor in merged}
+    return {
+        path: part
+        for path, part in module.named_modules()
+        if path.rpartition(".")[2].isdigit() and any(id(tensor) in ids for tensor in tensors_of(part))
+    }
+
+
 @dataclass
 class _Calls:
     """Which numbered modules ran in a pass, and what they gave.
 
     Attributes:
-        merged: ids of the tensors that are merged.
+        holding: around the outermost of them, while they run.
         counts: path -> how often the module ran, in the order in which modules first began.
     """
 
-    merged: set[int]
+    holding: Holding
     counts: dict[str, int] = field(default_factory=dict)
-    _parts: dict[str, nn.Module] = field(default_factory=dict)
-    _given: dict[str, Tensor | None] = field(default_factory=dict)
+    _parts: Mapping[str, nn.Module] = field(default_factory=dict)
+    _given: dict[str, Given] = field(default_factory=dict)
+    _depth: int = 0
+    _held: ExitStack = field(default_factory=ExitStack)
 
     @contextmanager
-    def watching(self, module: nn.Module) -> Iterator[None]:
+    def watching(self, parts: Mapping[str, nn.Module]) -> Iterator[None]:
         """While it is open, calls are counted."""
-        self._parts = {
-            path: part
-            for path, part in module.named_modules()
-            if path.rpartition(".")[2].isdigit() and any(id(tensor) in self.merged for tensor in _tensors(part))
-        }
+        self._parts = parts
         handles = []
         for path, part in self._parts.items():
             handles += [part.register_forward_pre_hook(self._begin(path)), part.register_forward_hook(self._end(path))]
         try:
-            yield
+            with self._held:
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -215,27 +241,47 @@ class _Calls:
     def _refined(self, path: str) -> list[str]:
         """The numbered modules inside of one, where these are all that it is made of; else itself."""
         inner = self._inside(path)
-        held = {id(tensor) for part in inner for tensor in _tensors(self._parts[part])}
-        whole = all(id(tensor) in held for tensor in _tensors(self._parts[path]))
+        held = {id(tensor) for part in inner for tensor in tensors_of(self._parts[part])}
+        whole = all(id(tensor) in held for tensor in tensors_of(self._parts[path]))
         once = all(self.counts[part] == 1 for part in inner)
-        if not inner or not whole or not once or self._given[path] is not self._given[inner[-1]]:
+        alike = (
+            len({_form(self._given[part]) for part in inner}) == 1
+        )  # what one gives can stand for another's, not so in T5
+        if not inner or not (whole and once and alike) or not _same(self._given[path], self._given[inner[-1]]):
             return [path]
         return [finer for part in inner for finer in self._refined(part)]
 
     def _begin(self, path: str) -> Any:
         def hook(part: nn.Module, arguments: Any) -> None:
             self.counts[path] = self.counts.get(path, 0) + 1
+            if not self._depth:
+                self._held.enter_context(self.holding(part))
+            self._depth += 1
 
         return hook
 
     def _end(self, path: str) -> Any:
         def hook(part: nn.Module, arguments: Any, output: Any) -> None:
-            self._given[path] = hidden(output) if isinstance(output, (Tensor, tuple, list)) else None
+            self._given[path] = output
+            self._depth -= 1
+            if not self._depth:
+                self._held.close()
 
         return hook
 
 
-def _tensors(part: nn.Module) -> Iterator[Tensor]:
+def _form(given: Given) -> str:
+    """What a caller can take of it: a tensor, or a tuple of so many."""
+    return f"{type(given).__name__} {len(given) if isinstance(given, (tuple, list)) else ''}"
+
+
+def _same(one: Given, other: Given) -> bool:
+    """Whether both have the same hidden states."""
+    return all(isinstance(each, (Tensor, tuple, list)) for each in (one, other)) and hidden(one) is hidden(other)
+
+
+def tensors_of(part: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a module."""
     yield from part.parameters()
     yield from part.buffers()
 

@@ -2,15 +2,18 @@
 
     logits = W z / |z|      z = P · vision(x)      row c of W: exp(logit_scale) · unit(mean_p unit(text(p with class c)))
 
-A task's head W is made of its classes' names and prompt templates p by the base's text tower, and stays as it is: fine-tuning
-and merging move the image tower alone. Radford et al. 2021, arXiv:2103.00020; heads as in Ilharco et al. 2023, arXiv:2212.04089.
+A task's head W is made of its classes' names and prompt templates p by the base's text tower, or read from a file of its own, and
+stays as it is: fine-tuning and merging move the image tower alone. Radford et al. 2021, arXiv:2103.00020; heads as in Ilharco et al. 2023, arXiv:2212.04089.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,123 +22,104 @@ from torch.nn import functional
 from adarank.data.spec import TaskSpec
 from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint, Source, TensorInfo
+from adarank.io.files import file_sha256
 from adarank.io.hub import local_path
 from adarank.io.low_rank import Factors
+from adarank.io.pickled import LEGACY
+from adarank.io.pickled_modules import load_module_state
+from adarank.models.clip_layouts import PROJECTION, ClipLayout, layout_of
+from adarank.models.clip_networks import OPEN_CLIP, classifier_class
 from adarank.models.image import ImageClassifiers
-from adarank.models.loading import LOCALLY, loading
 from adarank.models.text import tokenizer_of
 from adarank.models.tied import held_tensors, refuse_missing, stored_keys
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-VISION, PROJECTION, HEAD = "vision_model.", "visual_projection.weight", "classifier.weight"
-TEXT = ("text_model.", "text_projection.weight", "logit_scale")
+HEAD = "classifier.weight"
 TEMPLATES = ("a photo of a {}.",)
 _PROMPTS = 256  # in one pass of the text tower
 
 
-class CosineHead(nn.Module):
-    """Dot products of each input's direction with the classes' rows.
+@dataclass(frozen=True)
+class StoredHead:
+    """A head that was saved by itself, as task_vectors saves those of its tasks.
 
-    Arguments:
-        width: of an input. `weight` is (classes, width).
+    Attributes:
+        rows: (classes, width) float32.
     """
 
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(classes, width))
+    file: Path
+    rows: Tensor
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(inputs, classes) dot products of `features`, (inputs, width)."""
-        return functional.linear(functional.normalize(features, dim=-1), self.weight)
+    @classmethod
+    def read(cls, task: str, given: str, folder: Path) -> StoredHead:
+        """The head of a task.
 
-
-def classifier_class() -> type[PreTrainedModel]:
-    """The `transformers` model of one task. Made on use, as importing `transformers` is slow; the same class every time."""
-    global _CLASS
-    if _CLASS is None:
-        from transformers import CLIPVisionModelWithProjection
-        from transformers.modeling_outputs import ImageClassifierOutput
-
-        class CLIPZeroShotClassifier(CLIPVisionModelWithProjection):
-            """CLIP's image tower and projection with the fixed head of one task."""
-
-            _model_mapping: Mapping[Any, Any] = {}  # no `AutoModelFor...` leads here
-
-            def __init__(self, config: Any) -> None:
-                super().__init__(config)
-                self.classifier = CosineHead(config.projection_dim, config.num_labels)
-
-            def forward(self, pixel_values: Tensor, **named: Any) -> Any:
-                output = super().forward(pixel_values=pixel_values, **named)
-                return ImageClassifierOutput(
-                    logits=self.classifier(output.image_embeds),
-                    hidden_states=output.hidden_states,
-                    attentions=output.attentions,
-                )
-
-            @classmethod
-            def from_config(cls, config: Any, trust_remote_code: bool = False) -> Any:
-                return cls(config)
-
-        _CLASS = CLIPZeroShotClassifier
-    return _CLASS
-
-
-_CLASS: type[PreTrainedModel] | None = None
+        Raises:
+            RecipeError: the file holds no head of cosines: one matrix, and no bias but zeros.
+        """
+        file = local_path(given, folder, RecipeError)
+        if not file.is_file():
+            raise RecipeError(f"task '{task}': head_file: {file}: no such file.")
+        if file.suffix in LEGACY:
+            state = load_module_state(file)
+        else:
+            stored = Checkpoint(file)
+            state = {name: stored.read(name) for name in stored.tensors}
+        matrices = [tensor for tensor in state.values() if tensor.dim() == 2]
+        others = [name for name, tensor in state.items() if tensor.dim() != 2 and bool((tensor != 0).any())]
+        if len(matrices) != 1 or others:
+            got = f"{len(matrices)} matrices" if not others else f"'{others[0]}', which is not zero,"
+            raise RecipeError(
+                f"task '{task}': head_file: {file} holds {got} where one matrix (classes, width) was needed, and a bias of zeros at most. Give a zero-shot head."
+            )
+        return cls(file, matrices[0].float())
 
 
 class ZeroShotHeads:
     """Heads of several tasks by one text tower, which is loaded when the first is asked for and let go after the last.
 
     Arguments:
-        base: a whole CLIP model.
+        base: a whole CLIP model, and its layout; where no head is made, its image tower is enough.
         prompts: task -> its classes' prompts, a list for each class.
+        stored: task -> its head, where it is not made.
     """
 
-    def __init__(self, base: Checkpoint, prompts: Mapping[str, Sequence[Sequence[str]]]) -> None:
-        self._base, self._prompts = base, prompts
+    def __init__(
+        self,
+        base: Checkpoint,
+        layout: ClipLayout,
+        prompts: Mapping[str, Sequence[Sequence[str]]],
+        stored: Mapping[str, StoredHead],
+    ) -> None:
+        self._base, self._layout, self._prompts, self.stored = base, layout, prompts, stored
         self._made: dict[str, Tensor] = {}
 
     @property
     def width(self) -> int:
         """Of a row of a head."""
-        return self._base.tensors["text_projection.weight"].shape[0]
+        return self._layout.width(self._base)
+
+    @property
+    def making_bytes(self) -> int:
+        """Bytes held while heads are made."""
+        parts = self._layout.text(self._base) if self._prompts else []
+        tensors = self._base.tensors.items()
+        return 4 * sum(info.numel for name, info in tensors if any(fnmatchcase(name, part) for part in parts))
 
     def classes(self, task: str) -> int:
         """How many rows a task's head has."""
-        return len(self._prompts[task])
+        return len(self.stored[task].rows if task in self.stored else self._prompts[task])
 
     @torch.no_grad()
     def head(self, task: str) -> Tensor:
         """(classes, width) float32."""
+        if task in self.stored:
+            return self.stored[task].rows
         if not self._made:
-            tower, tokens = self._tower(), tokenizer_of(self._base.folder)
-            scale = self._base.read("logit_scale").float().exp()
-            most = int((self._base.config.get("text_config") or {}).get("max_position_embeddings", 77))  # CLIP's own
+            tower, tokens = self._layout.text_tower(self._base), tokenizer_of(self._base.folder)
+            scale, most = self._layout.logit_scale(self._base).float().exp(), self._layout.longest(self._base)
             for each_task, classes in self._prompts.items():
                 self._made[each_task] = scale * torch.stack([_direction(tower, tokens, each, most) for each in classes])
         return self._made[task]
-
-    def _tower(self) -> nn.Module:
-        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-        settings = {**(self._base.config.get("text_config") or {}), "projection_dim": self.width}
-        with loading(
-            self._base.folder, "no text tower of CLIP can be loaded", "Give a whole CLIP model as base_model."
-        ):
-            loaded: Any = CLIPTextModelWithProjection.from_pretrained(
-                str(self._base.folder),
-                config=CLIPTextConfig(**settings),
-                dtype=torch.float32,
-                output_loading_info=True,
-                **LOCALLY,
-            )
-        tower, report = loaded
-        refuse_missing(tower, report["missing_keys"], self._base.label)
-        made: nn.Module = tower.eval()
-        return made
 
 
 def _direction(tower: nn.Module, tokens: Any, prompts: Sequence[str], most: int) -> Tensor:
@@ -167,28 +151,24 @@ class ZeroShotExpert(Checkpoint):
         templates: Sequence[str],
     ) -> None:
         self.__dict__.update(expert.__dict__)
+        layout = layout_of(expert)
         self._expert, self._base, self._heads, self._task = expert, base, heads, task
-        towers = [name for name in expert.tensors if name.startswith(VISION)]
-        # CLIPVisionModel writes its tensors with the tower's name before them or without, by version
-        plain = not towers and not any(name.startswith("text_model.") for name in expert.tensors)
-        stored = list(expert.tensors) if plain else towers
-        self._stored = {(VISION + name if plain else name): name for name in stored if name != PROJECTION}
-        self.projected = PROJECTION in expert.tensors
-        infos = {stored: expert.tensors[name] for stored, name in self._stored.items()}
-        infos[PROJECTION] = (expert if self.projected else base).tensors[PROJECTION]
+        self._stored = layout.tower(expert)
+        borrowed = [name for name in layout.borrowed if name not in self._stored]
+        self.projected = not borrowed
+        infos = {name: expert.tensors[stored] for name, stored in self._stored.items()}
+        infos |= {name: base.tensors[name] for name in borrowed}
         shape = (heads.classes(task), heads.width)
         infos[HEAD] = TensorInfo(HEAD, shape, torch.float32, f"the head made of task '{task}''s classes")
-        self.tensors = {stored: TensorInfo(stored, info.shape, info.dtype, info.file) for stored, info in infos.items()}
+        self.tensors = {name: TensorInfo(name, info.shape, info.dtype, info.file) for name, info in infos.items()}
         self.aliases = {}
-        self.config = _configuration(expert.config or base.config, names, templates, heads.width)
+        self.config = _configuration(layout, layout.vision(expert, base), names, templates, heads.width)
 
     def read(self, name: str) -> Tensor:
         """The tensor of this name; those that no file holds are made."""
         if name == HEAD:
             return self._heads.head(self._task)
-        if name == PROJECTION:
-            return (self._expert if self.projected else self._base).read(PROJECTION)
-        return self._expert.read(self._stored[name])
+        return self._expert.read(self._stored[name]) if name in self._stored else self._base.read(name)
 
     def change(self, name: str, start: Source, stored: str) -> Factors | None:
         """What the expert adds to `start` there, where it is an adapter."""
@@ -199,8 +179,10 @@ class ZeroShotExpert(Checkpoint):
         return self._expert.change_rank(self._stored[name], start, stored) if name in self._stored else None
 
     def sha256(self) -> dict[str, str]:
-        """Of the expert's files."""
-        return self._expert.sha256()
+        """Of the expert's files, and of its head's where it has one, which is named as seen from them."""
+        head = self._heads.stored.get(self._task)
+        of_head = {} if head is None else {Path(os.path.relpath(head.file, self.folder)).as_posix(): file_sha256(head.file)}  # fmt: skip
+        return self._expert.sha256() | of_head
 
     def check_bytes(self) -> None:
         """Compare the bytes of the expert's tensors with their checksums."""
@@ -218,12 +200,13 @@ class ZeroShotExpert(Checkpoint):
     @property
     def making_bytes(self) -> int:
         """Bytes held while heads are made."""
-        return 4 * sum(info.numel for name, info in self._base.tensors.items() if name.startswith(TEXT))
+        return self._heads.making_bytes
 
     @property
     def unused(self) -> Mapping[str, str]:
         """Tensors of the file that are not used -> why."""
-        others = [n for n in self._expert.tensors if n not in (*self._stored.values(), PROJECTION)]
+        used = set(self._stored.values())
+        others = [name for name in self._expert.tensors if name not in used]
         parts = ", ".join(dict.fromkeys(name.split(".", 1)[0] for name in others))
         return {f"{parts}: {len(others)} tensor(s)": "heads are made by the base's text tower"} if others else {}
 
@@ -235,16 +218,13 @@ class ZeroShotExpert(Checkpoint):
 
 
 def _configuration(
-    config: Mapping[str, Any], classes: Sequence[str], templates: Sequence[str], width: int
+    layout: ClipLayout, vision: Mapping[str, Any], classes: Sequence[str], templates: Sequence[str], width: int
 ) -> dict[str, Any]:
-    """The `config.json` of a task's classifier, from that of a vision tower or of a whole CLIP."""
-    settings = dict(config.get("vision_config") or config)
+    """The `config.json` of a task's classifier, from that of the image tower."""
     labels = {str(number): name for number, name in enumerate(classes)}
     return {
-        **{
-            key: value for key, value in settings.items() if key not in ("transformers_version", "torch_dtype", "dtype")
-        },
-        "architectures": ["CLIPZeroShotClassifier"],
+        **{key: value for key, value in vision.items() if key not in ("transformers_version", "torch_dtype", "dtype")},
+        "architectures": [layout.architecture],
         "model_type": "clip_vision_model",
         "projection_dim": width,
         "id2label": labels,
@@ -271,7 +251,7 @@ class ZeroShotImageClassifiers(ImageClassifiers):
 
         settings = AutoConfig.for_model(**expert.config)
         with torch.random.fork_rng():
-            module: Any = classifier_class()(settings)
+            module: Any = self.auto_class().from_config(settings)
         held = held_tensors(module)
         shapes = {name: info.shape for name, info in expert.tensors.items()}
         loaded = set(stored_keys({name: name for name in shapes}, shapes, module, held).values())
@@ -285,22 +265,29 @@ class ZeroShotImageClassifiers(ImageClassifiers):
         self, base: Checkpoint | None, experts: Mapping[str, Checkpoint], tasks: Mapping[str, TaskSpec], folder: Path
     ) -> tuple[dict[str, Checkpoint], dict[str, str]]:
         """Experts and base, with the heads that the text tower gives."""
+        stored = {t: StoredHead.read(t, spec.head_file, folder) for t, spec in tasks.items() if spec.head_file}
         names = {task: _lines(spec.classes, folder) for task, spec in tasks.items()}
         templates = {task: _lines(spec.templates, folder) or list(TEMPLATES) for task, spec in tasks.items()}
-        problems = [*_unfit(names, templates), *_no_clip(base)]
+        made_of = {task: each for task, each in names.items() if task not in stored}
+        problems = [*_unfit(made_of, templates), *_no_clip(base, bool(made_of)), *_mixed(base, experts)]
+        problems += _unfit_heads(stored, tasks, names, base)
         if problems or base is None:
             heading = f"recipe: {len(problems)} problem(s)."
             raise RecipeError(problems[0] if len(problems) == 1 else itemise(heading, problems))
         prompts = {
             task: [[template.replace("{}", name) for template in templates[task]] for name in each]
-            for task, each in names.items()
+            for task, each in made_of.items()
         }
-        heads = ZeroShotHeads(base, prompts)
+        names |= {
+            task: [str(number) for number in range(len(head.rows))] for task, head in stored.items() if not names[task]
+        }
+        layout = layout_of(base)
+        heads = ZeroShotHeads(base, layout, prompts, stored)
         made = {
             task: ZeroShotExpert(expert, base, heads, task, names[task], templates[task])
             for task, expert in experts.items()
         }
-        kept = {f"{part}*": "the base's text tower, which heads are made by" for part in TEXT}
+        kept = dict.fromkeys(layout.text(base), "the base's text tower, which heads are made by")
         if not any(expert.projected for expert in made.values()):
             kept[PROJECTION] = "no expert has a projection of its own"
         return dict(made), kept
@@ -316,12 +303,44 @@ def _unfit(names: Mapping[str, Sequence[str]], templates: Mapping[str, Sequence[
                 yield f"task '{task}': template {template!r} has no {{}} where the class goes. Add it."
 
 
-def _no_clip(base: Checkpoint | None) -> Iterator[str]:
-    """Why heads cannot be made by the base, if they cannot."""
-    missing = [name for name in (PROJECTION, *TEXT[1:]) if base is None or name not in base.tensors]
-    if missing:
-        where = base.label if base else "the recipe, which names no base"
-        yield f"base_model: zero-shot heads need a whole CLIP model, with its text tower; missing from {where}: {', '.join(missing)}."
+def _unfit_heads(
+    stored: Mapping[str, StoredHead],
+    tasks: Mapping[str, TaskSpec],
+    names: Mapping[str, Sequence[str]],
+    base: Checkpoint | None,
+) -> Iterator[str]:
+    """Why heads that were saved do not fit, in sentences."""
+    projection = None if base is None else base.tensors.get(layout_of(base).projection(base))
+    for task, head in stored.items():
+        classes, width = head.rows.shape
+        if tasks[task].templates:
+            yield f"task '{task}': templates change nothing of a head_file. Remove one of them."
+        if names[task] and len(names[task]) != classes:
+            yield f"task '{task}': {head.file} has {classes} rows, and classes names {len(names[task])}."
+        if base is not None and projection is not None and width != layout_of(base).width(base):
+            yield f"task '{task}': {head.file} has rows of {width} entries, and {base.label} gives {layout_of(base).width(base)}."
+
+
+def _no_clip(base: Checkpoint | None, makes_heads: bool) -> Iterator[str]:
+    """Why heads cannot be made by the base, if they cannot, or be put on what it gives."""
+    if base is None:
+        yield "base_model: zero-shot heads need a whole CLIP model, with its text tower, and the recipe names no base."
+        return
+    layout = layout_of(base)
+    if not makes_heads:
+        if layout.projection(base) not in base.tensors:
+            yield f"base_model: zero-shot heads are put on CLIP's projection; missing from {base.label}: {layout.projection(base)}."
+    elif missing := layout.lacking(base):
+        yield f"base_model: zero-shot heads need a whole CLIP model, with its text tower; missing from {base.label}: {', '.join(missing)}."
+
+
+def _mixed(base: Checkpoint | None, experts: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Tensors of two layouts have no common names, and q, k and v in one matrix have other components than apart."""
+    for task, expert in experts.items():
+        packed, base_packed = (layout_of(each).architecture == OPEN_CLIP for each in (expert, base or expert))
+        if packed != base_packed:
+            here, there = ("open_clip", "transformers") if packed else ("transformers", "open_clip")
+            yield f"task '{task}': {expert.label} is laid out as by {here}, and the base as by {there}. Bring one to the other's layout: adarank convert has --layout."
 
 
 def _lines(given: str | Sequence[str] | None, folder: Path) -> list[str]:

@@ -66,8 +66,8 @@ class Family(Protocol):
         Raises:
             RecipeError: what the recipe says makes no network of this family.
         """
-        idle = [f"task '{task}': classes and templates are of zero-shot-image-classification, and this is {self.kind}. Remove them, or give kind."
-                for task, spec in tasks.items() if spec.classes or spec.templates]  # fmt: skip
+        idle = [f"task '{task}': classes, templates and head_file are of zero-shot-image-classification, and this is {self.kind}. Remove them, or give kind."
+                for task, spec in tasks.items() if spec.classes or spec.templates or spec.head_file]  # fmt: skip
         idle += [f"task '{task}': {text}" for task, spec in tasks.items() for text in self.without_effect(spec)]
         if idle:
             raise RecipeError(idle[0] if len(idle) == 1 else itemise(f"recipe: {len(idle)} problem(s).", idle))
@@ -154,9 +154,18 @@ def load_made(auto_class: Any, config: Mapping[str, Any], state: Mapping[str, Te
 
     with loading(Path(label), f"cannot be loaded as {auto_class.__name__}", "Check config.json and the weights."):
         settings = AutoConfig.for_model(**config)
-        module, report = auto_class._model_mapping[type(settings)].from_pretrained(
+        module, report = _class_of(auto_class, settings).from_pretrained(
             None, config=settings, state_dict=dict(state), dtype=torch.float32, output_loading_info=True, **LOCALLY
         )
     refuse_missing(module, report["missing_keys"], label)
     made: nn.Module = module.to(torch.float32).eval()
     return made
+
+
+def _class_of(auto_class: Any, settings: Any) -> Any:
+    """The class of a configuration; of several the one that it names, or the first."""
+    made = auto_class._model_mapping[type(settings)]
+    if not isinstance(made, (tuple, list)):
+        return made
+    named = settings.architectures or ()
+    return next((each for each in made if each.__name__ in named), made[0])

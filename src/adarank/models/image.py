@@ -104,10 +104,11 @@ class ImageClassifiers(Family):
     paths = True
     token_budget = cpu_token_budget = 2**20  # pixels: about 20 images of 224×224
     kept_bytes = 128 * 2**20
-    # ViT and Swin as they are stored; as some versions name them, DINOv2 and CLIP; ConvNeXt
+    # ViT and Swin as they are stored; as some versions name them, DINOv2 and CLIP; CLIP of open_clip; ConvNeXt
     mlps: tuple[tuple[str, str], ...] = (
         ("intermediate.dense", "output.dense"),
         ("mlp.fc1", "mlp.fc2"),
+        ("mlp.c_fc", "mlp.c_proj"),
         ("pwconv1", "pwconv2"),
     )
     expanded: tuple[str, ...] = ("cls_token", "distillation_token", "position_embeddings")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adarank.alignment.selection import computed
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import CheckpointError, MismatchError, itemise
+from adarank.models.hollow import release
 from adarank.models.loading import loaded_names
 
 
@@ -40,11 +41,12 @@ class TaskModels:
                 self.shared[name].copy_(value)
 
 
-def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints) -> TaskModels:
+def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints, empty: bool = False) -> TaskModels:
     """Tie all tensors of the modules that are not heads, so that writing one writes it for every task.
 
     Arguments:
         pairs: (task, module). May be lazy: each module's own copies are let go before the next is made.
+        empty: shared tensors are hollow, to be held and filled some at a time.
 
     Raises:
         MismatchError: a tensor of the network is in none of the modules under a name that fits.
@@ -69,6 +71,8 @@ def share(pairs: Iterable[tuple[str, nn.Module]], network: AlignedCheckpoints) -
                 tensor = shared.setdefault(name, held[key])
                 for twin in [k for k, t in held.items() if t is held[key]]:  # tied weights stay tied
                     _set(module, twin, tensor)
+                if empty:
+                    release([tensor])
             elif not kept:
                 problems.append(f"{name}: no such tensor in the model of task '{task}' ({type(module).__name__})")
     if problems:
@@ -126,7 +130,12 @@ def stored_keys(
     lost: dict[str, str] = {}
     for name, stored_name in stored.items():
         renamed = stored_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        key = next((key for key in (stored_name, renamed, backbone + name) if key in held), None)
+        inside = backbone + name
+        if (
+            backbone and inside in stored
+        ):  # another tensor's name: open_clip's CLIP has `transformer` and `visual.transformer`
+            inside = name
+        key = next((key for key in (stored_name, renamed, inside) if key in held), None)
         if key is not None:
             keys[name] = key
         elif name in shapes:
@@ -167,8 +176,9 @@ def refuse_missing(module: nn.Module, missing: Iterable[str], where: str) -> Non
     if not lost:
         return
     named = ", ".join(f"'{name}'" for name in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
-    prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    headless = " It has no head." if not any(name.startswith(prefix) for name in lost) else ""
+    body = getattr(module, "base_model_prefix", "")
+    in_body = not hasattr(module, body) or any(name.startswith(f"{body}.") for name in lost)
+    headless = "" if in_body else " It has no head."
     raise CheckpointError(
         f"{where}: {type(module).__name__} has {len(lost)} tensor(s) that no file there holds: {named}. They would be "
         f"random.{headless} Give the whole model that was fine-tuned for the task, its head included; to merge it "

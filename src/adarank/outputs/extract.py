@@ -1,7 +1,8 @@
 """One task of an output as an ordinary folder of `transformers`, which loads without adarank.
 
 A classifier's folder holds what its expert's does: weights under the expert's names with the task's head, configuration with
-the task's labels, tokenizer or image processor. `Auto` classes and `pipeline` take it.
+the task's labels, tokenizer or image processor. `Auto` classes and `pipeline` take it. That of a model without a head, which
+generates text or encodes sentences, holds the merged weights with the expert's tokenizer, chat template and settings of generation.
 
 No class of `transformers` has CLIP's image tower under a fixed zero-shot head. There the folder holds the whole CLIP, whose
 configuration names the task's classes (`id2label`) and prompt templates (`prompt_templates`), for `CLIPModel` and the

@@ -1,8 +1,8 @@
-"""A merged output: one body, and for each task its head and its configuration."""
+"""A merged output: one body, and for each task its head and its configuration, where it has them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from adarank.errors import CheckpointError
-from adarank.io.bundle import HEAD, SHARED, is_bundle
+from adarank.io.bundle import HEAD, SHARED, is_bundle, task_folder
 from adarank.io.checkpoint import Checkpoint
 from adarank.io.files import open_safetensors, read_json
 from adarank.io.hub import local_path
+from adarank.io.sentence import Module
 from adarank.io.side_files import side_files
 from adarank.io.writer import BUNDLE, RECORD, Layout
+from adarank.models import FAMILIES
 from adarank.outputs.bundle import Bundle
 from adarank.outputs.network import empty, filled, used_names
 from adarank.outputs.write import CONFIG
@@ -29,7 +31,7 @@ class Merged:
         folder: what `adarank merge` wrote, no bundle.
 
     Attributes:
-        tasks: those that have a head.
+        tasks: those that have a head; of models without heads, such as those that generate text, all that were merged.
         models: what the networks do, such as `image-classification`; None if the record does not say.
         origin: what a record says of where a task of it came from.
 
@@ -46,19 +48,24 @@ class Merged:
             )
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: no such folder. Give what `adarank merge` wrote.")
-        heads = self.folder / "heads"
-        self.tasks = tuple(sorted(p.name for p in heads.iterdir())) if heads.is_dir() else ()
         record = read_json(self.folder / RECORD)
         plan, extracted, settings = (
             block if isinstance(block := record.get(key), dict) else {} for key in ("plan", "extracted", "settings")
         )
         models = plan.get("kind") or extracted.get("models")
         self.models = str(models) if models else None
+        heads = self.folder / "heads"
+        with_heads = sorted(p.name for p in heads.iterdir()) if heads.is_dir() else []
+        family = FAMILIES.get(self.models or "")
+        self._headless = not with_heads and family is not None and (family.headless or family.generates)
+        merged = plan.get("tasks") or [extracted.get("task")]
+        self.tasks = tuple(map(str, merged)) if self._headless else tuple(with_heads)
         self.origin = {"method": plan.get("merge_method"), "settings": settings.get("parameters", {})}
 
     def config(self, task: str) -> Mapping[str, Any]:
         """The `config.json` of a task's expert; a `CheckpointError` if there is no such task."""
-        config: dict[str, Any] = read_json(self._of_task(task) / CONFIG)
+        place = self._of_task(task)
+        config: dict[str, Any] = read_json((self.folder if self._headless else place) / CONFIG)
         return config
 
     def body(self) -> Checkpoint:
@@ -66,7 +73,7 @@ class Merged:
         return Checkpoint(self.folder)
 
     def head_file(self, task: str) -> Path:
-        """The file of a task's head."""
+        """The file of a task's head; there may be none."""
         return self._of_task(task) / HEAD
 
     def module(self, task: str) -> nn.Module:
@@ -91,6 +98,9 @@ class Merged:
         Raises:
             CheckpointError: no such task, or its tensors do not fit its architecture.
         """
+        if self._headless:
+            self._of_task(task)
+            return self.layout_in_base(), self.tensors(task), []
         module, body = self._empty(task), self.body()
         head, backbone = self._head(task)
         names = _names(body, module, backbone)
@@ -113,30 +123,36 @@ class Merged:
 
     def side_files(self, task: str) -> list[Path]:
         """Configuration, tokenizer and processor files of a task's network: its own, and the base's where it has none."""
-        files = {file.name: file for place in (self.folder, self._of_task(task)) for file in side_files(place)}
+        places = [place for place in (self.folder, self._of_task(task)) if place.is_dir()]
+        files = {file.name: file for place in places for file in side_files(place)}
         return list(files.values())
 
     def module_paths(self) -> list[str]:
-        """None: a classifier has no tensors in folders of their own."""
-        return []
+        """Folders of their own that tensors of a sentence encoder's modules lie in; a classifier has none."""
+        return [module.path for module in self._modules()]
 
     def module_files(self) -> list[Path]:
-        """None: a classifier has no modules of a sentence encoder."""
-        return []
+        """What a sentence encoder's modules need beside weights; a classifier has none."""
+        return [file for module in self._modules() for file in module.files]
+
+    def _modules(self) -> Sequence[Module]:
+        return self.body().modules if self._headless else ()
 
     def _of_task(self, task: str) -> Path:
         if task not in self.tasks:
             known = (
                 nearest(task, self.tasks) if self.tasks else " It has no heads: the folder is an ordinary checkpoint."
             )
-            raise CheckpointError(f"{self.folder}: no head of task '{task}'.{known}")
-        return self.folder / "heads" / task
+            raise CheckpointError(f"{self.folder}: no {'' if self._headless else 'head of '}task '{task}'.{known}")
+        return task_folder(self.folder, task) if self._headless else self.folder / "heads" / task
 
     def _empty(self, task: str) -> nn.Module:
         return empty(self.config(task), self.models, self.folder)
 
     def _head(self, task: str) -> tuple[dict[str, Tensor], str]:
         """A task's head under its expert's names, and what these start with inside the body."""
+        if self._headless:
+            return {}, ""
         with open_safetensors(self.head_file(task)) as handle:
             head = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no iterator)
             return head, (handle.metadata() or {}).get("backbone", "")
@@ -145,7 +161,13 @@ class Merged:
 def _names(body: Checkpoint, module: nn.Module, backbone: str) -> dict[str, str]:
     """Tensor of the body -> its name in a file of the task's own."""
     wanted = set(module.state_dict())
-    return {name: name if name in wanted else backbone + name for name in body.tensors}
+
+    def named(name: str) -> str:
+        inside = name if backbone + name in body.tensors else backbone + name  # a name is one tensor's
+        inner = name.partition(".")[2]  # where the base's names begin with a wrapper's (`model.visual.proj`)
+        return next((each for each in (name, inside, inner) if each in wanted), inside)
+
+    return {name: named(name) for name in body.tensors}
 
 
 def load_task(out: str | Path, task: str) -> nn.Module:

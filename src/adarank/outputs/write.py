@@ -111,13 +111,15 @@ def write_task_files(target: Path, job: Job, task: str, head: Mapping[str, Tenso
 
 
 def _write_side_files(target: Path, job: Job, task: str) -> None:
-    """An expert's side files where the base has others or none. A tokenizer that the recipe names is that of all tasks."""
+    """An expert's side files where the base has others or none. A tokenizer or chat template that the recipe names is that of all
+    tasks."""
     roots = {file.name: file for file in _root_files(job)}
     files = job.experts[task].side_files()
-    shared = tokenizer_files(files) if job.tokenizer else []
+    shared = tokenizer_files(files) if job.tokenizer or job.chat_template is not None else []
     for file in files:
         same = file.name in roots and filecmp.cmp(roots[file.name], file, shallow=False)
         if file.name != CONFIG and file not in shared and not same:
+            target.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target / file.name)  # with its permissions
 
 
@@ -172,6 +174,8 @@ def write_result(folder: Path, job: Job, result: Result) -> Written:
         if names:
             write_head(folder / "heads" / task, job, task, result.heads.get(task))
             _write_side_files(folder / "heads" / task, job, task)
+        elif job.family is not None and job.family.generates:
+            _write_side_files(task_folder(folder, task), job, task)
     return written
 
 

@@ -1,7 +1,7 @@
 """The rows of the papers' tables, and the recipe that makes each.
 
 Figures are the papers' own, mean over tasks in per cent, to hold one's own run of the same checkpoints against. They are
-no result of this project. Sources: AdaRank, arXiv:2503.22178, Tables 1, 2, 3 and, for what these leave out, 5, 6 and 9;
+no result of this project. Sources: AdaRank, arXiv:2503.22178, Tables 1, 2, 3 and, for what these leave out, 4, 5, 6 and 9;
 CART, arXiv:2412.12153, Tables 1 and 2. AdaRank's vision rows are of eight tasks.
 """
 
@@ -32,12 +32,14 @@ class PaperRow:
         recipe: `merge_method`, `parameters` and `adapt` of what makes it; empty for rows that `adarank evaluate` always shows.
         hint: what to choose otherwise for other models, or where to look.
         figures: key of `SETTINGS` -> the paper's figure, per cent.
+        like: of a row that varies another one (what is learned, on how many inputs): that row, whose released settings it has.
     """
 
     name: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
     hint: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
+    like: str = ""
 
     def yaml(self) -> str:
         """The recipe in one line, without models and data."""
@@ -59,6 +61,13 @@ def _static(method: str, **parameters: Any) -> dict[str, Any]:
 
 def _adapted(method: str, preset: str) -> dict[str, Any]:
     return {"merge_method": method, "adapt": {"preset": preset}}
+
+
+def _variant(baseline: str, what: str, figure: float | None, **changes: Any) -> PaperRow:
+    """A row of AdaRank with its released settings but for some."""
+    recipe = {**_adapted("adarank", f"vit-b32-8-{baseline.lower()}"), **changes}
+    hint = "Table 4" if figure is not None else "the paper's later version"
+    return PaperRow(f"{baseline}+AdaRank, {what}", recipe, hint, _figures(figure, *[None] * 5), f"{baseline}+AdaRank")
 
 
 _BY_SEARCH = "λ by `adarank search`"
@@ -95,4 +104,20 @@ ROWS = (
              "the paper's later version"),
     PaperRow("Iso-CTS+AdaRank", {"merge_method": "adarank", "parameters": {"basis": "iso_cts"}, "adapt": {"preset": "paper", "steps": 10_000}},
              "the paper's later version"),
+    PaperRow("Iso-CTS", _static("iso_cts"), "in the paper's later version"),
+    PaperRow("WEMoE", _static("wemoe"), "a bundle that merges for every input; in the paper's later version"),
+    PaperRow("Task-wise AdaMerging", _adapted("adamerging", "adamerging-task"), "in FusionBench's tables"),
+    _variant("TA", "λ only", 80.1, parameters={"learn_masks": False}),
+    _variant("TA", "masks only", 79.9, parameters={"learn_lambda": False}),
+    _variant("CART", "λ only", 85.9, parameters={"learn_masks": False}),
+    _variant("CART", "masks only", 88.7, parameters={"learn_lambda": False}),
+    PaperRow("CART at AdaRank's start", _static("cart", rank=0.16, **{"lambda": 2.3}), "Table 4; λ and rank of the preset of CART+AdaRank",
+             _figures(84.7, None, None, None, None, None), like="CART+AdaRank"),
+    _variant("TA", "1% of data", None, data={"protocol": "transductive", "budget": 0.01}),
 )  # fmt: skip
+TABLES: Mapping[str, tuple[str, ...]] = {
+    "Table 4": ("Task Arithmetic", "TA+AdaRank, λ only", "TA+AdaRank, masks only", "TA+AdaRank",
+                "CART at AdaRank's start", "CART+AdaRank, λ only", "CART+AdaRank, masks only", "CART+AdaRank"),
+    "Data budget": ("TA+AdaRank, 1% of data", "TA+AdaRank"),
+}  # fmt: skip
+"""Tables that are made whole: the ablation of λ and masks, and how few inputs do. Name -> rows."""

@@ -13,7 +13,7 @@ from adarank.recipe.schema import Recipe
 
 # Keys of a recipe, at any depth, whose text may name a file or folder.
 _KEYS = frozenset(
-    {"base_model", "model", "data", "adapt", "select", "test", "dataset", "classes", "templates", "masks"}
+    {"base_model", "model", "data", "adapt", "select", "test", "dataset", "classes", "templates", "head_file", "masks"}
 )
 
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import yaml
 
+from adarank.adapt.presets import PRESETS
 from adarank.errors import RecipeError
-from adarank.recipe.papers import ROWS, PaperRow
+from adarank.recipe.papers import ROWS, TABLES, PaperRow
 from adarank.settings import nearest
 
 Protocol = Literal["transductive", "disjoint"]
@@ -51,7 +52,7 @@ class Suite:
         experts: task -> expert on the hub.
         tasks: task -> data, columns, classes, prompts, metric, as under a recipe's `task`.
         paper_names: task -> what the papers call it.
-        notes: what must be known of its tasks, in sentences.
+        notes: what must be known of its models and tasks, in sentences.
         presets: row -> the released settings that AdaRank runs with here.
         published: tables that may stand beside it, those of its own checkpoints first.
     """
@@ -83,10 +84,22 @@ class Suite:
             protocol: `transductive` adapts on the inputs that are scored, as the papers do.
             limit: use at most this many inputs of a task.
             steps: take so many steps in place of the papers'.
+
+        Raises:
+            RecipeError: the row adapts on a share of the inputs that are scored, and the protocol on none.
         """
         content: dict[str, Any] = dict(row.recipe)
-        if row.name in self.presets:
-            content["adapt"] = {**content.get("adapt", {}), "preset": self.presets[row.name]}
+        of_row = content.pop("data", {})
+        if of_row and protocol != "transductive":
+            raise RecipeError(
+                f"{row.name}: adapts on a share of the inputs that are scored, which --protocol {protocol} does not. Leave the row or the protocol out."
+            )
+        preset = self.presets.get(row.like or row.name)
+        if preset and "adapt" in content:
+            content["adapt"] = {**content["adapt"], "preset": preset}
+        elif preset:  # what adaptation starts from
+            start = PRESETS[preset]["parameters"]
+            content["parameters"] = {key: start[key] for key in content["parameters"]}
         if steps is not None and "adapt" in content:
             content["adapt"] = {**content["adapt"], "steps": steps}
         more = {} if limit is None else {"limit": limit}
@@ -98,7 +111,7 @@ class Suite:
             for task, spec in self.tasks.items()
         ]  # fmt: skip
         return {
-            **content, "base_model": self.base, "models": models, "data": {"protocol": protocol}, "device": device,
+            **content, "base_model": self.base, "models": models, "data": {"protocol": protocol, **of_row}, "device": device,
         }  # fmt: skip
 
 
@@ -126,30 +139,45 @@ def suite(name: str) -> Suite:
     specs = {task: {key: value for key, value in of.items() if key not in ("paper", "note")} for task, of in tasks.items()}  # fmt: skip
     for task, split in given.get("splits", {}).items():
         specs[task] = {**specs[task], "data": {**specs[task]["data"], "split": split}}
-    experts = {task: given["expert"].format(task=task) for task in tasks} | given.get("experts", {})
+    experts = {task: given["expert"].format(task=task, paper=paper_names[task]) for task in tasks} | given.get(
+        "experts", {}
+    )
+    notes = [
+        *([f"{given['note']}."] if "note" in given else []),
+        *(f"{task}: {of['note']}." for task, of in tasks.items() if "note" in of),
+    ]
     return Suite(
         name, given["title"], given["kind"], given["checkpoints"], content["checkpoints"][given["checkpoints"]], given["base"],
-        experts, specs, paper_names, tuple(f"{task}: {of['note']}." for task, of in tasks.items() if "note" in of),
+        experts, specs, paper_names, tuple(notes),
         given["presets"], tuple(_published(table, paper_names) for table in given["published"]),
     )  # fmt: skip
 
 
 def rows(names: list[str] | None = None) -> list[PaperRow]:
-    """Rows of the papers' tables that a recipe makes without labels, or those that are named.
+    """Rows of the papers' tables that a recipe makes without labels, or those that are named, singly or by a table of theirs.
+
+    Variants of a row (what is learned, on how many inputs) are made where they are named.
 
     Raises:
         RecipeError: there is no such row, or no recipe makes it.
+
+    Example:
+        >>> [row.name for row in rows(["Data budget"])]
+        ['TA+AdaRank, 1% of data', 'TA+AdaRank']
     """
     made = {row.name: row for row in ROWS if row.recipe}
     if not names:
-        return [row for row in made.values() if row.recipe["merge_method"] != "multitask"]
-    by_name = {name.lower(): row for name, row in made.items()}
+        return [row for row in made.values() if row.recipe["merge_method"] != "multitask" and not row.like]
+    by_name = {name.lower(): [row] for name, row in made.items()}
+    by_name |= {table.lower(): [made[name] for name in of] for table, of in TABLES.items()}
+    chosen: list[PaperRow] = []
     for name in names:
         if name in REFERENCES:
             raise RecipeError(f"--row {name}: is scored with every row. Name another, or none for all.")
         if name.lower() not in by_name:
-            raise RecipeError(f"--row {name}: no such row.{nearest(name, made)}")
-    return [by_name[name.lower()] for name in names]
+            raise RecipeError(f"--row {name}: no such row.{nearest(name, (*made, *TABLES))}")
+        chosen += [row for row in by_name[name.lower()] if row not in chosen]
+    return chosen
 
 
 def families() -> dict[str, str]:

@@ -8,7 +8,16 @@ from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.data.spec import TaskSpec
 from adarank.errors import RecipeError, itemise
 from adarank.io.checkpoint import Checkpoint
-from adarank.models import FAMILIES, Family, classes_of, foreign_code, kind_of, named_alone, no_classifier
+from adarank.models import (
+    FAMILIES,
+    Family,
+    classes_of,
+    foreign_code,
+    kind_by_names,
+    kind_of,
+    named_alone,
+    no_classifier,
+)
 from adarank.models.sentence_encoders import SentenceEncoders
 from adarank.recipe.checks import different_kinds
 from adarank.recipe.schema import Recipe
@@ -54,8 +63,8 @@ def _said(task: TaskSpec, expert: Checkpoint) -> str | None:
 
 
 def kind_of_task(task: TaskSpec, expert: Checkpoint) -> str | None:
-    """The kind of a task: as the recipe says it, else as its expert's folder tells; None if neither does."""
-    return _said(task, expert) or kind_of(expert.config)
+    """The kind of a task: as the recipe says it, else as its expert's folder or its tensors' names tell; None if nothing does."""
+    return _said(task, expert) or kind_of(expert.config) or kind_by_names(expert.tensors)
 
 
 def _no_classifier(task: str, expert: Checkpoint, kind: str | None = None) -> str:

@@ -66,20 +66,6 @@ def row_of(part: Tensor) -> str:
     return "".join(chr(_FIRST + round((value - _LOW) * _STEPS)) for value in means)
 
 
-def remarkable(masks: MaskFile) -> tuple[str, str, float, float] | None:
-    """Of all strongest components the one that is kept least: (matrix, task, its mask, its λ); None without masks."""
-    first = [
-        (float(part[0]), name, task, float(lam))
-        for name, mask in masks.masks.items()
-        for task, part, lam in zip(masks.tasks, mask.float().split(masks.sizes[name]), masks.lam[name], strict=True)
-        if part.numel()
-    ]
-    if not first:
-        return None
-    value, name, task, lam = min(first)
-    return name, task, value, lam
-
-
 def kept_by_task(masks: MaskFile) -> dict[str, float]:
     """Task -> share of its components, of all matrices, that is kept."""
     counts = dict.fromkeys(masks.tasks, 0)

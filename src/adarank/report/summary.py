@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adarank.report.masks import kept_by_task, remarkable
+from adarank.report.masks import kept_by_task
 from adarank.report.read import Output
 from adarank.report.scores import agreement_table, interval, kept_in_words
 from adarank.report.spectra import described, in_words
 from adarank.spectral.bases import COMMON
+
+_UNSEEN = 0.00005  # nats, which four decimals do not show
 
 
 def sentences(output: Output) -> list[str]:
@@ -84,11 +86,27 @@ def _masks(output: Output) -> Iterator[str]:
         else "as many of each task"
     )
     yield f"Of {total} singular components in {len(masks.masks)} matrices {100 * kept:.1f}% are kept: {ends}."
-    strongest = remarkable(masks)
+    strongest = masks.least_kept()
     if strongest is not None and strongest[2] < 1:
-        name, task, value, lam = strongest
+        name, task, value = strongest
+        lam = float(masks.lam[name][masks.tasks.index(task)])
         done = "left out" if value == 0 else f"multiplied by {value:.2f}"
         yield f"The strongest direction of {_whose(task)} in {name} is {done}, with λ {lam:.2f}: no other strongest direction has less."
+        yield from _effect(output.record, name, task)
+
+
+def _effect(record: Mapping[str, Any], name: str, task: str) -> Iterator[str]:
+    """Whom it harmed and helped that this direction is kept less, as the record has it."""
+    effect = (record.get("adaptation") or {}).get("strongest_change")
+    if not effect or (effect["tensor"], effect["task"]) != (name, task):
+        return
+    changes = {each: of["kept"] - of["whole"] for each, of in effect["divergence"].items()}
+    most, least = max(changes, key=lambda t: changes[t]), min(changes, key=lambda t: changes[t])
+    raised = f"raised {most}'s divergence from its expert the most, by {changes[most]:.4f} nats"
+    lowered = f"lowered {least}'s divergence from its expert the most, by {-changes[least]:.4f} nats"
+    parts = [text for text, seen in ((raised, changes[most] > _UNSEEN), (lowered, changes[least] < -_UNSEEN)) if seen]
+    did = ", and ".join(parts) or "changed no task's divergence from its expert by 0.0001 nats"
+    yield f"That {did}: measured by putting it back whole."
 
 
 def _spectra(output: Output) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,21 @@ class Gradient:
     mask: Tensor
 
 
+class Reread(Sequence[Tensor]):
+    """Task vectors that are read anew whenever they are looked at, so that one is in memory at a time."""
+
+    def __init__(self, read: Callable[[int], Tensor], count: int) -> None:
+        self._read, self._count = read, count
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return self._read(number)
+
+    def __len__(self) -> int:
+        return self._count
+
+
 @dataclass(frozen=True)
 class Blocks:
     """One tensor's origin, task vectors and spectra.
@@ -48,7 +64,7 @@ class Blocks:
     """
 
     origin: Tensor
-    wholes: list[Tensor | None]
+    wholes: list[Tensor | None] | Reread
     u: Tensor
     s: Tensor
     v: Tensor
@@ -152,6 +168,7 @@ class Blocks:
         if whole is None:
             columns = slice(sum(self.sizes[:task]), sum(self.sizes[: task + 1]))
             whole = (self.u[:, columns] * self.s[columns]) @ self.v[:, columns].T
+            assert isinstance(self.wholes, list)  # what is read anew is there
             self.wholes[task] = whole
         return whole
 
@@ -202,21 +219,39 @@ def build_blocks(
         return {name: processes.from_owner(number, mine.get(name)) for number, name in enumerate(names)}
 
 
-def scaled_block(origin: Tensor, deltas: Mapping[str, Tensor], basis: Basis = BASES["task_vectors"]) -> Blocks:
-    """Blocks of a tensor that is only scaled: origin + Σ λ_t δ_t, or its mean where the basis says so."""
+def scaled_block(
+    origin: Tensor, deltas: Mapping[str, Tensor], basis: Basis = BASES["task_vectors"], reread: bool = False
+) -> Blocks:
+    """Blocks of a tensor that is only scaled: origin + Σ λ_t δ_t, or its mean where the basis says so.
+
+    Arguments:
+        reread: task vectors are looked up in `deltas` whenever they are needed, not kept.
+    """
     factor = basis.scaled(len(deltas))
     vectors = basis.processed(deltas)
     nothing = origin.new_zeros(()).expand(as_matrix(origin).shape)
-    wholes: list[Tensor | None] = []
-    for task in vectors:
-        known = factors_of(vectors, task)
-        delta = nothing if known is not None and known.rank == 0 else as_matrix(vectors[task])
-        wholes.append(delta if factor == 1 else delta * factor)
+    tasks = list(vectors)
+
+    def whole(number: int) -> Tensor:
+        if number == len(tasks):  # nothing is common to tensors without components
+            return nothing
+        known = factors_of(vectors, tasks[number])
+        delta = nothing if known is not None and known.rank == 0 else as_matrix(vectors[tasks[number]])
+        return delta if factor == 1 else delta * factor
+
     rows, columns = nothing.shape
-    if basis.common:  # nothing is common to tensors without components
-        wholes.append(nothing)
+    count = len(tasks) + basis.common
+    wholes: list[Tensor | None] | Reread = Reread(whole, count) if reread else [whole(n) for n in range(count)]
     empty = (origin.new_zeros((rows, 0)), origin.new_zeros(0), origin.new_zeros((columns, 0)))
-    return Blocks(origin, wholes, *empty, (0,) * len(wholes))
+    return Blocks(origin, wholes, *empty, (0,) * count)
+
+
+def reread_block(
+    network: AlignedCheckpoints, kind: OriginKind, name: str, device: torch.device | str, basis: Basis
+) -> Blocks:
+    """Blocks of a tensor of a network that is only scaled, with one task vector in memory at a time."""
+    origin = network.origin(name, kind, device)
+    return scaled_block(origin, network.deltas(name, origin, kind), basis, reread=True)
 
 
 def task_vector_blocks(

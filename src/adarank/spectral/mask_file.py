@@ -91,6 +91,23 @@ class MaskFile:
         """Components kept per task in one matrix, in the order of `tasks`."""
         return [int(part.sum()) for part in kept(self.masks[name]).split(self.sizes[name])]
 
+    def least_kept(self) -> tuple[str, str, float] | None:
+        """Of all matrices' and tasks' strongest components the one that is kept least: (matrix, task, its mask); None without masks."""
+        first = [
+            (float(part[0]), name, task)
+            for name, mask in self.masks.items()
+            for task, part in zip(self.tasks, mask.float().split(self.sizes[name]), strict=True)
+            if part.numel()
+        ]
+        value, name, task = min(first, default=(1.0, "", ""))
+        return (name, task, value) if name else None
+
+    def with_strongest(self, name: str, task: str, value: float) -> Tensor:
+        """A matrix's masks with another value for the strongest component of a task."""
+        mask = self.masks[name].clone()
+        mask[sum(self.sizes[name][: self.tasks.index(task)])] = value
+        return mask
+
     def save(self, path: Path | str) -> None:
         """Write λ and soft masks as float32, binary masks as bits."""
         path = Path(path)

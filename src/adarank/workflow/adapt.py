@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adarank.adapt.agreement import Judged, collapsed, first_collapse
+from adarank.adapt.by_block import blocks_folder
 from adarank.adapt.history import History, Learned, Progress
 from adarank.adapt.methods import AdaptiveMethod
-from adarank.adapt.problem import Predictions
+from adarank.adapt.passage import Passage
+from adarank.adapt.problem import Chunk, Inputs, Predictions, Problem
 from adarank.adapt.settings import AdaptSettings
+from adarank.adapt.strongest import strongest_change
 from adarank.adapt.top_logits import TokenTable
 from adarank.adapt.weights import adapt_weights
 from adarank.data.task import TaskData
@@ -22,17 +26,20 @@ from adarank.io import processes
 from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
+from adarank.models import TaskModels
 from adarank.recipe.job import Job
 from adarank.spectral.blocks import Blocks
 from adarank.spectral.mask_file import MaskFile
 from adarank.spectral.overlap import described
 from adarank.spectral.svd import stored_spectra
-from adarank.workflow.build_networks import build_models
-from adarank.workflow.heads import learned_heads, moved_heads
+from adarank.workflow.build_networks import build_models, family_of, hollow_models
+from adarank.workflow.heads import learned_heads, moved_heads, tasks_of_heads
 from adarank.workflow.problem import problem_of, table_inputs
 
 if TYPE_CHECKING:
     from adarank.workflow.context import RecipeContext
+
+BODY = "body"  # the stream of the merged body that heads are learned on
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,8 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     job, data, settings = run.job, run.data, method.settings
     fingerprint = run.fingerprint()
     run.note("Loading the networks")
-    models = build_models(job)
-    predictions = run.expert_predictions(models, settings)
+    models, passage = _networks(run, settings, fingerprint)
+    predictions = run.expert_predictions(models, settings, passage)
     problem = problem_of(job, models, data, settings, predictions)
     mapped = run.folder is not None and method.factors_in_files(job.outline())
     factors = run.folder / "factors" / fingerprint[:32] if run.folder and mapped else None
@@ -71,17 +78,52 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     kept = run.folder if method.settings.by == "model" and not mapped else None
     with stored_spectra(kept / "spectra") if kept else nullcontext():
         learned = adapt_weights(
-            problem, method, job.network, job.recipe.device, run.state, fingerprint, run.progress, run.note, factors
+            problem,
+            method,
+            job.network,
+            job.recipe.device,
+            run.state,
+            fingerprint,
+            run.progress,
+            run.note,
+            passage,
+            factors,
         )
+    exact = method.learn().precision == "float32"  # else what was judged is not quite what is kept
+    effect = strongest_change(problem, learned) if exact else None
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = learned.masks and replace(learned.masks, about=about)
-    heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, problem, run.note)
+    over = problem if passage is None or run.keeps_heads else _over_merged(problem, passage, learned)
+    heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, over, run.note)
     if method.joint_heads and not run.keeps_heads:
         heads = moved_heads(job, problem)
         of_heads = {"joint_heads": list(heads)}
     edge = {"start_at_edge": method.grid.at_edge(learned.history.starts)}
     of_loop = report(learned.history, job, settings, data) | edge | _of_masks(learned) | kept_mass(predictions)
+    of_loop |= {"strongest_change": effect} if effect else {}
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
+
+
+def _networks(run: RecipeContext, settings: AdaptSettings, fingerprint: str) -> tuple[TaskModels, Passage | None]:
+    """The networks of a job; without weights, and what runs them a block at a time, where blocks are learned."""
+    if settings.by == "model" or run.folder is None:
+        return build_models(run.job), None
+    models, folder = hollow_models(run.job), run.folder / blocks_folder(fingerprint)
+    batches = {task: inputs.step(0)[1] for task, inputs in table_inputs(run.job, run.data, settings).items()}
+    return models, Passage(models, run.job.network, family_of(run.job).logits, batches, folder)
+
+
+def _over_merged(problem: Problem, passage: Passage, learned: Learned) -> Problem:
+    """The problem with the merged body's results on all inputs that heads are learned from."""
+    chunks = {task: partial(_for_heads, problem.inputs[task]) for task in tasks_of_heads(problem)}
+    if chunks:
+        passage.bring(BODY, chunks, lambda place: passage.fill(place, learned.parameters))
+    return replace(problem, forward=passage.after(BODY))
+
+
+def _for_heads(inputs: Inputs) -> Iterator[Chunk]:
+    yield from inputs.adapted_on()
+    yield from inputs.judged_on()
 
 
 def _of_masks(learned: Learned) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adarank.alignment.task_vectors import member_tensors
 from adarank.errors import RecipeError
+from adarank.io.checkpoint import Checkpoint
 from adarank.io.process_memory import give_back
 from adarank.models import Family, TaskModels, share
+from adarank.models.hollow import to_device, without
 from adarank.recipe.job import Job
 
 
@@ -22,6 +24,18 @@ def build_models(job: Job) -> TaskModels:
     models.fill(network_tensors(job, "base"))
     models.fill(job.network.averages())
     return models
+
+
+def hollow_models(job: Job) -> TaskModels:
+    """One network per task on the recipe's device, tied together: heads as the experts', and all shared tensors hollow."""
+    family, network = family_of(job), job.network
+
+    def loaded(task: str, checkpoint: Checkpoint) -> nn.Module:
+        names = network.experts[task].names
+        shared = [names[name] for name in network.tensors if name in names and name not in network.heads[task]]
+        return to_device(family.load(without(checkpoint, shared)), job.recipe.device)
+
+    return share(((task, loaded(task, checkpoint)) for task, checkpoint in job.experts.items()), network, empty=True)
 
 
 def network_tensors(job: Job, which: str) -> Iterator[tuple[str, Tensor]]:

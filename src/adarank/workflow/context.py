@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adarank.adapt.history import History, Progress
 from adarank.adapt.learner import Loss, Memory
+from adarank.adapt.passage import Passage
 from adarank.adapt.problem import Predictions
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import AlignedCheckpoints
@@ -148,10 +149,16 @@ class RecipeContext(Context):
         changed = replace(self, job=replace(self.job, method=method), about=about, state=state, keeps_heads=True)
         return method.run(changed), settings
 
-    def expert_predictions(self, models: TaskModels, settings: AdaptSettings) -> dict[str, Predictions]:
-        """Task -> its expert's predictions, kept beside the state. The models hold the base's tensors afterwards."""
+    def expert_predictions(
+        self, models: TaskModels, settings: AdaptSettings, passage: Passage | None = None
+    ) -> dict[str, Predictions]:
+        """Task -> its expert's predictions, kept beside the state. The models hold the base's tensors afterwards.
+
+        Arguments:
+            passage: over the models, which runs experts a block at a time.
+        """
         mark = [self.choices, self.about["inputs"], self.marks]
-        return expert_predictions(self.job, models, self.data, settings, mark, self.folder, self.note)
+        return expert_predictions(self.job, models, self.data, settings, mark, self.folder, self.note, passage)
 
     def losses(
         self, models: TaskModels, settings: AdaptSettings, predictions: Mapping[str, Predictions], memory: Memory

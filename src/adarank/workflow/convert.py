@@ -1,10 +1,14 @@
-"""Checkpoints of open_clip, task_vectors and TALL-masks, and of torch.distributed.checkpoint, as folders that `transformers` reads."""
+"""Checkpoints of open_clip, task_vectors and TALL-masks, and of torch.distributed.checkpoint, as folders that adarank reads, and `transformers` or
+open_clip."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 from adarank.errors import CheckpointError
 from adarank.io.checkpoint import Checkpoint, check_any, check_finite
@@ -17,11 +21,23 @@ from adarank.io.pickled import LEGACY
 from adarank.io.pickled_modules import load_module_state
 from adarank.io.record import versions
 from adarank.io.writer import Layout, atomic_folder, write_checkpoint, write_json, write_record
-from adarank.models.open_clip import from_open_clip
+from adarank.models.image import PROCESSOR_FILES
+from adarank.models.open_clip import (
+    SETTINGS_FILE,
+    OpenClipSettings,
+    Shapes,
+    from_open_clip,
+    vision_config,
+    without_prefix,
+)
+
+ConvertLayout = Literal["transformers", "open_clip"]
 
 
-def convert(file: str | Path, out: str | Path, force: bool = False) -> dict[str, Any]:
-    """Write an open_clip checkpoint as a folder of `transformers`: q, k and v apart, projections transposed, configuration.
+def convert(
+    file: str | Path, out: str | Path, force: bool = False, layout: ConvertLayout = "transformers"
+) -> dict[str, Any]:
+    """Write an open_clip checkpoint as a folder: weights as safetensors, configuration, settings of the image processor.
 
     A folder of torch.distributed.checkpoint is written as safetensors: its model's tensors under their names, whole, and the
     configuration and tokenizer files that lie beside them.
@@ -31,9 +47,12 @@ def convert(file: str | Path, out: str | Path, force: bool = False) -> dict[str,
             safetensors. Nothing of a pickle's code is imported or run.
         out: the folder to write.
         force: replace `out` if adarank wrote it.
+        layout: `transformers` has q, k and v apart and projections transposed, and loads there. `open_clip` keeps every
+            tensor as it is, under open_clip's own names: q, k and v in one matrix, which is decomposed as one, as in
+            the papers' code.
 
     Returns:
-        The record: `converted` (file, its SHA-256, architecture, `left_out`), versions.
+        The record: `converted` (file, its SHA-256, architecture, number of tensors), versions.
 
     Raises:
         CheckpointError: the file is damaged, or no CLIP of open_clip's layout.
@@ -47,26 +66,28 @@ def convert(file: str | Path, out: str | Path, force: bool = False) -> dict[str,
         return _dense(Checkpoint(source, str(file)), Path(out), force)
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file. Give a checkpoint of open_clip, such as finetuned.pt.")
-    if source.suffix in LEGACY:
-        state = load_module_state(source)
-    else:
-        stored = Checkpoint(source)
-        state = {name: stored.read(name) for name in stored.tensors}
-    tensors, config = from_open_clip(state, str(source))
-    layout: Layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if layout not in get_args(ConvertLayout):
+        raise CheckpointError(f"convert: layout {layout!r}. Give one of {', '.join(get_args(ConvertLayout))}.")
+    state = _state(source)
+    settings = OpenClipSettings.beside(source.parent)
+    shapes = {name: tuple(tensor.shape) for name, tensor in without_prefix(state, str(source)).items()}
+    tensors, configuration, architecture = _laid_out(state, shapes, settings, layout, str(source))
     record: dict[str, Any] = {
         "converted": {
             "file": source.name,
             "sha256": file_sha256(source),
-            "architecture": config["architectures"][0],
+            "architecture": architecture,
             "tensors": len(tensors),
         },
         "versions": versions(),
     }
+    of_tensors: Layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    processor = settings.processor(vision_config(shapes, settings, str(source))["image_size"])
     check_outside(resolved(Path(out)), [source])
     with atomic_folder(Path(out), force) as folder:
-        write_checkpoint(folder, layout, ((n, check_finite(t, n, str(source))) for n, t in tensors.items()))
-        write_json(folder / "config.json", config)
+        write_checkpoint(folder, of_tensors, ((n, check_finite(t, n, str(source))) for n, t in tensors.items()))
+        for name, content in {**configuration, PROCESSOR_FILES[0]: processor}.items():
+            write_json(folder / name, content)
         write_record(folder, record)
     return record
 
@@ -94,3 +115,21 @@ def _dense(stored: Checkpoint, out: Path, force: bool) -> dict[str, Any]:
             shutil.copy(file, folder / file.name)  # with its permissions
         write_record(folder, record)
     return record
+
+
+def _state(source: Path) -> dict[str, Tensor]:
+    if source.suffix in LEGACY:
+        return load_module_state(source)
+    stored = Checkpoint(source)
+    return {name: stored.read(name) for name in stored.tensors}
+
+
+def _laid_out(
+    state: Mapping[str, Tensor], shapes: Shapes, settings: OpenClipSettings, layout: ConvertLayout, where: str
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], str]:
+    """Tensors, configuration (file -> content), and what the model is called."""
+    if layout == "open_clip":
+        tensors = {name: tensor.contiguous() for name, tensor in without_prefix(state, where).items()}
+        return tensors, {SETTINGS_FILE: settings.as_file(shapes, where)}, "CLIP of open_clip"
+    tensors, config = from_open_clip(state, where, settings)
+    return tensors, {"config.json": config}, config["architectures"][0]

@@ -67,15 +67,19 @@ def _nothing(task: str) -> None:
     """The networks have their bodies."""
 
 
+def tasks_of_heads(problem: Problem) -> list[str]:
+    """The tasks whose heads are to be learned."""
+    auto = problem.settings.learn_heads == "auto"
+    return [task for task in problem.inputs if problem.learns_head(task) and (problem.models.heads[task] or not auto)]
+
+
 def learned_heads(job: Job, problem: Problem, note: Note, fill: Fill = _nothing) -> tuple[Heads, dict[str, Any]]:
     """Heads that are kept, and the block of the record on all that were learned; nothing where none is to be.
 
     Arguments:
         fill: as for `learn_heads`.
     """
-    auto = problem.settings.learn_heads == "auto"
-    wanted = any(problem.learns_head(task) and (problem.models.heads[task] or not auto) for task in problem.inputs)
-    if processes.rank() > 0 or not wanted:
+    if processes.rank() > 0 or not tasks_of_heads(problem):
         return {}, {}
     note("Learning the heads")
     fits = learn_heads(problem, fill)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from adarank.adapt import problem
 from adarank.adapt.learner import Memory
 from adarank.adapt.objectives import NEED_FEATURES
 from adarank.adapt.outcomes import Outcomes, outcomes_of
+from adarank.adapt.passage import Passage
 from adarank.adapt.problem import BatchPredictions, Chunk, Predict, Predictions, Problem, needs_targets, predictor
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.top_logits import TokenTable, TopLogits
@@ -93,11 +95,10 @@ class TableInputs:
         """Predictions of all rows of adapt if these are wanted, and of those that are judged."""
         rows: list[int] = []
         parts: list[BatchPredictions] = []
-        for data, split in self._to_predict(adapted_on):
-            for batch_rows, batch in self._batches(data, split):
-                rows += batch_rows
-                parts.append(predict(batch))
-                advance(len(batch_rows))
+        for batch_rows, batch in self.to_predict(adapted_on):
+            rows += batch_rows
+            parts.append(predict(batch))
+            advance(len(batch_rows))
         features = [part.features for part in parts if part.features is not None]
         return Predictions(self._of_logits(rows, parts), self._table(rows, features) if features else None)
 
@@ -107,6 +108,11 @@ class TableInputs:
             tokens = [part.logits for part in parts if isinstance(part.logits, TopLogits)]
             return TokenTable.of(rows, [examples.predictions[row] for row in rows], tokens)
         return self._table(rows, [part.logits for part in parts if isinstance(part.logits, Tensor)])
+
+    def to_predict(self, adapted_on: bool) -> Iterator[Chunk]:
+        """The rows that `predictions` predicts, in its batches."""
+        for data, split in self._to_predict(adapted_on):
+            yield from self._batches(data, split)
 
     def rows_to_predict(self, adapted_on: bool) -> list[list[Any]]:
         """[split, row, row, …] of what `predictions` predicts."""
@@ -160,6 +166,7 @@ def expert_predictions(
     mark: Any = None,
     folder: Path | None = None,
     note: Note = lambda text: None,
+    passage: Passage | None = None,
 ) -> dict[str, Predictions]:
     """Every expert's predictions on the inputs that its task adapts on (if its objective needs them) and is judged on.
 
@@ -168,16 +175,18 @@ def expert_predictions(
     Arguments:
         mark: what tells the experts and their data from others, as plain data.
         folder: where predictions are kept; those that lie there with the same mark are not computed again.
+        passage: over the models, which runs experts a block at a time.
     """
     inputs = table_inputs(job, data, settings)
     rows = {task: of_task.rows_to_predict(needs_targets(settings, task)) for task, of_task in inputs.items()}
     kinds = {
         task: [
-            bool(NEED_FEATURES & settings.weights(task).keys()),
+            list(settings.self_label.layers) if NEED_FEATURES & settings.weights(task).keys() else None,
             settings.self_label.top_logits if of_task.generate else None,
         ]
         for task, of_task in inputs.items()
     }
+    by_block = None if passage is None else lambda task: passage.expert(task, partial(_to_predict, inputs[task], settings, task))  # fmt: skip
     store = _Store(folder, {task: _digest([mark, task, rows[task], kinds[task]]) for task in inputs})
     known = {task: kept for task in inputs if (kept := store.read(task)) is not None}
     lacking = {task for of_one in processes.gathered([task for task in inputs if task not in known]) for task in of_one}
@@ -186,9 +195,13 @@ def expert_predictions(
         note("Computing the experts' predictions")
         with stage("The experts' predictions", sum(len(part) - 1 for task in left for part in rows[task])):
             known |= problem.expert_predictions(
-                job.network, models, left, settings, family_of(job).logits, keep=store.keep
+                job.network, models, left, settings, family_of(job).logits, keep=store.keep, expert=by_block
             )
     return {task: known[task] for task in inputs}
+
+
+def _to_predict(inputs: TableInputs, settings: AdaptSettings, task: str) -> Iterator[Chunk]:
+    return inputs.to_predict(needs_targets(settings, task))
 
 
 def head_features(

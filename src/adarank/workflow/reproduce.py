@@ -167,7 +167,8 @@ def reproduce(
     Arguments:
         name: of the suite, such as `vision-8-b32`.
         out: a folder for the outputs, one for each row. Rows that lie there already are not merged again.
-        only: rows, as the papers call them; by default all that need no labels.
+        only: rows, as the papers call them, or `Table 4` or `Data budget`, whose rows are variants of others; by default
+            all others that need no labels.
         protocol: `transductive` adapts on the inputs that are scored, as the papers do; `disjoint` on others.
         limit: use at most this many inputs of a task.
         steps: take so many steps of adaptation in place of the papers'.
@@ -190,16 +191,17 @@ def reproduce(
     outputs: dict[str, Path] = {}
     failed: dict[str, str] = {}
     recipe: Recipe | None = None
-    for row in rows(list(only)):
-        made = parse_recipe(chosen.recipe(row, protocol, limit, steps, device), place)
+    wanted = rows(list(only))
+    for row in wanted:
         target = local_path(out) / _slug(row.name)
-        note(f"{row.name}: {made.merge_method}")
         try:
+            made = parse_recipe(chosen.recipe(row, protocol, limit, steps, device), place)
+            note(f"{row.name}: {made.merge_method}")
             if not _is_made(target, made):
                 merge(made, target, force, note, progress)
             outputs[row.name], recipe = target, recipe or made
         except AdaRankError as error:
-            if len(only) == 1:
+            if len(wanted) == 1:
                 raise
             failed[row.name] = str(error)
             note(f"{row.name}: {error}")
