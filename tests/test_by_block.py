@@ -26,7 +26,7 @@ from adarank.adapt.streams import Streams
 from adarank.cli.main import main
 from adarank.errors import RecipeError
 from adarank.io.checkpoint import Checkpoint
-from adarank.models.chain import find_chain
+from adarank.models.chain import Chain, find_chain
 from adarank.recipe.reader import load_recipe
 from adarank.spectral.blocks import Blocks, task_vector_blocks
 from adarank.spectral.mask_file import FILE, MaskFile
@@ -353,6 +353,15 @@ def test_what_cannot_be_learned_by_block_is_refused() -> None:
     ):
         with pytest.raises(RecipeError, match=text):
             adapted("ab", parameters, {**FAST, **settings})
+
+
+def test_masks_are_of_the_positions_a_block_runs_over() -> None:
+    chain = Chain(nn.Identity(), lambda module, batch: batch, ("encoder.block.0", "decoder.block.0"))
+    batch = {"attention_mask": torch.ones(2, 3, 4), "decoder_attention_mask": torch.ones(2, 5)}
+    assert chain.mask(0, batch).shape == (6, 4)  # type: ignore[union-attr]
+    assert chain.mask(1, batch) is batch["decoder_attention_mask"]
+    assert chain.mask(0, batch["attention_mask"]) is None
+    assert chain.mask(0, {}) is None
 
 
 class Shared(Net):
