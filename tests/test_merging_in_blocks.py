@@ -72,7 +72,7 @@ def test_a_writer_gets_the_same_bits_in_blocks_of_any_size(name: str, size: int)
         assert torch.equal(tensor.whole(n, None) if isinstance(tensor, Streamed) else tensor, wanted[n])
 
 
-def test_what_is_wrong_is_said_of_the_whole_tensor_while_it_is_written(tmp_path: Path) -> None:
+def test_what_is_wrong_while_writing_is_said_of_the_whole(tmp_path: Path) -> None:
     states = models(torch.bfloat16, 2)
     states[-1]["a.weight"].view(-1)[[5, BLOCK + 1, -1]] = float("nan")
     merging = Merging(METHODS["linear"](), aligned(states, based=False))
