@@ -23,7 +23,7 @@ from adarank.io.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PyTorch, about a save without process groups
 SHARDED = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, Replicate, distribute_tensor
 dist.init_process_group("gloo")
@@ -32,7 +32,8 @@ whole = {"rows": torch.arange(35.).reshape(5, 7), "columns": torch.arange(12.).r
 places = {"rows": Shard(0), "columns": Shard(1), "all": Replicate()}
 state = {name: distribute_tensor(tensor, mesh, [places[name]]) for name, tensor in whole.items()}
 dcp.save({"model": state}, checkpoint_id=sys.argv[1])
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # gloo's threads may end the interpreter badly as it shuts down
 """
 
 
