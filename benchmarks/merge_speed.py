@@ -2,11 +2,15 @@
 
     python benchmarks/merge_speed.py --folder FOLDER --venv VENV [--gigabytes 0.4] [--methods linear task_arithmetic …]
 
-VENV is an environment with mergekit 0.1.5. FOLDER gets a Llama of seeded noise and three noisy copies in bfloat16, which stay there for the next
+All methods that both have are measured unless some are named. VENV is an environment with mergekit 0.1.5. FOLDER gets a Llama of seeded noise and three noisy copies in bfloat16, which stay there for the next
 run. Every merge is the command line of its tool, on the same recipe file, in a process of one thread; copy, adarank and mergekit
 take turns, so that what else the machine does is spread over all. `processor` is the time of the processor, user and system; `anonymous` the peak
 of RssAnon, sampled every 20 ms. The copy reads all four models and writes one. adarank also hashes all that it reads and writes,
 and checks that it is finite; mergekit does neither. The record is written anew after each method.
+
+From bfloat16 models mergekit computes in bfloat16 and adarank in float32, so the timed outputs differ by roundings, and where whole entries
+are kept or dropped by more. That both do the same is checked by one more merge of each, untimed, which computes and writes float32:
+`difference` is of these. Methods that draw random numbers draw others in either tool, and are not compared.
 """
 
 from __future__ import annotations
@@ -37,18 +41,36 @@ from adarank.io.checkpoint import Checkpoint
 from adarank.io.record import machine, versions
 
 EXPERTS = ("one", "two", "three")
-SHAPE = {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16,
+SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16,
          "tie_word_embeddings": False}  # fmt: skip
-TABLES, LAYER = 2 * 32_000 * 1024, 4 * 1024**2 + 3 * 1024 * 2816  # numbers
+VOCABULARY, SMALL_VOCABULARY = 32_000, 8_000  # the second below a quarter of a gigabyte
+LAYER = 4 * 1024**2 + 3 * 1024 * 2816  # numbers
+ALIKE = 1e-5  # two float32 merges are the same up to rounding
 RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"weight": 0.3},
     "task_arithmetic": {"weight": 0.3},
     "ties": {"weight": 0.5, "density": 0.5},
     "breadcrumbs": {"weight": 0.5, "density": 0.5, "gamma": 0.01},
+    "breadcrumbs_ties": {"weight": 0.5, "density": 0.5, "gamma": 0.01},
     "model_stock": {},
     "sce": {"select_topk": 0.5},
+    "ram": {"epsilon": 0.001},
+    "ramplus_tl": {"epsilon": 0.001},
+    "slerp": {"t": 0.3},
+    "nuslerp": {"weight": 0.5},
+    "multislerp": {"weight": 0.5},
+    "karcher": {},
+    "nearswap": {"t": 0.001},
+    "arcee_fusion": {},
+    "dare_linear": {"weight": 0.5, "density": 0.5},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "della_linear": {"weight": 0.5, "density": 0.5, "epsilon": 0.1},
+    "della": {"weight": 0.5, "density": 0.5, "epsilon": 0.1},
 }
 PER_MODEL = ("weight", "density", "gamma")
+TAKES = {"slerp": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2}  # experts; the others take any number
+WITHOUT_BASE = ("linear", "karcher")
+RANDOM = ("dare_linear", "dare_ties", "della_linear", "della")
 COPY = """
 import pathlib, sys
 out, *models = map(pathlib.Path, sys.argv[1:])
@@ -66,9 +88,10 @@ def make_models(folder: Path, gigabytes: float) -> None:
     """base, one, two and three, unless they are there."""
     if (folder / EXPERTS[-1] / "config.json").exists():
         return
-    layers = max(1, round((gigabytes * 1e9 / 2 - TABLES) / LAYER))
+    vocabulary = SMALL_VOCABULARY if gigabytes < 0.25 else VOCABULARY
+    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * vocabulary * SHAPE["hidden_size"]) / LAYER))
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=layers))
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=vocabulary, num_hidden_layers=layers))
     for name in ("base", *EXPERTS):
         if name != "base":
             with torch.no_grad():
@@ -78,17 +101,20 @@ def make_models(folder: Path, gigabytes: float) -> None:
         model.to(torch.float32)
 
 
-def recipe(folder: Path, method: str, name: str = "") -> Path:
+def recipe(folder: Path, method: str, name: str = "", dtype: str = "bfloat16") -> Path:
     """A recipe that both tools read; `name`: of a method of adarank's alone, in its place."""
     settings = RECIPES[method]
     of_model = {key: value for key, value in settings.items() if key in PER_MODEL and not name}
-    models = [{"model": expert, **({"parameters": of_model} if of_model else {})} for expert in EXPERTS]
-    content = {"merge_method": name or method, "models": models, "dtype": "bfloat16"}
-    if method != "linear":
+    models: list[dict[str, Any]] = [
+        {"model": expert, **({"parameters": of_model} if of_model else {})} for expert in EXPERTS[: TAKES.get(method)]
+    ]
+    models = [{"model": "base"}, *models] if method == "slerp" else models
+    content = {"merge_method": name or method, "models": models, "dtype": dtype}
+    if method not in WITHOUT_BASE:
         content["base_model"] = "base"
     if shared := {key: value for key, value in settings.items() if key not in PER_MODEL}:
         content["parameters"] = shared
-    path = folder / f"{name or method}.yaml"
+    path = folder / f"{name or method}-{dtype}.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
@@ -118,23 +144,52 @@ def measured(command: list[str], folder: Path) -> dict[str, float]:
     }
 
 
-def compared(folder: Path, method: str, tools: dict[str, list[str]], repeats: int) -> dict[str, Any]:
-    """Every tool's runs, in turn, and how far the two merges are from each other."""
-    runs: dict[str, list[dict[str, float]]] = {tool: [] for tool in tools}
+def tools_of(folder: Path, method: str, venv: Path, dtype: str) -> dict[str, list[str]]:
+    """Tool -> the command by which it merges, or copies."""
+    file = recipe(folder, method, dtype=dtype).name
+    ours = [sys.executable, "-m", "adarank", "merge", file, f"{method}-adarank", "--no-report", "--threads", "1"]
+    theirs = [
+        str(venv / "bin" / "mergekit-yaml"),
+        file,
+        f"{method}-mergekit",
+        "--no-copy-tokenizer",
+        "--no-write-model-card",
+    ]
+    models = ["base", *EXPERTS[: TAKES.get(method)]][method in WITHOUT_BASE :]
+    return {"copy": [sys.executable, "-c", COPY, f"{method}-copy", *models], "adarank": ours, "mergekit": theirs}
+
+
+def compared(folder: Path, method: str, venv: Path, repeats: int) -> dict[str, Any]:
+    """Every tool's runs, in turn, and how far the two merges in float32 are from each other."""
+    runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(repeats):
-        for tool, command in tools.items():
+        for tool, command in tools_of(folder, method, venv, "bfloat16").items():
             shutil.rmtree(folder / f"{method}-{tool}", ignore_errors=True)
-            runs[tool].append(measured(command, folder))
-    apart = difference(*(Checkpoint(folder / f"{method}-{tool}") for tool in ("adarank", "mergekit")))
-    for tool in tools:
+            runs.setdefault(tool, []).append(measured(command, folder))
+    apart = {} if method in RANDOM else checked(folder, method, venv)
+    for tool in runs:
         shutil.rmtree(folder / f"{method}-{tool}", ignore_errors=True)
     summary = {tool: {key: spread([run[key] for run in of]) for key in of[0]} for tool, of in runs.items()}
     line = "  ".join(
-        f"{tool} {of['processor']['median']:.1f} s ({of['processor']['min']:.1f}-{of['processor']['max']:.1f}), {of['anonymous']['median'] / 1e6:.0f} MB"
+        f"{tool} {of['processor']['median']:.1f} s ({of['processor']['min']:.1f}-{of['processor']['max']:.1f}), "
+        f"wall {of['seconds']['median']:.1f}, {of['anonymous']['median'] / 1e6:.0f} MB"
         for tool, of in summary.items()
     )
-    print(f"{method:16s} {line}  apart {apart['max_relative_difference']:.1e}", flush=True)
-    return {**summary, "difference": apart, "recipe": RECIPES[method]}
+    said = (
+        f"{apart['max_relative_difference']:.1e}{'' if apart['alike'] else ' DIFFERENT'}" if apart else "not compared"
+    )
+    print(f"{method:16s} {line}  apart {said}", flush=True)
+    return {**summary, **({"difference": apart} if apart else {}), "recipe": RECIPES[method]}
+
+
+def checked(folder: Path, method: str, venv: Path) -> dict[str, Any]:
+    """The difference of both tools' merges that compute and write float32, from the same bfloat16 models."""
+    for tool, command in tools_of(folder, method, venv, "float32").items():
+        if tool != "copy":
+            shutil.rmtree(folder / f"{method}-{tool}", ignore_errors=True)
+            measured(command, folder)
+    apart = difference(*(Checkpoint(folder / f"{method}-{tool}") for tool in ("adarank", "mergekit")))
+    return {**apart, "alike": apart["max_relative_difference"] <= ALIKE and apart["same_names"]}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -155,27 +210,16 @@ def main() -> None:
     folder = options.folder.resolve()
     make_models(folder, options.gigabytes)
     records = Records(options.records)
-    known = (records.first(kind="cost", name="merge speed") or {}).get("methods", {})
+    name = f"merge speed, {options.gigabytes:g} GB"
+    known = (records.first(kind="cost", name=name) or {}).get("methods", {})
     record = {
-        "kind": "cost", "name": "merge speed", "what": "merging a base and three experts beside mergekit 0.1.5 and beside a copy, one thread each, in turn",
+        "kind": "cost", "name": name, "what": "merging a base and three experts beside mergekit 0.1.5 and beside a copy, one thread each, in turn",
         "command": f"python benchmarks/merge_speed.py --folder FOLDER --venv VENV --gigabytes {options.gigabytes} --repeats {options.repeats}",
         "bytes_per_model": sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors")),
         "note": options.note, "seed": 0, "versions": versions(), "machine": machine(), "methods": known,
     }  # fmt: skip
     for method in options.methods:
-        file = recipe(folder, method).name
-        ours = [sys.executable, "-m", "adarank", "merge", file, f"{method}-adarank", "--no-report", "--threads", "1"]
-        theirs = [
-            str(options.venv / "bin" / "mergekit-yaml"),
-            file,
-            f"{method}-mergekit",
-            "--no-copy-tokenizer",
-            "--no-write-model-card",
-        ]
-        copy = [sys.executable, "-c", COPY, f"{method}-copy", "base", *EXPERTS]
-        record["methods"][method] = compared(
-            folder, method, {"copy": copy, "adarank": ours, "mergekit": theirs}, options.repeats
-        )
+        record["methods"][method] = compared(folder, method, options.venv.resolve(), options.repeats)
         records.write(record)
 
 

@@ -343,7 +343,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "what": "one adaptation step of AdaRank on minilm-8: engine beside plain autograd",
         "command": " ".join(
             ["python benchmarks/step_vs_autograd.py FOLDER --steps", str(arguments.steps), "--threads",
-             str(arguments.threads), *(["--by-task"] if arguments.by_task else [])]
+             str(arguments.threads), "--masks", arguments.masks, "--precision", arguments.precision,
+             *(["--by-task"] if arguments.by_task else [])]
         ),
         "autograd_sums": "one product per task" if arguments.by_task else "one product of all tasks' components",
         "note": arguments.note,

@@ -192,7 +192,14 @@ def results_page() -> str:
 
 def performance_page() -> str:
     """What steps and merges cost."""
-    return filled("performance.in.md", {"step_parts": performance_tables.step_parts})
+    return filled(
+        "performance.in.md",
+        {
+            "step_parts": performance_tables.step_parts,
+            "merge_speed": performance_tables.merge_speed,
+            "merge_memory": performance_tables.merge_memory,
+        },
+    )
 
 
 def shown() -> list[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +24,7 @@ from adarank.adapt.streams import Streams
 from adarank.cli.main import main
 from adarank.errors import RecipeError
 from adarank.io.checkpoint import Checkpoint
-from adarank.models.chain import find_chain
+from adarank.models.chain import Chain, find_chain
 from adarank.recipe.reader import load_recipe
 from adarank.spectral.blocks import Blocks, task_vector_blocks
 from adarank.spectral.mask_file import FILE, MaskFile
@@ -213,38 +211,6 @@ def run(zoo: ModuleType, folder: Path, out: str, progress: Any = None, **adapt: 
     return adarank.merge_recipe(load_recipe(recipe), folder / out, progress=progress)["adaptation"]
 
 
-@dataclass
-class Most:
-    """The most memory that tensors of floating-point numbers take whenever a block has run."""
-
-    most: int = 0
-
-    def look(self) -> None:
-        held = {}
-        for each in gc.get_objects():
-            if issubclass(type(each), Tensor) and each.is_floating_point():
-                held[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
-        self.most = max(self.most, sum(held.values()))
-
-
-def test_one_block_of_all_models_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network of twelve blocks; counted are tensors, before the run and at every block of it."""
-    text_zoo.make_zoo(tmp_path, hidden_size=64, intermediate_size=128, num_hidden_layers=12)
-    base = Checkpoint(tmp_path / "models" / "base").tensors
-    block, network = (4 * sum(base[n].numel for n in base if text in n) for text in ("encoder.layer.0.", "encoder"))
-    before, during, plain = Most(), Most(), Streams.keep
-    before.look()
-
-    def keep(streams: Streams, stream: str, place: int, batch: str, given: Any) -> None:
-        plain(streams, stream, place, batch, given)
-        during.look()
-
-    monkeypatch.setattr(Streams, "keep", keep)
-    run(text_zoo, tmp_path, "out", steps=1)
-    # a factor of a square matrix is two of it, and a whole task vector may be there beside it; gradients; batches
-    assert during.most - before.most < 10 * block < network
-
-
 CASES = [(text_zoo, {"architecture": name}) for name in ("bert", "distilbert", "gpt2")]
 CASES += [(image_zoo, {"architecture": name}) for name in ("vit", "convnext", "resnet", "swin")] + [(clip_zoo, {})]
 CASES += [(lm_zoo, {"architecture": "t5"})]
@@ -353,6 +319,15 @@ def test_what_cannot_be_learned_by_block_is_refused() -> None:
     ):
         with pytest.raises(RecipeError, match=text):
             adapted("ab", parameters, {**FAST, **settings})
+
+
+def test_masks_are_of_the_positions_a_block_runs_over() -> None:
+    chain = Chain(nn.Identity(), lambda module, batch: batch, ("encoder.block.0", "decoder.block.0"))
+    batch = {"attention_mask": torch.ones(2, 3, 4), "decoder_attention_mask": torch.ones(2, 5)}
+    assert chain.mask(0, batch).shape == (6, 4)  # type: ignore[union-attr]
+    assert chain.mask(1, batch) is batch["decoder_attention_mask"]
+    assert chain.mask(0, batch["attention_mask"]) is None
+    assert chain.mask(0, {}) is None
 
 
 class Shared(Net):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from adarank.alignment.align import align
 from adarank.alignment.task_vectors import BLOCK, AlignedCheckpoints
 from adarank.errors import AdaRankError, OutputError
 from adarank.io.checkpoint import MemorySource
+from adarank.io.writer import Streamed, write_folders
 from adarank.methods import METHODS, Method, merge_tensors
 from adarank.methods.base import Merging
 
@@ -55,6 +58,27 @@ def test_blocks_give_the_bits_of_whole_tensors(name: str, dtype: torch.dtype) ->
         assert all(torch.equal(merged[n], wanted[n]) and merged[n].dtype == wanted[n].dtype for n in NAMES)
     narrow = dict(Merging(kind(**given), network).in_dtypes({n: (tuple(wanted[n].shape), dtype) for n in NAMES}))
     assert all(narrow[n].dtype == dtype and torch.equal(narrow[n], wanted[n].to(dtype)) for n in NAMES)
+
+
+@pytest.mark.parametrize("size", [2**14, BLOCK, 10**9])
+@pytest.mark.parametrize("name", BY_ENTRY)
+def test_a_writer_gets_the_same_bits_in_blocks_of_any_size(name: str, size: int) -> None:
+    kind, given = METHODS[name], {"t": 0.004} if name == "nearswap" else {}
+    network = aligned(models(torch.bfloat16, 1 if name in ONE else 3), kind.needs_base())
+    wanted = dict(merge_tensors(of_whole_tensors(kind)(**given), network))
+    layout = {n: (tuple(t.shape), t.dtype) for n, t in wanted.items()}
+    for n, tensor in Merging(kind(**given), network, block=size).to_write(layout):
+        assert isinstance(tensor, Streamed) == (wanted[n].numel() > size)
+        assert torch.equal(tensor.whole(n, None) if isinstance(tensor, Streamed) else tensor, wanted[n])
+
+
+def test_what_is_wrong_while_writing_is_said_of_the_whole(tmp_path: Path) -> None:
+    states = models(torch.bfloat16, 2)
+    states[-1]["a.weight"].view(-1)[[5, BLOCK + 1, -1]] = float("nan")
+    merging = Merging(METHODS["linear"](), aligned(states, based=False))
+    layout = {n: (tuple(t.shape), t.dtype) for n, t in states[0].items()}
+    with pytest.raises(AdaRankError, match=r"3 NaN or infinite value\(s\)"):
+        write_folders(tmp_path, layout, merging.to_write)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

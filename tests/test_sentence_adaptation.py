@@ -127,6 +127,18 @@ def test_adaptation_turns_vectors_towards_the_experts(zoo: Path, tmp_path: Path,
     assert names <= {f.relative_to(tmp_path / "adapted").as_posix() for f in (tmp_path / "adapted").rglob("*")}
 
 
+def test_blocks_are_adapted_and_a_task_is_extracted(zoo: Path, tmp_path: Path) -> None:
+    by_block = {**ADAPT, "adapt": {**ADAPT["adapt"], "by": "block", "steps": 8}}
+    path, out = recipe(zoo, KIND, "blocks.yaml", task=PAIRS, **by_block), tmp_path / "out"
+    first = adarank.merge_recipe(path, out)["adaptation"]["blocks"][0]
+    assert sum(first["after"].values()) < sum(first["before"].values())
+    adarank.extract(out, "a", tmp_path / "a")
+    texts = [row["text"] for row in rows_of(zoo, "a")[:5]]
+    assert torch.equal(vectors(tmp_path / "a", texts), vectors(out, texts))
+    assert (tmp_path / "a" / "modules.json").read_text() == (out / "modules.json").read_text()
+    assert (tmp_path / "a" / "1_Pooling" / "config.json").is_file()
+
+
 def test_a_folder_without_modules_is_read_by_the_mean(tmp_path: Path) -> None:
     body = transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer()), **SMALL)).eval()
     body.save_pretrained(tmp_path / "plain")

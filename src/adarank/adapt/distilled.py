@@ -83,8 +83,9 @@ class ProDistill(AdaptiveMethod):
         """Coefficients of some tensors at the method's start."""
         return ElementWeights(parameters, blocks, self.grid.scales[self.grid.first[1]])
 
-    def _stored(self, network: AlignedCheckpoints, name: str) -> int:
-        return _MOMENTS * network.tensors[name].numel
+    def stored_numbers(self, network: AlignedCheckpoints, name: str) -> int:
+        """Task vectors, coefficients, gradients and moments."""
+        return _MOMENTS * len(network.tasks) * network.tensors[name].numel
 
 
 class SyMerge(AdaMerging):

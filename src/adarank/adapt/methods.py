@@ -10,9 +10,9 @@ Every tensor, layer or task has its λ, or the model has one (`lambda_per`).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.base import Adapting
+from adarank.adapt.factor_files import FactorFiles, Holding, factor_numbers
 from adarank.adapt.learner import LiveLearner
 from adarank.adapt.live_weights import Learn, LiveWeights, Precision
 from adarank.adapt.parameters import Number, Share, block_problems, known_basis
@@ -27,7 +28,6 @@ from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
-from adarank.alignment.layers import layer_groups, layer_number
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError, itemise
 from adarank.method import Context, Given, Outline, Result
@@ -164,34 +164,31 @@ class AdaptiveMethod(Adapting):
         return self.spectra
 
     def held_bytes(self, outline: Outline) -> int:
-        """Live weights, what is kept, heads; and origin, gradient, and spectra or task vectors of every merged tensor. Where a
-        block is learned at a time: all this of the largest, and the weights of what is in none."""
-        network = outline.network
-        numel = {name: info.numel for name, info in network.tensors.items()}
-        kept = sum(numel[name] for name, choice in network.choices.items() if choice.action in ("keep", "average"))
-        learned = {
-            name: 2 * numel[name] + len(network.tasks) * self._stored(network, name) for name in network.merged()
-        }
-        if self.settings.by == "block":
-            blocks = Counter[str]()
-            for name, group in zip(numel, layer_groups(list(numel)), strict=True):
-                if layer_number(name) is not None:
-                    blocks[group] += numel[name] + learned.get(name, 0)
-            outside = sum(count for name, count in numel.items() if layer_number(name) is None)
-            return 4 * (outside + max(blocks.values(), default=0) + outline.head_numel())
-        return 4 * (sum(numel[name] for name in learned) + sum(learned.values()) + kept + outline.head_numel())
+        """Live weights, origins, gradients and factors of every merged tensor, what is kept, heads; see `factor_files`."""
+        return Holding(self, outline).total()
 
-    def _stored(self, network: AlignedCheckpoints, name: str) -> int:
-        """Numbers that one task's part of a tensor takes: factors, or the task vector."""
-        info = network.tensors[name]
+    def factors_in_files(self, outline: Outline) -> bool:
+        """Whether the outline's budget has no room for the factors."""
+        return Holding(self, outline).in_files()
+
+    def smaller(self, outline: Outline) -> dict[str, int]:
+        """A block at a time, where it holds less."""
+        if self.settings.by == "block" or block_problems(self.lambda_per, ()):
+            return {}
+        by_block = self.with_settings(self.settings.model_copy(update={"by": "block"})).held_bytes(outline)
+        return {"adapt: {by: block}": by_block} if by_block < self.held_bytes(outline) else {}
+
+    def stored_numbers(self, network: AlignedCheckpoints, name: str) -> int:
+        """Numbers that all tasks' parts of a tensor take: factors, or task vectors."""
+        whole = len(network.tasks) * network.tensors[name].numel
         if not (self.spectra and network.choices[name].action == "decompose"):
-            return info.numel
-        rows = info.shape[0] if info.shape else 1
-        columns = info.numel // max(1, rows)
-        factors = min(rows, columns) * (rows + columns)
-        if self.soft:
-            return factors + (factors // 2 if self.learn().precision == "bfloat16" else 0)
-        return factors + (info.numel if max(self.grid.ranks) > 0.5 else 0)  # whole task vectors, less what is pruned
+            return whole
+        return factor_numbers(network, name, self) + whole * self.takes_wholes
+
+    @property
+    def takes_wholes(self) -> bool:
+        """Whether whole task vectors of decomposed tensors are held too: binary masks that keep most components take away from them."""
+        return not self.soft and max(self.grid.ranks) > 0.5
 
     @property
     def soft(self) -> bool:
@@ -216,10 +213,16 @@ class AdaptiveMethod(Adapting):
         shared: Mapping[str, Tensor],
         settings: AdaptSettings,
         device: torch.device | str,
+        factors: Path | None = None,
     ) -> LiveLearner:
-        """The live weights at the method's start, over the parameters that the networks share."""
+        """The live weights at the method's start, over the parameters that the networks share.
+
+        Arguments:
+            factors: folder from whose files factors are mapped; None to hold them.
+        """
         basis = self.decomposition(network, device)
-        blocks = build_blocks(network, self.origin, device, self.spectra, basis)
+        files = FactorFiles(factors, self.takes_wholes) if factors else None
+        blocks = build_blocks(network, self.origin, device, self.spectra, basis, kept=files)
         return self.live({name: shared[name] for name in network.merged()}, blocks, settings, basis)
 
     def live(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from adarank.adapt.factor_files import kept_blocks
 from adarank.adapt.learner import LiveLearner, between
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import AlignedCheckpoints
@@ -154,13 +155,11 @@ class PartWeights:
         whole = not spectra or all(self.network.choices[name].action != "decompose" for name in names)
         if whole and number >= len(self.of_blocks):
             return {name: reread_block(self.network, kind, name, self.device, self._basis) for name in names}
-        path = self.folder / f"factors-{number}.pt"
-        kept = read_kept(path)
-        if kept is None:
-            blocks = build_blocks(self.network, kind, self.device, spectra, self._basis, names)
-            write_state(path, {name: vars(block) for name, block in blocks.items()}, "the factors")
-            return blocks
-        return {name: _on_device(fields, self.device) for name, fields in kept.items()}
+
+        def made() -> dict[str, Blocks]:
+            return build_blocks(self.network, kind, self.device, spectra, self._basis, names)
+
+        return kept_blocks(self.folder / f"factors-{number}.pt", made, self.device)
 
 
 class _OfParts(Mapping[str, V]):
@@ -197,12 +196,3 @@ class PartTensors(_OfParts[Tensor]):
 
     def __init__(self, weights: PartWeights) -> None:
         super().__init__(weights, weights.composed)
-
-
-def _on_device(fields: Mapping[str, Any], device: torch.device | str) -> Blocks:
-    def put(value: Any) -> Any:
-        if isinstance(value, list):
-            return [None if each is None else each.to(device) for each in value]
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    return Blocks(**{name: put(value) for name, value in fields.items()})

@@ -14,6 +14,7 @@ from adarank.adapt.passage import Passage
 from adarank.adapt.problem import Problem
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io import processes
+from adarank.io.process_memory import give_back
 from adarank.io.record import Note
 
 
@@ -27,6 +28,7 @@ def adapt_weights(
     progress: Progress | None = None,
     note: Note = lambda text: None,
     passage: Passage | None = None,
+    factors: Path | None = None,
 ) -> Learned:
     """Learn what the method learns, in place; by block as `adapt_by_block` says.
 
@@ -34,12 +36,15 @@ def adapt_weights(
         state, fingerprint, progress: as for `loop.adapt`.
         note: called with each stage as it begins.
         passage: over the problem's networks, where a block is learned at a time and one is there.
+        factors: folder from whose files origins, task vectors and spectra are mapped; None to hold them in memory.
     """
     if method.settings.by == "block":
         note("Adapting, block by block")
         return adapt_by_block(problem, method, network, state, fingerprint, progress, passage)
     note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
-    live = method.on(method.start(network, problem.models.shared, method.settings, device), problem.models)
+    start = method.start(network, problem.models.shared, method.settings, device, factors)
+    live = method.on(start, problem.models)
+    give_back()
     note("Adapting")
     history = problem.adapt(live, method.grid, state, fingerprint, progress)
     live.settle()

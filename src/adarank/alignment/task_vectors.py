@@ -64,7 +64,13 @@ class Member:
     @property
     def in_place(self) -> bool:
         """Whether what is read lies in memory or in a mapped file, so that holding it costs nothing."""
-        return type(self.source).read in (Checkpoint.read, MemorySource.read)
+        source = self.source
+        if not isinstance(source, (Checkpoint, MemorySource)) or type(source).read not in (
+            Checkpoint.read,
+            MemorySource.read,
+        ):
+            return False
+        return source.in_place
 
     def cut(self, name: str, size: int) -> Iterator[Member]:
         """The member with this tensor alone, as a vector of the next `size` of its entries, read once."""
@@ -181,6 +187,10 @@ class AlignedCheckpoints:
         bases = self.base.cut(name, size) if self.base is not None and kind == "pretrained" else repeat(None)
         for base, *experts in zip(bases, *(expert.cut(name, size) for expert in self.experts.values()), strict=False):
             yield replace(self, base=base, experts=dict(zip(self.experts, experts, strict=True)))
+
+    def base_is_mapped(self, name: str) -> bool:
+        """Whether the base's tensor in float32 is what its file holds, so that it takes no memory."""
+        return self.base is not None and self.base.in_place and self.base.info(name).dtype == torch.float32
 
     def in_place(self) -> bool:
         """Whether all that is read lies in memory or in mapped files."""

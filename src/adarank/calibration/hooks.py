@@ -100,8 +100,8 @@ class Grams:
             raise Seen
 
     def means(self) -> dict[str, Tensor]:
-        """Layer -> G, (width, width) on the CPU."""
-        return {name: (total / max(1, self._rows[name])).cpu() for name, total in self._sums.items()}
+        """Layer -> G, (width, width) on the CPU, in the place of the sums: nothing can be added afterwards."""
+        return {name: total.div_(max(1, self._rows[name])).cpu() for name, total in self._sums.items()}
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", parents=[tabular], help="what a recipe will do, from headers alone")
     plan.add_argument("recipe", help="YAML recipe")
+    _add_memory(plan)
     plan.add_argument("-v", "--verbose", action="store_true", help="list every tensor with its action")
     plan.set_defaults(run=_plan, left=_nothing_left)
 
@@ -107,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--max-shard-size", metavar="SIZE", help="of a file of weights, such as 500MB or 2GiB (default: 5GB)"
     )
+    _add_memory(merge)
     merge.set_defaults(run=_merge, left=_left_of_merge, shares=True)
 
     evaluate = commands.add_parser("evaluate", parents=[tabular], help="base, experts and merged models in one table")
@@ -160,6 +162,14 @@ def parser() -> argparse.ArgumentParser:
     methods.add_argument("--papers", action="store_true", help="the rows of the papers' tables, and what makes each")
     methods.set_defaults(run=_methods, left=_nothing_left)
     return top
+
+
+def _add_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="budget of memory beside mapped files, such as 8GB; what cannot keep it is refused",
+    )
 
 
 def _print_json(content: Any) -> None:
@@ -224,10 +234,11 @@ def _demo(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from adarank.cli import sheets, show
     from adarank.cli.progress import screen
+    from adarank.recipe.sizes import bytes_of
     from adarank.workflow.plan import plan
 
     with screen():
-        described = plan(options.recipe)
+        described = plan(options.recipe, bytes_of("--memory", options.memory))
     if options.json:
         _print_json(described)
     elif not _tabled(options, sheets.plan(described)):
@@ -239,12 +250,13 @@ def _merge(options: argparse.Namespace) -> None:
     from adarank.cli.progress import screen
     from adarank.io import processes
     from adarank.recipe.reader import with_shards
+    from adarank.recipe.sizes import bytes_of
     from adarank.workflow.merge import merge
 
     reports.check(options)
-    recipe = with_shards(options.recipe, options.max_shard_size)
+    recipe, memory = with_shards(options.recipe, options.max_shard_size), bytes_of("--memory", options.memory)
     with screen() as shown:
-        record = merge(recipe, options.out, options.force, shown.note, shown.step)
+        record = merge(recipe, options.out, options.force, shown.note, shown.step, memory=memory)
     if processes.rank() > 0:
         return
     page = reports.write(options)

@@ -38,9 +38,11 @@ def add(
     convert = commands.add_parser(
         "convert",
         parents=[common],
-        help="a checkpoint of open_clip as a folder that merges, without running its code",
+        help="a checkpoint of open_clip or of torch.distributed as a folder that merges, without running its code",
     )
-    convert.add_argument("file", type=Path, help="such as finetuned.pt of task_vectors or TALL-masks")
+    convert.add_argument(
+        "file", type=Path, help="such as finetuned.pt of task_vectors or TALL-masks, or a folder with .metadata"
+    )
     convert.add_argument("out", type=Path, help="folder to write")
     convert.add_argument(
         "--layout", choices=("transformers", "open_clip"), default="transformers",

@@ -64,7 +64,12 @@ def plan(described: Mapping[str, Any], verbose: bool) -> None:
         write(METHODS[described["merge_method"]].in_use, 2)
         write(f"{len(described['tasks'])} whole experts would take {size(described['experts_bytes'])}, heads apart", 2)
     remarks(described)
-    write(f"output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}", 2)
+    budget = f" of {size(described['memory'])}" if described["memory"] else ""
+    files = ", factors mapped from files" if described["factors_in_files"] else ""
+    write(
+        f"output {size(described['output_bytes'])}, predicted peak memory {size(described['peak_bytes'])}{budget}{files}",
+        2,
+    )
 
 
 def _layers(row: Mapping[str, Any]) -> str:

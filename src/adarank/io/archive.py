@@ -38,13 +38,19 @@ def check_archive(file: Path, tensors: bool = True) -> None:
         return
     try:
         with zipfile.ZipFile(file) as archive:
-            _check_members(archive, tensors)
+            check_members(archive, tensors)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         # RuntimeError: a member that is encrypted
         raise ValueError(f"damaged archive: {error}") from None
 
 
-def _check_members(archive: zipfile.ZipFile, tensors: bool) -> None:
+def check_members(archive: zipfile.ZipFile, tensors: bool) -> None:
+    """As `check_archive`, of an archive that is open.
+
+    Raises:
+        ValueError: a member is there twice.
+        zipfile.BadZipFile, zlib.error, EOFError, ...: bytes are not those that were written.
+    """
     members = archive.infolist()
     repeated = repetition([member.filename for member in members])
     if repeated is not None:

@@ -27,10 +27,11 @@ from typing import Any
 from torch import Tensor
 
 from adarank.errors import CheckpointError, itemise
-from adarank.io.checkpoint import DTYPES, NAMES, Checkpoint, MemorySource, Source, leads_out
+from adarank.io.checkpoint import DTYPES, NAMES, Checkpoint, MemorySource, Source
 from adarank.io.files import file_sha256
 from adarank.io.hub import local_path
 from adarank.io.parsing import parse_json
+from adarank.io.weight_files import leads_out
 from adarank.io.writer import BUNDLE, RECORD, Layout, TensorFile, layout_bytes, write_json
 from adarank.settings import nearest
 

@@ -2,28 +2,32 @@
 
 A `Checkpoint` knows every tensor's name, shape, dtype and file from the headers alone; `read` maps one
 tensor into memory. safetensors files (one or sharded) are mapped, so their bytes are not copied; legacy
-`.bin`, `.pt` and `.pth` files are read by PyTorch's weights-only reader.
+`.bin`, `.pt` and `.pth` files are read by PyTorch's weights-only reader; tensors of folders that torch.distributed.checkpoint
+wrote are put together of their parts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from adarank.errors import CheckpointError, OutputError, RecipeError, itemise, reading
+from adarank.io.distributed import METADATA, DistributedFile, is_distributed
 from adarank.io.files import file_sha256, open_safetensors, read_json
 from adarank.io.finite import all_finite
 from adarank.io.hub import local_path
 from adarank.io.low_rank import Factors
 from adarank.io.pickled import LEGACY, check_members, load_pickled, shared_storage
-from adarank.io.quantised import DEQUANTISE, FLOAT8, method_beside, method_in, quantised_file
+from adarank.io.quantised import DEQUANTISE, FLOAT8, method_beside, method_in
 from adarank.io.sentence import Module, modules_of
 from adarank.io.side_files import side_files
+from adarank.io.weight_files import weight_files, weight_map_of
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -114,6 +118,7 @@ class MemorySource(_Whole):
         self.config: Mapping[str, Any] = {}
         self.quantisation: str | None = None
         self.modules: Sequence[Module] = ()
+        self.in_place = True
 
     def read(self, name: str) -> Tensor:
         """The tensor of this name."""
@@ -124,32 +129,40 @@ class Checkpoint(_Whole):
     """A checkpoint on disk as a `Source`.
 
     Arguments:
-        path: a folder in Hugging Face layout, or one weights file.
+        path: a folder in Hugging Face layout, one of torch.distributed.checkpoint, or one weights file.
 
     Attributes:
         tensors: name -> `TensorInfo` of every stored tensor. Those of a sentence encoder's further modules have their
             folder before their name: `2_Dense/linear.weight`.
         aliases: name -> the name it shares storage with, for tied weights of legacy files.
         config: the folder's `config.json`, or an empty dict.
+        in_place: what is read lies in a mapped file or in memory, so that holding it costs nothing.
 
     Raises:
         CheckpointError: no weights, a damaged file, a missing shard, or a pickle that needs to run code.
     """
+
+    in_place: bool = True
+    _unused: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, path: str | Path, label: str | None = None) -> None:
         self.path = local_path(path)
         self.label = label or str(path)
         self.folder = self.path if self.path.is_dir() else self.path.parent
         with reading(CheckpointError, self.path):
-            self.files = _weight_files(self.path)
+            self.files = weight_files(self.path)
         self.tensors: dict[str, TensorInfo] = {}
         self.aliases: dict[str, str] = {}
         self._handles: dict[str, Any] = {}
         self._inside: dict[str, str] = {}  # name -> name in its file, where that is another
         self._sha256: dict[str, str] = {}
         self._unchecked: set[str] = set()  # archives whose tensors' bytes have not been compared with their CRC-32
-        for file in self.files:
-            self._open(file)
+        self.in_place = not (self.path.is_dir() and is_distributed(self.path))
+        if self.in_place:
+            for file in self.files:
+                self._open(file)
+        else:
+            self._open_distributed()
         self._check_index()
         self.config: dict[str, Any] = read_json(self.folder / "config.json") if self.path.is_dir() else {}
         self.modules: tuple[Module, ...] = modules_of(self.folder, read_json) if self.path.is_dir() else ()
@@ -193,7 +206,7 @@ class Checkpoint(_Whole):
     @property
     def in_one_folder(self) -> bool:
         """Whether `folder` holds all of it, so that the loaders of `transformers` find it there."""
-        return True
+        return self.in_place
 
     @property
     def making_bytes(self) -> int:
@@ -203,7 +216,7 @@ class Checkpoint(_Whole):
     @property
     def unused(self) -> Mapping[str, str]:
         """What is in the files and not among the tensors -> why."""
-        return {}
+        return self._unused
 
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256, for every weights file and the configuration. Many adapters may share a model: read once."""
@@ -241,6 +254,16 @@ class Checkpoint(_Whole):
         self._handles[str(file)] = state
         self._unchecked.add(str(file))
 
+    def _open_distributed(self) -> None:
+        stored = DistributedFile(self.path)
+        self.files, self._unused = stored.files, stored.unused
+        name_of_all = str(self.path / METADATA)
+        for name, tensor in stored.tensors.items():
+            if tensor.dtype not in _READ.values():
+                raise CheckpointError(_unread(self.path, name, str(tensor.dtype).removeprefix("torch.")))
+            self._add("", TensorInfo(name, tensor.shape, tensor.dtype, name_of_all))
+        self._handles[name_of_all] = stored
+
     def _add(self, prefix: str, info: TensorInfo) -> None:
         if prefix:
             self._inside[prefix + info.name] = info.name
@@ -256,7 +279,7 @@ class Checkpoint(_Whole):
         index = next(iter(sorted(self.folder.glob("*.index.json"))), None) if self.path.is_dir() else None
         if index is None or len(self.files) == 0 or index.name.rsplit(".", 3)[1] not in self.files[0].name:
             return
-        wanted = _weight_map(index)
+        wanted = weight_map_of(index)
         lost = [f"{n}: not in {f}" for n, f in wanted.items() if n not in self.tensors]
         if lost:
             raise CheckpointError(itemise(f"{index}: {len(lost)} tensor(s) missing from the shards.", lost,
@@ -278,76 +301,6 @@ def _unread(file: Path, name: str, dtype: str) -> str:
     """The sentence about a tensor whose dtype is none that is read."""
     remedy = "Save it in another dtype." if "complex" in dtype or dtype.startswith("C") else DEQUANTISE
     return f"{file}: tensor '{name}' has dtype {dtype}, and adarank reads {', '.join(DTYPES)}. {remedy}"
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The weights files of a checkpoint, safetensors before legacy formats."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint. Give a folder in Hugging Face layout or a weights file.")
-    if path.is_file():
-        if kind := quantised_file(path):
-            raise CheckpointError(f"{path}: quantised ({kind}). {DEQUANTISE}")
-        if path.suffix not in (*LEGACY, ".safetensors"):
-            raise CheckpointError(f"{path}: not a weights file. Give .safetensors, .bin, .pt or .pth, or the folder.")
-        return [path]
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: neither a file nor a folder. Give a folder in Hugging Face layout or a weights file."
-        )
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        if (path / f"{stem}.{suffix}.index.json").exists():
-            return _shards(path / f"{stem}.{suffix}.index.json")
-        if (path / f"{stem}.{suffix}").exists():
-            return [path / f"{stem}.{suffix}"]
-    if (path / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{path}: an adapter (adapter_config.json) without the model that it changes. Give 'MODEL+ADAPTER', or the model as base_model of a recipe."
-        )
-    kinds = {kind for file in path.iterdir() if (kind := quantised_file(file))}
-    if kinds:
-        raise CheckpointError(f"{path}: quantised ({', '.join(sorted(kinds))}). {DEQUANTISE}")
-    files = sorted(f for f in path.iterdir() if f.suffix in (".safetensors", *LEGACY) and f.name != "training_args.bin")
-    if len(files) == 1:
-        return files
-    if not files:
-        inside = sorted(f.parent.name for f in (*path.glob("*/model.safetensors"), *path.glob("*/pytorch_model.bin")))
-        if inside:
-            raise CheckpointError(f"{path}: no weights, but in folders inside: {', '.join(inside)}. Give that folder.")
-        raise CheckpointError(
-            f"{path}: no weights. Needed: model.safetensors, its sharded form with model.safetensors.index.json, or pytorch_model.bin."
-        )
-    names = ", ".join(f.name for f in files)
-    raise CheckpointError(
-        f"{path}: several weights files and no index ({names}). Give one of the files instead of the folder."
-    )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(f"{index}: no 'weight_map' in the shard index. Download it again.")
-    outside = sorted({name for name in weight_map.values() if leads_out(name)})
-    if outside:
-        names = ", ".join(map(repr, outside[:3]))
-        raise CheckpointError(f"{index}: names files outside of its folder ({names}). Download it again.")
-    return weight_map
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = _weight_map(index)
-    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
-    lost = [str(shard) for shard in shards if not local_path(shard).is_file()]
-    if lost:
-        raise CheckpointError(
-            itemise(f"{index}: {len(lost)} of {len(shards)} shard(s) missing:", lost, "Download them.")
-        )
-    return shards
-
-
-def leads_out(name: str) -> bool:
-    """True if a name that a file gives of another one beside it leads out of their folder."""
-    parts = name.replace("\\", "/").split("/")
-    return ".." in parts or name == "" or parts[0] == "" or PureWindowsPath(name).drive != "" or "\0" in name
 
 
 def _check_plain(tensor: Tensor, name: str, file: Path) -> None:

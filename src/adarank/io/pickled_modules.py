@@ -41,7 +41,9 @@ class Inert:
         self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
 
-class _Unpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
+    """Reads a pickle whose names stand for tensors, plain containers and `Inert` objects alone."""
+
     def find_class(self, module: str, name: str) -> Any:
         """What a name in the pickle stands for."""
         if module == "torch._utils" and name in _TENSORS:
@@ -56,7 +58,9 @@ class _Unpickler(pickle.Unpickler):
 def _restricted() -> ModuleType:
     """A module as `torch.load` takes it in the place of `pickle`."""
     module = ModuleType("adarank_restricted_pickle")
-    module.__dict__.update(Unpickler=_Unpickler, load=lambda file, **named: _Unpickler(file, **named).load())
+    module.__dict__.update(
+        Unpickler=RestrictedUnpickler, load=lambda file, **named: RestrictedUnpickler(file, **named).load()
+    )
     return module
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,28 @@ _READ_BYTES = 1 << 22
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Tensor name -> (shape, dtype), in the order in which the tensors will be written."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that is computed as it is written, so that it is never whole in memory.
+
+    Attributes:
+        parts: gives its entries in order as vectors, of whatever lengths. Each is let go before the next is made.
+    """
+
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[Tensor]]
+
+    def whole(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """The tensor, cast to a dtype (by default that of its entries) part by part; the errors of `checkpoint.cast`."""
+        tensor, start = torch.empty(0), 0
+        for part in self.parts():
+            part = part if dtype is None else cast(part, dtype, name, "")
+            tensor = tensor if start else part.new_empty(self.shape)
+            tensor.view(-1)[start : start + len(part)] = part
+            start += len(part)
+        return tensor
 
 
 class TensorFile:
@@ -65,21 +88,25 @@ class TensorFile:
         """Of the whole file, once it is closed; None if it was not hashed, or could not be read."""
         return self._hash.digest if self._hash else None
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, tensor: Tensor | Streamed) -> None:
         """The next tensor: cast to the layout's dtype, moved to the CPU and written."""
         wanted = next(self._expected, "nothing")
-        shape, dtype = self._layout.get(wanted, ((), tensor.dtype))
+        shape, dtype = self._layout.get(wanted, ((), torch.float32))
         if name != wanted or tuple(tensor.shape) != shape:
             raise OutputError(
                 f"{self._path.name}: expected tensor '{wanted}' {shape}, got '{name}' {tuple(tensor.shape)}."
             )
-        write_tensor(self._handle, cast(tensor, dtype, name, "Give another out_dtype, such as bfloat16.").cpu())
-        self._unflushed += spec_bytes((shape, dtype))
+        for part in tensor.parts() if isinstance(tensor, Streamed) else [tensor]:
+            self._write_part(cast(part, dtype, name, "Give another out_dtype, such as bfloat16.").cpu())
+
+    def _write_part(self, part: Tensor) -> None:
+        write_tensor(self._handle, part)
+        self._unflushed += part.nbytes
         if self._hash and self._unflushed >= _READ_BYTES:
             self._handle.flush()
             self._hash.written(self._handle.tell())
             self._unflushed = 0
-        advance(spec_bytes((shape, dtype)))
+        advance(part.nbytes)
 
 
 class _FollowingHash:

@@ -41,11 +41,11 @@ from adarank.io.output_folder import (
     workspace,
 )
 from adarank.io.state import write_state
-from adarank.io.tensor_file import Layout, TensorFile, layout_bytes, spec_bytes, write_header, write_tensor
+from adarank.io.tensor_file import Layout, Streamed, TensorFile, layout_bytes, spec_bytes, write_header, write_tensor
 
 BUNDLE = "bundle.json"
 __all__ = [  # RECORD is looked for here by whoever reads outputs
-    "BUNDLE", "RECORD", "SHARD_BYTES", "Layout", "Shard", "TensorFile", "atomic_folder", "check_output", "check_shards", "claimed", "json_text", "layout_bytes",
+    "BUNDLE", "RECORD", "SHARD_BYTES", "Layout", "Shard", "Streamed", "TensorFile", "atomic_folder", "check_output", "check_shards", "claimed", "json_text", "layout_bytes",
     "locked", "planned_shards", "state_folder", "write_checkpoint", "write_folders", "write_json", "write_record", "write_state", "write_tensors", "write_text",
 ]  # fmt: skip
 
@@ -257,7 +257,7 @@ def planned_shards(layout: Layout, paths: Sequence[str] = (), max_shard_bytes: i
 def write_folders(
     folder: Path,
     layout: Layout,
-    tensors: Callable[[Layout], Iterator[tuple[str, Tensor]]],
+    tensors: Callable[[Layout], Iterator[tuple[str, Tensor | Streamed]]],
     paths: Sequence[str] = (),
     max_shard_bytes: int | None = None,
 ) -> dict[str, str | None]:
@@ -289,7 +289,9 @@ def write_folders(
     return digests
 
 
-def _write_shard(path: Path, shard: Shard, layout: Layout, given: Iterator[tuple[str, Tensor]]) -> str | None:
+def _write_shard(
+    path: Path, shard: Shard, layout: Layout, given: Iterator[tuple[str, Tensor | Streamed]]
+) -> str | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with TensorFile(path, {short: layout[name] for name, short in shard.names.items()}, hashed=True) as handle:
         for _ in shard.names:

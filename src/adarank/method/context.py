@@ -16,7 +16,7 @@ from adarank.errors import RecipeError
 from adarank.io.bundle import Parts
 from adarank.io.checkpoint import check_result
 from adarank.io.record import Note
-from adarank.io.writer import Layout
+from adarank.io.writer import Layout, Streamed
 from adarank.method.outline import Outline
 from adarank.models import Family, TaskModels
 
@@ -148,6 +148,10 @@ class Castable(Protocol):
         """(name, tensor) of the layout's tensors, in its dtype where that spares memory and holds every value."""
         ...
 
+    def to_write(self, layout: Layout) -> Iterator[tuple[str, Tensor | Streamed]]:
+        """(name, tensor) of the layout's tensors, computed as they are written where the method can; cast by the writer."""
+        ...
+
 
 @dataclass(frozen=True)
 class Result:
@@ -175,6 +179,12 @@ class Result:
         """The layout's part of `tensors`, for whoever casts them to its dtypes: they come so where the method can spare memory by it."""
         if isinstance(self.tensors, Castable):
             return self.tensors.in_dtypes(layout)
+        return ((name, tensor) for name, tensor in self.tensors if name in layout)
+
+    def to_write(self, layout: Layout) -> Iterator[tuple[str, Tensor | Streamed]]:
+        """The layout's part of `tensors`, for a writer that casts them to its dtypes."""
+        if isinstance(self.tensors, Castable):
+            return self.tensors.to_write(layout)
         return ((name, tensor) for name, tensor in self.tensors if name in layout)
 
     def recorded(self) -> dict[str, Mapping[str, Any]]:

@@ -196,8 +196,16 @@ class MergeMethod(Settings):
         return chosen
 
     def held_bytes(self, outline: Outline) -> int:
-        """What running it holds in memory, without the activations of a network's batches."""
+        """What running it holds in memory, within the outline's budget where it can; without the activations of a network's batches."""
         return layout_bytes(outline.layout)
+
+    def factors_in_files(self, outline: Outline) -> bool:
+        """Whether the outline's budget has no room for what it decomposes, so that it is mapped from files."""
+        return False
+
+    def smaller(self, outline: Outline) -> dict[str, int]:
+        """What a recipe may say instead, so that less is held -> the bytes that are held then."""
+        return {}
 
     def output_layouts(self, outline: Outline) -> tuple[Layout, dict[str, Layout]]:
         """Layouts of the model's tensors or of a bundle's shared parts, and of each task's parts; heads apart."""

@@ -75,6 +75,7 @@ class Outline:
         floats: dtype of computed parts, if the recipe says.
         family: the kind of models, if they have tasks.
         dequantised: tensors of the inputs are made as they are read: of codes and scales, or of a model and an adapter.
+        memory: bytes that the method may hold; None if there is no budget.
     """
 
     network: AlignedCheckpoints
@@ -82,6 +83,7 @@ class Outline:
     floats: torch.dtype | None = None
     family: Family | None = None
     dequantised: bool = False
+    memory: int | None = None
 
     def sites(self) -> list[Site]:
         """Every tensor of the network, in its order."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from adarank.alignment.task_vectors import AlignedCheckpoints
-from adarank.io.writer import Layout
+from adarank.io.writer import Layout, Streamed
 from adarank.method.context import Context, Result
 from adarank.method.contract import MergeMethod
 from adarank.method.outline import Outline
@@ -76,6 +76,10 @@ class _Joined:
     def in_dtypes(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the layout's tensors, as each slice's method gives them."""
         return (pair for result in self._results() for pair in result.in_dtypes(layout))
+
+    def to_write(self, layout: Layout) -> Iterator[tuple[str, Tensor | Streamed]]:
+        """(name, tensor) of the layout's tensors, as each slice's method gives them to a writer."""
+        return (pair for result in self._results() for pair in result.to_write(layout))
 
     def _results(self) -> Iterator[Result]:
         context = self.context

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from adarank.alignment.task_vectors import BLOCK, AlignedCheckpoints, Deltas, OriginKind
 from adarank.errors import AdaRankError, MismatchError, RecipeError, itemise
-from adarank.io.checkpoint import cast, check_result
-from adarank.io.writer import Layout
+from adarank.io.checkpoint import check_result
+from adarank.io.writer import Layout, Streamed
 from adarank.method import Context, Given, MergeMethod, Outline, Result
 from adarank.methods.per_tensor import Flag, PerTensor, TensorWeights, flag, resolve, rest
 from adarank.settings import parse
@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 M = TypeVar("M", bound="Method")
+_LEAST_BLOCK = 2**14  # entries; of fewer the calls would take longer than the sums
 
 
 class Method(MergeMethod):
@@ -87,8 +88,9 @@ class Method(MergeMethod):
         return self
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
-        """Copies of a tensor in float32 held beside origin, sum and one task vector; the memory plan counts them."""
-        return 5 if decomposed and self.spectral else 0
+        """Copies of a tensor in float32 held beside its origin, for the memory plan: a sum, one task vector and what it is read
+        from; of a matrix that is decomposed U, V, what the driver works in, and what is multiplied out again."""
+        return 14 if decomposed and self.spectral else 3
 
     @classmethod
     def resolve(cls: type[M], given: Given) -> M:
@@ -130,9 +132,9 @@ class Method(MergeMethod):
     def memory(cls) -> str:
         """In words: what the method holds in memory."""
         method = cls.model_construct(**cls.example())
-        one, two = (4 + method.workspace(tasks, True) for tasks in (1, 2))
+        one, two = (1 + method.workspace(tasks, True) for tasks in (1, 2))
         copies = f"{one}" if one == two else f"{2 * one - two} + {two - one}·T"  # it may grow with the tasks
-        blocks = "a block of 2¹⁸ entries, and the largest tensor as it is written"
+        blocks = "a block of 2¹⁸ entries"
         return f"{copies} float32 copies of {blocks if method.by_entry else 'the largest tensor'}"
 
     @property
@@ -150,14 +152,27 @@ class Method(MergeMethod):
         return max((self._streamed_bytes(outline, name) for name in outline.network.merged()), default=0)
 
     def _streamed_bytes(self, outline: Outline, name: str) -> int:
-        """What merging one tensor holds at a time: origin, sum, one task vector; casts; the workspace."""
+        """What merging one tensor holds at a time: its origin and the workspace."""
+        network, info = outline.network, outline.network.tensors[name]
+        copies, block = self._copies(outline, name), self.block(outline)
+        if self.by_entry and info.numel > block and network.in_place():
+            return 4 * copies * block
+        solved = network.choices[name].action == "decompose"
+        return 4 * (copies * info.numel + (self.solving(info.shape) if solved else 0))
+
+    def _copies(self, outline: Outline, name: str) -> int:
+        """Copies in float32 of what is merged at a time: a tensor, or a block of it."""
         network = outline.network
-        info, decomposed = network.tensors[name], network.choices[name].action == "decompose"
-        copies = 4 + (info.dtype.itemsize < 4) + 2 * outline.dequantised  # codes as floats, and their scales
-        copies += self.workspace(len(network.tasks), decomposed)
-        if self.by_entry and info.numel > BLOCK and network.in_place():
-            return 4 * copies * BLOCK + info.numel * outline.layout[name][1].itemsize
-        return 4 * (copies * info.numel + (self.solving(info.shape) if decomposed else 0))
+        copies = self.workspace(len(network.tasks), network.choices[name].action == "decompose")
+        mapped = self.origin_kind(network) == "pretrained" and network.base_is_mapped(name)
+        return copies + (not mapped) + 2 * outline.dequantised  # what is put together as it is read
+
+    def block(self, outline: Outline) -> int:
+        """Entries that are merged at a time where they do not depend on each other: fewer where a budget has no room for more."""
+        if outline.memory is None:
+            return BLOCK
+        copies = max((self._copies(outline, name) for name in outline.network.merged()), default=1)
+        return max(_LEAST_BLOCK, min(BLOCK, outline.memory // (4 * copies)))
 
     def solving(self, shape: tuple[int, ...]) -> int:
         """Numbers of four bytes held beside, while a matrix of this shape is merged; the memory plan counts them."""
@@ -165,7 +180,7 @@ class Method(MergeMethod):
 
     def run(self, context: Context) -> Result:
         """Merge tensor by tensor."""
-        return Result(Merging(self, context.network, context.device))
+        return Result(Merging(self, context.network, context.device, self.block(context.outline())))
 
 
 def check_one_other(method: str, network: AlignedCheckpoints) -> None:
@@ -209,15 +224,19 @@ def merge_tensors(
     Raises:
         RecipeError: the method is task-aware: it merges into no single model.
     """
-    if method.in_use:
-        raise RecipeError(f"'{method.name}' {method.python[1]}")
-    with torch.no_grad():  # never around a yield: the caller's code would run without gradients too
-        prepared = method.prepare(network, device)
+    prepared = _prepared(method, network, device)
     for name in network.tensors:
         if layout is None:
             yield name, merge_tensor(prepared, network, name, device)
         elif name in layout:
             yield name, merge_tensor(prepared, network, name, device, layout[name][1])
+
+
+def _prepared(method: M, network: AlignedCheckpoints, device: torch.device | str) -> M:
+    if method.in_use:
+        raise RecipeError(f"'{method.name}' {method.python[1]}")
+    with torch.no_grad():  # never around a yield: the caller's code would run without gradients too
+        return method.prepare(network, device)
 
 
 @torch.no_grad()
@@ -234,15 +253,23 @@ def merge_tensor(
         dtype: what the caller will cast it to. It comes so where that spares memory and holds every value, else in
             float32 (float64 if one of the inputs has it so).
     """
-    action = network.choices[name].action
-    if action not in ("decompose", "scale"):
-        return network.kept(name)
-    if method.origin_kind(network) != "zero" and network.unchanged(name):
-        return network.kept(name)
-    if method.by_entry and network.tensors[name].numel > BLOCK and network.in_place():
+    if _in_blocks(method, network, name):
         with suppress(AdaRankError):  # what is wrong is said of the whole tensor, below
-            return _merged_by_entry(method, network, name, device, dtype)
-    return _merged(method, network, name, device)
+            return _by_entry(method, network, name, device).whole(name, dtype)
+    return network.kept(name) if _stays(method, network, name) else _merged(method, network, name, device)
+
+
+def _stays(method: Method, network: AlignedCheckpoints, name: str) -> bool:
+    """Whether a tensor is not merged: it is kept or averaged, or no adapter changes it."""
+    if network.choices[name].action not in ("decompose", "scale"):
+        return True
+    return method.origin_kind(network) != "zero" and network.unchanged(name)
+
+
+def _in_blocks(method: Method, network: AlignedCheckpoints, name: str, size: int = BLOCK) -> bool:
+    """Whether a tensor is merged a block of `size` entries at a time."""
+    large = method.by_entry and network.tensors[name].numel > size
+    return large and network.in_place() and not _stays(method, network, name)
 
 
 def _merged(method: Method, network: AlignedCheckpoints, name: str, device: torch.device | str) -> Tensor:
@@ -254,30 +281,38 @@ def _merged(method: Method, network: AlignedCheckpoints, name: str, device: torc
     return check_result(merged, name, f"the result of '{method.name}'")
 
 
-def _merged_by_entry(
-    method: Method, network: AlignedCheckpoints, name: str, device: torch.device | str, dtype: torch.dtype | None
-) -> Tensor:
+def _by_entry(
+    method: Method, network: AlignedCheckpoints, name: str, device: torch.device | str, size: int = BLOCK
+) -> Streamed:
     """As `_merged`, in blocks that stay in the processor's cache: temporaries of whole tensors cost more than the sums."""
-    merged = None
-    start = 0
-    for block in network.blocks(name, method.origin_kind(network)):
-        part = _merged(method, block, name, device)
-        part = part if dtype is None else cast(part, dtype, name, "")
-        if merged is None:
-            merged = part.new_empty(network.tensors[name].shape)
-        merged.view(-1)[start : start + len(part)] = part
-        start += len(part)
-    assert merged is not None
-    return merged
+
+    def parts() -> Iterator[Tensor]:
+        for block in network.blocks(name, method.origin_kind(network), size):
+            yield merged(block)
+
+    @torch.no_grad()
+    def merged(block: AlignedCheckpoints) -> Tensor:
+        try:
+            return _merged(method, block, name, device)
+        except AdaRankError:
+            _merged(method, network, name, device)  # what is wrong is said of the whole tensor
+            raise
+
+    return Streamed(network.tensors[name].shape, parts)
 
 
 @dataclass(frozen=True)
 class Merging:
-    """What `merge_tensors` yields; what is to be written may be had in the dtypes of its layout."""
+    """What `merge_tensors` yields; what is to be written may be had in the dtypes of its layout, or as it is computed.
+
+    Attributes:
+        block: entries merged at a time for a writer, where they do not depend on each other.
+    """
 
     method: Method
     network: AlignedCheckpoints
     device: torch.device | str = "cpu"
+    block: int = BLOCK
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return merge_tensors(self.method, self.network, self.device)
@@ -285,3 +320,12 @@ class Merging:
     def in_dtypes(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the layout's tensors, in its dtype where that spares memory and holds every value."""
         return merge_tensors(self.method, self.network, self.device, layout)
+
+    def to_write(self, layout: Layout) -> Iterator[tuple[str, Tensor | Streamed]]:
+        """(name, tensor) of the layout's tensors; what is merged in blocks comes block by block."""
+        prepared = _prepared(self.method, self.network, self.device)
+        for name in (name for name in self.network.tensors if name in layout):
+            if _in_blocks(prepared, self.network, name, self.block):
+                yield name, _by_entry(prepared, self.network, name, self.device, self.block)
+            else:
+                yield name, merge_tensor(prepared, self.network, name, self.device)

@@ -60,7 +60,8 @@ class Chain:
         if not isinstance(batch, Mapping):
             return None
         of_decoder = "decoder" in self.paths[place].split(".") and "decoder_attention_mask" in batch
-        return batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
+        mask: Tensor | None = batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
+        return mask.flatten(0, -2) if mask is not None and mask.dim() > 2 else mask  # of several texts to an input
 
     def run(self, place: int, batch: Any, given: Mapping[int, Given]) -> Given:
         """What the block at a place gives for a batch, with a graph where gradients are enabled.

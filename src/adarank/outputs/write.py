@@ -145,7 +145,7 @@ class Written:
 def write_weights(folder: Path, job: Job, result: Result) -> Written:
     """This process's share of the files of a merged model's weights."""
     paths = [module.path for module in job.root.modules]
-    digests = write_folders(folder, job.layout(), result.in_dtypes, paths, job.recipe.max_shard_size)
+    digests = write_folders(folder, job.layout(), result.to_write, paths, job.recipe.max_shard_size)
     return Written(digests=digests)
 
 

@@ -31,6 +31,10 @@ from adarank.recipe.slices import Slices, open_slices, sliced
 from adarank.recipe.task_kinds import check_bodies, family_of_tasks
 from adarank.recipe.tokenizers import OutputTokenizer, Tokens, settle_tokens
 
+# Measured on Linux with PyTorch 2 for processors (`benchmarks/merge_memory.py`).
+PROCESS_BYTES = 200 * 10**6
+NETWORKS_BYTES = 140 * 10**6
+
 
 @dataclass(frozen=True)
 class Job:
@@ -44,6 +48,7 @@ class Job:
         tokenizer: what is written where the recipe names a tokenizer; else the root's files are.
         chat_template: what is written as such; None where it is the tokenizer's.
         slices: where the layers come from, if not from whole models.
+        memory: the budget in bytes of anonymous memory; None if there is none.
     """
 
     recipe: Recipe
@@ -56,6 +61,7 @@ class Job:
     tokenizer: OutputTokenizer | None = None
     chat_template: ChatTemplate | None = None
     slices: Slices | None = None
+    memory: int | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -83,7 +89,14 @@ class Job:
     def outline(self) -> Outline:
         """What headers tell of the merge."""
         made = self.recipe.dequantize or not all(expert.in_one_folder for expert in self.experts.values())
-        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, made)
+        room = None if self.memory is None else max(0, self.memory - self.process_bytes)
+        return Outline(self.network, self.layout(), self.recipe.output_dtype(), self.family, made, room)
+
+    @property
+    def process_bytes(self) -> int:
+        """What the process itself holds: Python, PyTorch, buffers of reading and writing; `transformers` where networks run."""
+        runs = self.family is not None and (bool(self.method.data) or self.recipe.heads == "learn")
+        return PROCESS_BYTES + NETWORKS_BYTES * runs
 
     def output_bytes(self) -> int:
         """Size of the output's tensors, heads not among them; of an adapter the most that it can be."""

@@ -8,13 +8,13 @@ from typing import Any
 
 from adarank.alignment.selection import computed
 from adarank.alignment.task_vectors import AlignedCheckpoints, Member
+from adarank.errors import RecipeError
 from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod
 from adarank.recipe.job import Job
 from adarank.recipe.schema import Recipe
+from adarank.recipe.sizes import size_text
 from adarank.recipe.sources import license_notes, sources_of
-
-_RUNTIME_BYTES = 300 * 2**20  # PyTorch and Python themselves
 
 
 def peak_bytes(job: Job) -> int:
@@ -22,7 +22,30 @@ def peak_bytes(job: Job) -> int:
     held = job.method.held_bytes(job.outline())
     if job.recipe.heads == "learn":
         held += _heads_bytes(job)
-    return _RUNTIME_BYTES + max(held, *(expert.making_bytes for expert in job.experts.values()))
+    return job.process_bytes + max(held, *(expert.making_bytes for expert in job.experts.values()))
+
+
+def check_memory(job: Job) -> None:
+    """Refuse a budget that a merge cannot keep, before anything is spent.
+
+    Raises:
+        RecipeError: says what is needed and what may be changed.
+    """
+    if job.memory is None:
+        return
+    if job.recipe.device.startswith("cuda"):
+        raise RecipeError(
+            f"memory: is a budget of the processor's memory, and device is {job.recipe.device}. Give device: cpu, or no budget."
+        )
+    needed = peak_bytes(job)
+    if needed <= job.memory:
+        return
+    less = job.method.smaller(job.outline())
+    ways = [f"{said} ({size_text(job.process_bytes + held)})" for said, held in less.items()]
+    raise RecipeError(
+        f"memory: {size_text(needed)} are needed and {size_text(job.memory)} were given. '{job.method.name}' holds {job.method.memory()}; "
+        f"the process itself holds {size_text(job.process_bytes)}. {' or '.join(['Give that much', *ways])}."
+    )
 
 
 def _heads_bytes(job: Job) -> int:
@@ -110,5 +133,7 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
         "output_bytes": job.output_bytes(),
         "experts_bytes": len(network.tasks) * layout_bytes(layout),
         "peak_bytes": peak_bytes(job),
+        "memory": job.memory,
+        "factors_in_files": job.method.factors_in_files(job.outline()),
         "out": str(out) if out else None,
     }

@@ -18,7 +18,7 @@ from adarank.recipe.draft import METHOD, Draft, salvaged, with_stand_in
 from adarank.recipe.mergekit import NOT_DONE, beside_parameters, whole_models
 from adarank.recipe.registry import METHODS
 from adarank.recipe.schema import Recipe
-from adarank.recipe.sizes import shard_bytes
+from adarank.recipe.sizes import bytes_of
 from adarank.recipe.stages import draft_stages
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
@@ -169,12 +169,9 @@ def with_shards(given: RecipeLike, size: str | None) -> RecipeLike:
     Raises:
         RecipeError: the size is none, or is for a method that writes no single model.
     """
-    if size is None:
+    limit = bytes_of("--max-shard-size", size)
+    if limit is None:
         return given
-    try:
-        limit = shard_bytes(int(size) if size.isdigit() else size)
-    except ValueError as error:
-        raise RecipeError(f"--max-shard-size: {error} (got '{size}').") from None
     problems = Problems()
     draft = read_draft(given, problems)
     if draft is None or problems.errors:

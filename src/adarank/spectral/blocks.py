@@ -158,6 +158,11 @@ class Blocks:
         inner: Tensor = torch.linalg.vecdot(u, flat @ v, dim=0)
         return inner
 
+    def multiply_out(self) -> None:
+        """Make every task's whole block now."""
+        for task in range(len(self.sizes)):
+            self._whole(task)
+
     def _whole(self, task: int) -> Tensor:
         whole = self.wholes[task]
         if whole is None:
@@ -185,6 +190,7 @@ def build_blocks(
     spectra: bool = True,
     basis: Basis = BASES["task_vectors"],
     names: Sequence[str] | None = None,
+    kept: Callable[[int, Callable[[], Blocks]], Blocks] | None = None,
 ) -> dict[str, Blocks]:
     """Origin and task vectors of every merged tensor of a network, decomposed where the network says so.
 
@@ -192,6 +198,7 @@ def build_blocks(
         basis: how matrices are decomposed.
         spectra: False where all components stay kept: then no matrix needs an SVD.
         names: of these tensors alone.
+        kept: given a tensor's number and what makes its blocks, gives them, from wherever it keeps them.
     """
 
     def made(name: str) -> Blocks:
@@ -202,9 +209,13 @@ def build_blocks(
         advance()
         return block
 
+    def placed(name: str, number: int) -> Blocks:
+        return made(name) if kept is None else kept(number, lambda: made(name))
+
     names = network.merged() if names is None else names
     with stage("Task vectors", len(names)):
-        mine = {name: made(name) for name in processes.share(names)}
+        numbers = {name: number for number, name in enumerate(names)}
+        mine = {name: placed(name, numbers[name]) for name in processes.share(names)}
         return {name: processes.from_owner(number, mine.get(name)) for number, name in enumerate(names)}
 
 

@@ -72,10 +72,22 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     models, passage = _networks(run, settings, fingerprint)
     predictions = run.expert_predictions(models, settings, passage)
     problem = problem_of(job, models, data, settings, predictions)
+    mapped = run.folder is not None and method.factors_in_files(job.outline())
+    factors = run.folder / "factors" / fingerprint[:32] if run.folder and mapped else None
     # spectra are kept beside the state, so that a run that goes on decomposes nothing anew
-    with stored_spectra(run.folder / "spectra") if run.folder and method.settings.by == "model" else nullcontext():
+    kept = run.folder if method.settings.by == "model" and not mapped else None
+    with stored_spectra(kept / "spectra") if kept else nullcontext():
         learned = adapt_weights(
-            problem, method, job.network, job.recipe.device, run.state, fingerprint, run.progress, run.note, passage
+            problem,
+            method,
+            job.network,
+            job.recipe.device,
+            run.state,
+            fingerprint,
+            run.progress,
+            run.note,
+            passage,
+            factors,
         )
     exact = method.learn().precision == "float32"  # else what was judged is not quite what is kept
     effect = strongest_change(problem, learned) if exact else None

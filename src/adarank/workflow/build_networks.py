@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from adarank.alignment.task_vectors import member_tensors
 from adarank.errors import RecipeError
 from adarank.io.checkpoint import Checkpoint
+from adarank.io.process_memory import give_back
 from adarank.models import Family, TaskModels, share
 from adarank.models.hollow import to_device, without
 from adarank.recipe.job import Job
@@ -19,6 +20,7 @@ def build_models(job: Job) -> TaskModels:
     family = family_of(job)
     loaded = ((task, family.load(checkpoint).to(job.recipe.device)) for task, checkpoint in job.experts.items())
     models = share(loaded, job.network)
+    give_back()
     models.fill(network_tensors(job, "base"))
     models.fill(job.network.averages())
     return models

@@ -1,7 +1,9 @@
-"""Checkpoints of open_clip, task_vectors and TALL-masks, as folders that adarank reads, and `transformers` or open_clip."""
+"""Checkpoints of open_clip, task_vectors and TALL-masks, and of torch.distributed.checkpoint, as folders that adarank reads, and `transformers` or
+open_clip."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,7 +11,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from adarank.errors import CheckpointError
-from adarank.io.checkpoint import Checkpoint, check_finite
+from adarank.io.checkpoint import Checkpoint, check_any, check_finite
+from adarank.io.distributed import is_distributed
 from adarank.io.files import file_sha256
 from adarank.io.hub import local_path
 from adarank.io.lock import resolved
@@ -36,8 +39,11 @@ def convert(
 ) -> dict[str, Any]:
     """Write an open_clip checkpoint as a folder: weights as safetensors, configuration, settings of the image processor.
 
+    A folder of torch.distributed.checkpoint is written as safetensors: its model's tensors under their names, whole, and the
+    configuration and tokenizer files that lie beside them.
+
     Arguments:
-        file: what `torch.save` wrote of a module or its state dict (`finetuned.pt` of task_vectors and TALL-masks), or
+        file: such a folder; or what `torch.save` wrote of a module or its state dict (`finetuned.pt` of task_vectors and TALL-masks), or
             safetensors. Nothing of a pickle's code is imported or run.
         out: the folder to write.
         force: replace `out` if adarank wrote it.
@@ -56,6 +62,8 @@ def convert(
         adarank.convert("ViT-B-32/SUN397/finetuned.pt", "sun397")
     """
     source = local_path(file)
+    if is_distributed(source):
+        return _dense(Checkpoint(source, str(file)), Path(out), force)
     if not source.is_file():
         raise CheckpointError(f"{source}: no such file. Give a checkpoint of open_clip, such as finetuned.pt.")
     if layout not in get_args(ConvertLayout):
@@ -80,6 +88,31 @@ def convert(
         write_checkpoint(folder, of_tensors, ((n, check_finite(t, n, str(source))) for n, t in tensors.items()))
         for name, content in {**configuration, PROCESSOR_FILES[0]: processor}.items():
             write_json(folder / name, content)
+        write_record(folder, record)
+    return record
+
+
+def _dense(stored: Checkpoint, out: Path, force: bool) -> dict[str, Any]:
+    """A sharded checkpoint as safetensors, one tensor in memory at a time."""
+    check_any(stored)
+    layout: Layout = {name: (info.shape, info.dtype) for name, info in stored.tensors.items()}
+    record: dict[str, Any] = {
+        "converted": {
+            "file": stored.path.name,
+            "sha256": stored.sha256(),
+            "architecture": next(iter(stored.config.get("architectures", ())), "a state dict"),
+            "tensors": len(layout),
+            "left_out": dict(stored.unused),
+        },
+        "versions": versions(),
+    }
+    check_outside(resolved(out), [stored.path])
+    with atomic_folder(out, force) as folder:
+        write_checkpoint(
+            folder, layout, ((name, check_finite(stored.read(name), name, stored.label)) for name in layout)
+        )
+        for file in stored.side_files():
+            shutil.copy(file, folder / file.name)  # with its permissions
         write_record(folder, record)
     return record
 

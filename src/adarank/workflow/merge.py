@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from adarank.errors import OutputError, Problems
 from adarank.io import processes
 from adarank.io.beside import beside
 from adarank.io.output_folder import check_outside, remove_ours
+from adarank.io.process_memory import give_back
 from adarank.io.progress import stage
 from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import check_output, check_shards, state_folder, write_record
@@ -30,7 +32,7 @@ from adarank.outputs.write import check_side_files
 from adarank.recipe.draft import Draft
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.paths import read_paths
-from adarank.recipe.plan import describe, unheeded
+from adarank.recipe.plan import check_memory, describe, unheeded
 from adarank.recipe.reader import RecipeLike, read_draft
 from adarank.recipe.schema import Recipe
 from adarank.workflow.adapt import telling_of_collapse
@@ -59,6 +61,7 @@ def merge(
     note: Note = lambda text: None,
     progress: Progress | None = None,
     data: Mapping[str, TaskData] | None = None,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Do what a recipe says and write the merged model to `out`.
 
@@ -69,6 +72,8 @@ def merge(
         note: called with a line of text as each stage begins.
         progress: called after each adaptation step.
         data: the recipe's tasks, if they are loaded already.
+        memory: a budget in bytes of anonymous memory (what is held beside mapped files), the process itself included. What cannot
+            keep it is refused before anything is spent; the result is the same with any budget.
 
     Returns:
         The record, as in `adarank.json`: recipe, settings, hashes of all inputs, versions, seed, action per tensor, seconds, bytes.
@@ -90,7 +95,7 @@ def merge(
         problems.refuse()
     assert draft is not None
     with claimed_together(Path(out), force) as place:
-        return _merge(draft, problems, place, force, note, progress, data)
+        return _merge(draft, problems, place, force, note, progress, data, memory)
 
 
 def _merge(
@@ -101,11 +106,12 @@ def _merge(
     note: Note,
     progress: Progress | None,
     data: Mapping[str, TaskData] | None,
+    memory: int | None,
 ) -> dict[str, Any]:
     """What `merge` does, once the output is this run's alone."""
     clock = Clock()
     recipe, prepared = draft.recipe, prepare(draft, problems)
-    _check(prepared, recipe, out, problems)
+    _check(prepared, recipe, out, problems, memory)
     with problems.noted():
         check_shared_work(recipe, list(prepared.jobs.values()))
     of_stages = prepared.data(load_opened, problems) if data is None else {"": data}
@@ -114,15 +120,16 @@ def _merge(
         job.method.of_data(of_stages[name])  # what it cannot use is refused before anything is computed
     state = state_of(out)
     with going_on(out, note) if recipe.stages else nullcontext():
-        made = merged_stages(recipe, state, of_stages, partial(_run, force=True, note=note, progress=progress), note)
+        run = partial(_run, force=True, note=note, progress=progress, memory=memory)
+        made = merged_stages(recipe, state, of_stages, run, note)
         job = open_job(recipe, made.folders) if recipe.stages else jobs[""]
-        record = _run(job, out, of_stages[""], clock, force, note, progress, made.recorded())
+        record = _run(job, out, of_stages[""], clock, force, note, progress, memory, made.recorded())
     if processes.rank() == 0:
         remove_ours(state)
     return record
 
 
-def _check(prepared: Prepared, recipe: Recipe, out: Path, problems: Problems) -> None:
+def _check(prepared: Prepared, recipe: Recipe, out: Path, problems: Problems, memory: int | None) -> None:
     """Note what keeps opened stages from being merged to an output."""
     for name, job in prepared.jobs.items():
         with problems.of(prepared.label(name)) as here:
@@ -131,6 +138,8 @@ def _check(prepared: Prepared, recipe: Recipe, out: Path, problems: Problems) ->
                 check_side_files(job)
             with here.noted():
                 refuse_without_classes(job)
+            with here.noted():
+                check_memory(replace(job, memory=memory))
             with here.noted():
                 check_trackers(job.recipe.report_to)
             if not name and recipe.max_shard_size is not None:
@@ -149,14 +158,16 @@ def _run(
     force: bool,
     note: Note,
     progress: Progress | None,
+    memory: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One stage, checked, to its folder.
 
     Arguments:
+        memory: the budget, as for `merge`.
         more: what the record has beside what is of the stage itself.
     """
-    recipe = job.recipe
+    job, recipe = replace(job, memory=memory), job.recipe
     torch.manual_seed(recipe.seed)
     processes.check_agreement("recipe and checkpoints", [json.dumps(beginning(job, {})), job.layout(), versions()])
     with beside(job.hashed_share) as hashed:
@@ -165,6 +176,7 @@ def _run(
             note("Hashing the inputs")
             record["inputs"] = job.joined_hashes(hashed.result())
         result = _made(job, out, data, record, note, progress)
+        give_back()
         note_idle(job, note)
         note("Writing the bundle" if result.parts else "Writing the merged model")
         with folder_together(out, force) as folder, stage("Writing", job.output_bytes()):

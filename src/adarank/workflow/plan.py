@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from adarank.errors import AdaRankError, Problems
 from adarank.recipe.job import Job
-from adarank.recipe.plan import describe
+from adarank.recipe.plan import check_memory, describe
 from adarank.recipe.reader import RecipeLike, read_draft
 from adarank.workflow.load_tasks import Rows, check_opened, check_tasks, refuse_without_classes
 from adarank.workflow.prepare import prepare
 
 
-def plan(recipe: RecipeLike) -> dict[str, Any]:
+def plan(recipe: RecipeLike, memory: int | None = None) -> dict[str, Any]:
     """What merging by a recipe will do, as plain data. Reads headers, and the tables of tasks with data.
 
     Arguments:
         recipe: its file, what would be in it, or what `load_recipe` gives.
+        memory: as for `merge`.
 
     Raises:
         AdaRankError: what keeps the recipe from being merged.
@@ -31,9 +33,11 @@ def plan(recipe: RecipeLike) -> dict[str, Any]:
     for name, job in prepared.jobs.items():
         with problems.of(prepared.label(name)) as here, here.noted():
             refuse_without_classes(job)
+        with problems.of(prepared.label(name)) as here, here.noted():
+            check_memory(replace(job, memory=memory))
     rows = prepared.data(check_opened, problems)
     jobs = prepared.whole(problems)
-    described = {name: _described(job, rows[name]) for name, job in jobs.items()}
+    described = {name: _described(replace(job, memory=memory), rows[name]) for name, job in jobs.items()}
     output = described.pop("")
     return output | ({"stages": described} if described else {})
 

@@ -87,7 +87,7 @@ class Fisher(CalibratedMethod):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 3
+        return 6
 
     def held(self, shape: tuple[int, ...], decomposed: bool) -> int:
         """Numbers of four bytes held for a tensor while its statistics are taken."""

@@ -63,7 +63,7 @@ class Karcher(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 4  # the mean, a step, a direction and its tangent
+        return 7  # the mean, a step, a direction and its tangent
 
 
 def _start(deltas: Deltas, lengths: dict[str, float], tasks: list[str], tolerance: float) -> Tensor:

@@ -86,7 +86,7 @@ class MultiSlerp(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 1
+        return 3
 
     def _weights(self, name: str, tasks: Iterable[str]) -> dict[str, float]:
         weights = {task: self.weight.of(task, name) for task in tasks}

@@ -79,7 +79,7 @@ class NuSlerp(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 3
+        return 5
 
     def _cosine(self, name: str, a: Tensor, b: Tensor) -> Tensor:
         """In float64, of a shape that broadcasts to the tensors'. Norms below 1e-7 count as that."""

@@ -43,7 +43,7 @@ class Slerp(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 2
+        return 4
 
 
 def arc(cosine: float, t: float) -> tuple[float, float]:

@@ -52,7 +52,7 @@ class ArceeFusion(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 6  # two distributions, what is summed, importances, and what ranks them
+        return 7  # two distributions, what is summed, importances, and what ranks them
 
 
 def _divergence(other: Tensor, base: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ from adarank.sparsify.sign_election import Election
 class SparseSum(Method):
     """Base of the family. A method says which entries it keeps, and whether signs are elected.
 
+    Class attributes:
+        ranks: copies of a tensor that ranking its entries takes, where that is more than a selection.
+
     Arguments:
         weight: w_t, per model and tensor; 1 for models that give none.
         density: share of the entries kept, per model and tensor. At 1 nothing is cut or rescaled.
@@ -36,6 +39,7 @@ class SparseSum(Method):
     origin: ClassVar[OriginKind] = "pretrained"
     per_model: ClassVar[tuple[str, ...]] = ("weight", "density")
     elects: ClassVar[bool] = False
+    ranks: ClassVar[int] = 0
 
     weight: PerTensor = Field(
         TensorWeights({}, ()), description="per model: a number, a list over the layers, or filters"
@@ -59,7 +63,9 @@ class SparseSum(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 8 if self.elects else 5  # an election's five sums; magnitudes or noise, and what ranks them
+        return (
+            9 if self.elects else 5
+        ) + self.ranks  # an election's five sums; task vector, magnitudes or noise, what is kept
 
     def _elected(self, name: str, origin: Tensor, deltas: Deltas) -> tuple[Tensor, Tensor | float]:
         """The sum of what agrees in sign, and of its weights, entry by entry; 1 where nothing was added."""

@@ -27,6 +27,7 @@ class Breadcrumbs(SparseSum):
     )
     source: ClassVar[str] = "mergekit's breadcrumbs; Davari and Belilovsky 2023, arXiv:2312.06795"
     per_model: ClassVar[tuple[str, ...]] = ("weight", "density", "gamma")
+    ranks: ClassVar[int] = 1
 
     gamma: PerTensor = Field(
         rest(0.01), ge=0, le=1, description="share of largest entries removed; per model, as weight"

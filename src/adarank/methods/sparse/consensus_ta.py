@@ -78,7 +78,7 @@ class ConsensusTA(Consensus):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 4
+        return 7
 
 
 def margin(total: Tensor, delta: Tensor, tall: float) -> Tensor:

@@ -31,6 +31,7 @@ class DellaLinear(SparseSum):
     )
     source: ClassVar[str] = "mergekit's della_linear; Deep et al. 2024, arXiv:2406.11617"
     per_model: ClassVar[tuple[str, ...]] = ("weight", "density", "epsilon")
+    ranks: ClassVar[int] = 1
 
     rescale: Flag = Field(flag(True), description="restore each task vector's L1 norm")
     epsilon: PerTensor = Field(

@@ -47,4 +47,4 @@ class RAM(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 3
+        return 6

@@ -50,7 +50,7 @@ class RAMPlus(RAM):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 5
+        return 7
 
     def _scale(self, name: str, changed: int, lone: int) -> float:
         """λ_t; it does not matter where a model changed nothing alone."""

@@ -55,7 +55,7 @@ class SCE(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 8  # mean, variance and a deviation in float64
+        return 10  # mean, variance and a deviation in float64
 
 
 def _selected(origin: Tensor, deltas: Deltas, share: float) -> Tensor:

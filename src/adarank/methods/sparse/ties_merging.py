@@ -75,4 +75,4 @@ class TiesMerging(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 7  # an election's five sums, and what trims
+        return 10  # an election's five sums, and what trims

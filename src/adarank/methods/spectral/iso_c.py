@@ -37,6 +37,10 @@ class IsoC(Method):
         """One merged matrix, by the method's formula."""
         return origin + self.scale * assembled(iso_c(deltas, name)).reshape(origin.shape)
 
+    def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
+        return 11 if decomposed else 3  # the sum, its SVD, and what is multiplied out again
+
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged tensor that is not decomposed."""
         return scaled_mean(origin, deltas, self.scale)

@@ -41,6 +41,10 @@ class IsoCTS(Method):
         """One merged matrix, by the method's formula."""
         return origin + self.scale * assembled(iso_cts(deltas, name, self.common)).reshape(origin.shape)
 
+    def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
+        return 22 if decomposed else 3  # an SVD, all tasks' factors with the common ones, their nearest orthogonal ones
+
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged tensor that is not decomposed."""
         return scaled_mean(origin, deltas, self.scale)

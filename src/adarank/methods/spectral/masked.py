@@ -98,7 +98,7 @@ class Masked(Method):
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         elected = 3 if self.masks.thresholds else 0  # the signs, and what trims
-        return elected + (5 + 3 * tasks if decomposed else 0)  # every task's factors at once
+        return 3 + elected + (5 + 3 * tasks if decomposed else 0)  # every task's factors at once
 
     def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""

@@ -81,7 +81,7 @@ class EMR(TaskAwareMethod):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 6  # the sum in float64, signs, magnitudes, and what masks
+        return 9  # the sum in float64, signs, magnitudes, and what masks
 
 
 def elected_sign(origin: Tensor, deltas: Deltas) -> Tensor:

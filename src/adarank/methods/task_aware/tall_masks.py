@@ -64,4 +64,4 @@ class TallMasks(TaskAwareMethod):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 3
+        return 6

@@ -1,0 +1,184 @@
+"""Origins, task vectors and spectra in files, from which they are read or mapped; and what adaptation holds in memory, predicted.
+
+    4 · ( Σ_W (live + origin + components) + kept + heads + max(gradients + one matrix's products, one matrix's SVD) + Σ_W factors )
+
+bytes, W over the merged tensors; where a block is learned at a time, the largest block. A budget of memory that has no room for the last sum has factors mapped from files.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adarank.alignment.layers import layer_groups, layer_number
+from adarank.io import processes
+from adarank.io.state import read_kept, write_state
+from adarank.method import Outline
+from adarank.spectral.blocks import Blocks
+
+if TYPE_CHECKING:
+    from adarank.adapt.methods import AdaptiveMethod
+
+_BY_COMPONENT = (
+    10  # logits, where they start, their pace, gradient and moments, masks, and what is kept of the best step
+)
+_SVD = 14  # copies of a matrix: itself and its origin, U, V, what the driver works in
+_SMALL = 2**14  # numbers: what is less stays in memory
+
+
+def kept_blocks(
+    path: Path, make: Callable[[], Mapping[str, Blocks]], device: torch.device | str = "cpu", mapped: bool = False
+) -> dict[str, Blocks]:
+    """Tensor -> blocks from a file, which is made if it is not there, or damaged.
+
+    Arguments:
+        mapped: they stay in the file until they are read, and take no memory that the system cannot have back.
+    """
+    kept = read_kept(path, mapped)
+    if kept is None:
+        blocks = dict(make())
+        write_state(path, {name: vars(block) for name, block in blocks.items()}, "the factors")
+        if not mapped:
+            return blocks
+        blocks.clear()
+        kept = read_kept(path, mapped)
+    return {name: _on_device(fields, device) for name, fields in kept.items()}
+
+
+def _on_device(fields: Mapping[str, Any], device: torch.device | str) -> Blocks:
+    def put(value: Any) -> Any:
+        if isinstance(value, list):
+            return [None if each is None else each.to(device) for each in value]
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return Blocks(**{name: put(value) for name, value in fields.items()})
+
+
+class FactorFiles:
+    """Where a run's factors lie that are mapped from files, a file for each large tensor.
+
+    Arguments:
+        folder: of these very settings and inputs.
+        wholes: whole task vectors are asked for, too.
+    """
+
+    def __init__(self, folder: Path, wholes: bool) -> None:
+        self._folder, self._wholes = folder, wholes
+
+    def __call__(self, number: int, make: Callable[[], Blocks]) -> Blocks:
+        """A tensor's blocks: from its file if there is one.
+
+        Arguments:
+            number: of the tensor in the network.
+        """
+        path = self._folder / f"{number}.pt"
+        made: list[Blocks] = []
+        if not path.exists():
+            made.append(make())
+            if made[0].origin.numel() < _SMALL:
+                return made[0]
+        return kept_blocks(path, lambda: {"": self._filled(made.pop() if made else make())}, mapped=True)[""]
+
+    def _filled(self, blocks: Blocks) -> Blocks:
+        if self._wholes and blocks.components:
+            blocks.multiply_out()
+        return blocks
+
+
+class Holding:
+    """What adaptation by a method holds in memory, from headers alone.
+
+    Arguments:
+        outline: of its merge, with the budget if there is one.
+    """
+
+    def __init__(self, method: AdaptiveMethod, outline: Outline) -> None:
+        self._method, self._outline, self._network = method, outline, outline.network
+        self._merged = self._network.merged()
+
+    def total(self) -> int:
+        """All that is held at once, within the budget where mapped factors bring it there."""
+        if self._method.settings.by == "block":
+            return 4 * self._by_block()
+        return 4 * (self._rest() + self._factors(in_files=self.in_files()))
+
+    def in_files(self) -> bool:
+        """Whether factors are mapped from files: the budget has no room for them. Several processes send them to each other."""
+        room = self._outline.memory
+        if room is None or self._method.settings.by == "block" or processes.size() > 1:
+            return False
+        return 4 * (self._rest() + self._factors(in_files=False)) > room
+
+    def _rest(self) -> int:
+        """Numbers that are held whether factors are or not."""
+        by_tensor = sum(self._numel(n) + self._origin(n) + self._of_components(n) for n in self._merged)
+        gradients = sum(self._numel(name) for name in self._merged)
+        products = max((2 * self._rows(n) * self._components(n) for n in self._merged), default=0)
+        svd = max((_SVD * self._numel(name) for name in self._merged if self._decomposed(name)), default=0)
+        return by_tensor + self._kept() + self._outline.head_numel() + max(gradients + products, svd)
+
+    def _factors(self, in_files: bool) -> int:
+        """Numbers of all factors; of those that stay in memory, and of the largest, which is made there, where they lie in files."""
+        sizes = {name: self._method.stored_numbers(self._network, name) for name in self._merged}
+        if not in_files:
+            return sum(sizes.values())
+        small = sum(size for name, size in sizes.items() if self._numel(name) < _SMALL)
+        return small + max(sizes.values(), default=0)
+
+    def _by_block(self) -> int:
+        """All that is held of the largest block, and the weights of what is in none."""
+        blocks, outside = Counter[str](), self._outline.head_numel()
+        names = list(self._network.tensors)
+        for name, group in zip(names, layer_groups(names), strict=True):
+            if layer_number(name) is None:
+                outside += self._numel(name)
+            else:
+                blocks[group] += self._numel(name) + (self._learned(name) if name in self._merged else 0)
+        return outside + max(blocks.values(), default=0)
+
+    def _learned(self, name: str) -> int:
+        """Numbers beside a merged tensor's weights: origin, gradient, factors and components."""
+        stored = self._method.stored_numbers(self._network, name)
+        return 2 * self._numel(name) + stored + self._of_components(name)
+
+    def _kept(self) -> int:
+        choices = self._network.choices.items()
+        return sum(self._numel(name) for name, choice in choices if choice.action in ("keep", "average"))
+
+    def _origin(self, name: str) -> int:
+        """Numbers of an origin: none where it is mapped from the base's file."""
+        mapped = self._method.origin == "pretrained" and self._network.base_is_mapped(name)
+        return 0 if mapped else self._numel(name)
+
+    def _of_components(self, name: str) -> int:
+        """Numbers beside factors: a few for each component, and factors in bfloat16."""
+        if not self._decomposed(name):
+            return 0
+        halves = self._method.soft and self._method.learn().precision == "bfloat16"
+        return (
+            _BY_COMPONENT * self._components(name) + (factor_numbers(self._network, name, self._method) // 2) * halves
+        )
+
+    def _decomposed(self, name: str) -> bool:
+        return self._method.spectra and self._network.choices[name].action == "decompose"
+
+    def _components(self, name: str) -> int:
+        return sum(self._network.components(name, self._method.origin)) if self._decomposed(name) else 0
+
+    def _rows(self, name: str) -> int:
+        return self._network.tensors[name].shape[0] if self._network.tensors[name].shape else 1
+
+    def _numel(self, name: str) -> int:
+        return self._network.tensors[name].numel
+
+
+def factor_numbers(network: Any, name: str, method: AdaptiveMethod) -> int:
+    """Numbers in U and V of one matrix, all tasks together."""
+    rows = network.tensors[name].shape[0]
+    columns = network.tensors[name].numel // max(1, rows)
+    return int(sum(network.components(name, method.origin)) * (rows + columns))
