@@ -68,8 +68,9 @@ ROWS: Mapping[str, Sequence[Recipe]] = {
     "AdaRank": adapted(),
     "AdaRank about the base": adapted({"origin": "pretrained"}),
     "AdaRank block by block": adapted(by="block"),
+    "AdaRank block by block, about the base": adapted({"origin": "pretrained"}, by="block"),
 }
-SEEDED = ("DARE", "AdaRank by entropy", "AdaRank", "AdaRank about the base", "AdaRank block by block")
+SEEDED = ("DARE", *(name for name in ROWS if name.startswith("AdaRank")))
 
 
 class Bed:

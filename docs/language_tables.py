@@ -22,6 +22,7 @@ ROWS = [
     "AdaRank",
     "AdaRank about the base",
     "AdaRank block by block",
+    "AdaRank block by block, about the base",
     "experts",
 ]
 
