@@ -31,7 +31,7 @@ def language_table(lora: bool, file: Path = FILE) -> list[str]:
     """Perplexity and next-token accuracy of each domain, exact answers of arithmetic, and the shares of the way to the experts.
 
     Where a row has several seeds it is their mean; "log ppl" is the mean over the domains of the logarithm of the perplexity,
-    with ± its sample standard deviation over seeds; "gap" the share of it that is closed from the average to the experts.
+    with ± its sample standard deviation over seeds; "gap" the share of the way from the base to the experts.
 
     Arguments:
         lora: of the adapters as experts, else of the whole models.
@@ -43,7 +43,7 @@ def language_table(lora: bool, file: Path = FILE) -> list[str]:
     domains = next(iter(rows.values()))[0]["domains"]
     names = ["", "log ppl", "gap", *(f"{d} ppl" for d in domains), *(f"{d} token" for d in domains), "exact", "seeds"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    start, end = (statistics.mean(map(_mean_log, rows[row])) for row in ("average", "experts"))
+    start, end = (statistics.mean(map(_mean_log, rows[row])) for row in ("base", "experts"))
     for row, records in rows.items():
         logs = [_mean_log(record) for record in records]
         spread = f" ± {statistics.stdev(logs):.3f}" if len(logs) > 1 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from adarank import merge_recipe
 from adarank.adapt.agreement import Signals
 from adarank.adapt.history import History
 from adarank.adapt.loop import adapt
@@ -20,11 +23,12 @@ from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import RANKS, SCALES, Grid, climb, find_start, grid_of
 from adarank.cli.main import main
 from adarank.errors import RecipeError
+from adarank.recipe.reader import load_recipe
 from adarank.settings import parse
 from make import agreeing
 from test_adapt_keeps import SETTINGS, Judged
 from test_adapt_loop import Problem, assert_same
-from text_zoo import ADAPT, make_zoo, recipe
+from text_zoo import ADAPT, TASKS, make_zoo, recipe
 
 USUAL = (0.08, 1.0)
 
@@ -126,6 +130,29 @@ def test_a_start_may_be_a_share_or_auto_and_nothing_else() -> None:
     with pytest.raises(RecipeError, match=r"lambda: .*number or auto"):
         parse(AdaRank, {"lambda": "most"}, "parameters")
     assert parse(AdaRank, {}, "parameters").rank == "auto"
+
+
+@pytest.mark.parametrize(("apart", "nearer"), [(1.0, False), (10.0, True)])
+def test_a_base_that_is_nearer_than_any_start_is_told(tmp_path: Path, capsys: Any, apart: float, nearer: bool) -> None:
+    """The base's agreement is that of a start at λ 0 about it; the word comes where experts are so far apart that no start helps."""
+    make_zoo(tmp_path)
+    base = load_file(tmp_path / "models" / "base" / "model.safetensors")
+    for task in TASKS:
+        file = tmp_path / "models" / task / "model.safetensors"
+        tensors = {name: (name.removeprefix("bert."), tensor) for name, tensor in load_file(file).items()}
+        moved = {n: base[of] + apart * (t - base[of]) if of in base else t for n, (of, t) in tensors.items()}
+        save_file(moved, file, metadata={"format": "pt"})
+    still = {"steps": 0, "learn_heads": False}
+    origin = {"origin": "pretrained", "rank": 1.0, "lambda": 0.0}
+    at_base = recipe(tmp_path, "base.yaml", merge_method="adarank", parameters=origin, adapt=still)
+    judged = merge_recipe(load_recipe(at_base), tmp_path / "base-out")["adaptation"]["judged"]["0"]
+    out = tmp_path / "out"
+    assert main(["merge", str(recipe(tmp_path, merge_method="adarank", parameters={}, adapt=still)), str(out)]) == 0
+    report = json.loads((out / "adarank.json").read_text())["adaptation"]
+    agreement = [signals["agreement"] for signals in judged.values()]
+    assert report["base_agreement"] == pytest.approx(sum(agreement) / len(agreement), abs=1e-4)
+    assert (report["base_agreement"] > max(start["value"] for start in report["starts"])) == nearer
+    assert ("origin:" in capsys.readouterr().out) == nearer
 
 
 def test_a_start_that_is_adapted_and_stopped_keeps_its_state(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -243,6 +243,12 @@ def adapted(report: Mapping[str, Any]) -> None:
             f"start: rank {best['rank']:g}, λ {best['lambda']:g}: nearest to the experts on unlabelled inputs, "
             f"of {len(report['starts'])} looked at"
         )
+        if report.get("base_agreement", 0) > best["value"]:
+            head(
+                "origin:",
+                f" the base agrees with the experts on {100 * report['base_agreement']:.0f}% of these inputs, the best start on "
+                f"{100 * best['value']:.0f}%: the experts' average is far off. Try parameters: {{origin: pretrained}}.",
+            )
     if report.get("start_at_edge"):
         names = " and ".join(report["start_at_edge"])
         head(
