@@ -88,7 +88,7 @@ class WUDI(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 15 if decomposed else 3  # the task vector, C, Σ τ, Δ₀, what is solved for, in float64
+        return 15 if decomposed else 2  # the task vector, C, Σ τ, Δ₀, what is solved for, in float64
 
     @classmethod
     def memory(cls) -> str:
