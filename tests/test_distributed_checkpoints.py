@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 import adarank
+import text_zoo
 from adarank.cli.main import main
 from adarank.errors import CheckpointError
 from adarank.io.checkpoint import Checkpoint
@@ -96,6 +97,23 @@ def test_merges_of_it_are_those_of_safetensors(tmp_path: Path) -> None:
         adarank.merge_recipe(given, tmp_path / f"{prefix}out")
         outputs.append(tmp_path / f"{prefix}out")
     assert same(Checkpoint(outputs[0]), all_of(outputs[1]))
+
+
+def network_of(recipe: Path) -> dict[str, Tensor]:
+    job = adarank.open_job(adarank.load_recipe(recipe))
+    assert job.family is not None
+    return job.family.load(job.experts["mood"]).state_dict()
+
+
+def test_networks_are_loaded_from_it(tmp_path: Path) -> None:
+    recipe = text_zoo.recipe(text_zoo.make_zoo(tmp_path), merge_method="average")
+    wanted, folder = network_of(recipe), tmp_path / "models" / "mood"
+    state = {name: tensor.clone() for name, tensor in all_of(folder).items()}
+    (folder / "model.safetensors").unlink()
+    saved(state, folder)
+    loaded = network_of(recipe)
+    assert set(loaded) == set(wanted)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in wanted.items())
 
 
 def test_shards_of_several_processes_are_put_together(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 M = TypeVar("M", bound="Method")
+_SUMMING = 2  # copies of a tensor: a sum and one task vector
 _LEAST_BLOCK = 2**14  # entries; of fewer the calls would take longer than the sums
 
 
@@ -88,9 +89,9 @@ class Method(MergeMethod):
         return self
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
-        """Copies of a tensor in float32 held beside its origin, for the memory plan: a sum, one task vector and what it is read
-        from; of a matrix that is decomposed U, V, what the driver works in, and what is multiplied out again."""
-        return 14 if decomposed and self.spectral else 3
+        """Copies of a tensor in float32 held beside its origin, for the memory plan: a sum and one task vector; of a matrix that
+        is decomposed U, V, what the driver works in, and what is multiplied out again."""
+        return 14 if decomposed and self.spectral else _SUMMING
 
     @classmethod
     def resolve(cls: type[M], given: Given) -> M:
@@ -164,6 +165,8 @@ class Method(MergeMethod):
         """Copies in float32 of what is merged at a time: a tensor, or a block of it."""
         network = outline.network
         copies = self.workspace(len(network.tasks), network.choices[name].action == "decompose")
+        if copies <= _SUMMING and network.tensors[name].dtype != torch.float32:
+            copies += 1  # a model's tensor in float32; where more is held it is let go before
         mapped = self.origin_kind(network) == "pretrained" and network.base_is_mapped(name)
         return copies + (not mapped) + 2 * outline.dequantised  # what is put together as it is read
 

@@ -251,4 +251,5 @@ class CalibratedMethod(Method):
     def run(self, context: Context) -> Result:
         """Take the statistics, then merge tensor by tensor."""
         known, report = context.with_statistics(self)
-        return Result(Merging(known, context.network, context.device), block="statistics", report=report)
+        block = self.block(context.outline())
+        return Result(Merging(known, context.network, context.device, block), block="statistics", report=report)

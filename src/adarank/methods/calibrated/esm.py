@@ -114,7 +114,7 @@ class ESM(CalibratedMethod):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 23 if decomposed else 3  # U, V, their spectra and products, in float64
+        return 23 if decomposed else 2  # U, V, their spectra and products, in float64
 
     def solving(self, shape: tuple[int, ...]) -> int:
         """Numbers of four bytes held beside: a Gram matrix, the outputs' covariance and its eigenvectors."""

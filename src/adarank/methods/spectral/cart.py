@@ -51,6 +51,10 @@ class CART(Method):
         """One merged tensor that is not decomposed."""
         return origin
 
+    def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`. What is averaged needs none beside its origin."""
+        return super().workspace(tasks, decomposed) if decomposed else 0
+
     def check(self, network: AlignedCheckpoints) -> None:
         """Raise a sentence if the settings do not fit these models."""
         if self.energy is not None and "rank" in self.model_fields_set:

@@ -65,7 +65,7 @@ class DCMerge(Method):
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
         return (
-            15 if decomposed else 3
+            23 if decomposed else 2
         )  # an SVD, all tasks' top factors, the cover, one task's coordinates, what is kept
 
 

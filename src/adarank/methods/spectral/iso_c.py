@@ -39,7 +39,7 @@ class IsoC(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 11 if decomposed else 3  # the sum, its SVD, and what is multiplied out again
+        return 11 if decomposed else 2  # the sum, its SVD, and what is multiplied out again
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged tensor that is not decomposed."""

@@ -43,7 +43,7 @@ class IsoCTS(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 22 if decomposed else 3  # an SVD, all tasks' factors with the common ones, their nearest orthogonal ones
+        return 22 if decomposed else 2  # an SVD, all tasks' factors with the common ones, their nearest orthogonal ones
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged tensor that is not decomposed."""

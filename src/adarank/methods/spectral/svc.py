@@ -79,7 +79,7 @@ class SVC(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 8 if decomposed else 0  # the merge, its spectrum and what finding it takes, a task's responses
+        return 12 if decomposed else 2  # the merge, its spectrum and what finding it takes, a task's responses
 
     def _merge(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """Δ, (rows, columns)."""

@@ -39,7 +39,7 @@ class TSVM(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 20 if decomposed else 3  # an SVD, all tasks' top factors, their two nearest orthogonal ones
+        return 20 if decomposed else 2  # an SVD, all tasks' top factors, their two nearest orthogonal ones
 
     def merge_other(self, name: str, origin: Tensor, deltas: Deltas) -> Tensor:
         """One merged tensor that is not decomposed."""

@@ -88,7 +88,7 @@ class WUDI(Method):
 
     def workspace(self, tasks: int, decomposed: bool) -> int:
         """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
-        return 15 if decomposed else 3  # the task vector, C, Σ τ, Δ₀, what is solved for, in float64
+        return 15 if decomposed else 2  # the task vector, C, Σ τ, Δ₀, what is solved for, in float64
 
     @classmethod
     def memory(cls) -> str:
@@ -132,6 +132,10 @@ class ACTMat(WUDI):
 
     def _weight(self, task: str, name: str, delta: Tensor) -> float:
         return self.weight.of(task, name)
+
+    def workspace(self, tasks: int, decomposed: bool) -> int:
+        """Copies of a tensor in float32 that the formula holds; see `Method.workspace`."""
+        return super().workspace(tasks, decomposed) + (10 if decomposed else 0)  # what weighs a task vector, in float64
 
     def _inverse(self, values: Tensor) -> Tensor:
         return _reciprocal(values)
