@@ -124,13 +124,13 @@ def columns(
 
 
 def summary(report: Mapping[str, Any], rows_per_split: Mapping[str, Any]) -> Record:
-    """What a record keeps of the report of an adaptation, a training or statistics: all but what every step came to.
+    """What a record keeps of the report of an adaptation, a training or statistics: all but what every step and every matrix came to.
 
     The judgements are those of what was kept: of a step, of a point on the line to it, or of each task's step. They
     and the shares of the largest class are lists over the tasks, in the order of the splits. Splits are left out where they
     are the test bed's.
     """
-    dropped = {"losses", "kept", "judged", "way_back"}
+    dropped = {"losses", "kept", "judged", "way_back", "spectra", "blocks", "strongest_change"}
     content = {name: value for name, value in report.items() if name not in dropped}
     if content.get("splits") == rows_per_split:
         del content["splits"]

@@ -40,6 +40,8 @@ def language_table(lora: bool, file: Path = FILE) -> list[str]:
     by_row = {row: Records(file).find(kind="row", name=prefix + row) for row in ROWS}
     by_row["base"] = Records(file).find(kind="row", name="base")
     rows = {row: records for row, records in by_row.items() if records}
+    if "experts" not in rows:
+        return ["(not run)"]
     domains = next(iter(rows.values()))[0]["domains"]
     names = ["", "log ppl", "gap", *(f"{d} ppl" for d in domains), *(f"{d} token" for d in domains), "exact", "seeds"]
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]

@@ -22,12 +22,13 @@ ROWS = [
     "SWUDI", "ACTMat", "CART", "CART, energy", "Fisher", "Fisher, empirical", "RegMean", "RegMean++", "FeatCal",
     "FeatCal, from the average", "ESM", "AdaMerging, task-wise", "AdaMerging", "AdaMerging++", "TA+AdaRank",
     "CART++", "CART+AdaRank", "AdaRank about the base", "TSV-M+AdaRank", "Iso-C+AdaRank", "Iso-CTS+AdaRank",
-    "TSV-M+AdaRank, soft masks", "AdaRank, binary masks", "AdaRank", "AdaRank, 32 inputs a step",
+    "TSV-M+AdaRank, soft masks", "SyMerge", "SAMerging", "ProDistill", "AdaRank, binary masks", "AdaRank, by block",
+    "AdaRank", "AdaRank, 32 inputs a step",
     "multi-task training", "experts",
 ]  # fmt: skip
 TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing", "TA+Surgery", "WEMoE, entropy", "WEMoE", "Twin-Merging"]
 HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
-        "AdaRank, binary masks", "AdaRank", "experts"]  # fmt: skip
+        "AdaRank, binary masks", "SyMerge", "SAMerging", "ProDistill", "AdaRank", "experts"]  # fmt: skip
 
 
 def flat(values: dict[str, Any]) -> str:
@@ -88,7 +89,7 @@ def short_table(bed: str, rows: list[str]) -> list[str]:
         "| method | experts' heads | learned heads | gap closed | weakest task: score of expert's | seeds |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in [row for row in rows if load(bed, row)]:
         records, wide = load(bed, row), experts["scores"]
         learned = load(bed, row, "learned heads")
         scores = _scores(bed, learned) if learned else {}
@@ -96,9 +97,14 @@ def short_table(bed: str, rows: list[str]) -> list[str]:
         cells = [_spread(records), *(
             [_spread(learned), _gap(learned, average, experts), f"{weakest}: {scores[weakest]:.1f} of {wide[weakest]:.1f}"]
             if learned else ["", "100%" if row == "experts" else "", ""]
-        ), str(len(learned or records))]  # fmt: skip
+        ), _seeds(records, learned)]  # fmt: skip
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _seeds(records: list[Record], learned: list[Record]) -> str:
+    """How many seeds a row has; with the experts' heads and with learned ones where that differs."""
+    return f"{len(records)}; {len(learned)}" if learned and len(learned) != len(records) else str(len(records))
 
 
 def _row(bed: str, row: str, records: list[dict[str, Any]], more: list[str], costs: bool) -> str:
@@ -131,15 +137,15 @@ def first_run() -> list[str]:
     machine = demo["machine"]
     rows = takewhile(lambda line: not line.startswith("inputs"), demo["shown"][2:])
     means = {line.split()[0]: line.split()[1] for line in rows}
-    default = load("demo-8", "AdaRank")
-    taken = load_recipe(ZOO / "recipe.yaml").method().settings.steps
+    default = load("demo-8", "AdaRank", "learned heads")
+    taken, whole = load_recipe(ZOO / "recipe.yaml").method().settings.steps, default[0]["settings"]["adapt"]["steps"]
     return [
         f"- **Time**: the set-up, which depends on your connection, and then {demo['seconds']:.0f} s, or {quick['seconds']:.0f} s with `--quick`. That was on",
         f"  {machine['cores']} CPU cores ({machine['system']}, PyTorch {demo['versions']['torch']}), with {demo['peak_resident_bytes'] / 1e9:.1f} GB of memory at the peak.",
         f"- **Result**: a table of scores. Mean accuracy is {means['base']} for the base, {means['average']} for the average of the experts' weights,",
         f"  {means['AdaRank']} for AdaRank's merged model, and {means['experts']} for the experts, each on its own task.",
-        f"- **{means['AdaRank']} here, {_spread(default)} [below](#results)**: the demo has one seed and {taken} steps, and learns the heads too, as in",
-        "  its row CART+heads. In the tables below all rows have the experts' heads, and figures are means over the seeds.",
+        f"- **{means['AdaRank']} here, {_spread(default)} [below](#results)**: the demo takes {taken} steps, with one seed, to be done sooner;",
+        f"  the figure below is of {whole} steps, and the mean over {len(default)} seeds. Both have learned heads.",
     ]
 
 
