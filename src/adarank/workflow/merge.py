@@ -22,7 +22,7 @@ from adarank.errors import OutputError, Problems
 from adarank.io import processes
 from adarank.io.beside import beside
 from adarank.io.output_folder import check_outside, remove_ours
-from adarank.io.process_memory import give_back
+from adarank.io.process_memory import give_back, give_back_at_once
 from adarank.io.progress import stage
 from adarank.io.record import Clock, Note, machine, versions
 from adarank.io.writer import check_output, check_shards, state_folder, write_record
@@ -168,6 +168,8 @@ def _run(
         more: what the record has beside what is of the stage itself.
     """
     job, recipe = replace(job, memory=memory), job.recipe
+    if memory is not None:
+        give_back_at_once()
     torch.manual_seed(recipe.seed)
     processes.check_agreement("recipe and checkpoints", [json.dumps(beginning(job, {})), job.layout(), versions()])
     with beside(job.hashed_share) as hashed:
