@@ -40,6 +40,8 @@ from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.merge import merge
 from adarank.workflow.scores import measure_task
 
+KIND = "language row"
+COMMAND = "python benchmarks/language_models.py --bed BED --work DIR"
 DOMAINS = ("verse", "news", "code", "arithmetic")
 Recipe = dict[str, Any]
 _LAMBDAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -186,13 +188,14 @@ def main() -> int:
     for title in options.rows or every:
         lora, name = title.startswith("lora: "), title.removeprefix("lora: ")
         seed = options.seed if name in SEEDED else 0
-        if not options.rows and records.first(kind="row", name=title, seed=seed):
+        if not options.rows and records.first(kind=KIND, name=title, seed=seed):
             continue
         print(title, flush=True)
         bed = beds.setdefault(lora, Bed(options.bed, options.work, lora, options.seed, options.steps))
         row = bed.row(name)
         print(f"  {row['perplexity']} {row['token_accuracy']} {row['exact_match']}", flush=True)
-        records.write({"kind": "row", "name": title, "seed": seed, "domains": list(DOMAINS), **row, "versions": versions(), "machine": machine("cpu")})  # fmt: skip
+        about = {"command": COMMAND, "inputs": bed.job.inputs(), "versions": versions(), "machine": machine("cpu")}
+        records.write({"kind": KIND, "name": title, "seed": seed, "domains": list(DOMAINS), **row, **about})
     bed_record = {key: manifest[key] for key in ("seed", "numbers", "characters", "parameters", "made_with")}
     records.write({"kind": "bed", "name": "lm-4", **bed_record})
     return 0

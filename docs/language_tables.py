@@ -37,8 +37,8 @@ def language_table(lora: bool, file: Path = FILE) -> list[str]:
         lora: of the adapters as experts, else of the whole models.
     """
     prefix = "lora: " if lora else ""
-    by_row = {row: Records(file).find(kind="row", name=prefix + row) for row in ROWS}
-    by_row["base"] = Records(file).find(kind="row", name="base")
+    by_row = {row: Records(file).find(kind="language row", name=prefix + row) for row in ROWS}
+    by_row["base"] = Records(file).find(kind="language row", name="base")
     rows = {row: records for row, records in by_row.items() if records}
     if "experts" not in rows:
         return ["(not run)"]
