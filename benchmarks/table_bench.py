@@ -321,9 +321,10 @@ class Bench:
             "peak_resident_bytes": merged["peak_resident_bytes"],
             "chosen": chosen,
         }
+        heads = merged["adaptation"].pop("heads", {})
         self.record(row, seed, dict(content))
         with heads_of(out, self.models):
-            self.record(row, seed, content, LEARNED_HEADS)
+            self.record(row, seed, content | {"adaptation": {"heads": heads}}, LEARNED_HEADS)
 
     def _plain(self, row: str, seed: int) -> tuple[Method, str]:
         """A row's method that does not adapt, as it is after `search`, and what chose its settings."""
