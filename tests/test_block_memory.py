@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,32 +17,37 @@ from adarank.adapt.streams import Streams
 from adarank.io.checkpoint import Checkpoint
 
 
-def storages() -> dict[int, Tensor]:
-    """Where a storage of floating-point numbers begins -> a tensor that holds it."""
-    tensors = (each for each in gc.get_objects() if issubclass(type(each), Tensor))
-    return {each.untyped_storage().data_ptr(): each for each in tensors if each.is_floating_point()}
-
-
 @dataclass
 class Most:
-    """The most memory that storages take whenever a block has run, but for what earlier tests left behind."""
+    """The most memory that tensors of floating-point numbers take whenever a block has run."""
 
-    others: dict[int, Tensor]  # held, so that no other takes its place
     most: int = 0
 
     def look(self) -> None:
-        found = storages()
-        held = [found[place].untyped_storage().nbytes() for place in found.keys() - self.others.keys()]
-        self.most = max(self.most, sum(held))
+        gc.collect()  # what nothing holds any more may lie about until then
+        held = {}
+        for each in gc.get_objects():
+            if issubclass(type(each), Tensor) and each.is_floating_point():
+                held[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+        self.most = max(self.most, sum(held.values()))
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """What the test freezes, other tests' tensors among it, is neither looked at nor collected until its end."""
+    gc.collect()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("alone")
 def test_one_block_of_all_models_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of twelve blocks; counted are tensors, before the run and at every block of it."""
     text_zoo.make_zoo(tmp_path, hidden_size=64, intermediate_size=128, num_hidden_layers=12)
     base = Checkpoint(tmp_path / "models" / "base").tensors
     block, network = (4 * sum(base[n].numel for n in base if text in n) for text in ("encoder.layer.0.", "encoder"))
-    gc.collect()
-    during, plain = Most(storages()), Streams.keep
+    during, plain = Most(), Streams.keep
+    gc.freeze()
 
     def keep(streams: Streams, stream: str, place: int, batch: str, given: Any) -> None:
         plain(streams, stream, place, batch, given)
