@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from printer import Printer
 from records import Records, summary
 from table_rows import (
@@ -46,7 +45,7 @@ from adarank.settings import parse
 from adarank.spectral.mask_file import FILE, MaskFile
 from adarank.workflow.build_networks import build_models
 from adarank.workflow.context import RecipeContext
-from adarank.workflow.evaluate import heads_of, score_all, score_bundle
+from adarank.workflow.evaluate import heads_held, heads_of, score_all, score_bundle
 from adarank.workflow.heads import learned_heads
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.merge import merge
@@ -163,14 +162,10 @@ class Bench:
         content = self._merged(method, self.data) | {"chosen": chosen}
         if not self.recorded(row, seed):
             self.record(row, seed, dict(content))
-        experts = {task: {n: t.detach().clone() for n, t in head.items()} for task, head in self.models.heads.items()}
         problem = problem_of(self.job, self.models, self.data, LEARN_HEADS, predictions)
-        _, report = learned_heads(self.job, problem, lambda text: None)
-        self.record(row, seed, content | {"learned_heads": report}, LEARNED_HEADS)
-        with torch.no_grad():
-            for task, head in experts.items():
-                for name, tensor in head.items():
-                    self.models.heads[task][name].copy_(tensor)
+        with heads_held(self.models, {}):
+            _, report = learned_heads(self.job, problem, lambda text: None)
+            self.record(row, seed, content | {"learned_heads": report}, LEARNED_HEADS)
 
     def search(self, row: str) -> dict[str, Any]:
         """The settings of a row with the best mean on select; the whole grid is kept in a record of the kind "search"."""

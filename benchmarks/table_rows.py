@@ -160,11 +160,11 @@ TRAINED = "multi-task training"
 LEARNED_HEADS = (
     "learned heads"  # kind of the records of rows whose heads were learned; those of the kind "row" have the experts'
 )
-# every row that gives one model; the empirical Fisher information would read labels here
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # rows without anything to choose: (method, parameters)
     "base": ("task_arithmetic", {"lambda": 0.0}),
     "weight average": ("average", {}),
 }
+# every row that gives one model, but for the empirical Fisher information, which reads labels
 WITH_HEADS = (
     *PLAIN,
     *STATIC,

@@ -37,14 +37,15 @@ def language_table(lora: bool, file: Path = FILE) -> list[str]:
         lora: of the adapters as experts, else of the whole models.
     """
     prefix = "lora: " if lora else ""
-    by_row = {row: Records(file).find(kind="language row", name=prefix + row) for row in ROWS}
-    by_row["base"] = Records(file).find(kind="language row", name="base")
+    recorded = Records(file).find(kind="language row")
+    names = {row: row if row == "base" else prefix + row for row in ROWS}
+    by_row = {row: [record for record in recorded if record["name"] == name] for row, name in names.items()}
     rows = {row: records for row, records in by_row.items() if records}
     if "experts" not in rows:
         return ["(not run)"]
     domains = next(iter(rows.values()))[0]["domains"]
-    names = ["", "log ppl", "gap", *(f"{d} ppl" for d in domains), *(f"{d} token" for d in domains), "exact", "seeds"]
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    heading = ["", "log ppl", "gap", *(f"{d} ppl" for d in domains), *(f"{d} token" for d in domains), "exact", "seeds"]
+    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     start, end = (statistics.mean(map(_mean_log, rows[row])) for row in ("base", "experts"))
     for row, records in rows.items():
         logs = [_mean_log(record) for record in records]

@@ -42,7 +42,7 @@ def alone() -> Iterator[None]:
 
 @pytest.mark.usefixtures("alone")
 def test_one_block_of_all_models_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network of twelve blocks; counted are tensors, before the run and at every block of it."""
+    """A network of twelve blocks; counted are the tensors that its run makes, at every block."""
     text_zoo.make_zoo(tmp_path, hidden_size=64, intermediate_size=128, num_hidden_layers=12)
     base = Checkpoint(tmp_path / "models" / "base").tensors
     block, network = (4 * sum(base[n].numel for n in base if text in n) for text in ("encoder.layer.0.", "encoder"))

@@ -111,9 +111,9 @@ class DistributedFile:
             for index, info in _field(content, "storage_data").items()
         }
         inside = _names(entries, getattr(content, "planner_data", None))
-        known = {type(entry).__name__ for entry in entries.values()} - {_TENSOR, _BYTES}
-        if known:
-            raise ValueError(f"it holds {', '.join(sorted(known))}")
+        unread = {type(entry).__name__ for entry in entries.values()} - {_TENSOR, _BYTES}
+        if unread:
+            raise ValueError(f"it holds {', '.join(sorted(unread))}")
         self.tensors = {
             inside[key]: _assembled(self.folder, key, entry, places)
             for key, entry in entries.items()

@@ -134,7 +134,7 @@ class Scoring:
     def bundle(self, bundle: Bundle) -> dict[str, TaskScore]:
         """Each task by the network that a bundle has for it, with the head that it has there."""
         stored = {task: head for task in self.job.network.tasks if (head := bundle.head(task)) is not None}
-        with _heads(self.models, stored):
+        with heads_held(self.models, stored):
             return self.each(bundle.tensors, bundle if bundle.kind.dress else None)
 
     def each(
@@ -181,13 +181,13 @@ def heads_of(out: Path, models: TaskModels) -> Iterator[None]:
             raise MismatchError(
                 f"{file}: is missing, and the heads of this output were trained. Copy the output again."
             )
-    with _heads(models, stored):
+    with heads_held(models, stored):
         yield
 
 
 @contextmanager
-def _heads(models: TaskModels, stored: Mapping[str, Checkpoint]) -> Iterator[None]:
-    """While it is open the models have these heads, and their own where there is none."""
+def heads_held(models: TaskModels, stored: Mapping[str, Checkpoint]) -> Iterator[None]:
+    """While it is open the models have these heads, and their own where there is none. Then they have their own again."""
     before = {task: {n: tensor.detach().clone() for n, tensor in head.items()} for task, head in models.heads.items()}
     for task, file in stored.items():
         _fill_head(models.heads[task], {name: file.read(name) for name in file.tensors}, file.label)
