@@ -115,6 +115,24 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def rounded(value: Any, digits: int = 5) -> Any:
+    """A record with its numbers that are not whole to so many significant digits, as times and sizes scatter by more.
+
+    Example:
+        >>> rounded({"seconds": [1.2345678, 2], "name": "step"})
+        {'seconds': [1.2346, 2], 'name': 'step'}
+    """
+    match value:
+        case float():
+            return float(f"{value:.{digits}g}")
+        case Mapping():
+            return {name: rounded(inner, digits) for name, inner in value.items()}
+        case list() | tuple():
+            return [rounded(inner, digits) for inner in value]
+        case _:
+            return value
+
+
 def columns(
     values: Mapping[str, Mapping[str, float]], tasks: Iterable[str], names: Iterable[str]
 ) -> dict[str, list[float]]:
