@@ -26,15 +26,20 @@ def step_parts() -> list[str]:
 
 def step_vs_autograd() -> list[str]:
     """Steps with soft masks beside the same steps by plain autograd."""
-    lines = [
-        "| start, precision of products | step, s | autograd, s | autograd over step | step over networks | peak memory, MB | autograd's |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for record in recorded("costs", "cost"):
         if record["name"].startswith("step soft"):
             precision = record["name"].removeprefix("step soft").strip() or "float32"
-            lines += [_beside(f"{start}, {precision}", record[start]) for start in STARTS if start in record]
-    return lines
+            rows += [_beside(f"{start}, {precision}", record[start]) for start in STARTS if start in record]
+    if not rows:
+        return []
+    return [
+        "Beside plain autograd of the same formula (`benchmarks/step_vs_autograd.py`, soft masks, minilm-8's models and texts, batches of 16):",
+        "",
+        "| start, precision of products | step, s | autograd, s | autograd over step | step over networks | peak memory, MB | autograd's |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
 
 
 def _beside(label: str, measured: dict[str, Any]) -> str:

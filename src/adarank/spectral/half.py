@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from adarank.spectral.blocks import Blocks, Gradient, inner_products, scaled
