@@ -32,6 +32,7 @@ from adarank.adapt.choice import SHARES, Choice, LinePoint, choose_best, fits
 from adarank.adapt.history import History, Learned, Progress
 from adarank.adapt.learner import LiveLearner, Loss
 from adarank.adapt.loop import adapt
+from adarank.adapt.origin_choice import with_origin
 from adarank.adapt.parts import PartFactors, PartTensors, PartWeights
 from adarank.adapt.passage import Passage
 from adarank.adapt.problem import Chunk, Problem
@@ -75,7 +76,9 @@ def adapt_by_block(
     """
     with tempfile.TemporaryDirectory() if state is None else nullcontext(state.parent) as parent:
         folder = Path(parent) / blocks_folder(fingerprint)
-        walk = _Walk(problem, method, network, folder, passage or passage_of(problem, network, folder))
+        passage = passage or passage_of(problem, network, folder)
+        method, agreement = with_origin(method, problem, network, passage, folder / "origin.pt" if state else None)
+        walk = _Walk(problem, method, network, folder, passage)
         saved = _Saved(state, fingerprint)
         if not saved.restore(walk):
             walk.begin()
@@ -90,8 +93,8 @@ def adapt_by_block(
         tensors = PartTensors(walk.weights)
         if state is None:
             walk.passage.fill_all(tensors)
-            return Learned(walk.history, walk.weights.parameters, masks, walk.blocks)
-    return Learned(walk.history, tensors, masks, walk.blocks, PartFactors(walk.weights))
+            return Learned(walk.history, walk.weights.parameters, masks, walk.blocks, origins=agreement)
+    return Learned(walk.history, tensors, masks, walk.blocks, PartFactors(walk.weights), agreement)
 
 
 def blocks_folder(fingerprint: str) -> str:

@@ -28,7 +28,7 @@ from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
-from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.alignment.task_vectors import AlignedCheckpoints, OriginKind
 from adarank.errors import RecipeError, itemise
 from adarank.method import Context, Given, Outline, Result
 from adarank.models import TaskModels
@@ -37,6 +37,7 @@ from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import First, MaskKind
 
+OriginSetting = Literal["pretrained", "average", "auto"]
 A = TypeVar("A", bound="AdaptiveMethod")
 
 
@@ -48,7 +49,8 @@ class AdaptiveMethod(Adapting):
         joint_heads: heads are learned by the same steps.
 
     Arguments:
-        origin: what task vectors are counted from: `pretrained` (the base) or `average` (the experts' mean).
+        origin: what task vectors are counted from: `pretrained` (the base), `average` (the experts' mean), or `auto`: the one
+            of them that agrees with the experts more often on unlabelled inputs.
         rank: share of singular components kept at the start, in (0, 1]; `auto`: searched for without labels.
         scale: λ at the start, for every task and tensor; `auto`: searched for without labels.
         lambda_per: what has its λ: every `tensor` of every task (what the papers call layer-wise); every
@@ -62,7 +64,7 @@ class AdaptiveMethod(Adapting):
     python: ClassVar[tuple[str, str]] = ("adapt", "adapts on data. Use adarank.adapt.")
     joint_heads: ClassVar[bool] = False
 
-    origin: Literal["pretrained", "average"] = Field("pretrained", description="what task vectors are counted from")
+    origin: OriginSetting = Field("pretrained", description="what task vectors are counted from")
     rank: Share = Field(1.0, description="share of components kept at the start, in (0, 1], or auto")
     scale: Number = Field(0.3, alias="lambda", description="λ at the start, or auto")
     lambda_per: LambdaPer = Field(
@@ -105,7 +107,12 @@ class AdaptiveMethod(Adapting):
     @property
     def grid(self) -> Grid:
         """The starts that are left open. The climb begins at what the papers use about either origin."""
-        return grid_of(self.rank, self.scale, (0.08, 1.0) if self.origin == "average" else (1.0, 0.3))
+        return grid_of(self.rank, self.scale, (1.0, 0.3) if self.origin == "pretrained" else (0.08, 1.0))
+
+    @property
+    def planned_origin(self) -> OriginKind:
+        """The origin, or while it is open the one that takes more memory."""
+        return "average" if self.origin == "auto" else self.origin
 
     @classmethod
     def resolve(cls: type[A], given: Given) -> A:
@@ -222,7 +229,7 @@ class AdaptiveMethod(Adapting):
         """
         basis = self.decomposition(network, device)
         files = FactorFiles(factors, self.takes_wholes) if factors else None
-        blocks = build_blocks(network, self.origin, device, self.spectra, basis, kept=files)
+        blocks = build_blocks(network, self.planned_origin, device, self.spectra, basis, kept=files)
         return self.live({name: shared[name] for name in network.merged()}, blocks, settings, basis)
 
     def live(
@@ -262,7 +269,7 @@ class AdaRank(AdaptiveMethod):
     basis: Annotated[str, AfterValidator(known_basis)] = Field(
         "task_vectors", description="what the components are of", json_schema_extra={"choices": list(BASES.built_in)}
     )
-    origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")
+    origin: OriginSetting = Field(AUTO, description="what task vectors are counted from, or auto")
     rank: Share = Field(AUTO, description="share of components kept at the start, in (0, 1], or auto")
     scale: Number = Field(AUTO, alias="lambda", description="λ at the start, or auto")
     returnable: bool = Field(True, description="components pruned at the start may come back")
@@ -283,7 +290,7 @@ class AdaRank(AdaptiveMethod):
         }  # fmt: skip
         if given.get("basis", "task_vectors") != "task_vectors":
             return {**learned, "lambda": 1.0}
-        if given.get("origin", "average") != "average":
+        if given.get("origin") == "pretrained":
             return learned
         start = {"rank": 0.04, "lambda": 1.6} if text else {"rank": 0.16, "lambda": 2.3}
         return {**learned, "origin": "average", **start}
@@ -297,9 +304,13 @@ class AdaRank(AdaptiveMethod):
     @model_validator(mode="before")
     @classmethod
     def _start_of_basis(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("basis", "task_vectors") != "task_vectors":
+        if not isinstance(values, dict):
+            return values
+        if values.get("basis", "task_vectors") != "task_vectors":
             return {"origin": "pretrained", "rank": 1.0, **values}
-        return values
+        # a rank and λ that somebody set are of an origin: without a word of it AdaRank's own
+        numbers = [values[key] for key in ("rank", "lambda", "scale") if values.get(key, AUTO) != AUTO]
+        return {"origin": "average", **values} if numbers else values
 
     @model_validator(mode="after")
     def _about_the_base(self) -> AdaRank:
@@ -374,7 +385,7 @@ class AdaMergingPP(AdaMerging):
 
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         """Task vectors above the magnitudes that leave `density` of the model's entries. Reads every tensor, one at a time."""
-        thresholds = global_thresholds(network, self.origin, self.density, device)
+        thresholds = global_thresholds(network, self.planned_origin, self.density, device)
         return replace(BASES["task_vectors"], thresholds=thresholds)
 
 
@@ -385,7 +396,7 @@ class CARTpp(AdaptiveMethod):
     formula: ClassVar[str] = "W = W̄ + Σ_t λ_t SVD_k(W_t - W̄); λ = argmin Σ_t ℓ(f(W, x_t))"
     source: ClassVar[str] = "Choi et al. 2024, arXiv:2412.12153, Eq. 6"
 
-    origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")
+    origin: OriginSetting = Field("average", description="what task vectors are counted from")
     rank: Share = Field(0.08, description="share of components kept, in (0, 1], or auto")
     scale: Number = Field(1.0, alias="lambda", description="λ at the start, or auto")
     learn_masks: Literal[False] = Field(False, description="learn the masks")
