@@ -47,6 +47,7 @@ class AdaptiveMethod(Adapting):
     Class attributes:
         formula: ℓ stands for the loop's `objective`: entropy in the papers.
         joint_heads: heads are learned by the same steps.
+        by_predictions: where a block is learned at a time, the last is learned towards the experts' predictions.
 
     Arguments:
         origin: what task vectors are counted from: `pretrained` (the base), `average` (the experts' mean), or `auto`: the one
@@ -63,6 +64,7 @@ class AdaptiveMethod(Adapting):
     fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks"})
     python: ClassVar[tuple[str, str]] = ("adapt", "adapts on data. Use adarank.adapt.")
     joint_heads: ClassVar[bool] = False
+    by_predictions: ClassVar[bool] = True
 
     origin: OriginSetting = Field("pretrained", description="what task vectors are counted from")
     rank: Share = Field(1.0, description="share of components kept at the start, in (0, 1], or auto")
