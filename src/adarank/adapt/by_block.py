@@ -4,9 +4,11 @@
     b_ℓ, λ_ℓ = argmin Σ_t Σ_x ‖block_ℓ(b, λ; z_t) - block_ℓ^t(e_t)‖² / d_t          d_t: the same sum at the block's start, held out
 
 What the last block gives is read by heads alone, and these look at few of its directions: it is learned towards the experts'
-predictions, as the whole network is where it is adapted at a time (`by_predictions` of a method). Blocks are learned in the order in which they run; then both streams go on through them. Nothing is differentiated but one
-block. Its weights and factors alone are in memory; streams, factors and what was learned lie in files. What is outside of the
-blocks stays as it is at the start, and heads are learned afterwards, as always.
+predictions, as a whole network is (`by_predictions` of a method).
+
+Blocks are learned in the order in which they run; then both streams go on through them. Nothing is differentiated but one block,
+and what is behind the last. Its weights and factors alone are in memory; streams, factors and what was learned lie in files.
+What is outside of the blocks stays as it is at the start, and heads are learned afterwards, as always.
 
 A block that does not come nearer to the experts' on inputs held out keeps its start. At the end the whole is judged as in
 every adaptation, beside the start and points on the line to it: batches go through a block after the other there, too.

@@ -23,7 +23,7 @@ from adarank.adapt.base import Adapting
 from adarank.adapt.factor_files import FactorFiles, Holding, factor_numbers
 from adarank.adapt.learner import LiveLearner
 from adarank.adapt.live_weights import Learn, LiveWeights, Precision
-from adarank.adapt.parameters import Number, Share, block_problems, known_basis
+from adarank.adapt.parameters import Number, OriginSetting, Share, block_problems, known_basis, with_its_origin
 from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
@@ -37,7 +37,6 @@ from adarank.spectral.bases import BASES, Basis
 from adarank.spectral.blocks import Blocks, build_blocks
 from adarank.spectral.masks import First, MaskKind
 
-OriginSetting = Literal["pretrained", "average", "auto"]
 A = TypeVar("A", bound="AdaptiveMethod")
 
 
@@ -51,7 +50,7 @@ class AdaptiveMethod(Adapting):
 
     Arguments:
         origin: what task vectors are counted from: `pretrained` (the base), `average` (the experts' mean), or `auto`: the one
-            of them that agrees with the experts more often on unlabelled inputs.
+            that agrees with the experts more often on unlabelled inputs.
         rank: share of singular components kept at the start, in (0, 1]; `auto`: searched for without labels.
         scale: λ at the start, for every task and tensor; `auto`: searched for without labels.
         lambda_per: what has its λ: every `tensor` of every task (what the papers call layer-wise); every
@@ -69,10 +68,7 @@ class AdaptiveMethod(Adapting):
     origin: OriginSetting = Field("pretrained", description="what task vectors are counted from")
     rank: Share = Field(1.0, description="share of components kept at the start, in (0, 1], or auto")
     scale: Number = Field(0.3, alias="lambda", description="λ at the start, or auto")
-    lambda_per: LambdaPer = Field(
-        "tensor",
-        description="what has a λ of its own: each tensor or layer of each task, each layer for all, each task, the model",
-    )
+    lambda_per: LambdaPer = Field("tensor", description="what has a λ of its own, of each task or of all")
     clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
     learn_masks: bool = Field(True, description="learn the masks")
     learn_lambda: bool = Field(True, description="learn λ")
@@ -256,8 +252,7 @@ class AdaRank(AdaptiveMethod):
         mask: `soft`: what a component is multiplied by is learned, from 1 where it is kept at the start and 0 where not.
             `binary`: whether it is kept, as in the paper.
         precision: of the products with singular components while soft masks are learned. `bfloat16` takes about half of the
-            time where the processor has units for it, and half as much memory again for components. What is written is composed in float32 in
-            either.
+            time where the processor has units for it, and memory for half as many components more. Written is float32.
     """
 
     name: ClassVar[str] = "adarank"
@@ -278,9 +273,7 @@ class AdaRank(AdaptiveMethod):
     first: First = Field("top", description="which components the start keeps: the top ones, or random ones, as many")
     seed: int = Field(0, description="of random ones; by default the recipe's seed")
     mask: MaskKind = Field("soft", description="any number for each component, or binary: kept or not, the paper's")
-    precision: Precision = Field(
-        "float32", description="of the products with singular components while soft masks are learned"
-    )
+    precision: Precision = Field("float32", description="of products with components while soft masks are learned")
 
     @classmethod
     def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
@@ -306,13 +299,7 @@ class AdaRank(AdaptiveMethod):
     @model_validator(mode="before")
     @classmethod
     def _start_of_basis(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        if values.get("basis", "task_vectors") != "task_vectors":
-            return {"origin": "pretrained", "rank": 1.0, **values}
-        # a rank and λ that somebody set are of an origin: without a word of it AdaRank's own
-        numbers = [values[key] for key in ("rank", "lambda", "scale") if values.get(key, AUTO) != AUTO]
-        return {"origin": "average", **values} if numbers else values
+        return with_its_origin(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _about_the_base(self) -> AdaRank:
@@ -406,8 +393,7 @@ class CARTpp(AdaptiveMethod):
     @classmethod
     def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """The best rank of CART's paper (Fig. 5), with the experts' full deviations from their mean."""
-        start = {"origin": "average", "rank": 0.08, "lambda": 1.0, "learn_masks": False}
-        return {**super().paper(given, text), **start}
+        return {**super().paper(given, text), "origin": "average", "rank": 0.08, "lambda": 1.0, "learn_masks": False}
 
 
 ADAPTIVE: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (AdaRank, AdaMerging, AdaMergingPP, CARTpp)}
