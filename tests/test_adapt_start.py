@@ -198,7 +198,7 @@ def test_a_run_that_goes_on_keeps_its_origin(tmp_path: Path, monkeypatch: Any, b
     assert len(chosen) == 1
 
 
-def test_a_rank_or_lambda_without_its_origin_is_about_the_average() -> None:
+def test_numbers_without_an_origin_are_about_the_average() -> None:
     assert AdaRank().origin == "auto"
     assert {parse(AdaRank, given, "parameters").origin for given in ({"rank": 0.1}, {"lambda": 1.0})} == {"average"}
     assert parse(AdaRank, {"rank": "auto", "lambda": "auto"}, "parameters").origin == "auto"
