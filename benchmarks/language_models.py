@@ -69,6 +69,7 @@ ROWS: Mapping[str, Sequence[Recipe]] = {
     "AdaRank by entropy": adapted(objective="entropy"),
     "AdaRank by entropy, about the average": adapted({"origin": "average"}, objective="entropy"),
     "AdaRank": adapted(),
+    "AdaRank, 450 steps": adapted(steps=450),
     "AdaRank about the average": adapted({"origin": "average"}),
     "AdaRank block by block": adapted(by="block"),
     "AdaRank block by block, about the average": adapted({"origin": "average"}, by="block"),

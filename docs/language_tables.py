@@ -22,6 +22,7 @@ ROWS = [
     "AdaRank by entropy, about the average",
     "AdaRank about the average",
     "AdaRank",
+    "AdaRank, 450 steps",
     "AdaRank block by block, about the average",
     "AdaRank block by block",
     "experts",
