@@ -83,7 +83,7 @@ def with_origin(
     if agreement is None:
         agreement = compare_origins(problem, network, passage)
         if kept and processes.rank() == 0:
-            write_state(kept, {**agreement}, "the choice of the origin")
+            write_state(kept, {str(kind): value for kind, value in agreement.items()}, "the choice of the origin")
     return method.model_copy(update={"origin": max(ORIGINS, key=lambda kind: agreement[kind])}), agreement
 
 
