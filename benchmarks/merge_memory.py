@@ -34,7 +34,7 @@ from adarank.cli.threads import wait_passively
 wait_passively()  # before PyTorch is loaded
 
 import torch
-from records import FOLDER, Records, rounded
+from records import FOLDER, Records
 from torch import Tensor
 
 from adarank.errors import RecipeError
@@ -295,7 +295,7 @@ def measure_all(
     """Methods on the models in a folder, into the record, which is written anew after each."""
     for method in methods:
         record["methods"][method] = measure(arguments, folder, method, layers)
-        Records(arguments.records).write(rounded(record))
+        Records(arguments.records).write(record)
 
 
 def main() -> None:

@@ -87,13 +87,13 @@ def key_of(record: Record) -> tuple[Any, ...]:
     return tuple(record.get(field) for field in KEY)
 
 
-def rounded(value: Any) -> Any:
-    """The same plain data, numbers with six digits."""
+def rounded(value: Any, digits: int = 6) -> Any:
+    """The same plain data, numbers with so many digits."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
-        return {name: rounded(part) for name, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, list | tuple) else value
+        return {name: rounded(part, digits) for name, part in value.items()}
+    return [rounded(part, digits) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _lines(records: Mapping[tuple[Any, ...], Record]) -> Iterator[Record]:
@@ -122,24 +122,6 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def rounded(value: Any, digits: int = 5) -> Any:
-    """A record with its numbers that are not whole to so many significant digits, as times and sizes scatter by more.
-
-    Example:
-        >>> rounded({"seconds": [1.2345678, 2], "name": "step"})
-        {'seconds': [1.2346, 2], 'name': 'step'}
-    """
-    match value:
-        case float():
-            return float(f"{value:.{digits}g}")
-        case Mapping():
-            return {name: rounded(inner, digits) for name, inner in value.items()}
-        case list() | tuple():
-            return [rounded(inner, digits) for inner in value]
-        case _:
-            return value
 
 
 def columns(

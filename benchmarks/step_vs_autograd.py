@@ -34,7 +34,7 @@ from adarank.cli.threads import wait_passively
 wait_passively()  # before PyTorch is loaded
 
 import torch
-from records import FOLDER, Records, rounded
+from records import FOLDER, Records
 from torch import Tensor
 from torch.func import functional_call
 
@@ -396,7 +396,7 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(one_side(arguments)))
         return
-    Records(arguments.records).write(rounded(run(arguments)))
+    Records(arguments.records).write(run(arguments))
 
 
 if __name__ == "__main__":
