@@ -64,22 +64,15 @@ CHECKED_STEPS = 2
 class Setup:
     """A recipe's job, data, networks and spectra: what both sides work on."""
 
-    def __init__(
-        self,
-        folder: Path,
-        start: str,
-        cache: Path,
-        masks: MaskKind,
-        precision: Precision = "float32",
-        batch_size: int | None = None,
-    ) -> None:
-        self.masks, self.precision = masks, precision
+    def __init__(self, start: str, cache: Path, arguments: argparse.Namespace) -> None:
+        self.masks: MaskKind = arguments.masks
+        self.precision: Precision = arguments.precision
         given = load_recipe(EXAMPLES / f"{STARTS[start]}.yaml").model_dump(
             mode="json", by_alias=True, exclude_unset=True
         )
-        self.job: Job = open_job(parse_recipe(given, folder.resolve()))
+        self.job: Job = open_job(parse_recipe(given, arguments.folder.resolve()))
         self.method, settings = self.job.method, self.job.method.settings
-        size = {"batch_size": batch_size} if batch_size else {}
+        size = {"batch_size": arguments.batch_size} if arguments.batch_size else {}
         self.settings: AdaptSettings = settings.model_copy(update={"objective": "entropy", **size})
         torch.manual_seed(self.job.recipe.seed)
         self.data = load_tasks(self.job)
@@ -256,7 +249,7 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
 
 def side_by_side(start: str, cache: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Equality and times; the first steps, which warm up, are checked but not counted."""
-    setup = Setup(arguments.folder, start, cache, arguments.masks, arguments.precision, arguments.batch_size)
+    setup = Setup(start, cache, arguments)
     both = SideBySide(Autograd(setup, arguments.by_task))
     setup.run_engine(CHECKED_STEPS + arguments.steps, both)
     timed = {side: seconds[CHECKED_STEPS:] for side, seconds in both.seconds.items()}
@@ -317,8 +310,7 @@ def status(field: str) -> int:
 
 def one_side(arguments: argparse.Namespace) -> dict[str, int]:
     """Peak memory of a few steps of one side, in this process. The reference holds no task vectors of matrices."""
-    of = (arguments.start, arguments.cache, arguments.masks, arguments.precision, arguments.batch_size)
-    setup = Setup(arguments.folder, *of)
+    setup = Setup(arguments.start, arguments.cache, arguments)
     reference = Autograd(setup, arguments.by_task) if arguments.side == "autograd" else None
     if reference:
         setup.blocks = {}
