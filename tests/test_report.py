@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -40,7 +41,7 @@ SCORES = {
     "task_aware": {},
     "summary": {"experts": {"mean": 85.0, "normalised": 100.0}, "adapted": {"mean": 52.5, "normalised": 62.5}},
 }
-VOID = {"meta", "path", "polyline", "circle", "br"}
+VOID = {"meta", "path", "polyline", "circle", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -312,7 +313,37 @@ def test_charts_keep_within_their_box(values: list[float], kind: str) -> None:
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PROBE = """<script>
-window.seen = []; addEventListener("error", (event) => seen.push(event.message));
+const seen = []; addEventListener("error", (event) => seen.push(event.message));
+for (const kind of ["error", "warn"]) console[kind] = (...words) => seen.push(words.join(" "));
+const brush = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+const paint = (colour) => { brush.fillStyle = colour; brush.fillRect(0, 0, 1, 1); return [...brush.getImageData(0, 0, 1, 1).data]; };
+const light = (rgb) => rgb.slice(0, 3).map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + [0.2126, 0.7152, 0.0722][i] * v, 0);
+function contrast(element) { // WCAG 2.2: (L1 + 0.05) / (L2 + 0.05), of the words and what lies behind them
+  const above = [];
+  for (let part = element; part; part = part.parentElement) above.unshift(part);
+  let ground = paint("#f0f");
+  for (const part of above) {
+    const style = getComputedStyle(part);
+    ground = paint(style.backgroundColor);
+    if (style.backgroundImage !== "none") ground = paint(style.getPropertyValue("--shade"));
+  }
+  const style = getComputedStyle(element);
+  const ends = [light(ground), light(paint(element instanceof SVGElement ? style.fill : style.color))].sort((a, b) => b - a);
+  return (ends[0] + 0.05) / (ends[1] + 0.05);
+}
+const written = () => [...document.querySelectorAll("body *")].filter((e) => !e.closest("script, style, select, svg[aria-hidden]")
+  && [...e.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) && e.getClientRects().length);
+function broken() { // words of names, up to a point or a line below, that are not on one line
+  const words = [...document.querySelectorAll("tbody th")].flatMap((th) => [...th.childNodes].filter((node) => node.nodeType === 3)
+    .flatMap((node) => [...node.data.matchAll(/\\S+/g)].map((word) => [node, word.index, word[0]])));
+  return words.filter(([node, start, word]) => {
+    const range = document.createRange();
+    range.setStart(node, start);
+    range.setEnd(node, start + word.length);
+    return new Set([...range.getClientRects()].map((place) => Math.round(place.top))).size > 1;
+  }).map(([, , word]) => word);
+}
 addEventListener("load", () => {
   const words = () => document.querySelector(".numbers tbody").textContent + document.querySelector(".maps canvas").ariaLabel;
   const picture = () => document.querySelector(".maps canvas").toDataURL();
@@ -321,31 +352,49 @@ addEventListener("load", () => {
   const column = () => [...document.querySelectorAll("#scores tbody tr")].map((row) => row.cells[2].dataset.value).join();
   const button = document.querySelectorAll("#scores thead button")[2];
   button.click(); const up = column(); button.click(); const down = column();
-  const result = { errors: seen, wide: document.documentElement.scrollWidth, window: innerWidth,
+  document.querySelectorAll("details").forEach((part) => { part.open = true; });
+  const faint = written().filter((e) => contrast(e) < 4.5).map((e) => `${e.tagName} ${e.className} ${contrast(e)} ${e.textContent.slice(0, 40)}`);
+  const result = { errors: seen, wide: document.documentElement.scrollWidth, window: innerWidth, faint, written: written().length,
+                   dark: matchMedia("(prefers-color-scheme: dark)").matches, broken: broken(),
                    changed: words() !== first[0] && picture() !== first[1], up, down };
-  document.body.textContent = "RESULT" + JSON.stringify(result) + "END";
+  parent.postMessage("RESULT" + JSON.stringify(result) + "END", "*");
 });
 </script>"""
+LISTENER = """<script>addEventListener("message", (event) => { document.body.textContent = event.data; });</script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_the_page_works_in_a_browser(zoo: Path, adapted: Page, tmp_path: Path) -> None:
-    text = (zoo / "adapted-page.html").read_text()
-    (tmp_path / "page.html").write_text(text.replace("<style>", f"{PROBE}<style>", 1))
+def in_browser(page: str, folder: Path, width: int, dark: bool) -> dict[str, Any]:
+    """What the probe says of a page in a frame of this width: chromium's windows are 500 wide or more."""
+    probed = page.replace("<style>", f"{PROBE}<style>", 1)
+    frame = f'<iframe width="{width}" height="800" style="border: 0" srcdoc="{html.escape(probed)}"></iframe>'
+    (folder / "frame.html").write_text(f"<!doctype html><body>{LISTENER}{frame}</body>")
     options = [
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
-        "--window-size=375,800",
-        f"--user-data-dir={tmp_path}/user",
+        "--window-size=1400,900",
+        f"--user-data-dir={folder}/user",
     ]
-    url = (tmp_path / "page.html").as_uri()
-    shown = subprocess.run([str(CHROMIUM), *options, "--dump-dom", url], capture_output=True, text=True, timeout=120)
+    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    command = [str(CHROMIUM), *options, "--dump-dom", (folder / "frame.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
     match = re.search(r"RESULT(\{.*?\})END", shown.stdout)
     assert match, shown.stderr
-    result = json.loads(match[1])
+    result: dict[str, Any] = json.loads(html.unescape(match[1]))
+    return result
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.parametrize(("width", "dark"), [(375, False), (1280, False), (375, True)])
+def test_the_page_works_in_a_browser(zoo: Path, adapted: Page, tmp_path: Path, width: int, dark: bool) -> None:
+    result = in_browser((zoo / "adapted-page.html").read_text(), tmp_path, width, dark)
+    assert result["window"] == width
+    assert result["dark"] == dark
     assert result["errors"] == []
     assert result["wide"] <= result["window"]
+    assert result["written"] > 100
+    assert result["faint"] == []
+    assert result["broken"] == []
     assert result["changed"]
     assert result["up"] == "80.0,90.0"
     assert result["down"] == "90.0,80.0"
