@@ -168,7 +168,7 @@ class Holding:
         return self._method.spectra and self._network.choices[name].action == "decompose"
 
     def _components(self, name: str) -> int:
-        return sum(self._network.components(name, self._method.origin)) if self._decomposed(name) else 0
+        return sum(self._network.components(name, self._method.planned_origin)) if self._decomposed(name) else 0
 
     def _rows(self, name: str) -> int:
         return self._network.tensors[name].shape[0] if self._network.tensors[name].shape else 1
@@ -181,4 +181,4 @@ def factor_numbers(network: Any, name: str, method: AdaptiveMethod) -> int:
     """Numbers in U and V of one matrix, all tasks together."""
     rows = network.tensors[name].shape[0]
     columns = network.tensors[name].numel // max(1, rows)
-    return int(sum(network.components(name, method.origin)) * (rows + columns))
+    return int(sum(network.components(name, method.planned_origin)) * (rows + columns))
