@@ -22,7 +22,6 @@ from adarank.adapt.strongest import strongest_change
 from adarank.adapt.top_logits import TokenTable
 from adarank.adapt.weights import adapt_weights
 from adarank.data.task import TaskData
-from adarank.io import processes
 from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
@@ -143,9 +142,7 @@ def _of_masks(learned: Learned) -> dict[str, Any]:
     if learned.masks is not None:
         kept = [round(v, 5) for v in learned.history.kept]
         said |= {"components_kept": learned.masks.kept_share(), "kept": kept, "mask": learned.masks.kind}
-        said |= (
-            spectra_of(learned.factors, learned.masks) if processes.rank() == 0 else {}
-        )  # which alone writes the record
+        said |= spectra_of(learned.factors, learned.masks)
     return said
 
 
