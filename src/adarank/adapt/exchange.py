@@ -64,6 +64,8 @@ class Exchange:
             if tensor.numel() >= _TOGETHER:
                 parcels.append((key[0], [name]))
                 continue
+            if not tensor.numel():
+                continue
             parcel = started.setdefault(key, [])
             parcel.append(name)
             if sum(self._tensors[each].numel() for each in parcel) >= _TOGETHER:

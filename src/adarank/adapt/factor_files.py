@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from adarank.alignment.layers import layer_groups, layer_number
 from adarank.alignment.task_vectors import AlignedCheckpoints
@@ -48,16 +47,7 @@ def kept_blocks(
             return blocks
         blocks.clear()
         kept = read_kept(path, mapped)
-    return {name: _on_device(fields, device) for name, fields in kept.items()}
-
-
-def _on_device(fields: Mapping[str, Any], device: torch.device | str) -> Blocks:
-    def put(value: Any) -> Any:
-        if isinstance(value, list):
-            return [None if each is None else each.to(device) for each in value]
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    return Blocks(**{name: put(value) for name, value in fields.items()})
+    return {name: Blocks(**fields).to(device) for name, fields in kept.items()}
 
 
 class FactorFiles:

@@ -169,9 +169,8 @@ class LiveWeights:
                 gradient = half.gradient(grad, lam[row], mask)
             grad_lam[row] = gradient.lam
             slots[row].copy_(gradient.mask)
-        total = processes.add_up(
-            torch.cat([grad_lam.flatten(), grad_mask]).cpu()
-        )  # of several processes, their tensors'
+        learned = torch.cat([grad_lam.flatten(), grad_mask]).cpu()
+        total = processes.add_up(learned)  # of several processes, their tensors' or their tasks'
         self._set_gradients(total[: lam.numel()].view_as(lam), total[lam.numel() :])
 
     @torch.no_grad()

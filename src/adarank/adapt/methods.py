@@ -149,7 +149,7 @@ class AdaptiveMethod(Adapting):
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
 
     def shares_work(self) -> bool:
-        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up. Not block by block."""
+        """Whether several processes adapt together: each takes some tasks' batches and some matrices' factors. Not block by block."""
         return self.settings.by != "block"
 
     @classmethod

@@ -87,6 +87,16 @@ class Blocks:
         origin, u, v = (part.new_empty(part.shape, device="meta") for part in (self.origin, self.u, self.v))
         return replace(self, origin=origin, wholes=[None] * len(self.sizes), u=u, s=self.s, v=v)
 
+    def to(self, device: torch.device | str) -> Blocks:
+        """The same on a device; what is not here stays where it is."""
+
+        def put(tensor: Tensor | None) -> Any:
+            return tensor if tensor is None or tensor.is_meta else tensor.to(device)
+
+        origin, u, s, v = map(put, (self.origin, self.u, self.s, self.v))
+        wholes = [put(whole) for whole in self.wholes]
+        return replace(self, origin=origin, wholes=wholes, u=u, s=s, v=v)
+
     def compose(self, lam: Tensor, mask: Tensor) -> Tensor:
         """The merged tensor, in the origin's shape and on its device.
 
@@ -231,10 +241,11 @@ def build_blocks(
     with stage("Task vectors", len(mine)):
         for name, number in mine.items():
             blocks[name] = made(name) if kept is None else kept(number, partial(made, name))
-    sent = {name: block if whole else block.outline() for name, block in blocks.items()}
-    for name in names:
-        received = processes.from_owner(holder[name], sent.get(name))
-        blocks.setdefault(name, received)
+    for name in names if processes.size() > 1 else ():
+        block = blocks.get(name)
+        sent = block and (block if whole else block.outline()).to("cpu")
+        received = processes.from_owner(holder[name], sent)
+        blocks[name] = block or received.to(device)
     return {name: blocks[name] for name in names}
 
 

@@ -78,10 +78,12 @@ def described(
     gram, gram_kept = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
     curves, curves_kept = (torch.zeros(count, POINTS, dtype=torch.float64) for _ in range(2))
     matrices: dict[str, dict[str, Any]] = {}
-    holder = processes.first_with(name for name, block in blocks.items() if block.components and block.here)
-    for name in [name for name, rank in holder.items() if rank == processes.rank()]:
+    here = list(blocks) if processes.size() == 1 else [name for name, block in blocks.items() if block.here]
+    for name in [name for name, rank in processes.first_with(here).items() if rank == processes.rank()]:
         advance()
         block = blocks[name]
+        if not block.components:
+            continue
         factors = masks[name].to(block.s)
         spectra = _spectra(block)
         weighted = [
