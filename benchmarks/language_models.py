@@ -67,10 +67,12 @@ ROWS: Mapping[str, Sequence[Recipe]] = {
     "WUDI": grid("wudi"),
     "CART": grid("cart", rank=0.16),
     "AdaRank by entropy": adapted(objective="entropy"),
+    "AdaRank by entropy, about the average": adapted({"origin": "average"}, objective="entropy"),
     "AdaRank": adapted(),
-    "AdaRank about the base": adapted({"origin": "pretrained"}),
+    "AdaRank, 450 steps": adapted(steps=450),
+    "AdaRank about the average": adapted({"origin": "average"}),
     "AdaRank block by block": adapted(by="block"),
-    "AdaRank block by block, about the base": adapted({"origin": "pretrained"}, by="block"),
+    "AdaRank block by block, about the average": adapted({"origin": "average"}, by="block"),
 }
 SEEDED = ("DARE", *(name for name in ROWS if name.startswith("AdaRank")))
 

@@ -1,7 +1,7 @@
 """Records of what was measured: one file of JSON lines per test bed or subject, which the tables of the docs are made from.
 
 A line is one record. Its `kind`, `study`, `name` and `seed`, as far as it has them, are its key: to write a record replaces
-the one with its key, and no other. Blocks that many records have alike (`SHARED`) stand once, in lines of the kind "shared"
+the one with its key, and no other. Numbers have six digits, more than anything here is measured to. Blocks that many records have alike (`SHARED`) stand once, in lines of the kind "shared"
 at the head of the file; a record names its own by the beginning of their SHA-256. Who reads records gets them whole.
 """
 
@@ -52,7 +52,7 @@ class Records:
         """Put `record` in the place of the one with its key, or at the end."""
         with _alone_in(self.path.parent):
             records = {key_of(other): other for other in self._read()}
-            records[key_of(record)] = record
+            records[key_of(record)] = rounded(record)
             text = "".join(
                 json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in _lines(records)
             )
@@ -85,6 +85,15 @@ class Records:
 
 def key_of(record: Record) -> tuple[Any, ...]:
     return tuple(record.get(field) for field in KEY)
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """The same plain data, numbers with so many digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, Mapping):
+        return {name: rounded(part, digits) for name, part in value.items()}
+    return [rounded(part, digits) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _lines(records: Mapping[tuple[Any, ...], Record]) -> Iterator[Record]:
@@ -132,6 +141,8 @@ def summary(report: Mapping[str, Any], rows_per_split: Mapping[str, Any]) -> Rec
     """
     dropped = {"losses", "kept", "judged", "way_back", "spectra", "blocks", "strongest_change"}
     content = {name: value for name, value in report.items() if name not in dropped}
+    if "heads" in content:
+        content["heads"] = _columns_of_heads(content["heads"], rows_per_split)
     if content.get("splits") == rows_per_split:
         del content["splits"]
     if "largest_class_share" in content:
@@ -142,6 +153,13 @@ def summary(report: Mapping[str, Any], rows_per_split: Mapping[str, Any]) -> Rec
         judged_on = set(report["judged_on"].values())
         content["judged_on"] = judged_on.pop() if len(judged_on) == 1 else report["judged_on"]
     return content
+
+
+def _columns_of_heads(heads: Mapping[str, Mapping[str, Any]], tasks: Iterable[str]) -> dict[str, list[Any]]:
+    """Name -> what learning each task's head gave, in the order of the tasks; None for a task that learned none."""
+    order = list(tasks)
+    names = dict.fromkeys(name for task in order for name in heads.get(task, {}))
+    return {name: [heads.get(task, {}).get(name) for task in order] for name in names}
 
 
 def _kept(report: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:

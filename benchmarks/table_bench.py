@@ -83,7 +83,7 @@ class Bench:
         counts = {
             task: {split: len(rows) for split, rows in own.splits.rows.items()} for task, own in self.data.items()
         }
-        for part in ("adaptation", "training", "statistics"):
+        for part in ("adaptation", "training", "statistics", "learned_heads"):
             if part in content:
                 content[part] = summary(content[part], counts)
         record = {

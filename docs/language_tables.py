@@ -19,10 +19,12 @@ ROWS = [
     "WUDI",
     "CART",
     "AdaRank by entropy",
+    "AdaRank by entropy, about the average",
+    "AdaRank about the average",
     "AdaRank",
-    "AdaRank about the base",
+    "AdaRank, 450 steps",
+    "AdaRank block by block, about the average",
     "AdaRank block by block",
-    "AdaRank block by block, about the base",
     "experts",
 ]
 

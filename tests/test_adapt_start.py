@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adarank import merge_recipe
+from adarank.adapt import origin_choice
 from adarank.adapt.agreement import Signals
 from adarank.adapt.history import History
 from adarank.adapt.loop import adapt
@@ -25,7 +26,9 @@ from adarank.cli.main import main
 from adarank.errors import RecipeError
 from adarank.recipe.reader import load_recipe
 from adarank.settings import parse
+from adarank.spectral.mask_file import MaskFile
 from make import agreeing
+from test_adamerging import Killed
 from test_adapt_keeps import SETTINGS, Judged
 from test_adapt_loop import Problem, assert_same
 from text_zoo import ADAPT, TASKS, make_zoo, recipe
@@ -132,27 +135,74 @@ def test_a_start_may_be_a_share_or_auto_and_nothing_else() -> None:
     assert parse(AdaRank, {}, "parameters").rank == "auto"
 
 
-@pytest.mark.parametrize(("apart", "nearer"), [(1.0, False), (10.0, True)])
-def test_a_base_that_is_nearer_than_any_start_is_told(tmp_path: Path, capsys: Any, apart: float, nearer: bool) -> None:
-    """The base's agreement is that of a start at λ 0 about it; the word comes where experts are so far apart that no start helps."""
-    make_zoo(tmp_path)
-    base = load_file(tmp_path / "models" / "base" / "model.safetensors")
+def _experts_apart(folder: Path, factor: float) -> None:
+    """Experts whose bodies differ from the base by so many times as much."""
+    make_zoo(folder)
+    base = load_file(folder / "models" / "base" / "model.safetensors")
     for task in TASKS:
-        file = tmp_path / "models" / task / "model.safetensors"
+        file = folder / "models" / task / "model.safetensors"
         tensors = {name: (name.removeprefix("bert."), tensor) for name, tensor in load_file(file).items()}
-        moved = {n: base[of] + apart * (t - base[of]) if of in base else t for n, (of, t) in tensors.items()}
+        moved = {n: base[of] + factor * (t - base[of]) if of in base else t for n, (of, t) in tensors.items()}
         save_file(moved, file, metadata={"format": "pt"})
-    still = {"steps": 0, "learn_heads": False}
-    origin = {"origin": "pretrained", "rank": 1.0, "lambda": 0.0}
-    at_base = recipe(tmp_path, "base.yaml", merge_method="adarank", parameters=origin, adapt=still)
-    judged = merge_recipe(load_recipe(at_base), tmp_path / "base-out")["adaptation"]["judged"]["0"]
-    out = tmp_path / "out"
-    assert main(["merge", str(recipe(tmp_path, merge_method="adarank", parameters={}, adapt=still)), str(out)]) == 0
+
+
+@pytest.mark.parametrize(("apart", "about"), [(1.0, "average"), (10.0, "pretrained")])
+@pytest.mark.parametrize("by", ["model", "block"])
+def test_task_vectors_are_counted_from_what_is_nearer(
+    tmp_path: Path, capsys: Any, apart: float, about: str, by: str
+) -> None:
+    """The agreement is that of starts that are the base and the average; the merge is that of the origin named outright."""
+    _experts_apart(tmp_path, apart)
+    adapt = {"steps": 2, "learn_heads": False, "by": by}
+    agreement = {}
+    for origin in ("average", "pretrained"):
+        itself = {"origin": origin, "rank": 1.0, "lambda": 0.0}
+        path = recipe(tmp_path, f"at-{origin}.yaml", merge_method="adarank", parameters=itself, adapt=adapt)
+        judged = merge_recipe(load_recipe(path), tmp_path / f"at-{origin}")["adaptation"]["judged"]["0"]
+        agreement[origin] = sum(signals["agreement"] for signals in judged.values()) / len(judged)
+    assert about == max(agreement, key=lambda origin: agreement[origin])
+    out, named = tmp_path / "out", tmp_path / "named"
+    assert main(["merge", str(recipe(tmp_path, merge_method="adarank", parameters={}, adapt=adapt)), str(out)]) == 0
+    assert f"about the {'base' if about == 'pretrained' else 'average'}:" in capsys.readouterr().out
     report = json.loads((out / "adarank.json").read_text())["adaptation"]
-    agreement = [signals["agreement"] for signals in judged.values()]
-    assert report["base_agreement"] == pytest.approx(sum(agreement) / len(agreement), abs=1e-4)
-    assert (report["base_agreement"] > max(start["value"] for start in report["starts"])) == nearer
-    assert ("origin:" in capsys.readouterr().out) == nearer
+    assert report["origins"] == pytest.approx(agreement, abs=1e-4)
+    path = recipe(tmp_path, "named.yaml", merge_method="adarank", parameters={"origin": about}, adapt=adapt)
+    assert "origins" not in merge_recipe(load_recipe(path), named)["adaptation"]
+    assert (out / "model.safetensors").read_bytes() == (named / "model.safetensors").read_bytes()
+    assert MaskFile.load(out / "masks.safetensors").origin == about
+
+
+@pytest.mark.parametrize("by", ["model", "block"])
+def test_a_run_that_goes_on_keeps_its_origin(tmp_path: Path, monkeypatch: Any, by: str) -> None:
+    make_zoo(tmp_path)
+    path = recipe(tmp_path, merge_method="adarank", parameters={}, adapt={"steps": 3, "by": by})
+    chosen = []
+
+    def other(*args: Any, **more: Any) -> dict[str, float]:
+        chosen.append(1)
+        return {"average": 0.1, "pretrained": 0.9}
+
+    monkeypatch.setattr(origin_choice, "compare_origins", other)
+    taken: list[int] = []
+
+    def stopping(history: History, steps: int) -> None:
+        taken.append(history.step)
+        if len(taken) == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        merge_recipe(load_recipe(path), tmp_path / "out", progress=stopping)
+    monkeypatch.undo()
+    report = merge_recipe(load_recipe(path), tmp_path / "out")["adaptation"]
+    assert report["origins"] == {"average": 0.1, "pretrained": 0.9}
+    assert len(chosen) == 1
+
+
+def test_numbers_without_an_origin_are_about_the_average() -> None:
+    assert AdaRank().origin == "auto"
+    assert {parse(AdaRank, given, "parameters").origin for given in ({"rank": 0.1}, {"lambda": 1.0})} == {"average"}
+    assert parse(AdaRank, {"rank": "auto", "lambda": "auto"}, "parameters").origin == "auto"
+    assert parse(AdaRank, {"rank": 0.1, "origin": "auto"}, "parameters").origin == "auto"
 
 
 def test_a_start_that_is_adapted_and_stopped_keeps_its_state(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -46,7 +46,7 @@ def test_a_record_replaces_the_one_of_its_key_alone(tmp_path: Path) -> None:
 def test_blocks_that_records_share_are_written_once(tmp_path: Path) -> None:
     path = tmp_path / "bed.jsonl"
     store = records.Records(path)
-    written = [row("TA", seed, machine=MACHINE, scores={"a": 0.1 + 0.2}) for seed in range(3)]
+    written = [row("TA", seed, machine=MACHINE, scores={"a": 0.25}) for seed in range(3)]
     for record in [*written, row("GPU", 0, machine=OTHER)]:
         store.write(record)
     assert store.find(name="TA") == written
@@ -54,6 +54,22 @@ def test_blocks_that_records_share_are_written_once(tmp_path: Path) -> None:
     assert path.read_text().count('"cores":2') == 1
     store.write(row("GPU", 0, machine=MACHINE))
     assert "cuda" not in path.read_text()
+
+
+def test_numbers_are_written_with_six_digits(tmp_path: Path) -> None:
+    store = records.Records(tmp_path / "bed.jsonl")
+    store.write(row("TA", 0, scores={"a": 200 / 3, "b": [1e-9 / 3, 12_345_678, True, None]}, name_of="1/3"))
+    assert store.first(name="TA") == row(
+        "TA", 0, scores={"a": 66.6667, "b": [3.33333e-10, 12_345_678, True, None]}, name_of="1/3"
+    )
+
+
+def test_what_heads_gave_is_in_columns_over_the_tasks() -> None:
+    report = {"heads": {"b": {"kept": True, "pull": 0.1}}, "protocol": "disjoint"}
+    assert records.summary(report, TASKS) == {
+        "heads": {"kept": [None, True], "pull": [None, 0.1]},
+        "protocol": "disjoint",
+    }
 
 
 def test_the_order_of_a_shared_blocks_names_is_kept(tmp_path: Path) -> None:

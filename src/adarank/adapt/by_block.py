@@ -3,9 +3,12 @@
     z_t  what the blocks before give in the merge;   e_t  what they give in expert t, both on task t's inputs
     b_ℓ, λ_ℓ = argmin Σ_t Σ_x ‖block_ℓ(b, λ; z_t) - block_ℓ^t(e_t)‖² / d_t          d_t: the same sum at the block's start, held out
 
-Blocks are learned in the order in which they run; then both streams go on through them. Nothing is differentiated but one
-block. Its weights and factors alone are in memory; streams, factors and what was learned lie in files. What is outside of the
-blocks stays as it is at the start, and heads are learned afterwards, as always.
+What the last block gives is read by heads alone, and these look at few of its directions: it is learned towards the experts'
+predictions, as a whole network is (`by_predictions` of a method).
+
+Blocks are learned in the order in which they run; then both streams go on through them. Nothing is differentiated but one block,
+and what is behind the last. Its weights and factors alone are in memory; streams, factors and what was learned lie in files.
+What is outside of the blocks stays as it is at the start, and heads are learned afterwards, as always.
 
 A block that does not come nearer to the experts' on inputs held out keeps its start. At the end the whole is judged as in
 every adaptation, beside the start and points on the line to it: batches go through a block after the other there, too.
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,13 +28,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from adarank.adapt.agreement import Judged, Signals
+from adarank.adapt.block_goals import EXPERT, MERGED, Goal, TowardsPredictions, TowardsStates, all_batches, nearer
 from adarank.adapt.choice import SHARES, Choice, LinePoint, choose_best, fits
 from adarank.adapt.history import History, Learned, Progress
 from adarank.adapt.learner import LiveLearner, Loss
 from adarank.adapt.loop import adapt
+from adarank.adapt.origin_choice import with_origin
 from adarank.adapt.parts import PartFactors, PartTensors, PartWeights
 from adarank.adapt.passage import Passage
 from adarank.adapt.problem import Chunk, Problem
@@ -40,14 +44,11 @@ from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import Interrupted
 from adarank.io.progress import advance, stage
 from adarank.io.state import read_state, write_state
-from adarank.models.chain import hidden, positions
 
 if TYPE_CHECKING:
     from adarank.adapt.methods import AdaptiveMethod
 
-MERGED, EXPERT = "merged", "expert"
 _TRIED = "tried"  # the stream of a start, or of a point on the line to it
-_SMALLEST = 1e-9  # a start's distance, relative to the length of what the expert gives, below which it is rounding
 
 
 def adapt_by_block(
@@ -75,7 +76,9 @@ def adapt_by_block(
     """
     with tempfile.TemporaryDirectory() if state is None else nullcontext(state.parent) as parent:
         folder = Path(parent) / blocks_folder(fingerprint)
-        walk = _Walk(problem, method, network, folder, passage or passage_of(problem, network, folder))
+        passage = passage or passage_of(problem, network, folder)
+        method, agreement = with_origin(method, problem, network, passage, folder / "origin.pt" if state else None)
+        walk = _Walk(problem, method, network, folder, passage)
         saved = _Saved(state, fingerprint)
         if not saved.restore(walk):
             walk.begin()
@@ -90,8 +93,8 @@ def adapt_by_block(
         tensors = PartTensors(walk.weights)
         if state is None:
             walk.passage.fill_all(tensors)
-            return Learned(walk.history, walk.weights.parameters, masks, walk.blocks)
-    return Learned(walk.history, tensors, masks, walk.blocks, PartFactors(walk.weights))
+            return Learned(walk.history, walk.weights.parameters, masks, walk.blocks, origins=agreement)
+    return Learned(walk.history, tensors, masks, walk.blocks, PartFactors(walk.weights), agreement)
 
 
 def blocks_folder(fingerprint: str) -> str:
@@ -117,7 +120,7 @@ class _Walk:
         self, problem: Problem, method: AdaptiveMethod, network: AlignedCheckpoints, folder: Path, passage: Passage
     ) -> None:
         self._problem, self._settings, self.passage = problem, problem.settings, passage
-        self._grid, self._chains = method.grid, passage.chains
+        self._grid, self._chains, self._by_predictions = method.grid, passage.chains, method.by_predictions
         self.paths, self.blocks = passage.paths, list[dict[str, Any]]()
         of_blocks = [[name for name in network.merged() if name in names] for names in map(set, passage.inside)]
         beside = [name for name in network.merged() if name in set(passage.outside)]
@@ -147,18 +150,17 @@ class _Walk:
         """Learn the next block, and bring both streams behind it."""
         started, place = time.perf_counter(), self.place
         with self.passage.held(place):
-            self._run_experts(place)
+            goal = self._goal(place)
             self.passage.fill_kept(place)
             live = self.weights.live(place)
             start = {name: tensor.detach().clone() for name, tensor in live.learned().items()}
             live.write()
-            before = self._distances(place)
-            units = {task: max(before[task], _SMALLEST) for task in before}
-            self._take_steps(live, {task: self._loss(task, place, units[task]) for task in units}, progress)
+            before = goal.distances()
+            self._take_steps(live, goal.losses(before), progress)
             live.settle()
-            after = self._distances(place)
-            nearer = self._settings.keep == "last" or sum(after[t] / units[t] for t in units) < len(units)
-            if not nearer:
+            after = goal.distances()
+            kept = self._settings.keep == "last" or nearer(before, after)
+            if not kept:
                 with torch.no_grad():
                     for name, tensor in live.learned().items():
                         tensor.copy_(start[name])
@@ -166,18 +168,25 @@ class _Walk:
             self.weights.rest(live)
             self.weights.keep(place, live)
             for task in self._chains:
-                self.passage.run(MERGED, task, place, self._all_batches(task))
+                self.passage.run(MERGED, task, place, all_batches(self._problem, task))
         self.blocks.append(
-            {"block": self.paths[place], "before": _rounded(before), "after": _rounded(after), "kept": nearer}
+            {"block": self.paths[place], "before": _rounded(before), "after": _rounded(after), "kept": kept}
         )
         self.history.seconds += time.perf_counter() - started
+
+    def _goal(self, place: int) -> Goal:
+        """What a block is learned towards; brings the experts' stream behind it where that is needed."""
+        if self._by_predictions and place == len(self.paths) - 1:
+            return TowardsPredictions(self._problem, self.passage, place)
+        self._run_experts(place)
+        return TowardsStates(self._problem, self.passage, place)
 
     def _run_experts(self, place: int) -> None:
         with stage(f"Block {place + 1} of {len(self.paths)}: the experts'", len(self._chains)):
             for task in self._chains:
                 with self.passage.outside_of(task):
                     self.passage.fill_expert(task, place)
-                    self.passage.run(EXPERT, task, place, self._all_batches(task))
+                    self.passage.run(EXPERT, task, place, all_batches(self._problem, task))
                 advance()
 
     def forget(self) -> None:
@@ -247,42 +256,6 @@ class _Walk:
             raise Interrupted(
                 f"Stopped in block {self.place + 1} of {len(self.paths)}. Run the same command to continue with that block."
             ) from None
-
-    def _loss(self, task: str, place: int, unit: float) -> Loss:
-        inputs = self._problem.inputs[task]
-
-        def loss(step: int) -> Tensor:
-            return self._distance(task, place, inputs.step(step % self._batches_of(task))[1]) / unit
-
-        return loss
-
-    def _distance(self, task: str, place: int, batch: Any) -> Tensor:
-        """‖z - e‖² / ‖e‖² over the positions that count: what the block gives in the merge, and what the expert's gave."""
-        chain, passage = self._chains[task], self.passage
-        mask = chain.mask(place, batch)
-        given = passage.given(MERGED, task, chain.needed(place), batch)
-        merged = positions(hidden(chain.run(place, batch, given)), mask)
-        expert = positions(hidden(passage.given(EXPERT, task, [place], batch)[place]), mask).to(merged)
-        return (merged - expert).square().sum() / expert.square().sum().clamp_min(_SMALLEST)
-
-    @torch.no_grad()
-    def _distances(self, place: int) -> dict[str, float]:
-        """task -> mean distance on the judged batches, with what the networks hold."""
-        distances = {}
-        for task, inputs in self._problem.inputs.items():
-            values = [float(self._distance(task, place, batch)) for _, batch in inputs.judged_on()]
-            distances[task] = sum(values) / len(values)
-        return distances
-
-    def _all_batches(self, task: str) -> Iterator[Any]:
-        """Those that steps see, and those that are held out."""
-        inputs = self._problem.inputs[task]
-        yield from (inputs.step(number)[1] for number in range(self._batches_of(task)))
-        yield from (batch for _, batch in inputs.judged_on())
-
-    def _batches_of(self, task: str) -> int:
-        """How many batches steps see: those of the first pass, again and again."""
-        return min(self._problem.inputs[task].one_pass, max(1, self._settings.steps))
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class ProDistill(AdaptiveMethod):
     source: ClassVar[str] = "Xu, Li, Zhang 2025, arXiv:2502.12706"
     fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks", "learn_lambda", "rank", "lambda_per", "clamp"})
     unused: ClassVar[frozenset[str]] = _OF_MASKS | _OF_PREDICTIONS
+    by_predictions: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {"by": "block", "lr_lambda": 0.01}
 
     learn_masks: Literal[False] = Field(False, description="learn the masks")

@@ -124,7 +124,7 @@ class Holding:
 
     def _of_process(self, sizes: Mapping[str, int]) -> int:
         """The sum of numbers of merged tensors of the process that holds most of them; of one, of all."""
-        ranks = holders(self._network, list(sizes), self._method.origin, self._method.spectra)
+        ranks = holders(self._network, list(sizes), self._method.planned_origin, self._method.spectra)
         held = Counter[int]()
         for rank, size in zip(ranks, sizes.values(), strict=True):
             held[rank] += size
@@ -159,13 +159,13 @@ class Holding:
         """Numbers that the same factors in bfloat16 take the memory of."""
         if not (self._decomposed(name) and self._method.soft and self._method.learn().precision == "bfloat16"):
             return 0
-        return factor_numbers(self._network, name, self._method.origin) // 2
+        return factor_numbers(self._network, name, self._method.planned_origin) // 2
 
     def _decomposed(self, name: str) -> bool:
         return self._method.spectra and self._network.choices[name].action == "decompose"
 
     def _components(self, name: str) -> int:
-        return sum(self._network.components(name, self._method.origin)) if self._decomposed(name) else 0
+        return sum(self._network.components(name, self._method.planned_origin)) if self._decomposed(name) else 0
 
     def _rows(self, name: str) -> int:
         return self._network.tensors[name].shape[0] if self._network.tensors[name].shape else 1

@@ -16,6 +16,7 @@ from adarank.spectral.mask_file import MaskFile
 
 if TYPE_CHECKING:
     from adarank.adapt.heads import HeadFit
+    from adarank.adapt.origin_choice import Origin
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Learned:
         masks: masks and λ; None if what is learned is something else.
         blocks: by block: of each its name, its distances before and after, and whether what was learned is kept.
         factors: merged tensor -> origin, task vectors and spectra; by block read when looked up, and none where no state is kept.
+        origins: origin -> how often it agrees with the experts, where task vectors are counted from the better one.
     """
 
     history: History
@@ -78,6 +80,7 @@ class Learned:
     masks: MaskFile | None
     blocks: Sequence[Mapping[str, Any]] = ()
     factors: Mapping[str, Blocks] = field(default_factory=dict)
+    origins: Mapping[Origin, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from adarank.adapt.base import Adapting
 from adarank.adapt.factor_files import FactorFiles, Holding, has_room
 from adarank.adapt.learner import LiveLearner
 from adarank.adapt.live_weights import Learn, LiveWeights, Precision
-from adarank.adapt.parameters import Number, Share, block_problems, known_basis
+from adarank.adapt.parameters import Number, OriginSetting, Share, block_problems, known_basis, with_its_origin
 from adarank.adapt.presets import with_preset
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import AUTO, Grid, grid_of
 from adarank.adapt.tying import LambdaPer
-from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.alignment.task_vectors import AlignedCheckpoints, OriginKind
 from adarank.errors import RecipeError, itemise
 from adarank.method import Context, Given, Outline, Result
 from adarank.models import TaskModels
@@ -46,9 +46,11 @@ class AdaptiveMethod(Adapting):
     Class attributes:
         formula: ℓ stands for the loop's `objective`: entropy in the papers.
         joint_heads: heads are learned by the same steps.
+        by_predictions: where a block is learned at a time, the last is learned towards the experts' predictions.
 
     Arguments:
-        origin: what task vectors are counted from: `pretrained` (the base) or `average` (the experts' mean).
+        origin: what task vectors are counted from: `pretrained` (the base), `average` (the experts' mean), or `auto`: the one
+            that agrees with the experts more often on unlabelled inputs.
         rank: share of singular components kept at the start, in (0, 1]; `auto`: searched for without labels.
         scale: λ at the start, for every task and tensor; `auto`: searched for without labels.
         lambda_per: what has its λ: every `tensor` of every task (what the papers call layer-wise); every
@@ -61,14 +63,12 @@ class AdaptiveMethod(Adapting):
     fixed: ClassVar[frozenset[str]] = frozenset({"learn_masks"})
     python: ClassVar[tuple[str, str]] = ("adapt", "adapts on data. Use adarank.adapt.")
     joint_heads: ClassVar[bool] = False
+    by_predictions: ClassVar[bool] = True
 
-    origin: Literal["pretrained", "average"] = Field("pretrained", description="what task vectors are counted from")
+    origin: OriginSetting = Field("pretrained", description="what task vectors are counted from")
     rank: Share = Field(1.0, description="share of components kept at the start, in (0, 1], or auto")
     scale: Number = Field(0.3, alias="lambda", description="λ at the start, or auto")
-    lambda_per: LambdaPer = Field(
-        "tensor",
-        description="what has a λ of its own: each tensor or layer of each task, each layer for all, each task, the model",
-    )
+    lambda_per: LambdaPer = Field("tensor", description="what has a λ of its own, of each task or of all")
     clamp: tuple[float, float] | None = Field(None, description="range in which λ is used")
     learn_masks: bool = Field(True, description="learn the masks")
     learn_lambda: bool = Field(True, description="learn λ")
@@ -105,7 +105,12 @@ class AdaptiveMethod(Adapting):
     @property
     def grid(self) -> Grid:
         """The starts that are left open. The climb begins at what the papers use about either origin."""
-        return grid_of(self.rank, self.scale, (0.08, 1.0) if self.origin == "average" else (1.0, 0.3))
+        return grid_of(self.rank, self.scale, (1.0, 0.3) if self.origin == "pretrained" else (0.08, 1.0))
+
+    @property
+    def planned_origin(self) -> OriginKind:
+        """The origin, or while it is open the one that takes more memory."""
+        return "average" if self.origin == "auto" else self.origin
 
     @classmethod
     def resolve(cls: type[A], given: Given) -> A:
@@ -183,7 +188,7 @@ class AdaptiveMethod(Adapting):
         whole = len(network.tasks) * network.tensors[name].numel
         if not (self.spectra and network.choices[name].action == "decompose"):
             return whole
-        return factor_numbers(network, name, self.origin) + whole * self.takes_wholes
+        return factor_numbers(network, name, self.planned_origin) + whole * self.takes_wholes
 
     @property
     def takes_wholes(self) -> bool:
@@ -222,7 +227,7 @@ class AdaptiveMethod(Adapting):
         """
         basis, whole = self.decomposition(network, device), has_room(self, network, device)
         files = FactorFiles(factors, self.takes_wholes) if factors else None
-        blocks = build_blocks(network, self.origin, device, self.spectra, basis, kept=files, whole=whole)
+        blocks = build_blocks(network, self.planned_origin, device, self.spectra, basis, kept=files, whole=whole)
         return self.live({name: shared[name] for name in network.merged()}, blocks, settings, basis)
 
     def live(
@@ -247,8 +252,7 @@ class AdaRank(AdaptiveMethod):
         mask: `soft`: what a component is multiplied by is learned, from 1 where it is kept at the start and 0 where not.
             `binary`: whether it is kept, as in the paper.
         precision: of the products with singular components while soft masks are learned. `bfloat16` takes about half of the
-            time where the processor has units for it, and half as much memory again for components. What is written is composed in float32 in
-            either.
+            time where the processor has units for it, and memory for half as many components more. Written is float32.
     """
 
     name: ClassVar[str] = "adarank"
@@ -262,16 +266,14 @@ class AdaRank(AdaptiveMethod):
     basis: Annotated[str, AfterValidator(known_basis)] = Field(
         "task_vectors", description="what the components are of", json_schema_extra={"choices": list(BASES.built_in)}
     )
-    origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")
+    origin: OriginSetting = Field(AUTO, description="what task vectors are counted from, or auto")
     rank: Share = Field(AUTO, description="share of components kept at the start, in (0, 1], or auto")
     scale: Number = Field(AUTO, alias="lambda", description="λ at the start, or auto")
     returnable: bool = Field(True, description="components pruned at the start may come back")
     first: First = Field("top", description="which components the start keeps: the top ones, or random ones, as many")
     seed: int = Field(0, description="of random ones; by default the recipe's seed")
     mask: MaskKind = Field("soft", description="any number for each component, or binary: kept or not, the paper's")
-    precision: Precision = Field(
-        "float32", description="of the products with singular components while soft masks are learned"
-    )
+    precision: Precision = Field("float32", description="of products with components while soft masks are learned")
 
     @classmethod
     def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
@@ -283,7 +285,7 @@ class AdaRank(AdaptiveMethod):
         }  # fmt: skip
         if given.get("basis", "task_vectors") != "task_vectors":
             return {**learned, "lambda": 1.0}
-        if given.get("origin", "average") != "average":
+        if given.get("origin") == "pretrained":
             return learned
         start = {"rank": 0.04, "lambda": 1.6} if text else {"rank": 0.16, "lambda": 2.3}
         return {**learned, "origin": "average", **start}
@@ -297,9 +299,7 @@ class AdaRank(AdaptiveMethod):
     @model_validator(mode="before")
     @classmethod
     def _start_of_basis(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("basis", "task_vectors") != "task_vectors":
-            return {"origin": "pretrained", "rank": 1.0, **values}
-        return values
+        return with_its_origin(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _about_the_base(self) -> AdaRank:
@@ -374,7 +374,7 @@ class AdaMergingPP(AdaMerging):
 
     def decomposition(self, network: AlignedCheckpoints, device: torch.device | str) -> Basis:
         """Task vectors above the magnitudes that leave `density` of the model's entries. Reads every tensor, one at a time."""
-        thresholds = global_thresholds(network, self.origin, self.density, device)
+        thresholds = global_thresholds(network, self.planned_origin, self.density, device)
         return replace(BASES["task_vectors"], thresholds=thresholds)
 
 
@@ -385,7 +385,7 @@ class CARTpp(AdaptiveMethod):
     formula: ClassVar[str] = "W = W̄ + Σ_t λ_t SVD_k(W_t - W̄); λ = argmin Σ_t ℓ(f(W, x_t))"
     source: ClassVar[str] = "Choi et al. 2024, arXiv:2412.12153, Eq. 6"
 
-    origin: Literal["pretrained", "average"] = Field("average", description="what task vectors are counted from")
+    origin: OriginSetting = Field("average", description="what task vectors are counted from")
     rank: Share = Field(0.08, description="share of components kept, in (0, 1], or auto")
     scale: Number = Field(1.0, alias="lambda", description="λ at the start, or auto")
     learn_masks: Literal[False] = Field(False, description="learn the masks")
@@ -393,8 +393,7 @@ class CARTpp(AdaptiveMethod):
     @classmethod
     def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
         """The best rank of CART's paper (Fig. 5), with the experts' full deviations from their mean."""
-        start = {"origin": "average", "rank": 0.08, "lambda": 1.0, "learn_masks": False}
-        return {**super().paper(given, text), **start}
+        return {**super().paper(given, text), "origin": "average", "rank": 0.08, "lambda": 1.0, "learn_masks": False}
 
 
 ADAPTIVE: dict[str, type[AdaptiveMethod]] = {m.name: m for m in (AdaRank, AdaMerging, AdaMergingPP, CARTpp)}

@@ -34,6 +34,7 @@ def known_basis(given: str) -> str:
 
 
 Number = Annotated[float | Literal["auto"], BeforeValidator(_number_or_auto)]
+OriginSetting = Literal["pretrained", "average", "auto"]
 Share = Annotated[float | Literal["auto"], BeforeValidator(_share_or_auto)]
 
 
@@ -44,7 +45,7 @@ def block_problems(lambda_per: LambdaPer, adapt: Collection[str]) -> list[str]:
         adapt: names of the loop's settings that are given by hand.
     """
     problems = [
-        f"adapt.{key}: by: block minimises the distance to what the experts' blocks give. Remove {key}, or use by: model."
+        f"adapt.{key}: by: block minimises the distance to what the experts' blocks give, of the last to their predictions. Remove {key}, or use by: model."
         for key in ("objective", "objectives", "self_label")
         if key in adapt
     ]
@@ -55,3 +56,11 @@ def block_problems(lambda_per: LambdaPer, adapt: Collection[str]) -> list[str]:
     if processes.size() > 1:
         problems.append("adapt.by: block runs in one process. Start it without torchrun, or use by: model.")
     return problems
+
+
+def with_its_origin(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `adarank` with the origin that goes without saying: of another basis the base, of numbers as in CART the average."""
+    if values.get("basis", "task_vectors") != "task_vectors":
+        return {"origin": "pretrained", "rank": 1.0, **values}
+    numbers = [name for name in ("rank", "lambda", "scale") if values.get(name, AUTO) != AUTO]
+    return {"origin": "average", **values} if numbers else values

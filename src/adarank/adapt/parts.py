@@ -151,7 +151,7 @@ class PartWeights:
     def blocks(self, number: int) -> dict[str, Blocks]:
         """Origins, task vectors and spectra of a part: from its file, if there is one. Of what is outside of the blocks and not
         decomposed, task vectors are read when they are looked at: it may be large, and is composed now and then alone."""
-        names, kind, spectra = self.parts[number], self.method.origin, self.method.spectra
+        names, kind, spectra = self.parts[number], self.method.planned_origin, self.method.spectra
         whole = not spectra or all(self.network.choices[name].action != "decompose" for name in names)
         if whole and number >= len(self.of_blocks):
             return {name: reread_block(self.network, kind, name, self.device, self._basis) for name in names}

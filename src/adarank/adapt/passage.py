@@ -150,13 +150,17 @@ class Passage:
 
     def after(self, stream: str) -> Forward:
         """Networks' predictions for batches that were brought behind the last block."""
+        return self.from_block(stream, len(self.paths))
+
+    def from_block(self, stream: str, place: int) -> Forward:
+        """Networks' predictions for batches that were brought before the block at a place: it and those behind it are run."""
         chains = list(self.chains.values())
 
         def forward(module: nn.Module, batch: Any) -> Tensor:
             number = self._tasks[id(module)]
             chain = chains[number]
-            given = self._streams.read(stream, chain.needed(len(chain)), name_of(number, batch))
-            return chain.logits(batch, given)
+            given = self._streams.read(stream, chain.needed(place), name_of(number, batch))
+            return chain.logits(batch, given, place)
 
         return forward
 

@@ -10,6 +10,7 @@ import torch
 from adarank.adapt.by_block import adapt_by_block
 from adarank.adapt.history import Learned, Progress
 from adarank.adapt.methods import AdaptiveMethod
+from adarank.adapt.origin_choice import with_origin
 from adarank.adapt.passage import Passage
 from adarank.adapt.problem import Problem
 from adarank.alignment.task_vectors import AlignedCheckpoints
@@ -41,6 +42,8 @@ def adapt_weights(
     if method.settings.by == "block":
         note("Adapting, block by block")
         return adapt_by_block(problem, method, network, state, fingerprint, progress, passage)
+    kept = state.with_name(f"origin-{fingerprint[:16]}.pt") if state else None
+    method, agreement = with_origin(method, problem, network, kept=kept)
     note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
     start = method.start(network, problem.models.shared, method.settings, device, factors)
     live = method.on(start, problem.models)
@@ -52,4 +55,4 @@ def adapt_weights(
     processes.check_agreement("masks and λ", [hashlib.sha256(part).hexdigest() for part in bits])
     live.zero_grad()
     masks = live.mask_file(network.tasks, method.origin, {})
-    return Learned(history, live.parameters, masks, factors=live.factors)
+    return Learned(history, live.parameters, masks, factors=live.factors, origins=agreement)

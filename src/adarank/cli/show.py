@@ -237,18 +237,18 @@ def points(ranked: Sequence[Point], metrics: Mapping[str, str], most: int = 10) 
 
 def adapted(report: Mapping[str, Any]) -> None:
     """What adaptation came to: steps, the one kept and why, and which tasks collapsed."""
+    if origins := report.get("origins"):
+        about = "average" if origins["average"] >= origins["pretrained"] else "base"
+        write(
+            f"about the {about}: the experts' average agrees with the experts on {100 * origins['average']:.0f}% of unlabelled "
+            f"inputs, the base on {100 * origins['pretrained']:.0f}%"
+        )
     if report["starts"]:
         best = max(report["starts"], key=lambda start: start["value"])
         write(
             f"start: rank {best['rank']:g}, λ {best['lambda']:g}: nearest to the experts on unlabelled inputs, "
             f"of {len(report['starts'])} looked at"
         )
-        if report.get("base_agreement", 0) > best["value"]:
-            head(
-                "origin:",
-                f" the base agrees with the experts on {100 * report['base_agreement']:.0f}% of these inputs, the best start on "
-                f"{100 * best['value']:.0f}%: the experts' average is far off. Try parameters: {{origin: pretrained}}.",
-            )
     if report.get("start_at_edge"):
         names = " and ".join(report["start_at_edge"])
         head(

@@ -84,9 +84,14 @@ class Chain:
                 return caught[0]
         raise RecipeError(f"{self.paths[place]}: the network does not run this block on every input. {_REMEDY}")
 
-    def logits(self, batch: Any, given: Mapping[int, Given]) -> Tensor:
-        """The network's predictions, given what its last blocks gave."""
-        with self._given(len(self), given):
+    def logits(self, batch: Any, given: Mapping[int, Given], place: int | None = None) -> Tensor:
+        """The network's predictions, with a graph where gradients are enabled.
+
+        Arguments:
+            given: what the blocks in `needed(place)` gave.
+            place: the first block that is run; by default none is.
+        """
+        with self._given(len(self) if place is None else place, given):
             return self.forward(self.module, batch)
 
     @contextmanager

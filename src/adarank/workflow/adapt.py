@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adarank.adapt.agreement import Judged, collapsed, first_collapse, mean_agreement
+from adarank.adapt.agreement import Judged, collapsed, first_collapse
 from adarank.adapt.by_block import blocks_folder
 from adarank.adapt.history import History, Learned, Progress
 from adarank.adapt.methods import AdaptiveMethod
@@ -72,7 +72,6 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     models, passage = _networks(run, settings, fingerprint)
     predictions = run.expert_predictions(models, settings, passage)
     problem = problem_of(job, models, data, settings, predictions)
-    base = _base_agreement(problem, method) if passage is None else {}
     mapped = run.folder is not None and method.factors_in_files(job.outline())
     factors = run.folder / "factors" / fingerprint[:32] if run.folder and mapped else None
     # spectra are kept beside the state, so that a run that goes on decomposes nothing anew
@@ -101,18 +100,9 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
         of_heads = {"joint_heads": list(heads)}
     edge = {"start_at_edge": method.grid.at_edge(learned.history.starts)}
     of_loop = report(learned.history, job, settings, data) | edge | _of_masks(learned) | kept_mass(predictions)
-    of_loop |= base | ({"strongest_change": effect} if effect else {})
+    of_loop |= {"origins": rounded} if (rounded := {k: round(v, 5) for k, v in learned.origins.items()}) else {}
+    of_loop |= {"strongest_change": effect} if effect else {}
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
-
-
-def _base_agreement(problem: Problem, method: AdaptiveMethod) -> dict[str, float]:
-    """How often the base, which the networks hold, agrees with the experts on what a start about the average is chosen by.
-
-    If that is more often than any start does, the average is too far off.
-    """
-    if method.origin != "average" or not method.grid.open:
-        return {}
-    return {"base_agreement": mean_agreement(problem.quick_check()(0))}
 
 
 def _networks(run: RecipeContext, settings: AdaptSettings, fingerprint: str) -> tuple[TaskModels, Passage | None]:

@@ -1,0 +1,116 @@
+"""What a block is learned towards: what the experts' block gives on its own stream, or the experts' predictions.
+
+states       Σ_t Σ_x ‖block_ℓ(z_t) - e_t‖² / ‖e_t‖²        z_t: the merged stream before the block; e_t: the expert's behind it
+predictions  Σ_t Σ_x ℓ(f_t(z_t))                           f_t: the block, what is behind it, the task's head; ℓ: the objective
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from adarank.adapt.learner import Loss
+from adarank.adapt.passage import Passage
+from adarank.adapt.problem import Problem
+from adarank.models.chain import hidden, positions
+
+MERGED, EXPERT = "merged", "expert"  # the two streams
+_SMALLEST = 1e-9  # a distance, relative to the length of what the expert gives, below which it is rounding
+
+
+class Goal(Protocol):
+    """What a block, which is held and filled, is learned towards."""
+
+    def distances(self) -> dict[str, float]:
+        """task -> how far the merge is from its expert, on the judged inputs."""
+        ...
+
+    def losses(self, start: dict[str, float]) -> dict[str, Loss]:
+        """task -> its loss at a step.
+
+        Arguments:
+            start: the distances at the block's start.
+        """
+        ...
+
+
+def nearer(before: dict[str, float], after: dict[str, float]) -> bool:
+    """Whether the mean over the tasks, of each one's distance relative to what it was, has fallen."""
+    return sum(after[task] / max(before[task], _SMALLEST) for task in before) < len(before)
+
+
+def batches_of(problem: Problem, task: str) -> int:
+    """How many batches steps of a block see: those of the first pass, again and again."""
+    return min(problem.inputs[task].one_pass, max(1, problem.settings.steps))
+
+
+def all_batches(problem: Problem, task: str) -> Iterator[Any]:
+    """Those that steps see, and those that are held out."""
+    inputs = problem.inputs[task]
+    yield from (inputs.step(number)[1] for number in range(batches_of(problem, task)))
+    yield from (batch for _, batch in inputs.judged_on())
+
+
+@dataclass(frozen=True)
+class TowardsStates:
+    """Towards what the experts' blocks gave on their streams."""
+
+    problem: Problem
+    passage: Passage
+    place: int
+
+    @torch.no_grad()
+    def distances(self) -> dict[str, float]:
+        """The means over the judged batches."""
+        distances = {}
+        for task, inputs in self.problem.inputs.items():
+            values = [float(self._distance(task, batch)) for _, batch in inputs.judged_on()]
+            distances[task] = sum(values) / len(values)
+        return distances
+
+    def losses(self, start: dict[str, float]) -> dict[str, Loss]:
+        """Distances relative to the start's, so that tasks weigh alike."""
+        return {task: self._loss(task, max(before, _SMALLEST)) for task, before in start.items()}
+
+    def _loss(self, task: str, unit: float) -> Loss:
+        inputs, batches = self.problem.inputs[task], batches_of(self.problem, task)
+        return lambda step: self._distance(task, inputs.step(step % batches)[1]) / unit
+
+    def _distance(self, task: str, batch: Any) -> Tensor:
+        """‖z - e‖² / ‖e‖² over the positions that count: what the block gives in the merge, and what the expert's gave."""
+        chain, place = self.passage.chains[task], self.place
+        mask = chain.mask(place, batch)
+        given = self.passage.given(MERGED, task, chain.needed(place), batch)
+        merged = positions(hidden(chain.run(place, batch, given)), mask)
+        expert = positions(hidden(self.passage.given(EXPERT, task, [place], batch)[place]), mask).to(merged)
+        return (merged - expert).square().sum() / expert.square().sum().clamp_min(_SMALLEST)
+
+
+@dataclass(frozen=True)
+class TowardsPredictions:
+    """Towards the experts' predictions, by the objective with which whole networks are adapted."""
+
+    problem: Problem
+    passage: Passage
+    place: int
+
+    @cached_property
+    def _here(self) -> Problem:
+        return replace(self.problem, forward=self.passage.from_block(MERGED, self.place))
+
+    def distances(self) -> dict[str, float]:
+        """The divergences from the experts' predictions."""
+        return {task: signals.divergence for task, signals in self._here.judge()(0).items()}
+
+    def losses(self, start: dict[str, float]) -> dict[str, Loss]:
+        """The objective, whose tasks weigh as it weighs them."""
+        return {task: self._loss(task, loss) for task, loss in self._here.losses().items()}
+
+    def _loss(self, task: str, loss: Loss) -> Loss:
+        batches = batches_of(self.problem, task)
+        return lambda step: loss(step % batches)

@@ -1,0 +1,110 @@
+"""What task vectors are counted from where that is left open: the base or the experts' average, whichever is nearer to the experts.
+
+    W_o = argmax over W₀, W̄ of mean_t agreement of f(W) with expert t, on unlabelled inputs
+
+The average of experts that lie far apart is worse than the base that all of them came from, and adaptation about it sets out
+from there. Either is judged on the inputs that starts are compared on; nothing is decomposed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from torch import Tensor
+
+from adarank.adapt.agreement import Judge, Judged, mean_agreement
+from adarank.adapt.passage import Passage
+from adarank.adapt.problem import Chunk, Problem
+from adarank.adapt.start_search import QUICK_CHECK
+from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.io import processes
+from adarank.io.progress import advance, stage
+from adarank.io.state import read_kept, write_state
+
+if TYPE_CHECKING:
+    from adarank.adapt.methods import AdaptiveMethod
+
+Origin = Literal["average", "pretrained"]
+ORIGINS: tuple[Origin, ...] = ("average", "pretrained")  # of equals the first
+_STREAM = "origin"
+M = TypeVar("M", bound="AdaptiveMethod")
+
+
+def compare_origins(
+    problem: Problem, network: AlignedCheckpoints, passage: Passage | None = None
+) -> dict[Origin, float]:
+    """Origin -> its mean agreement with the experts, in [0, 1]. The networks hold the base afterwards.
+
+    Arguments:
+        passage: over the problem's networks, where these are run a block at a time.
+    """
+
+    device = next(iter(problem.models.shared.values())).device
+
+    def tensors(kind: Origin, names: Iterable[str]) -> dict[str, Tensor]:
+        merged = set(network.merged())
+        return {name: network.origin(name, kind, device) for name in names if name in merged}
+
+    with stage("Comparing the base with the average", len(ORIGINS)):
+        agreement = {}
+        for kind in ORIGINS:
+            of_kind = partial(tensors, kind)
+            if passage is None:
+                _fill(problem, of_kind, network.merged())
+                judge = problem.quick_check()
+            else:
+                judge = _brought(problem, passage, of_kind)
+            agreement[kind] = mean_agreement(judge(0))
+            advance()
+    return agreement
+
+
+def with_origin(
+    method: M,
+    problem: Problem,
+    network: AlignedCheckpoints,
+    passage: Passage | None = None,
+    kept: Path | None = None,
+) -> tuple[M, dict[Origin, float]]:
+    """The method with its origin chosen, and how often either agrees with the experts; as it is where its settings name one.
+
+    Arguments:
+        kept: file in which the agreement is kept, so that a run that goes on never chooses otherwise; None to keep it nowhere.
+    """
+    if method.origin != "auto":
+        return method, {}
+    if network.base is None:
+        return method.model_copy(update={"origin": "average"}), {}
+    agreement = processes.from_first(lambda: read_kept(kept) if kept else None)
+    if agreement is None:
+        agreement = compare_origins(problem, network, passage)
+        if kept and processes.rank() == 0:
+            write_state(kept, {str(kind): value for kind, value in agreement.items()}, "the choice of the origin")
+    return method.model_copy(update={"origin": max(ORIGINS, key=lambda kind: agreement[kind])}), agreement
+
+
+def _fill(problem: Problem, tensors: Callable[[Iterable[str]], dict[str, Tensor]], names: Iterable[str]) -> None:
+    for name in names:  # one at a time: an average is as large as the tensor itself
+        problem.models.fill(tensors([name]).items())
+
+
+def _brought(problem: Problem, passage: Passage, tensors: Callable[[Iterable[str]], dict[str, Tensor]]) -> Judge:
+    """The judge of an origin after it went through one block after another."""
+    chunks: dict[str, Callable[[], Iterable[Chunk]]] = {
+        task: partial(inputs.judged_on, QUICK_CHECK) for task, inputs in problem.inputs.items()
+    }
+    _fill(problem, tensors, passage.outside)
+    passage.bring(_STREAM, chunks, lambda place: passage.fill(place, tensors(passage.inside[place])))
+    judge = replace(problem, forward=passage.after(_STREAM)).judge(QUICK_CHECK)
+
+    def judged(step: int) -> Judged:
+        try:
+            return judge(step)
+        finally:
+            passage.forget(_STREAM)
+
+    return judged
