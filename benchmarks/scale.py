@@ -60,6 +60,7 @@ def started(count: int, arguments: list[str], folder: Path) -> list[subprocess.P
         port = str(free.getsockname()[1])
     several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if count > 1 else {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **several}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as installed: compiled
     command = [sys.executable, "-m", "adarank", *arguments, "--threads", "1"]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return [
