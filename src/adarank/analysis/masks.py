@@ -104,7 +104,7 @@ class Masks(Figure):
 
     def draw(self, rows: Sequence[Row]) -> Any:
         """Maps of the matrices of the first, a middle and the last layer of each output, three in a line."""
-        lines: list[list[Sequence[Row]]] = []
+        lines: list[list[list[Row]]] = []
         for output in values_of(rows, "output"):
             for layer in _three(where(rows, output=output)):
                 here = where(rows, output=output, layer=layer)
