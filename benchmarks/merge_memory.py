@@ -244,7 +244,6 @@ def measure(arguments: argparse.Namespace, folder: Path, method: str, layers: in
         "predicted_over_measured": round(runs[0]["peak_predicted"] / peaks[-1], 3),
         "factors_in_files": runs[0]["factors_in_files"],
         "imported": runs[0]["imported"],
-        "runs": runs,
     }
     print(f"{method:16s} peak {peaks[-1] / 1e6:6.0f} MB, predicted {result['peak_predicted'] / 1e6:6.0f} MB "
           f"({result['predicted_over_measured']:.2f}), {seconds[0]:.1f} s, {layers} layers", flush=True)  # fmt: skip
@@ -257,19 +256,18 @@ def run(arguments: argparse.Namespace) -> None:
     hidden = arguments.hidden
     full = layers_for(arguments.gigabytes * 1e9, dtype, hidden)
     few = full if arguments.all_layers else min(full, arguments.layers)
+    texts = {"text_width": arguments.text_width, "text_layers": arguments.text_layers}
+    options = f" --text-width {arguments.text_width} --text-layers {arguments.text_layers}"
+    options += " --all-layers" * arguments.all_layers + (f" --memory {arguments.memory}" if arguments.memory else "")
+    within = f", within {arguments.memory}" if arguments.memory else ""
     record: dict[str, Any] = {
         "kind": "cost",
-        "name": f"merge memory, {arguments.dtype}" + (f", within {arguments.memory}" if arguments.memory else ""),
+        "name": f"merge memory, {arguments.dtype}{within}",
         "what": "peak anonymous memory of merging a base and three experts, PyTorch included, beside what plan predicts",
         "command": f"python benchmarks/merge_memory.py --folder FOLDER --dtype {arguments.dtype} --gigabytes "
         f"{arguments.gigabytes} --hidden {hidden} --layers {arguments.layers} --repeats {arguments.repeats} --threads "
-        f"{arguments.threads} --text-width {arguments.text_width} --text-layers {arguments.text_layers} --methods "
-        f"{' '.join(arguments.methods)}" + " --all-layers" * arguments.all_layers + (f" --memory {arguments.memory}" if arguments.memory else ""),
-        "settings": {"experts": len(EXPERTS), "hidden": hidden, "ffn": 4 * hidden, "vocabulary": VOCABULARY * hidden // HIDDEN,
-                     "dtype": arguments.dtype, "layers": full, "layers_for_methods_with_spectra": few,
-                     "bytes_per_model": size(layout(full, dtype, hidden)),
-                     "largest_tensor_in_float32": 4 * VOCABULARY * hidden // HIDDEN * hidden,
-                     "text_width": arguments.text_width, "text_layers": arguments.text_layers, "sample_seconds": SAMPLE_SECONDS},
+        f"{arguments.threads} --methods {' '.join(arguments.methods)}" + options,
+        "settings": {"experts": len(EXPERTS), "hidden": hidden, "layers": full, "bytes_per_model": size(layout(full, dtype, hidden))},
         "note": arguments.note,
         "seed": arguments.seed,
         "versions": versions(),
@@ -284,7 +282,8 @@ def run(arguments: argparse.Namespace) -> None:
                 arguments, Path(place), [m for m, count in of_models.items() if count == layers], layers, record
             )
     if with_data := [method for method in arguments.methods if method in WITH_DATA]:
-        record = {**record, "name": f"{record['name']}, networks", "methods": {}}
+        name = f"merge memory, networks of {arguments.text_layers} layers of {arguments.text_width}{within}"
+        record = {**record, "name": name, "settings": {"experts": len(EXPERTS), **texts}, "methods": {}}
         with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
             make_texts(Path(place), arguments.text_width, arguments.text_layers, arguments.seed)
             measure_all(arguments, Path(place), with_data, arguments.text_layers, record)

@@ -10,7 +10,8 @@ and checks that it is finite; mergekit does neither. The record is written anew 
 
 From bfloat16 models mergekit computes in bfloat16 and adarank in float32, so the timed outputs differ by roundings, and where whole entries
 are kept or dropped by more. That both do the same is checked by one more merge of each, untimed, which computes and writes float32:
-`difference` is of these. Methods that draw random numbers draw others in either tool, and are not compared.
+`apart` is of these, the largest difference of any tensor relative to its largest value. Methods that draw random numbers draw others in
+either tool, and are not compared. Where the tools are apart by more than rounding, `from_float64` says how far each is from the formula in float64.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import torch
 import yaml
 from merge_memory import SAMPLE_SECONDS, anonymous
 from mergekit_compare import difference
-from records import FOLDER, Records
+from records import FOLDER, Records, rounded
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adarank.io.checkpoint import Checkpoint
@@ -46,6 +47,7 @@ SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 
 VOCABULARY, SMALL_VOCABULARY = 32_000, 8_000  # the second below a quarter of a gigabyte
 LAYER = 4 * 1024**2 + 3 * 1024 * 2816  # numbers
 ALIKE = 1e-5  # two float32 merges are the same up to rounding
+PARALLEL = 0.9995  # slerp goes straight between vectors of this cosine
 RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"weight": 0.3},
     "task_arithmetic": {"weight": 0.3},
@@ -169,17 +171,14 @@ def compared(folder: Path, method: str, venv: Path, repeats: int) -> dict[str, A
     apart = {} if method in RANDOM else checked(folder, method, venv)
     for tool in runs:
         shutil.rmtree(folder / f"{method}-{tool}", ignore_errors=True)
-    summary = {tool: {key: spread([run[key] for run in of]) for key in of[0]} for tool, of in runs.items()}
+    table = {tool: {key: [run[key] for run in of] for key in of[0]} for tool, of in runs.items()}
     line = "  ".join(
-        f"{tool} {of['processor']['median']:.1f} s ({of['processor']['min']:.1f}-{of['processor']['max']:.1f}), "
-        f"wall {of['seconds']['median']:.1f}, {of['anonymous']['median'] / 1e6:.0f} MB"
-        for tool, of in summary.items()
+        f"{tool} {median(of['processor']):.1f} s ({min(of['processor']):.1f}-{max(of['processor']):.1f}), "
+        f"wall {median(of['seconds']):.1f}, {median(of['anonymous']) / 1e6:.0f} MB"
+        for tool, of in table.items()
     )
-    said = (
-        f"{apart['max_relative_difference']:.1e}{'' if apart['alike'] else ' DIFFERENT'}" if apart else "not compared"
-    )
-    print(f"{method:16s} {line}  apart {said}", flush=True)
-    return {**summary, **({"difference": apart} if apart else {}), "recipe": RECIPES[method]}
+    print(f"{method:16s} {line}  {apart or 'not compared'}", flush=True)
+    return rounded({**table, **apart}, 3)
 
 
 def checked(folder: Path, method: str, venv: Path) -> dict[str, Any]:
@@ -188,13 +187,29 @@ def checked(folder: Path, method: str, venv: Path) -> dict[str, Any]:
         if tool != "copy":
             shutil.rmtree(folder / f"{method}-{tool}", ignore_errors=True)
             measured(command, folder)
-    apart = difference(*(Checkpoint(folder / f"{method}-{tool}") for tool in ("adarank", "mergekit")))
-    return {**apart, "alike": apart["max_relative_difference"] <= ALIKE and apart["same_names"]}
+    merged = {tool: Checkpoint(folder / f"{method}-{tool}") for tool in ("adarank", "mergekit")}
+    apart = difference(merged["adarank"], merged["mergekit"])
+    if not (apart["same_names"] and apart["same_dtypes"]):
+        raise SystemExit(f"{method}: the tools' tensors have other names or dtypes.")
+    worst = apart["max_relative_difference"]
+    if worst <= ALIKE or method != "slerp":
+        return {"apart": worst}
+    return {"apart": worst, "from_float64": {tool: from_slerp(folder, of) for tool, of in merged.items()}}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most, rounded."""
-    return {name: round(of(values), 3) for name, of in (("median", median), ("min", min), ("max", max))}
+def from_slerp(folder: Path, merged: Checkpoint) -> float:
+    """How far a merge is from slerp's formula in float64: the largest difference of any tensor, relative to its largest value."""
+    base, other = Checkpoint(folder / "base"), Checkpoint(folder / EXPERTS[0])
+    share, worst = RECIPES["slerp"]["t"], 0.0
+    for name in merged.tensors:
+        first, second = base.read(name).double(), other.read(name).double()
+        cosine = (first / first.norm() * (second / second.norm())).sum().clamp(-1, 1)
+        angle = cosine.acos()
+        near = (1 - share, share) if cosine.abs() > PARALLEL else None
+        ends = near or tuple((part * angle).sin() / angle.sin() for part in (1 - share, share))
+        exact = ends[0] * first + ends[1] * second
+        worst = max(worst, float((merged.read(name) - exact).abs().max() / exact.abs().max()))
+    return worst
 
 
 def main() -> None:

@@ -226,6 +226,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(label, flush=True)
             record[label] = _summary(compare(folder, agreeing(), python))
             record[f"{label}_selecting"] = _summary(compare(folder, selecting(), python))
+        for part in ("", "_selecting"):
+            without_recipes(record[f"bfloat16{part}"]["recipes"], record[f"float32{part}"]["recipes"])
         names = ("linear", "task_arithmetic", "task_arithmetic, normalised, lambda")
         record["bfloat16_rounding"] = rounding(folder, {name: agreeing()[name] for name in names}, python)
         print("dialect", flush=True)
@@ -233,6 +235,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print("forms", flush=True)
         record["forms"] = compare(Path(temporary) / "float32", forms(), python)
     return record
+
+
+def without_recipes(results: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    """Take the recipes out of results, in place, where the others' results of the same names have them already."""
+    stand = {other["name"]: other["recipe"] for other in others}
+    for result in results:
+        if stand.get(result["name"]) == result["recipe"]:
+            del result["recipe"]
 
 
 def _summary(recipes: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from adarank.cli.threads import wait_passively
 wait_passively()  # before PyTorch is loaded
 
 import torch
-from mergekit_compare import REQUIREMENTS, adarank, mergekit, write_recipes
+from mergekit_compare import REQUIREMENTS, adarank, mergekit, without_recipes, write_recipes
 from peers import environment, head, largest
 from records import FOLDER, Records
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -183,6 +183,7 @@ def main() -> None:
             print(label, flush=True)
             make_models(Path(temporary) / label, tied, arguments.seed)
             record[label] = compare(Path(temporary) / label, recipes(), python)
+    without_recipes(record["tied"], record["untied"])
     Records(arguments.records).write(record)
 
 

@@ -87,13 +87,13 @@ def key_of(record: Record) -> tuple[Any, ...]:
     return tuple(record.get(field) for field in KEY)
 
 
-def rounded(value: Any) -> Any:
-    """The same plain data, numbers with six digits."""
+def rounded(value: Any, digits: int = 6) -> Any:
+    """The same plain data, numbers with so many digits."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
-        return {name: rounded(part) for name, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, list | tuple) else value
+        return {name: rounded(part, digits) for name, part in value.items()}
+    return [rounded(part, digits) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _lines(records: Mapping[tuple[Any, ...], Record]) -> Iterator[Record]:

@@ -2,7 +2,7 @@
 
     python benchmarks/step_parts.py [--repeats 5] [--records FILE]
 
-Of demo-8 as it is, and of MiniLM's shapes (6 layers of 384, 8 tasks, batches of 8 inputs of 32 tokens) with random components, as what a step takes depends on
+Of demo-8 as it is, and of MiniLM's shapes (6 layers of 384, 8 tasks, batches of 16 inputs of 32 tokens) with random components, as what a step takes depends on
 shapes alone. One thread; every part is timed by the processor's time of this process, the parts in turn, after a round that does not count. The networks alone are each
 task's forward and backward pass. Both precisions of the products are measured on the same blocks.
 """
@@ -35,7 +35,7 @@ from adarank.workflow.build_networks import build_models
 from adarank.workflow.load_tasks import load_tasks
 from adarank.workflow.problem import problem_of
 
-WIDTH, LAYERS, TASKS, BATCH, TOKENS = 384, 6, 8, 8, 32
+WIDTH, LAYERS, TASKS, BATCH, TOKENS = 384, 6, 8, 16, 32
 PRECISIONS = ("float32", "bfloat16")
 Bed = tuple[Mapping[str, Tensor], Mapping[str, Blocks], list[Callable[[], Tensor]]]
 """The parameters, their blocks, and each task's loss."""

@@ -196,6 +196,7 @@ def performance_page() -> str:
         "performance.in.md",
         {
             "step_parts": performance_tables.step_parts,
+            "step_vs_autograd": performance_tables.step_vs_autograd,
             "merge_speed": performance_tables.merge_speed,
             "merge_memory": performance_tables.merge_memory,
         },

@@ -9,9 +9,11 @@ def peers() -> list[str]:
     """Largest relative differences from mergekit by method, over its recipes."""
     record = record_of("peers", "peer", "mergekit")
     found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    written = record["float32"]["recipes"] + record["float32_selecting"]["recipes"]  # the other results have no recipes
+    methods = {result["name"]: result["recipe"]["merge_method"] for result in written}
     for stored in ("float32", "bfloat16"):
         for result in record[stored]["recipes"] + record[f"{stored}_selecting"]["recipes"]:
-            kinds = found.setdefault(result["recipe"]["merge_method"], {})
+            kinds = found.setdefault(methods[result["name"]], {})
             kinds.setdefault((stored, result["output_dtype"]), []).append(result["max_relative_difference"])
     lines = [
         "| method | recipes | float32 models | float32 models, bfloat16 output | bfloat16 models |",

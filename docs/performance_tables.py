@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from results_tables import record_of, recorded
 
 BEDS = ("demo-8", "MiniLM's shapes")
+STARTS = ("CART", "TA")
+TOOLS = ("copy", "adarank", "mergekit")
 
 
 def step_parts() -> list[str]:
@@ -21,6 +24,34 @@ def step_parts() -> list[str]:
     ]
 
 
+def step_vs_autograd() -> list[str]:
+    """Steps with soft masks beside the same steps by plain autograd."""
+    rows = []
+    for record in recorded("costs", "cost"):
+        if record["name"].startswith("step soft"):
+            precision = record["name"].removeprefix("step soft").strip() or "float32"
+            rows += [_beside(f"{start}, {precision}", record[start]) for start in STARTS if start in record]
+    if not rows:
+        return []
+    return [
+        "Beside plain autograd of the same formula (`benchmarks/step_vs_autograd.py`, soft masks, minilm-8's models and texts, batches of 16):",
+        "",
+        "| start, precision of products | step, s | autograd, s | autograd over step | step over networks | peak memory, MB | autograd's |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _beside(label: str, measured: dict[str, Any]) -> str:
+    seconds = [f"{measured['seconds'][side]['median']:.2f}" for side in ("engine", "autograd")]
+    ratios = [
+        f"{of['median']:.2f} ({of['min']:.2f}-{of['max']:.2f})"
+        for of in (measured["autograd_over_engine"], measured["engine_over_networks"])
+    ]
+    peaks = [f"{measured['memory_bytes'][side]['peak_in_steps'] / 1e6:.0f}" for side in ("engine", "autograd")]
+    return f"| {' | '.join([label, *seconds, *ratios, *peaks])} |"
+
+
 def merge_speed() -> list[str]:
     """Merges beside mergekit and beside a copy: a table for each size of models that was measured."""
     lines = []
@@ -31,30 +62,37 @@ def merge_speed() -> list[str]:
 
 
 def _speeds(record: dict[str, Any]) -> list[str]:
-    size = record["bytes_per_model"] / 1e9
+    size, turns = record["bytes_per_model"] / 1e9, len(next(iter(record["methods"].values()))["copy"]["seconds"])
     lines = [
-        f"Models of {size:.2f} GB in bfloat16, one thread, seconds of the processor and, behind the stroke, of the clock:",
+        f"Models of {size:.2f} GB in bfloat16, one thread, {turns} turns: seconds of the processor / of the clock, medians; ratios within a turn:",
         "",
-        "| method | copy | adarank | mergekit | adarank over mergekit | adarank, MB | mergekit, MB | apart in float32 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | copy | adarank | mergekit | processor: adarank over mergekit | clock | adarank, MB | mergekit, MB | apart in float32 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     return [*lines, *(_speed(method, of) for method, of in record["methods"].items()), ""]
 
 
 def _speed(method: str, measured: dict[str, Any]) -> str:
-    tools = [measured[tool] for tool in ("copy", "adarank", "mergekit")]
-    times = [f"{_spread(tool['processor'])} / {_spread(tool['seconds'])}" for tool in tools]
-    ours, theirs = tools[1:]
-    ratios = [f"{ours[key]['median'] / theirs[key]['median']:.2f}" for key in ("processor", "seconds")]
-    memory = [f"{tool['anonymous']['median'] / 1e6:.0f}" for tool in (ours, theirs)]
-    apart = (
-        f"{measured['difference']['max_relative_difference']:.0e}" if "difference" in measured else "draws at random"
-    )
-    return f"| {' | '.join([f'`{method}`', *times, ' / '.join(ratios), *memory, apart])} |"
+    ours, theirs = measured["adarank"], measured["mergekit"]
+    times = [f"{median(measured[t]['processor']):.1f} / {median(measured[t]['seconds']):.1f}" for t in TOOLS]
+    ratios = [
+        _spread([a / b for a, b in zip(ours[key], theirs[key], strict=True)])  # of the same turn
+        for key in ("processor", "seconds")
+    ]
+    memory = [f"{median(tool['anonymous']) / 1e6:.0f}" for tool in (ours, theirs)]
+    return f"| {' | '.join([f'`{method}`', *times, *ratios, *memory, _apart(measured)])} |"
 
 
-def _spread(of: dict[str, float]) -> str:
-    return f"{of['median']:.1f} ({of['min']:.1f}-{of['max']:.1f})"
+def _apart(measured: dict[str, Any]) -> str:
+    if "apart" not in measured:
+        return "draws at random"
+    exact = measured.get("from_float64", {})
+    said = ", ".join(f"{tool} {far:.0e}" for tool, far in exact.items())
+    return f"{measured['apart']:.0e}" + (f" (from float64: {said})" if exact else "")
+
+
+def _spread(of: list[float]) -> str:
+    return f"{median(of):.2f} ({min(of):.2f}-{max(of):.2f})"
 
 
 def merge_memory() -> list[str]:

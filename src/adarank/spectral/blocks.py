@@ -117,7 +117,7 @@ class Blocks:
         if 2 * len(chosen) < len(mask):  # as at the start, where most are zero
             index = chosen.to(self.s.device)
             u, v, factors = u[:, index], v[:, index], factors[index]
-        return torch.addmm(as_matrix(self.origin), u * factors, v.T).reshape(self.origin.shape)
+        return torch.addmm(as_matrix(self.origin), *scaled(u, factors, v)).reshape(self.origin.shape)
 
     def _owner(self, lam: Tensor) -> Tensor:
         """(K,) the λ of each component's task."""
@@ -155,8 +155,7 @@ class Blocks:
     def _inner(self, flat: Tensor, index: Tensor | None) -> Tensor:
         """u_rᵀ G v_r for the components in `index` (all if None)."""
         u, v = (self.u, self.v) if index is None else (self.u[:, index], self.v[:, index])
-        inner: Tensor = torch.linalg.vecdot(u, flat @ v, dim=0)
-        return inner
+        return inner_products(u, flat, v)
 
     def multiply_out(self) -> None:
         """Make every task's whole block now."""
@@ -181,6 +180,23 @@ class Blocks:
             shares.append((from_whole, torch.nonzero(part != from_whole).squeeze(1) + start))
             start += part.numel()
         return shares
+
+
+def scaled(u: Tensor, factors: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is u diag(factors) vᵀ. The shorter one is scaled, so that the copy is the smaller."""
+    return (u, (v * factors).T) if len(u) > len(v) else (u * factors, v.T)
+
+
+def inner_products(u: Tensor, grad: Tensor, v: Tensor) -> Tensor:
+    """(K,) u_rᵀ G v_r of every component r, summed in float32 at least.
+
+    One product and one pass in place over it, on the shorter side: little more than the product alone takes.
+
+    Arguments:
+        u, grad, v: (rows, K), (rows, columns), (columns, K).
+    """
+    products = (grad.T @ u).mul_(v) if len(u) > len(v) else (grad @ v).mul_(u)
+    return products.sum(0, dtype=torch.promote_types(products.dtype, torch.float32))
 
 
 def build_blocks(

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from adarank.spectral.blocks import Blocks, Gradient
+from adarank.spectral.blocks import Blocks, Gradient, inner_products, scaled
 from adarank.spectral.svd import as_matrix
 
 
@@ -37,14 +36,11 @@ class HalfFactors:
 
     def compose(self, lam: Tensor, mask: Tensor) -> Tensor:
         """The merged tensor, as `Blocks.compose` with a float mask."""
-        factors = self.blocks.factors(lam, mask).bfloat16()
-        origin, tall = self.blocks.origin, len(self.u) > len(self.v)
-        change = self.u @ (self.v * factors).T if tall else (self.u * factors) @ self.v.T  # the smaller one is scaled
-        return origin + change.to(origin.dtype).reshape(origin.shape)
+        left, right = scaled(self.u, self.blocks.factors(lam, mask).bfloat16(), self.v)
+        origin = self.blocks.origin
+        return origin + (left @ right).to(origin.dtype).reshape(origin.shape)
 
     def gradient(self, grad: Tensor, lam: Tensor, mask: Tensor) -> Gradient:
         """Gradients of λ and of the mask's entries, as `Blocks.gradient`."""
-        flat, tall = as_matrix(grad).bfloat16(), len(self.u) > len(self.v)
-        products = (flat.T @ self.u).mul_(self.v) if tall else (flat @ self.v).mul_(self.u)
-        inner = products.sum(0, dtype=torch.float32)
+        inner = inner_products(self.u, as_matrix(grad).bfloat16(), self.v)
         return self.blocks.gradient_of(inner.to(grad.dtype), lam, mask)
