@@ -39,10 +39,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from adarank.adapt.history import History
-from adarank.adapt.live_weights import Learn, LiveWeights
+from adarank.adapt.live_weights import Learn, LiveWeights, Precision
 from adarank.adapt.loop import adapt
 from adarank.adapt.objectives import entropy
-from adarank.adapt.settings import AdaptSettings, Precision
+from adarank.adapt.settings import AdaptSettings
 from adarank.io.record import machine, versions
 from adarank.models import TaskModels
 from adarank.models.tied import module_keys

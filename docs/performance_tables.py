@@ -9,6 +9,7 @@ from results_tables import record_of, recorded
 
 BEDS = ("demo-8", "MiniLM's shapes")
 STARTS = ("CART", "TA")
+RANDOM = ("dare_linear", "dare_ties", "della_linear", "della")
 TOOLS = ("copy", "adarank", "mergekit")
 
 
@@ -80,12 +81,12 @@ def _speed(method: str, measured: dict[str, Any]) -> str:
         for key in ("processor", "seconds")
     ]
     memory = [f"{median(tool['anonymous']) / 1e6:.0f}" for tool in (ours, theirs)]
-    return f"| {' | '.join([f'`{method}`', *times, *ratios, *memory, _apart(measured)])} |"
+    return f"| {' | '.join([f'`{method}`', *times, *ratios, *memory, _apart(method, measured)])} |"
 
 
-def _apart(measured: dict[str, Any]) -> str:
+def _apart(method: str, measured: dict[str, Any]) -> str:
     if "apart" not in measured:
-        return "draws at random"
+        return "draws at random" if method in RANDOM else ""
     exact = measured.get("from_float64", {})
     said = ", ".join(f"{tool} {far:.0e}" for tool, far in exact.items())
     return f"{measured['apart']:.0e}" + (f" (from float64: {said})" if exact else "")

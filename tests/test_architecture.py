@@ -134,6 +134,24 @@ def test_files_stay_readable(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 
 
+def test_scripts_import_names_that_there_are() -> None:
+    scripts = [path for path in WRITTEN if not path.is_relative_to(SOURCE)]
+    imports = {
+        (node.module, alias.name, path.name)
+        for path in scripts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "adarank"
+        for alias in node.names
+    }
+    assert not [(script, module, name) for module, name, script in imports if not _importable(module, name)]
+
+
+def _importable(module: str, name: str) -> bool:
+    package = importlib.import_module(module)
+    submodule = hasattr(package, "__path__") and importlib.util.find_spec(f"{module}.{name}") is not None
+    return hasattr(package, name) or submodule
+
+
 @pytest.mark.parametrize("name", adarank.__all__)
 def test_every_public_name_is_documented(name: str) -> None:
     thing = getattr(adarank, name)

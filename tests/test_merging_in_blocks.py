@@ -10,7 +10,7 @@ from torch import Tensor
 
 import adarank
 from adarank.alignment.align import align
-from adarank.alignment.task_vectors import BLOCK, AlignedCheckpoints
+from adarank.alignment.task_vectors import BLOCK, AlignedCheckpoints, OriginKind
 from adarank.errors import AdaRankError, OutputError
 from adarank.io.checkpoint import MemorySource
 from adarank.io.writer import Streamed, write_folders
@@ -58,6 +58,30 @@ def test_blocks_give_the_bits_of_whole_tensors(name: str, dtype: torch.dtype) ->
         assert all(torch.equal(merged[n], wanted[n]) and merged[n].dtype == wanted[n].dtype for n in NAMES)
     narrow = dict(Merging(kind(**given), network).in_dtypes({n: (tuple(wanted[n].shape), dtype) for n in NAMES}))
     assert all(narrow[n].dtype == dtype and torch.equal(narrow[n], wanted[n].to(dtype)) for n in NAMES)
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "average", "zero"])
+@pytest.mark.parametrize(
+    ("of_base", "of_experts"), [*zip(DTYPES, DTYPES, strict=True), *zip(DTYPES, DTYPES[::-1], strict=True)]
+)
+def test_task_vectors_leave_what_they_are_of_alone(
+    kind: OriginKind, of_base: torch.dtype, of_experts: torch.dtype
+) -> None:
+    base, *experts = models(torch.float64, 2)
+    states = [{n: t.to(of_base) for n, t in base.items()}] + [
+        {n: t.to(of_experts) for n, t in e.items()} for e in experts
+    ]
+    before = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
+    network = aligned(states)
+    for name in NAMES:
+        origin = network.origin(name, kind)
+        kept, deltas = origin.clone(), network.deltas(name, origin, kind)
+        for task, state in zip(deltas, states[1:], strict=True):
+            wide = torch.promote_types(state[name].dtype, torch.float32)
+            for _ in range(2):  # as often as it is looked up
+                assert torch.equal(deltas[task], state[name].to(wide) - kept)
+        assert torch.equal(origin, kept)
+    assert all(torch.equal(state[n], old[n]) for state, old in zip(states, before, strict=True) for n in NAMES)
 
 
 @pytest.mark.parametrize("size", [2**14, BLOCK, 10**9])

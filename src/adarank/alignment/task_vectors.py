@@ -57,9 +57,27 @@ class Member:
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """The tensor in float32 (float64 stays), checked for NaN. It may be mapped: never write to it."""
+        return self._widened(name, self._stored(name), device)
+
+    def minus(self, name: str, origin: Tensor, zero: bool) -> Tensor:
+        """The tensor, read on the origin's device, less the origin: in place where that is no one's memory but ours.
+
+        Arguments:
+            zero: the origin is zero.
+        """
+        stored = self._stored(name)
+        tensor = self._widened(name, stored, origin.device)
+        if tensor is stored or tensor.dtype != origin.dtype:
+            return tensor - origin
+        return tensor if zero else tensor.sub_(origin)
+
+    def _stored(self, name: str) -> Tensor:
         info = self.info(name)
-        tensor = check_finite(self.source.read(info.name), info.name, info.file)
-        return tensor.to(device=device, dtype=torch.promote_types(info.dtype, torch.float32))
+        return check_finite(self.source.read(info.name), info.name, info.file)
+
+    def _widened(self, name: str, stored: Tensor, device: torch.device | str) -> Tensor:
+        """`stored` itself where nothing is to be changed."""
+        return stored.to(device=device, dtype=torch.promote_types(self.info(name).dtype, torch.float32))
 
     @property
     def in_place(self) -> bool:
@@ -222,7 +240,7 @@ class TaskVectors(Mapping[str, Tensor]):
         factors = self.factors(task)
         if factors is not None:
             return factors.dense().reshape(self._origin.shape)
-        return self._network.experts[task].read(self._name, self._origin.device) - self._origin
+        return self._network.experts[task].minus(self._name, self._origin, self._kind == "zero")
 
     def factors(self, task: str) -> Factors | None:
         """A task vector as factors of its matrix (rows, everything else); None where only the whole is known."""
