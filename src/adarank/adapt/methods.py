@@ -46,7 +46,7 @@ class AdaptiveMethod(Adapting):
     Class attributes:
         formula: ℓ stands for the loop's `objective`: entropy in the papers.
         joint_heads: heads are learned by the same steps.
-        by_predictions: where a block is learned at a time, the last is learned towards the experts' predictions.
+        by_predictions: where a block is learned at a time and no head is, the last is learned towards the experts' predictions.
 
     Arguments:
         origin: what task vectors are counted from: `pretrained` (the base), `average` (the experts' mean), or `auto`: the one
