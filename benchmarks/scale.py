@@ -1,24 +1,30 @@
 """A merge and an adaptation by 1, 2 and 4 processes, and by a model of them that is carried on to 256.
 
     python benchmarks/scale.py --folder FOLDER [--processes 1 2 4] [--repeats 3] [--commands task_arithmetic ties_merging adarank]
+    python benchmarks/scale.py --folder FOLDER --memory 512 [--processes 1 2 4]
 
 FOLDER is one that merge_speed.py has filled. Measured is the time of the processor of the busiest process (one thread each), which does not
 depend on how many cores there are, nor on what else they do. The model has two constants of a command, fitted to one and to two processes:
 
     seconds(n) = alone + shared / n
 
-`alone` is what every process does for itself: start, headers, and in adaptation composing and pulling back. Four processes check it. What is
-exchanged is counted, not timed. The curves are of models of 70 and 400 billion parameters; nothing of that size was run.
+`alone` is what every process does for itself: start, headers, and in adaptation what it sends and receives. Four processes check it. What is
+exchanged is counted, not timed. The curves are of models of 8 to 400 billion parameters; nothing of that size was run.
+
+With `--memory` measured is instead how much the process that holds most of several that adapt holds at its peak, beside what is
+predicted: BERTs of this width with three tasks, which are made in FOLDER (any) and deleted after, RssAnon sampled every 20 ms.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +34,7 @@ from adarank.cli.threads import wait_passively
 wait_passively()  # before PyTorch is loaded
 
 import yaml
+from merge_memory import SAMPLE_SECONDS, anonymous, make_texts, recipe_of_texts
 from merge_speed import recipe
 from records import FOLDER, Records
 
@@ -35,9 +42,10 @@ from adarank.io.record import machine, versions
 from adarank.recipe.reader import load_recipe
 from adarank.workflow import demo
 
-STEPS = 12
+STEPS, LAYERS = 12, 2
 RANKS = (8, 16, 32, 64, 128, 256)
 MODELS = {
+    "8 B": (8e9, 4096, 32, 7),
     "70 B": (70e9, 8192, 80, 7),
     "400 B": (400e9, 16384, 126, 7),
 }  # parameters, width, layers, matrices of a layer
@@ -45,8 +53,8 @@ TASKS, BYTES = 8, 2
 LINKS = {"1 GB/s": 1e9, "12.5 GB/s": 12.5e9, "100 GB/s": 100e9}
 
 
-def seconds_of(count: int, arguments: list[str], folder: Path) -> float:
-    """Seconds of the processor that the busiest of `count` processes takes for a command."""
+def started(count: int, arguments: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """`count` processes of one thread each that share a command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -55,16 +63,46 @@ def seconds_of(count: int, arguments: list[str], folder: Path) -> float:
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as installed: compiled
     command = [sys.executable, "-m", "adarank", *arguments, "--threads", "1"]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    started = [
+    return [
         subprocess.Popen(command, cwd=folder, env={**environment, "RANK": str(rank)}, **silent) for rank in range(count)
     ]
+
+
+def seconds_of(count: int, arguments: list[str], folder: Path) -> float:
+    """Seconds of the processor that the busiest of `count` processes takes for a command."""
     used = []
-    for process in started:
+    for process in started(count, arguments, folder):
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise SystemExit(f"{' '.join(command)}: a process of {count} ended with {status}")
+            raise SystemExit(f"{' '.join(arguments)}: a process of {count} ended with {status}")
         used.append(usage.ru_utime + usage.ru_stime)
     return max(used)
+
+
+def peak_of(count: int, arguments: list[str], folder: Path) -> int:
+    """Bytes that the one of `count` processes holds at its peak that holds most, beside mapped files."""
+    running, peak = started(count, arguments, folder), 0
+    while any(process.poll() is None for process in running):
+        peak = max(peak, *(anonymous(process.pid) or 0 for process in running))
+        time.sleep(SAMPLE_SECONDS)
+    if any(process.returncode for process in running):
+        raise SystemExit(f"{' '.join(arguments)}: a process of {count} ended with an error")
+    return peak
+
+
+def peaks(folder: Path, width: int, counts: list[int]) -> dict[str, dict[str, int]]:
+    """Count of processes -> peak of the one that holds most, and what is predicted for it."""
+    table = {}
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        place = Path(name)
+        make_texts(place, width, LAYERS, seed=0)
+        (place / "recipe.yaml").write_text(yaml.safe_dump(recipe_of_texts("adarank")))
+        for count in counts:
+            peak = peak_of(count, ["merge", "recipe.yaml", f"out{count}", "--no-report"], place)
+            predicted = json.loads((place / f"out{count}" / "adarank.json").read_text())["plan"]["peak_bytes"]
+            table[str(count)] = {"peak_anonymous": peak, "peak_predicted": predicted}
+            print(count, table[str(count)], flush=True)
+    return table
 
 
 def adaptation(folder: Path) -> Path:
@@ -111,7 +149,7 @@ def model(table: dict[str, float]) -> dict[str, float]:
 def curve_of_merge(seconds_per_byte: float) -> list[str]:
     """Minutes that a data-free merge of a base and eight experts takes: the slower of computing and of the shared folder."""
     lines = []
-    for name, (parameters, *_) in MODELS.items():
+    for name, (parameters, *_) in list(MODELS.items())[1:]:
         read, written = (TASKS + 1) * parameters * BYTES, parameters * BYTES
         for link, speed in LINKS.items():
             minutes = [max(seconds_per_byte * read / ranks, (read + written) / speed) / 60 for ranks in RANKS]
@@ -120,16 +158,16 @@ def curve_of_merge(seconds_per_byte: float) -> list[str]:
 
 
 def curve_of_step() -> list[str]:
-    """What a process of an adaptation holds, computes and exchanges in a step, of a body split by rows (which is not built)."""
+    """What a process of an adaptation holds, computes and exchanges in a step."""
     lines = []
     for name, (parameters, width, layers, matrices) in MODELS.items():
         components = layers * matrices * TASKS * width
-        for ranks in RANKS[1::2]:
-            held = 4 * (3 + 2 * TASKS) * parameters / ranks  # origin, weight, gradient; U and V of every task
+        for ranks in (1, *RANKS[::2]):
+            whole, shared = 2 * 4 * parameters, 4 * (1 + 2 * TASKS) * parameters / ranks
             products = 4 * TASKS * parameters * width / ranks  # compose and pull back
-            exchanged = 2 * 4 * components * (ranks - 1) / ranks
-            seconds = " | ".join(f"{exchanged / speed:.3f} s" for speed in LINKS.values())
-            lines.append(f"| {name} | {ranks} | {held / 1e9:.0f} GB | {products / 1e15:.1f} PFLOP | {exchanged / 1e6:.0f} MB | {seconds} |")  # fmt: skip
+            sent = (2 * 4 * parameters + 2 * 4 * components) * (ranks - 1) / ranks  # weights, gradients, those of masks
+            seconds = " | ".join(f"{sent / speed:.1f} s" for speed in LINKS.values())
+            lines.append(f"| {name} | {ranks} | {whole / 1e9:.0f} + {shared / 1e9:.0f} GB | {products / 1e15:.2f} PFLOP | {sent / 1e9:.0f} GB | {seconds} |")  # fmt: skip
     return lines
 
 
@@ -139,10 +177,20 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--commands", nargs="+", default=["task_arithmetic", "ties_merging", "adarank"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", type=int, metavar="WIDTH", help="measure memory, of models of this width")
     parser.add_argument("--note", default="", help="kept in the record, such as what else the machine did")
     parser.add_argument("--records", type=Path, metavar="FILE", default=FOLDER / "costs.jsonl")
     options = parser.parse_args()
     folder, records = options.folder.resolve(), Records(options.records)
+    if options.memory:
+        records.write(
+            {
+                "kind": "cost", "name": "processes, memory", "what": "peak anonymous memory of that of several adapting processes that holds most, PyTorch included, beside what is predicted",
+                "command": f"python benchmarks/scale.py --folder FOLDER --memory {options.memory}", "layers": LAYERS, "tasks": 3,
+                "processes": peaks(folder, options.memory, options.processes), "note": options.note, "seed": 0, "versions": versions(), "machine": machine(),
+            }
+        )  # fmt: skip
+        return
     size = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
     table: dict[str, dict[str, float]] = (records.first(kind="cost", name="processes") or {}).get("seconds", {})
     for name in options.commands:

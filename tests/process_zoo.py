@@ -6,13 +6,16 @@ Starting Python and PyTorch takes longer than such a merge, so one process impor
         processes.run(2, ["merge", "cart.yaml", "out"], folder)
         processes.run(2, ["merge", "cart.yaml", "out"], folder, dies=(1, 3))     process 1 is killed where it writes its third tensor
         processes.run(2, ["merge", "cart.yaml", "out"], folder, fails=1)         process 1 meets an error where it writes
+        processes.run(2, ["merge", "adarank.yaml", "out"], folder, steps=(1, 3, "dies"))     where it composes weights the third time
         processes.run(2, [], folder, many=[("cart.yaml", "out")])                merges by processes that stay joined
+        processes.run(2, [], folder, calls=("file.py", "function"))              a function of a file; each prints what it returns as JSON
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -55,15 +58,24 @@ class Processes:
         dies: tuple[int, int] | None = None,
         fails: int | None = None,
         many: Sequence[tuple[str, str]] = (),
+        steps: tuple[int, int, str] | None = None,
+        calls: tuple[str, str] | None = None,
     ) -> list[Ended]:
         """Run a command in `count` processes in `folder`; by rank what came of them."""
         assert self.server.stdin
         assert self.server.stdout
-        changes = {"dies": dies, "fails": fails, "many": many}
+        changes = {"dies": dies, "fails": fails, "many": many, "steps": steps, "calls": calls}
         order = {"count": count, "arguments": list(arguments), "folder": str(folder), "changes": changes}
         self.server.stdin.write(json.dumps(order) + "\n")
         self.server.stdin.flush()
         return [Ended(*each) for each in json.loads(self.server.stdout.readline())]
+
+
+def free_port() -> str:
+    """The number of a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def _serve() -> None:
@@ -80,10 +92,8 @@ def _serve() -> None:
 
 
 def _forked(count: int, arguments: list[str], folder: str, changes: dict[str, Any]) -> list[tuple[int, str]]:
-    with socket.socket() as free, tempfile.TemporaryDirectory() as place:
-        free.bind(("127.0.0.1", 0))
-        started = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        free.close()
+    with tempfile.TemporaryDirectory() as place:
+        started = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         files = [Path(place) / str(rank) for rank in range(count)]
         children = []
         for rank, file in enumerate(files):
@@ -118,19 +128,34 @@ def _at_write(number: int, action: Callable[[], None]) -> None:
     """Do something where the tensor of this number is written."""
     from adarank.io.tensor_file import TensorFile
 
-    write, seen = TensorFile.write, []
+    _at_call(TensorFile, number, action)
 
-    def changed(file: TensorFile, *given: Any) -> None:
+
+def _at_step(number: int, action: Callable[[], None]) -> None:
+    """Do something where merged weights are composed for the time of this number."""
+    from adarank.adapt.live_weights import LiveWeights
+
+    _at_call(LiveWeights, number, action)
+
+
+def _at_call(kind: Any, number: int, action: Callable[[], None]) -> None:
+    write, seen = kind.write, []
+
+    def changed(self: Any, *given: Any) -> None:
         seen.append(given)
         if len(seen) == number:
             action()
-        write(file, *given)
+        write(self, *given)
 
-    TensorFile.write = changed  # type: ignore[method-assign]
+    kind.write = changed
 
 
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _fail() -> None:
@@ -143,15 +168,20 @@ def _run_here(changes: dict[str, Any], arguments: list[str]) -> int:
     rank = int(os.environ["RANK"])
     if changes["dies"] and changes["dies"][0] == rank:
         _at_write(changes["dies"][1], _die)
+    if changes["steps"] and changes["steps"][0] == rank:
+        _at_step(changes["steps"][1], {"dies": _die, "fails": _fail, "is told to stop": _stop}[changes["steps"][2]])
     if changes["fails"] == rank:
         _at_write(1, _fail)
-    if changes["many"]:
+    if changes["many"] or changes["calls"]:
         from adarank import merge_recipe
         from adarank.io.processes import joined
 
         with joined(rank, int(os.environ["WORLD_SIZE"])):
             for recipe, out in changes["many"]:
                 merge_recipe(recipe, out)
+            if changes["calls"]:
+                file, function = changes["calls"]
+                print(json.dumps(runpy.run_path(file)[function]()))
         return 0
     from adarank.cli.main import main
 

@@ -124,11 +124,12 @@ def test_zero_steps_give_the_start_of_the_whole(parameters: dict[str, Any]) -> N
     assert all(torch.equal(by_block.masks.masks[name], mask) for name, mask in by_model.masks.masks.items())
 
 
-@pytest.mark.parametrize("method", ["adarank", "prodistill"])
-def test_every_block_comes_nearer_to_its_goal(method: str) -> None:
-    """Blocks to what the experts' give, by hooks in whole networks; AdaRank's last to the experts' predictions."""
+@pytest.mark.parametrize(("method", "heads"), [("adarank", False), ("adarank", True), ("prodistill", False)])
+def test_every_block_comes_nearer_to_its_goal(method: str, heads: bool) -> None:
+    """Blocks to what the experts' give, by hooks in whole networks; AdaRank's last, without heads, to their predictions."""
     few = {**ALL, "lambda": 0.1} if method == "adarank" else {"lambda": 0.1}
-    faster = FAST if method == "adarank" else {"lr_lambda": 0.05, "learn_heads": False}
+    faster = {**FAST, "learn_heads": heads} if method == "adarank" else {"lr_lambda": 0.05, "learn_heads": False}
+    to_predictions = method == "adarank" and not heads
     kept, start = (adapted("ab", few, {**faster, "steps": steps, "keep": "last"}, method=method) for steps in (40, 0))
     experts, given = models("ab")[1], batches("ab")
 
@@ -149,11 +150,11 @@ def test_every_block_comes_nearer_to_its_goal(method: str) -> None:
         return float((expert.exp() * (expert - merged)).sum(-1).mean())
 
     assert kept.history.step == 40 * LAYERS
-    ahead = LAYERS if method == "prodistill" else LAYERS - 1
+    ahead = LAYERS - 1 if to_predictions else LAYERS
     for task in "ab":
         for layer in range(1, ahead):
             assert states_apart(kept, task, layer) < 0.9 * states_apart(start, task, layer)
-        if method == "adarank":
+        if to_predictions:
             assert predictions_apart(kept, task) < 0.8 * predictions_apart(start, task)
 
 

@@ -3,8 +3,8 @@
     z_t  what the blocks before give in the merge;   e_t  what they give in expert t, both on task t's inputs
     b_ℓ, λ_ℓ = argmin Σ_t Σ_x ‖block_ℓ(b, λ; z_t) - block_ℓ^t(e_t)‖² / d_t          d_t: the same sum at the block's start, held out
 
-What the last block gives is read by heads alone, and these look at few of its directions: it is learned towards the experts'
-predictions, as a whole network is (`by_predictions` of a method).
+What the last block gives is read by heads alone, and these look at few of its directions. Where no head is to be learned, as in
+models that generate text, it is learned towards the experts' predictions, as a whole network is (`by_predictions` of a method).
 
 Blocks are learned in the order in which they run; then both streams go on through them. Nothing is differentiated but one block,
 and what is behind the last. Its weights and factors alone are in memory; streams, factors and what was learned lie in files.
@@ -120,7 +120,8 @@ class _Walk:
         self, problem: Problem, method: AdaptiveMethod, network: AlignedCheckpoints, folder: Path, passage: Passage
     ) -> None:
         self._problem, self._settings, self.passage = problem, problem.settings, passage
-        self._grid, self._chains, self._by_predictions = method.grid, passage.chains, method.by_predictions
+        self._grid, self._chains = method.grid, passage.chains
+        self._by_predictions = method.by_predictions and not any(map(problem.learns_head, problem.inputs))
         self.paths, self.blocks = passage.paths, list[dict[str, Any]]()
         of_blocks = [[name for name in network.merged() if name in names] for names in map(set, passage.inside)]
         beside = [name for name in network.merged() if name in set(passage.outside)]

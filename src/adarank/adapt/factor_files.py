@@ -2,7 +2,7 @@
 
     4 · ( Σ_W (live + origin + components) + kept + heads + max(gradients + one matrix's products, one matrix's SVD) + Σ_W factors )
 
-bytes, W over the merged tensors; where a block is learned at a time, the largest block. A budget of memory that has no room for the last sum has factors mapped from files.
+bytes, W over the merged tensors; where a block is learned at a time, the largest block. Of several processes each has origins and factors of its share. A budget of memory that has no room for the last sum has factors mapped from files.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from adarank.alignment.layers import layer_groups, layer_number
+from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.io import processes
 from adarank.io.state import read_kept, write_state
 from adarank.method import Outline
-from adarank.spectral.blocks import Blocks
+from adarank.spectral.blocks import Blocks, factor_numbers, holders
 
 if TYPE_CHECKING:
     from adarank.adapt.methods import AdaptiveMethod
@@ -47,16 +47,7 @@ def kept_blocks(
             return blocks
         blocks.clear()
         kept = read_kept(path, mapped)
-    return {name: _on_device(fields, device) for name, fields in kept.items()}
-
-
-def _on_device(fields: Mapping[str, Any], device: torch.device | str) -> Blocks:
-    def put(value: Any) -> Any:
-        if isinstance(value, list):
-            return [None if each is None else each.to(device) for each in value]
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    return Blocks(**{name: put(value) for name, value in fields.items()})
+    return {name: Blocks(**fields).to(device) for name, fields in kept.items()}
 
 
 class FactorFiles:
@@ -108,15 +99,16 @@ class Holding:
         return 4 * (self._rest() + self._factors(in_files=self.in_files()))
 
     def in_files(self) -> bool:
-        """Whether factors are mapped from files: the budget has no room for them. Several processes send them to each other."""
+        """Whether factors are mapped from files: the budget has no room for them."""
         room = self._outline.memory
-        if room is None or self._method.settings.by == "block" or processes.size() > 1:
+        if room is None or self._method.settings.by == "block":
             return False
         return 4 * (self._rest() + self._factors(in_files=False)) > room
 
     def _rest(self) -> int:
         """Numbers that are held whether factors are or not."""
-        by_tensor = sum(self._numel(n) + self._origin(n) + self._of_components(n) for n in self._merged)
+        by_tensor = sum(self._numel(name) + _BY_COMPONENT * self._components(name) for name in self._merged)
+        by_tensor += self._of_process({name: self._origin(name) + self._halves(name) for name in self._merged})
         gradients = sum(self._numel(name) for name in self._merged)
         products = max((2 * self._rows(n) * self._components(n) for n in self._merged), default=0)
         svd = max((_SVD * self._numel(name) for name in self._merged if self._decomposed(name)), default=0)
@@ -126,9 +118,17 @@ class Holding:
         """Numbers of all factors; of those that stay in memory, and of the largest, which is made there, where they lie in files."""
         sizes = {name: self._method.stored_numbers(self._network, name) for name in self._merged}
         if not in_files:
-            return sum(sizes.values())
-        small = sum(size for name, size in sizes.items() if self._numel(name) < _SMALL)
-        return small + max(sizes.values(), default=0)
+            return self._of_process(sizes)
+        small = {name: size if self._numel(name) < _SMALL else 0 for name, size in sizes.items()}
+        return self._of_process(small) + max(sizes.values(), default=0)
+
+    def _of_process(self, sizes: Mapping[str, int]) -> int:
+        """The sum of numbers of merged tensors of the process that holds most of them; of one, of all."""
+        ranks = holders(self._network, list(sizes), self._method.planned_origin, self._method.spectra)
+        held = Counter[int]()
+        for rank, size in zip(ranks, sizes.values(), strict=True):
+            held[rank] += size
+        return max(held.values(), default=0)
 
     def _by_block(self) -> int:
         """All that is held of the largest block, and the weights of what is in none."""
@@ -144,7 +144,7 @@ class Holding:
     def _learned(self, name: str) -> int:
         """Numbers beside a merged tensor's weights: origin, gradient, factors and components."""
         stored = self._method.stored_numbers(self._network, name)
-        return 2 * self._numel(name) + stored + self._of_components(name)
+        return 2 * self._numel(name) + stored + _BY_COMPONENT * self._components(name) + self._halves(name)
 
     def _kept(self) -> int:
         choices = self._network.choices.items()
@@ -155,14 +155,11 @@ class Holding:
         mapped = self._method.origin == "pretrained" and self._network.base_is_mapped(name)
         return 0 if mapped else self._numel(name)
 
-    def _of_components(self, name: str) -> int:
-        """Numbers beside factors: a few for each component, and factors in bfloat16."""
-        if not self._decomposed(name):
+    def _halves(self, name: str) -> int:
+        """Numbers that the same factors in bfloat16 take the memory of."""
+        if not (self._decomposed(name) and self._method.soft and self._method.learn().precision == "bfloat16"):
             return 0
-        halves = self._method.soft and self._method.learn().precision == "bfloat16"
-        return (
-            _BY_COMPONENT * self._components(name) + (factor_numbers(self._network, name, self._method) // 2) * halves
-        )
+        return factor_numbers(self._network, name, self._method.planned_origin) // 2
 
     def _decomposed(self, name: str) -> bool:
         return self._method.spectra and self._network.choices[name].action == "decompose"
@@ -177,8 +174,12 @@ class Holding:
         return self._network.tensors[name].numel
 
 
-def factor_numbers(network: Any, name: str, method: AdaptiveMethod) -> int:
-    """Numbers in U and V of one matrix, all tasks together."""
-    rows = network.tensors[name].shape[0]
-    columns = network.tensors[name].numel // max(1, rows)
-    return int(sum(network.components(name, method.planned_origin)) * (rows + columns))
+def has_room(method: AdaptiveMethod, network: AlignedCheckpoints, device: torch.device | str) -> bool:
+    """Whether every process is to hold all factors: on GPUs, which compose sooner than weights are sent, if half of their
+    memory has room for them. All must call it."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return False
+    merged = network.merged()
+    numbers = sum(3 * network.tensors[name].numel + method.stored_numbers(network, name) for name in merged)
+    return all(processes.gathered(8 * numbers < torch.cuda.get_device_properties(device).total_memory))

@@ -7,13 +7,14 @@ and of the mask logits, in closed form. Only one task's graph need be alive at a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from adarank.adapt.exchange import Exchange
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.tying import LambdaPer, tie
 from adarank.errors import RecipeError
@@ -90,8 +91,11 @@ class LiveWeights:
         self._parts = [sum(block.sizes) for block in self.blocks.values()]
         self.logits = torch.empty(sum(self._parts), dtype=dtype)
         self._logit = logit
-        halves = learn.precision == "bfloat16" and self.mask_kind == "soft"
-        self._halves = {n: HalfFactors.of(block) for n, block in self.blocks.items() if halves and block.components}
+        self._exchange = Exchange(self.parameters, [name for name, block in self.blocks.items() if block.here])
+        self._in_halves = learn.precision == "bfloat16" and self.mask_kind == "soft"
+        self._halves = {
+            name: HalfFactors.of(block) for name, block in self._composed() if self._in_halves and block.components
+        }
         self._pace = self._paces() if self.mask_kind == "soft" else None
         self.reset(scale, rank)
         # buffers such as running statistics are written, but have no gradient
@@ -127,10 +131,12 @@ class LiveWeights:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Compose every merged tensor from the current λ and masks, into the network's parameters."""
-        lam = self.used_lam()
-        for row, (name, mask) in enumerate(self.masks().items()):
-            self.parameters[name].copy_((self._halves.get(name) or self.blocks[name]).compose(lam[row], mask))
+        """Compose every merged tensor from the current λ and masks, into the network's parameters. Of several processes each
+        composes those whose factors it holds, and sends them to the others."""
+        lam, masks = dict(zip(self.blocks, self.used_lam(), strict=True)), self.masks()
+        for name, block in self._composed():
+            self.parameters[name].copy_((self._halves.get(name) or block).compose(lam[name], masks[name]))
+        self._exchange.send()
 
     @property
     def factors(self) -> Mapping[str, Blocks]:
@@ -139,13 +145,14 @@ class LiveWeights:
 
     def settle(self) -> None:
         """Compose every merged tensor in float32, as the method `masked` will. Steps are over."""
-        if self._halves:
-            self._halves = {}
+        if self._in_halves:
+            self._in_halves, self._halves = False, {}
             self.write()
 
     @torch.no_grad()
     def pull_back(self) -> None:
         """Set `lam.grad` and `logits.grad` from the parameters' accumulated gradients."""
+        self._exchange.add_gradients()
         lam = self.used_lam()
         device = next(iter(self.blocks.values())).s.device
         grad_lam = torch.zeros_like(lam, device=device)
@@ -153,7 +160,7 @@ class LiveWeights:
         slots = grad_mask.split(self._parts)
         for row, (name, mask) in enumerate(self.masks().items()):
             grad = self.parameters[name].grad
-            if grad is None:  # the tensor takes no part in any task's output
+            if grad is None:  # the tensor takes no part in any task's output, or another process holds its factors
                 continue
             half = self._halves.get(name)
             if half is None:
@@ -162,7 +169,8 @@ class LiveWeights:
                 gradient = half.gradient(grad, lam[row], mask)
             grad_lam[row] = gradient.lam
             slots[row].copy_(gradient.mask)
-        total = processes.add_up(torch.cat([grad_lam.flatten(), grad_mask]).cpu())  # of several processes, their tasks'
+        learned = torch.cat([grad_lam.flatten(), grad_mask]).cpu()
+        total = processes.add_up(learned)  # of several processes, their tensors' or their tasks'
         self._set_gradients(total[: lam.numel()].view_as(lam), total[lam.numel() :])
 
     @torch.no_grad()
@@ -216,6 +224,10 @@ class LiveWeights:
     def kept_share(self) -> float:
         """Share of all components that are kept now (of soft masks: that are at ½ or above); 1 if there are none."""
         return float(hard(self._used_logits()).double().mean()) if self.logits.numel() else 1.0
+
+    def _composed(self) -> Iterator[tuple[str, Blocks]]:
+        """The tensors that this process composes."""
+        return ((name, block) for name, block in self.blocks.items() if self._exchange.holds(name))
 
     def _used_logits(self) -> Tensor:
         """The logits that masks are made of. At the start exactly `logits`, so that masks of 0 and 1 stay exact."""

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from adarank.adapt.base import Adapting
-from adarank.adapt.factor_files import FactorFiles, Holding, factor_numbers
+from adarank.adapt.factor_files import FactorFiles, Holding, has_room
 from adarank.adapt.learner import LiveLearner
 from adarank.adapt.live_weights import Learn, LiveWeights, Precision
 from adarank.adapt.parameters import Number, OriginSetting, Share, block_problems, known_basis, with_its_origin
@@ -34,7 +34,7 @@ from adarank.method import Context, Given, Outline, Result
 from adarank.models import TaskModels
 from adarank.sparsify.threshold import global_thresholds
 from adarank.spectral.bases import BASES, Basis
-from adarank.spectral.blocks import Blocks, build_blocks
+from adarank.spectral.blocks import Blocks, build_blocks, factor_numbers
 from adarank.spectral.masks import First, MaskKind
 
 A = TypeVar("A", bound="AdaptiveMethod")
@@ -46,7 +46,7 @@ class AdaptiveMethod(Adapting):
     Class attributes:
         formula: ℓ stands for the loop's `objective`: entropy in the papers.
         joint_heads: heads are learned by the same steps.
-        by_predictions: where a block is learned at a time, the last is learned towards the experts' predictions.
+        by_predictions: where a block is learned at a time and no head is, the last is learned towards the experts' predictions.
 
     Arguments:
         origin: what task vectors are counted from: `pretrained` (the base), `average` (the experts' mean), or `auto`: the one
@@ -154,7 +154,7 @@ class AdaptiveMethod(Adapting):
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
 
     def shares_work(self) -> bool:
-        """Whether several processes adapt together: each takes some tasks' batches, and their gradients add up. Not block by block."""
+        """Whether several processes adapt together: each takes some tasks' batches and some matrices' factors. Not block by block."""
         return self.settings.by != "block"
 
     @classmethod
@@ -188,7 +188,7 @@ class AdaptiveMethod(Adapting):
         whole = len(network.tasks) * network.tensors[name].numel
         if not (self.spectra and network.choices[name].action == "decompose"):
             return whole
-        return factor_numbers(network, name, self) + whole * self.takes_wholes
+        return factor_numbers(network, name, self.planned_origin) + whole * self.takes_wholes
 
     @property
     def takes_wholes(self) -> bool:
@@ -225,9 +225,9 @@ class AdaptiveMethod(Adapting):
         Arguments:
             factors: folder from whose files factors are mapped; None to hold them.
         """
-        basis = self.decomposition(network, device)
+        basis, whole = self.decomposition(network, device), has_room(self, network, device)
         files = FactorFiles(factors, self.takes_wholes) if factors else None
-        blocks = build_blocks(network, self.planned_origin, device, self.spectra, basis, kept=files)
+        blocks = build_blocks(network, self.planned_origin, device, self.spectra, basis, kept=files, whole=whole)
         return self.live({name: shared[name] for name in network.merged()}, blocks, settings, basis)
 
     def live(

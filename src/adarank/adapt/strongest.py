@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from adarank.adapt.exchange import Exchange
 from adarank.adapt.history import Learned
 from adarank.adapt.problem import Problem
 
@@ -33,8 +34,10 @@ def strongest_change(problem: Problem, learned: Learned) -> dict[str, Any] | Non
     parameter = learned.parameters[name]
     kept = parameter.detach().clone()
     try:
-        whole = learned.factors[name].compose(masks.lam[name], masks.with_strongest(name, task, 1))
-        parameter.copy_(whole)
+        block = learned.factors[name]
+        if block.here:
+            parameter.copy_(block.compose(masks.lam[name], masks.with_strongest(name, task, 1)))
+        Exchange({name: parameter}, [name] if block.here else []).send()
         after = problem.judge()(learned.history.step)
     finally:
         parameter.copy_(kept)

@@ -16,7 +16,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -213,19 +213,36 @@ def from_first(make: Callable[[], T]) -> T:
     return value
 
 
-def from_owner(number: int, value: T | None) -> T:
-    """The value of an item, in every process, of the one in whose share it is. All must call it.
+def from_owner(rank: int, value: T | None) -> T:
+    """The value that the process of this rank has of something, in every process. All must call it.
 
     Arguments:
-        number: the item's place among all.
-        value: its value where it is this process's; None elsewhere.
+        value: None in all others.
     """
     made: list[Any] = [value]
     if size() > 1:
         with _reaching():
-            dist.broadcast_object_list(made, src=number % size())
-    of_item: T = made[0]
-    return of_item
+            dist.broadcast_object_list(made, src=rank)
+    of_owner: T = made[0]
+    return of_owner
+
+
+def first_with(names: Iterable[str]) -> dict[str, int]:
+    """Name -> rank of the first process that has it, of all processes' names. All must call it."""
+    ranks: dict[str, int] = {}
+    for rank, of_one in enumerate(gathered(list(names))):
+        for name in of_one:
+            ranks.setdefault(name, rank)
+    return ranks
+
+
+def balanced(sizes: Sequence[int]) -> list[int]:
+    """The rank of the process that takes each item: the largest first, each to whoever has least."""
+    taken, ranks = [0] * size(), [0] * len(sizes)
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        ranks[place] = taken.index(min(taken))
+        taken[ranks[place]] += sizes[place]
+    return ranks
 
 
 def mapped(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -245,6 +262,20 @@ def add_up(tensor: Tensor) -> Tensor:
         with _reaching():
             dist.all_reduce(tensor)
     return tensor
+
+
+def from_rank(tensor: Tensor, source: int) -> None:
+    """Make the tensor, in place, that of the process of this rank. All must call it, with a contiguous tensor on the CPU."""
+    if size() > 1:
+        with _reaching():
+            dist.broadcast(tensor, src=source)
+
+
+def add_up_at(rank: int, tensor: Tensor) -> None:
+    """Add to the tensor of the process of this rank, in place, that of every other; theirs hold anything afterwards. All must call it."""
+    if size() > 1:
+        with _reaching():
+            dist.reduce(tensor, dst=rank)
 
 
 def meet() -> None:

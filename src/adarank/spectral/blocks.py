@@ -13,7 +13,8 @@ plain, centred or orthogonalised task vectors is not its business.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,6 +76,26 @@ class Blocks:
     def components(self) -> int:
         """Number of components of all tasks together."""
         return int(self.s.numel())
+
+    @property
+    def here(self) -> bool:
+        """Whether origin, task vectors and factors are in this process. Of the others it has what `outline` leaves."""
+        return not self.origin.is_meta
+
+    def outline(self) -> Blocks:
+        """The same without numbers, but for the singular values."""
+        origin, u, v = (part.new_empty(part.shape, device="meta") for part in (self.origin, self.u, self.v))
+        return replace(self, origin=origin, wholes=[None] * len(self.sizes), u=u, s=self.s, v=v)
+
+    def to(self, device: torch.device | str) -> Blocks:
+        """The same on a device; what is not here stays where it is."""
+
+        def put(tensor: Tensor | None) -> Any:
+            return tensor if tensor is None or tensor.is_meta else tensor.to(device)
+
+        origin, u, s, v = map(put, (self.origin, self.u, self.s, self.v))
+        wholes = [put(whole) for whole in self.wholes]
+        return replace(self, origin=origin, wholes=wholes, u=u, s=s, v=v)
 
     def compose(self, lam: Tensor, mask: Tensor) -> Tensor:
         """The merged tensor, in the origin's shape and on its device.
@@ -207,14 +228,18 @@ def build_blocks(
     basis: Basis = BASES["task_vectors"],
     names: Sequence[str] | None = None,
     kept: Callable[[int, Callable[[], Blocks]], Blocks] | None = None,
+    whole: bool = False,
 ) -> dict[str, Blocks]:
     """Origin and task vectors of every merged tensor of a network, decomposed where the network says so.
+
+    Of several processes each makes its share, and has outlines of the others'. All must call it.
 
     Arguments:
         basis: how matrices are decomposed.
         spectra: False where all components stay kept: then no matrix needs an SVD.
         names: of these tensors alone.
         kept: given a tensor's number and what makes its blocks, gives them, from wherever it keeps them.
+        whole: each process has the others' too.
     """
 
     def made(name: str) -> Blocks:
@@ -225,14 +250,40 @@ def build_blocks(
         advance()
         return block
 
-    def placed(name: str, number: int) -> Blocks:
-        return made(name) if kept is None else kept(number, lambda: made(name))
-
     names = network.merged() if names is None else names
-    with stage("Task vectors", len(names)):
-        numbers = {name: number for number, name in enumerate(names)}
-        mine = {name: placed(name, numbers[name]) for name in processes.share(names)}
-        return {name: processes.from_owner(number, mine.get(name)) for number, name in enumerate(names)}
+    holder = dict(zip(names, holders(network, names, origin_kind, spectra), strict=True))
+    mine = {name: number for number, name in enumerate(names) if holder[name] == processes.rank()}
+    blocks: dict[str, Blocks] = {}
+    with stage("Task vectors", len(mine)):
+        for name, number in mine.items():
+            blocks[name] = made(name) if kept is None else kept(number, partial(made, name))
+    for name in names if processes.size() > 1 else ():
+        block = blocks.get(name)
+        sent = block and (block if whole else block.outline()).to("cpu")
+        received = processes.from_owner(holder[name], sent)
+        blocks[name] = block or received.to(device)
+    return {name: blocks[name] for name in names}
+
+
+def holders(network: AlignedCheckpoints, names: Sequence[str], kind: OriginKind, spectra: bool) -> list[int]:
+    """The rank of the process that holds each tensor's blocks, so that all hold about as many numbers.
+
+    Arguments:
+        spectra: as for `build_blocks`.
+    """
+    sizes = []
+    for name in names:
+        numel, decomposed = network.tensors[name].numel, spectra and network.choices[name].action == "decompose"
+        parts = factor_numbers(network, name, kind) if decomposed else len(network.tasks) * numel
+        sizes.append(numel + parts)
+    return processes.balanced(sizes)
+
+
+def factor_numbers(network: AlignedCheckpoints, name: str, kind: OriginKind) -> int:
+    """Numbers in U and V of one matrix, all tasks together."""
+    rows = network.tensors[name].shape[0]
+    columns = network.tensors[name].numel // max(1, rows)
+    return sum(network.components(name, kind)) * (rows + columns)
 
 
 def scaled_block(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adarank.io import processes
 from adarank.io.progress import advance
 from adarank.spectral.blocks import Blocks
 from adarank.spectral.svd import Spectrum, effective_rank
@@ -60,7 +61,8 @@ def described(
 ) -> dict[str, Any]:
     """What masks and λ change of the task vectors' spectra and of their overlap, as plain data for a record.
 
-    Before: all components with λ equal for all. After: σ multiplied by the mask, and a task's components by its λ.
+    Before: all components with λ equal for all. After: σ multiplied by the mask, and a task's components by its λ. Of several
+    processes each looks at the matrices whose factors it holds; all must call it.
 
     Arguments:
         blocks: matrix -> its blocks; tensors without components are left out.
@@ -76,8 +78,10 @@ def described(
     gram, gram_kept = (torch.zeros(count, count, dtype=torch.float64) for _ in range(2))
     curves, curves_kept = (torch.zeros(count, POINTS, dtype=torch.float64) for _ in range(2))
     matrices: dict[str, dict[str, Any]] = {}
-    for name, block in blocks.items():
+    here = list(blocks) if processes.size() == 1 else [name for name, block in blocks.items() if block.here]
+    for name in [name for name, rank in processes.first_with(here).items() if rank == processes.rank()]:
         advance()
+        block = blocks[name]
         if not block.components:
             continue
         factors = masks[name].to(block.s)
@@ -92,6 +96,10 @@ def described(
             total += (wholes @ wholes.T).double().cpu()
             for row, (part, first) in enumerate(zip(parts, spectra, strict=True)):
                 curve[row] += _curve(part.s.abs(), first.s)
+    for total in (gram, gram_kept, curves, curves_kept):
+        processes.add_up(total)
+    by_process = processes.gathered(matrices)
+    matrices = {name: of_one[name] for name in blocks for of_one in by_process if name in of_one}
     named = {group: place for place, group in enumerate(groups)}
     divisor = max(1, len(matrices))
     return {

@@ -133,9 +133,7 @@ def _of_masks(learned: Learned) -> dict[str, Any]:
     if learned.masks is not None:
         kept = [round(v, 5) for v in learned.history.kept]
         said |= {"components_kept": learned.masks.kept_share(), "kept": kept, "mask": learned.masks.kind}
-        said |= (
-            spectra_of(learned.factors, learned.masks) if processes.rank() == 0 else {}
-        )  # which alone writes the record
+        said |= spectra_of(learned.factors, learned.masks)
     return said
 
 
@@ -149,7 +147,7 @@ def spectra_of(factors: Mapping[str, Blocks], masks: MaskFile) -> dict[str, Any]
     """What a record says of the task vectors' spectra and overlap, before and after; nothing where no matrix was decomposed."""
     if not masks.masks or not factors:
         return {}
-    with torch.no_grad(), stage("Comparing the spectra", len(factors)):
+    with torch.no_grad(), stage("Comparing the spectra", len(processes.share(list(factors)))):
         return {"spectra": described(factors, masks.masks, masks.lam, masks.tasks)}
 
 
