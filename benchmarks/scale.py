@@ -6,9 +6,9 @@
 FOLDER is one that merge_speed.py has filled. Measured is the time of the processor of the busiest process (one thread each), which does not
 depend on how many cores there are, nor on what else they do. The model has two constants of a command, fitted to one and to two processes:
 
-    seconds(n) = alone + shared / n
+    seconds(n) = alone + shared · share(n)
 
-`alone` is what every process does for itself: start, headers, and in adaptation what it sends and receives. Four processes check it. What is
+`alone` is what every process does for itself: start, headers, and in adaptation what it sends and receives; `share` is the largest part that one process has. Four processes check it. What is
 exchanged is counted, not timed. The curves are of models of 8 to 400 billion parameters; nothing of that size was run.
 
 With `--memory` measured is instead how much the process that holds most of several that adapt holds at its peak, beside what is
@@ -38,11 +38,14 @@ from merge_memory import SAMPLE_SECONDS, anonymous, make_texts, recipe_of_texts
 from merge_speed import recipe
 from records import FOLDER, Records
 
+from adarank.io.checkpoint import Checkpoint
 from adarank.io.record import machine, versions
+from adarank.io.writer import layout_bytes, planned_shards
 from adarank.recipe.reader import load_recipe
 from adarank.workflow import demo
 
 STEPS, LAYERS = 12, 2
+SHARD_BYTES = 70 * 10**6  # of a merge's output
 RANKS = (8, 16, 32, 64, 128, 256)
 MODELS = {
     "8 B": (8e9, 4096, 32, 7),
@@ -123,7 +126,7 @@ def adaptation(folder: Path) -> Path:
 def measured(name: str, folder: Path, counts: list[int], repeats: int) -> dict[str, float]:
     """Count of processes -> median seconds of the busiest one."""
     path = adaptation(folder) if name == "adarank" else recipe(folder, "task_arithmetic", name)
-    shards = [] if name == "adarank" else ["--max-shard-size", "70MB"]
+    shards = [] if name == "adarank" else ["--max-shard-size", f"{SHARD_BYTES // 10**6}MB"]
     runs: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(repeats):
         for count in counts:
@@ -136,12 +139,22 @@ def measured(name: str, folder: Path, counts: list[int], repeats: int) -> dict[s
     return table
 
 
-def model(table: dict[str, float]) -> dict[str, float]:
+def shares(name: str, folder: Path) -> dict[str, float]:
+    """Count of processes -> the largest part that one of them has: of a merge's bytes as its files fall, of an adaptation an equal one."""
+    if name == "adarank":
+        return {"2": 1 / 2, "4": 1 / 4}
+    tensors = Checkpoint(folder / "base").tensors
+    layout = {tensor: (info.shape, info.dtype) for tensor, info in tensors.items()}
+    sizes = [layout_bytes({t: layout[t] for t in shard.names}) for shard in planned_shards(layout, (), SHARD_BYTES)]
+    return {str(n): max(sum(sizes[rank::n]) for rank in range(n)) / sum(sizes) for n in (2, 4)}
+
+
+def model(table: dict[str, float], share: dict[str, float]) -> dict[str, float]:
     """`alone` and `shared` by what one and two processes took, and how far the model is from what four took."""
-    shared = 2 * (table["1"] - table["2"])
-    fitted = {"alone": table["1"] - shared, "shared": shared}
+    shared = (table["1"] - table["2"]) / (1 - share["2"])
+    fitted = {"alone": table["1"] - shared, "shared": shared, "share_2": share["2"], "share_4": share["4"]}
     if "4" in table:
-        predicted = fitted["alone"] + shared / 4
+        predicted = fitted["alone"] + shared * share["4"]
         fitted |= {"predicted_4": predicted, "measured_4": table["4"], "off": predicted / table["4"] - 1}
     return {key: round(value, 3) for key, value in fitted.items()}
 
@@ -195,7 +208,7 @@ def main() -> None:
     table: dict[str, dict[str, float]] = (records.first(kind="cost", name="processes") or {}).get("seconds", {})
     for name in options.commands:
         table[name] = measured(name, folder, options.processes, options.repeats)
-    models = {name: model(of) for name, of in table.items()}
+    models = {name: model(of, shares(name, folder)) for name, of in table.items()}
     content: dict[str, Any] = {
         "kind": "cost", "name": "processes", "what": "seconds of the processor of the busiest of several processes, and the model fitted to them",
         "command": f"python benchmarks/scale.py --folder FOLDER --repeats {options.repeats}", "bytes_per_model": size, "steps": STEPS,
