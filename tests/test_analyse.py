@@ -83,7 +83,9 @@ def test_every_figure_is_written_whole(figure: str, zoo: Path, tmp_path: Path) -
         table = list(csv.DictReader(file))
     assert len(table) == len(result.rows)
     assert set(table[0]) == {column for row in result.rows for column in row}
-    assert (tmp_path / "figure.svg").read_text().rstrip().endswith("</svg>")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert drawn.rstrip().endswith("</svg>")
+    assert float(drawn.partition('width="')[2].partition("pt")[0]) <= 7 * 72  # legible on a telephone
     record = json.loads((tmp_path / "figure.json").read_text())
     assert record["sentences"] == list(result.sentences)
     assert result.sentences
@@ -124,6 +126,39 @@ def test_the_same_rows_are_drawn_the_same(zoo: Path, tmp_path: Path) -> None:
 def test_drawings_are_small_and_their_words_whole() -> None:
     drawn = b'<path d="M 1.234567 -0.5 L 20.004999 3"/><text x="7.125001">-0.0256789</text>'
     assert drawing.compact(drawn) == b'<path d="M 1.23 -0.5 L 20 3"/><text x="7.13">-0.0256789</text>'
+
+
+def test_an_svg_keeps_fonts_and_what_is_referred_to() -> None:
+    style = "font-size: 8px; font-family: 'A', serif; text-anchor: end"
+    drawn = f'''<svg width="9"><defs><path id="m1" d="M 0 0"/></defs><g id="tick_1">\n <g>\n  <use xlink:href="#m1"/>\n </g>\n</g>
+<g id="two">\n<path d="M 1 1"/>\n<text style="{style}" transform="rotate(-0 1.5 2)">rotate(-0 1 2)</text>\n</g></svg>'''
+    kept = drawing.compact(drawn.encode()).decode()
+    assert kept.startswith(
+        """<svg font-family="'A', serif" width="9"><defs><path id="m1" d="M 0 0"/></defs><use xlink:href="#m1"/>"""
+    )
+    assert '<text style="font-size: 8px; text-anchor: end">rotate(-0 1 2)</text>' in kept
+    assert kept.count("<g>") == kept.count("</g>") == 1
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_maps_of_masks_show_values_around_one(soft: bool) -> None:
+    """Soft masks of weak components may be large: colours end at 2, and neighbours are averaged."""
+    matplotlib = pytest.importorskip("matplotlib")
+    high = 30.0 if soft else 1.0
+    rows = [
+        {"output": "out", "tensor": f"layer.{layer}.m{number}.weight", "layer": layer, "task": task, "component": place + 1,
+         "of": 256, "mask": high if place % 2 else 0.0, "kept": bool(place % 2), "lambda": 1.0}
+        for layer in (0, 1) for number in range(4) for task in TASKS for place in range(256)
+    ]  # fmt: skip
+    with matplotlib.rc_context():
+        figure = FIGURES["masks"]().draw(rows)
+    maps = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title().removeprefix("out: ") for axis in maps] == [f"{n}.m{m}" for n in (0, 1) for m in range(4)]
+    for axis in maps:
+        (image,) = axis.images
+        assert image.get_clim() == ((-2, 2) if soft else (0, 1))
+        assert image.get_array().shape == (len(TASKS), 64)
+        assert image.get_array().tolist() == [[high / 2] * 64] * len(TASKS)  # of 128, two by two
 
 
 def test_an_interrupted_analysis_goes_on(

@@ -38,7 +38,7 @@ OF_SETTING = {
 CLASSES = {
     "sun397": 397, "stanford-cars": 196, "resisc45": 45, "eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47,
     "oxford_flowers102": 102, "pcam": 2, "fer2013": 7, "oxford-iiit-pet": 37, "stl10": 10, "cifar100": 100, "cifar10": 10,
-    "food101": 101, "fashion_mnist": 10, "emnist_letters": 26, "kmnist": 10, "rendered-sst2": 2,
+    "food101": 101, "fashion_mnist": 10, "emnist_letters": 26, "emnist_digits": 10, "kmnist": 10, "rendered-sst2": 2,
 }  # fmt: skip
 
 
@@ -175,6 +175,33 @@ def test_a_dry_run_has_the_sizes_of_what_is_here(cache: Path, tmp_path: Path, ca
     assert ("tanganke/gpt2_cola", "pytorch_model.bin") not in files  # one set of weights
     assert main(["reproduce", "glue-7-gpt2", "--dry-run"]) == 0
     assert "not known offline" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tower", ["B-32", "L-14"])
+@pytest.mark.parametrize(("count", "family"), [(8, "task_vectors"), (14, "tall_masks"), (20, "tall_masks")])
+def test_the_papers_own_models_and_data_are_listed(
+    cache: Path, tmp_path: Path, tower: str, count: int, family: str
+) -> None:
+    name = f"{count}-{tower.replace('-', '').lower()}"
+    listed = needed_files(f"vision-{name}-papers", tmp_path)
+    assert {(file.repository, file.file) for file in listed if file.source == "model"} == {
+        (f"{family}/ViT-{tower}", f"{model}/*") for model in ("base", *TABLES[f"vision-{name}"]["tasks"])
+    }
+    datasets_of = {file.repository for file in listed if file.source == "dataset"}
+    assert len(datasets_of) == count
+    assert datasets_of & {"tanganke/emnist_letters", "torchvision/emnist_digits"} == ({"torchvision/emnist_digits"} if count == 20 else set())  # fmt: skip
+
+
+def test_the_papers_heads_have_torchvisions_classes() -> None:
+    """Spelled as in `torchvision.datasets`; FusionBench spells them otherwise."""
+    tasks = suite("vision-20-b32-papers").tasks
+    assert tasks["kmnist"]["classes"] == ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]
+    assert tasks["fashion_mnist"]["classes"][0] == "T-shirt/top"
+    assert tasks["food101"]["classes"][0] == "apple_pie"
+    for task in ("oxford-iiit-pet", "cifar100"):
+        assert tasks[task]["classes"] == suite("vision-14-l14-papers").tasks[task]["classes"]
+    assert tasks["oxford-iiit-pet"]["classes"][1] == "American Bulldog"
+    assert "crab" in tasks["cifar100"]["classes"]
 
 
 def test_the_hub_tells_sizes_before_anything_is_fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

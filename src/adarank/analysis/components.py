@@ -148,23 +148,22 @@ class Components(Figure):
         """Of each task net and own changes by component; last a map of the strongest component's effect on every task."""
         tasks = values_of(where(rows, kind=EXACT), "task")
         columns = min(3, len(tasks) + 1)
-        figure, axes = drawing.grid(-(-(len(tasks) + 1) // columns), columns, 3.2, 2.1)
+        figure, axes = drawing.grid(-(-(len(tasks) + 1) // columns), columns, 2.3, 1.9)
         flat = [axis for line in axes for axis in line]
-        for axis, task in zip(flat, tasks, strict=False):
+        for place, (axis, task) in enumerate(zip(flat, tasks, strict=False)):
             series: dict[str, list[tuple[float, float]]] = {}
             for kind, style in ((EXACT, ""), (FIRST, ", first order")):
                 most = len(where(rows, kind=EXACT, task=task))
                 here = where(rows, kind=kind, task=task)[:most]
                 series |= {f"{what}{style}": [(row["component"], row[what]) for row in here] for what in ("net", "own")}
             dashes = {name: "--" if "first" in name else "-" for name in series}
-            drawing.lines(axis, series, ("component", "change of loss"), f"components of {task}", dashes=dashes)
+            beside = "change of loss" if place % columns == 0 else ""
+            drawing.lines(axis, series, ("component", beside), f"components of {task}", dashes=dashes)
             axis.locator_params(nbins=4)
         strongest = where(rows, kind=EXACT, component=1)
         cells = [[row[_on(other)] for other in tasks_of(rows)] for row in strongest]
         ticks = {float(place): str(place + 1) for place in range(len(tasks_of(rows)))}
-        drawing.heat(
-            flat[len(tasks)], cells, tasks, ticks, "change of loss by the strongest component", "on task", signed=True
-        )
+        drawing.heat(flat[len(tasks)], cells, tasks, ticks, "by the strongest component", "on task", signed=True)
         for axis in flat[len(tasks) + 1 :]:
             axis.set_axis_off()
         drawing.legend_below(figure, flat[0])

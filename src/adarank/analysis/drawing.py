@@ -44,7 +44,7 @@ def check_available() -> None:
 
 
 def grid(rows: int, columns: int, width: float, height: float, polar: bool = False) -> tuple[Any, Any]:
-    """A figure of rows × columns axes, each of so many inches: (figure, axes[row][column])."""
+    """A figure of rows × columns axes, each of so many inches: (figure, axes[row][column]). Of 7 inches it is legible on a telephone."""
     from matplotlib.figure import Figure as Drawn
 
     figure = Drawn(figsize=(width * columns, height * rows))
@@ -62,14 +62,13 @@ def lines(
     outlined: bool = False,
 ) -> None:
     """A line per series, each with its colour and mark; with `errors` a bar at every point; outlined where they lie on a map."""
-    from matplotlib.patheffects import withStroke
-
     for number, (name, points) in enumerate(series.items()):
         across, up = [x for x, _ in points], [y for _, y in points]
         how: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)], "label": name,
                "linestyle": (dashes or {}).get(name, DASHES[number // len(COLOURS) % len(DASHES)])}  # fmt: skip
         if outlined:
-            how["path_effects"] = [withStroke(linewidth=2.6, foreground="white")]
+            axis.plot(across, up, color="white", linewidth=2.6, linestyle=how["linestyle"])
+            how |= {"markeredgecolor": "white", "markeredgewidth": 0.5, "markersize": 4.5}
         if errors is None:
             axis.plot(across, up, **how)
         else:
@@ -94,29 +93,37 @@ def heat(
 
     Arguments:
         cells: NaN stays empty.
-        ends: of the colours; by default the least and the largest number, of signed ones the same on both sides.
+        ends: of the colours; by default the least and the largest number, of signed ones the same on both sides. The bar
+            has a point where numbers lie beyond.
     """
     numbers = [value for row in cells for value in row if not isnan(value)] or [0.0]
     most = max(map(abs, numbers)) or 1.0
     low, high = ends or ((-most, most) if signed else (min(numbers), max(numbers)))
     image = axis.imshow(
-        cells, aspect="auto", interpolation="nearest", cmap="PuOr" if signed else "cividis", vmin=low, vmax=high
+        cells, aspect="auto", interpolation="none", cmap="PuOr" if signed else "cividis", vmin=low, vmax=high
     )
-    axis.set_yticks(range(len(rows)), rows)
+    named = [place for place, name in enumerate(rows) if name]
+    axis.set_yticks(named, [rows[place] for place in named])
     axis.set_xticks(list(columns), list(columns.values()))
     axis.grid(False)
     axis.set_title(title)
     axis.set_xlabel(across)
     if bar:
-        axis.figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02)
+        beyond = ("neither", "min", "max", "both")[(min(numbers) < low) + 2 * (max(numbers) > high)]
+        scale = axis.figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02, extend=beyond)
+        scale.solids.set_rasterized(True)  # as paths its colours take more room than the map
 
 
 def contours(axis: Any, heights: Mapping[tuple[float, float], float], title: str) -> None:
     """Heights over a grid of places, filled between lines of equal height."""
+    from matplotlib.ticker import MaxNLocator
+
     across, up = (sorted({place[side] for place in heights}) for side in (0, 1))
     cells = [[heights[x, y] for x in across] for y in up]
     filled = axis.contourf(across, up, cells, levels=12, cmap="cividis")
-    axis.figure.colorbar(filled, ax=axis, fraction=0.05, pad=0.02)
+    filled.set_rasterized(True)
+    scale = axis.figure.colorbar(filled, ax=axis, fraction=0.05, pad=0.02, ticks=MaxNLocator(4))
+    scale.solids.set_rasterized(True)
     axis.grid(False)
     axis.set_title(title)
 
@@ -132,7 +139,7 @@ def layer_ticks(layers: Sequence[Any]) -> dict[float, str]:
 def legend_below(figure: Any, axis: Any) -> None:
     """One legend for all axes of a figure, beneath them, of what one of them has."""
     handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(8, len(names)))
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
 
 
 def rendered(draw: Callable[[], Any], kind: str) -> bytes:
@@ -145,15 +152,31 @@ def rendered(draw: Callable[[], Any], kind: str) -> bytes:
 
     content = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
-        draw().savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        draw().savefig(
+            content, format=kind, dpi=100 if kind == "svg" else 150, metadata={"Date": None} if kind == "svg" else None
+        )
     return compact(content.getvalue()) if kind == "svg" else content.getvalue()
 
 
 def compact(svg: bytes) -> bytes:
-    """An SVG without indentation, its coordinates with two digits after the point in place of six; its words stay as they are."""
+    """An SVG that looks the same in half the room; its words stay as they are.
+
+    Coordinates have two digits after the point in place of six, and the one family of fonts stands once. Names of groups,
+    groups of a single element, rotations by nothing and indentation are left out.
+    """
 
     def rounded(number: re.Match[str]) -> str:
         return f"{float(number.group()):.2f}".rstrip("0").rstrip(".")
 
     text = re.sub(r"\n\s+", "\n", svg.decode("utf-8"))
-    return re.sub(r'="[^"]*"', lambda value: re.sub(r"-?\d+\.\d{3,}", rounded, value.group()), text).encode("utf-8")
+    text = re.sub(r'="[^"]*"', lambda value: re.sub(r"-?\d+\.\d{3,}", rounded, value.group()), text)
+    fonts = re.compile(r" font-family: ([^;]*);")
+    named = fonts.search(text)
+    if named:
+        text = fonts.sub("", text).replace("<svg ", f'<svg font-family="{named.group(1)}" ', 1)
+    text = re.sub(r' transform="rotate\(-?0 [^"]*\)"', "", text)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    alone, count = re.compile(r"<g>\n(<(?:use|text|path|image)\b[^>]*>(?:[^<]*</text>)?)\n</g>"), 1
+    while count:
+        text, count = alone.subn(r"\1", text)
+    return text.encode("utf-8")

@@ -85,17 +85,21 @@ class Interference(Figure):
     def draw(self, rows: Sequence[Row]) -> Any:
         """Of each origin the cosines and the pairs' interference as maps; below, interference by layer."""
         kinds = values_of(rows, "origin")
-        figure, axes = drawing.grid(len(kinds), 3, 3.4, 2.6)
+        figure, axes = drawing.grid(len(kinds) + 1, 2, 3.4, 2.2)
         for row, kind in enumerate(kinds):
             here = where(rows, origin=kind)
             tasks = values_of(where(here, kind="inner_product"), "task")
             drawing.heat(axes[row][0], _square(cosines_of(here), tasks), tasks, _numbers(tasks),
                          f"cosines of task vectors {ABOUT[kind]}", "the same tasks, by number", signed=True)  # fmt: skip
-            drawing.heat(axes[row][1], _square(interference_of_pairs(here), tasks), tasks, _numbers(tasks),
-                         "interference of two tasks ÷ Σs", "the same tasks, by number")  # fmt: skip
+            drawing.heat(axes[row][1], _square(interference_of_pairs(here), tasks), [""] * len(tasks), _numbers(tasks),
+                         f"interference of two tasks ÷ Σs {ABOUT[kind]}", "the same tasks, by number")  # fmt: skip
             layers = interference_by_layer(here)
             points = [(float(number), value) for number, value in layers.items()]
-            drawing.lines(axes[row][2], {"all tasks": points}, ("layer", "interference ÷ Σs"), ABOUT[kind])
+            drawing.lines(
+                axes[-1][row], {"all tasks": points}, ("layer", "interference ÷ Σs"), f"all tasks, {ABOUT[kind]}"
+            )
+        for axis in axes[-1][len(kinds) :]:
+            axis.set_axis_off()
         return figure
 
 

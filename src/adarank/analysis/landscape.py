@@ -136,7 +136,7 @@ class Landscape(Figure):
         """The mean loss over the plane, then each task's, with the paths and the models."""
         grid, tasks = where(rows, kind="grid"), values_of(where(rows, kind="grid"), "task")
         columns = min(3, len(tasks) + 1)
-        figure, axes = drawing.grid(-(-(len(tasks) + 1) // columns), columns, 3.4, 2.7)
+        figure, axes = drawing.grid(-(-(len(tasks) + 1) // columns), columns, 2.3, 2.0)
         flat = [axis for line in axes for axis in line]
         panels = [("mean of all tasks", mean_losses(grid))]
         panels += [(str(task), mean_losses(where(grid, task=task))) for task in tasks]

@@ -1,6 +1,7 @@
 """Masks of adapted outputs as maps: tasks by singular components, of the first, a middle and the last layer.
 
-Figure 5 of AdaRank (Lee et al. 2025, arXiv:2503.22178). Binary masks are 0 and 1; soft ones any number.
+Figure 5 of AdaRank (Lee et al. 2025, arXiv:2503.22178). Binary masks are 0 and 1; soft ones any number, and those of weak
+components often a large one, so that colours end at -2 and 2.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 
 from adarank.analysis import drawing
@@ -16,6 +18,9 @@ from adarank.analysis.figure import Figure, Row, mean, values_of, where
 from adarank.errors import CheckpointError, MismatchError
 from adarank.spectral.mask_file import FILE, MaskFile
 from adarank.spectral.masks import kept
+
+_ACROSS = 3  # maps in a line
+_COLUMNS = 64  # of a map at most; neighbours are averaged where there are more components
 
 
 class Masks(Figure):
@@ -98,33 +103,35 @@ class Masks(Figure):
         return said
 
     def draw(self, rows: Sequence[Row]) -> Any:
-        """Rows of maps for the first, a middle and the last layer of each output."""
-        wanted = [
-            (output, layer) for output in values_of(rows, "output") for layer in _three(where(rows, output=output))
-        ]
-        most = max(len(values_of(where(rows, output=o, layer=n), "tensor")) for o, n in wanted)
-        figure, axes = drawing.grid(len(wanted), most, 2.6, 1.5)
-        high = max(1.0, *(float(row["mask"]) for row in rows))
-        low = min(0.0, *(float(row["mask"]) for row in rows))
-        for line, (output, layer) in zip(axes, wanted, strict=True):
-            here = where(rows, output=output, layer=layer)
-            names = values_of(here, "tensor")
+        """Maps of the matrices of the first, a middle and the last layer of each output, three in a line."""
+        lines: list[list[list[Row]]] = []
+        for output in values_of(rows, "output"):
+            for layer in _three(where(rows, output=output)):
+                here = where(rows, output=output, layer=layer)
+                maps = [where(here, tensor=name) for name in values_of(here, "tensor")]
+                lines += [maps[first : first + _ACROSS] for first in range(0, len(maps), _ACROSS)]
+        figure, axes = drawing.grid(len(lines), max(map(len, lines)), 2.3, 1.5)
+        soft = any(not 0 <= float(row["mask"]) <= 1 for row in rows)
+        for line, maps in zip(axes, lines, strict=True):
             for column, axis in enumerate(line):
-                if column >= len(names):
+                if column < len(maps):
+                    self._map(axis, maps[column], soft, column, last=column == len(maps) - 1)
+                else:
                     axis.set_axis_off()
-                    continue
-                self._map(axis, where(here, tensor=names[column]), (low, high), column, last=column == len(names) - 1)
         return figure
 
-    def _map(self, axis: Any, rows: Sequence[Row], ends: tuple[float, float], column: int, last: bool) -> None:
+    def _map(self, axis: Any, rows: Sequence[Row], soft: bool, column: int, last: bool) -> None:
         tasks = values_of(rows, "task")
         cells = [[float(row["mask"]) for row in where(rows, task=task)] for task in tasks]
         width = max(1, round(self.top * max(map(len, cells))))
-        padded = [line[:width] + [0.0] * (width - len(line)) for line in cells]
+        padded = np.array([line[:width] + [0.0] * (width - len(line)) for line in cells])
+        groups = np.array_split(padded, min(width, _COLUMNS), axis=1)
+        shown = np.stack([group.mean(axis=1) for group in groups], axis=1).tolist()
         output, name = str(rows[0]["output"]), str(rows[0]["tensor"])
         title = f"{output}: {_short(name)}" if column == 0 else _short(name)
-        drawing.heat(axis, padded, tasks if column == 0 else [""] * len(tasks), {0.0: "1", width - 1.0: str(width)},
-                     title, ends=ends, bar=last)  # fmt: skip
+        ticks = {0.0: "1", len(groups) - 1.0: str(width)}
+        drawing.heat(axis, shown, tasks if column == 0 else [""] * len(tasks), ticks, title,
+                     ends=(-2.0, 2.0) if soft else (0.0, 1.0), signed=soft, bar=last)  # fmt: skip
 
 
 def _share(rows: Sequence[Row]) -> str:

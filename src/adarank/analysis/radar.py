@@ -6,7 +6,7 @@ Figures 4 and 6 of AdaRank (Lee et al. 2025, arXiv:2503.22178).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import pi
+from math import cos, pi
 from typing import Any, ClassVar
 
 from adarank.analysis import drawing
@@ -73,6 +73,9 @@ class Radar(Figure):
             series[str(model)] = [*points, *points[:1]]
         drawing.lines(axis, series, ("", ""), "score, % of the expert's")
         axis.set_xticks(angles, tasks)
+        for name, angle in zip(axis.get_xticklabels(), angles, strict=True):
+            beside = round(cos(angle), 6)
+            name.set_horizontalalignment("left" if beside > 0 else "right" if beside < 0 else "center")
         axis.set_ylim(bottom=0)
         drawing.legend_below(figure, axis)
         return figure

@@ -111,7 +111,7 @@ class RankSweep(Figure):
         ways, orders, methods = values_of(rows, "way"), values_of(rows, "order"), values_of(rows, "method")
         shares = sorted(values_of(rows, "share"))
         columns = max(len(orders), len(methods))
-        figure, axes = drawing.grid(len(ways) + 1, columns, 4.2, 2.3)
+        figure, axes = drawing.grid(len(ways) + 1, columns, 3.4, 2.2)
         for line, way in zip(axes, ways, strict=False):
             for axis, order in zip(line, orders, strict=False):
                 curves = {m: _curve(means(where(rows, way=way, order=order, method=m)), shares) for m in methods}

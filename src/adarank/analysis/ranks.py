@@ -85,18 +85,18 @@ class Ranks(Figure):
         """A map of tasks by matrices and lines by layer, for each origin."""
         kinds = values_of(rows, "origin")
         most = max(float(row["share"]) for row in rows)
-        figure, axes = drawing.grid(2, len(kinds), 5.0, 2.4)
+        figure, axes = drawing.grid(2, len(kinds), 3.4, 2.4)
         for column, kind in enumerate(kinds):
             here = where(rows, origin=kind)
             names, tasks = values_of(here, "tensor"), values_of(here, "task")
             share = {(row["task"], row["tensor"]): row["share"] for row in here}
             cells = [[100 * float(share[task, name]) for name in names] for task in tasks]
             drawing.heat(axes[0][column], cells, tasks, drawing.layer_ticks([row["layer"] for row in where(here, task=tasks[0])]),
-                         f"{ABOUT[kind]}: effective rank, % of components", "matrices, by layer", ends=(0, 100 * most))  # fmt: skip
+                         f"effective rank {ABOUT[kind]}, %", "matrices, by layer", ends=(0, 100 * most))  # fmt: skip
             drawing.lines(
                 axes[1][column],
                 {task: _points(by_layer(where(here, task=task))) for task in tasks},
-                ("layer", f"effective rank ({100 * self.energy:g}%), % of components"),
+                ("layer", f"effective rank ({100 * self.energy:g}%), %"),
             )
         drawing.legend_below(figure, axes[1][0])
         return figure

@@ -108,7 +108,7 @@ class TaskCount(Figure):
 
     def draw(self, rows: Sequence[Row]) -> Any:
         """Means with a bar of one standard error; below, the same of the losses."""
-        figure, axes = drawing.grid(1, 2, 4.2, 2.8)
+        figure, axes = drawing.grid(1, 2, 3.4, 2.6)
         for axis, column in zip(axes[0], ("score", "loss"), strict=True):
             curves = {method: statistics(where(rows, method=method), column) for method in values_of(rows, "method")}
             drawing.lines(

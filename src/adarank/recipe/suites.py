@@ -139,6 +139,8 @@ def suite(name: str) -> Suite:
     specs = {task: {key: value for key, value in of.items() if key not in ("paper", "note")} for task, of in tasks.items()}  # fmt: skip
     for task, split in given.get("splits", {}).items():
         specs[task] = {**specs[task], "data": {**specs[task]["data"], "split": split}}
+    for task, classes in given.get("classes", {}).items():
+        specs[task] = {**specs[task], "classes": classes}
     experts = {task: given["expert"].format(task=task, paper=paper_names[task]) for task in tasks} | given.get(
         "experts", {}
     )

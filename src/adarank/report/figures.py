@@ -105,7 +105,9 @@ def radar(label: str, tasks: Sequence[str], series: Mapping[str, Sequence[float 
         across, up = math.sin(2 * math.pi * number / len(tasks)), math.cos(2 * math.pi * number / len(tasks))
         x, y = centre + 1.12 * _REACH * across, centre - 1.12 * _REACH * up
         side = "middle" if abs(across) < 0.2 else "start" if across > 0 else "end"
-        labels.append({"x": round(x, 1), "y": round(y + 4, 1), "side": side, "task": task})
+        labels.append(
+            {"x": round(x, 1), "y": round(y + 5 - 7 * up, 1), "side": side, "task": task}
+        )  # clear of the ring
     return {
         "label": f"{label} {'; '.join(said)}.",
         "size": _RADAR,

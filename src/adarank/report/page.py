@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from adarank import __version__
 from adarank.errors import OutputError
@@ -90,6 +92,7 @@ def rendered(outputs: Sequence[Output], scores: Mapping[str, Any] | None = None)
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"breakable": _breakable, "fixed": _fixed}
     return environment.get_template("page.html").render(
         mark=_MARK,
         version=__version__,
@@ -99,6 +102,16 @@ def rendered(outputs: Sequence[Output], scores: Mapping[str, Any] | None = None)
         style=(_TEMPLATES / "style.css").read_text(encoding="utf-8"),
         script=(_TEMPLATES / "page.js").read_text(encoding="utf-8"),
     )
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may go on in the next line behind each of its parts, and within none."""
+    return Markup(re.sub(r"([._/])(?=.)", r"\1<wbr>", str(escape(name))))
+
+
+def _fixed(number: float, digits: int) -> str:
+    """A number with so many decimals; what rounds to zero has no minus."""
+    return f"{round(number, digits) + 0.0:.{digits}f}"
 
 
 def compared(outputs: Sequence[Output]) -> list[dict[str, Any]]:

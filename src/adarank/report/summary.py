@@ -85,7 +85,7 @@ def _masks(output: Output) -> Iterator[str]:
         if shares[most] > shares[least]
         else "as many of each task"
     )
-    yield f"Of {total} singular components in {len(masks.masks)} matrices {100 * kept:.1f}% are kept: {ends}."
+    yield f"Of {total:,} singular components in {len(masks.masks)} matrices {100 * kept:.1f}% are kept: {ends}."
     strongest = masks.least_kept()
     if strongest is not None and strongest[2] < 1:
         name, task, value = strongest

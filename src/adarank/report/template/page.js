@@ -21,6 +21,7 @@ function colour(value) {
   const share = right === left ? 0 : (value - left[0]) / (right[0] - left[0]);
   return `rgb(${[1, 2, 3].map((i) => Math.round(left[i] + share * (right[i] - left[i]))).join()})`;
 }
+const fixed = (value, digits) => value.toFixed(digits).replace(/^-(?=[0.]+$)/, ""); // no minus before zero
 const decoded = (cells) => [...cells].map((cell) => (cell.charCodeAt(0) - 33) / 31 - 1);
 for (const section of document.querySelectorAll(".maps")) {
   const data = section.querySelector(".data");
@@ -38,7 +39,7 @@ for (const section of document.querySelectorAll(".maps")) {
     at[0] = Math.min(at[0], values.length - 1);
     const first = Math.floor((at[0] * row.of) / values.length) + 1;
     const of = row.of > values.length ? `components around ${first}` : `component ${first}`;
-    said.textContent = `${row.task}, ${of} of ${row.of}: ${values[at[0]].toFixed(2)}`;
+    said.textContent = `${row.task}, ${of} of ${row.of}: ${fixed(values[at[0]], 2)}`;
   }
   function draw() {
     const width = Math.max(1, ...rows().map((row) => row.cells.length));
@@ -58,7 +59,7 @@ for (const section of document.querySelectorAll(".maps")) {
       const task = document.createElement("th");
       task.scope = "row";
       task.textContent = row.task;
-      const cells = [row.lam.toFixed(3), `${row.kept} of ${row.of}`, row.low.toFixed(2), row.mean.toFixed(2), row.high.toFixed(2)];
+      const cells = [fixed(row.lam, 3), `${row.kept} of ${row.of}`, ...[row.low, row.mean, row.high].map((value) => fixed(value, 2))];
       line.append(task, ...cells.map((text) => Object.assign(document.createElement("td"), { textContent: text })));
       return line;
     }));
