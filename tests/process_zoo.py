@@ -6,7 +6,7 @@ Starting Python and PyTorch takes longer than such a merge, so one process impor
         processes.run(2, ["merge", "cart.yaml", "out"], folder)
         processes.run(2, ["merge", "cart.yaml", "out"], folder, dies=(1, 3))     process 1 is killed where it writes its third tensor
         processes.run(2, ["merge", "cart.yaml", "out"], folder, fails=1)         process 1 meets an error where it writes
-        processes.run(2, ["merge", "adarank.yaml", "out"], folder, steps=(1, 3)) process 1 is killed where it composes weights the third time
+        processes.run(2, ["merge", "adarank.yaml", "out"], folder, steps=(1, 3, "dies"))     where it composes weights the third time
         processes.run(2, [], folder, many=[("cart.yaml", "out")])                merges by processes that stay joined
         processes.run(2, [], folder, calls=("file.py", "function"))              a function of a file; each prints what it returns as JSON
 """
@@ -58,7 +58,7 @@ class Processes:
         dies: tuple[int, int] | None = None,
         fails: int | None = None,
         many: Sequence[tuple[str, str]] = (),
-        steps: tuple[int, int] | None = None,
+        steps: tuple[int, int, str] | None = None,
         calls: tuple[str, str] | None = None,
     ) -> list[Ended]:
         """Run a command in `count` processes in `folder`; by rank what came of them."""
@@ -154,6 +154,10 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _fail() -> None:
     from adarank.errors import CheckpointError
 
@@ -165,7 +169,7 @@ def _run_here(changes: dict[str, Any], arguments: list[str]) -> int:
     if changes["dies"] and changes["dies"][0] == rank:
         _at_write(changes["dies"][1], _die)
     if changes["steps"] and changes["steps"][0] == rank:
-        _at_step(changes["steps"][1], _die)
+        _at_step(changes["steps"][1], {"dies": _die, "fails": _fail, "is told to stop": _stop}[changes["steps"][2]])
     if changes["fails"] == rank:
         _at_write(1, _fail)
     if changes["many"] or changes["calls"]:

@@ -109,7 +109,9 @@ def test_an_adaptation_killed_between_steps_goes_on(
 ) -> None:
     """By as many processes or by others: what is saved is not of a number of them."""
     out, command = tmp_path / "out", ["merge", str(zoo / "soft.yaml"), str(tmp_path / "out")]
-    ended = several.run(2, command, tmp_path, steps=(victim, 6))  # at the start, then after each step: the fifth
+    ended = several.run(
+        2, command, tmp_path, steps=(victim, 6, "dies")
+    )  # at the start, then after each step: the fifth
     assert ended[victim].code == -9
     assert ended[1 - victim].code == 1
     assert f"process {victim} of 2" in ended[1 - victim].said
@@ -118,6 +120,27 @@ def test_an_adaptation_killed_between_steps_goes_on(
     assert [process.code for process in several.run(then, command, tmp_path)] == [0] * then
     check_alike(zoo / "one" / "soft", out)
     assert json.loads((out / "adarank.json").read_text())["adaptation"]["resumed_from"] == [3]
+
+
+def test_an_adaptation_told_to_stop_keeps_its_last_step(zoo: Path, several: Processes, tmp_path: Path) -> None:
+    """As launchers tell processes, one of them first."""
+    out, command = tmp_path / "out", ["merge", str(zoo / "soft.yaml"), str(tmp_path / "out")]
+    ended = several.run(2, command, tmp_path, steps=(1, 6, "is told to stop"))
+    assert ended[0].code == ended[1].code != 0
+    assert "Stopped at step 5 of 6" in ended[0].said
+    assert not out.exists()
+    assert [process.code for process in several.run(2, command, tmp_path)] == [0, 0]
+    check_alike(zoo / "one" / "soft", out)
+    assert json.loads((out / "adarank.json").read_text())["adaptation"]["resumed_from"] == [5]
+
+
+def test_an_error_in_a_step_is_said_once(zoo: Path, several: Processes, tmp_path: Path) -> None:
+    ended = several.run(2, ["merge", str(zoo / "soft.yaml"), "out"], tmp_path, steps=(1, 3, "fails"))
+    assert [process.code for process in ended] == [1, 1]
+    assert "process 1 of 2" in ended[0].said
+    assert "stopped: a disk that cannot be read" in ended[0].said
+    assert ended[1].said == ""
+    assert not (tmp_path / "out").exists()
 
 
 TASKS = 3

@@ -87,11 +87,11 @@ def test_launchers_start_a_merge_unchanged(zoo: Path, tmp_path: Path, launcher: 
     assert content(tmp_path / "out") == content(zoo / "one" / "cart")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("victim", "name"), [(0, "cart"), (1, "regmean++")])
 def test_a_process_that_dies_is_named_and_the_rest_stop(
-    zoo: Path, several: Processes, tmp_path: Path, victim: int
+    zoo: Path, several: Processes, tmp_path: Path, victim: int, name: str
 ) -> None:
-    command = ["merge", str(zoo / "cart.yaml"), "out"]
+    command = ["merge", str(zoo / f"{name}.yaml"), "out"]
     ended = several.run(2, command, tmp_path, dies=(victim, 2))
     assert ended[victim].code == -9
     assert ended[1 - victim].code == 1
@@ -101,7 +101,7 @@ def test_a_process_that_dies_is_named_and_the_rest_stop(
     assert not (tmp_path / "out").exists()
     again = several.run(2, command, tmp_path)
     assert [process.code for process in again] == [0, 0], again
-    assert content(tmp_path / "out") == content(zoo / "one" / "cart")
+    assert content(tmp_path / "out") == content(zoo / "one" / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.html"]
 
 
