@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import adarank
 from adarank.adapt.factor_files import FactorFiles, has_room
@@ -47,7 +48,7 @@ STEPS: dict[str, Any] = {"steps": 3, "batch_size": 4, "check_every": 3, "keep": 
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models and recipes, and what one process makes of them in `one/`. The first one's objective remembers a mean of each task."""
     folder = make_zoo(tmp_path_factory.mktemp("zoo"))
-    mean = {"steps": 6, "check_every": 3, "objective": {"self-label": 1, "infomax": 0.1}}
+    mean = {"steps": 6, "check_every": 3, "objective": {"self-label": 1, "infomax": 0.1}, "learn_heads": True}
     for name, changes in RECIPES.items():
         steps = {**STEPS, **(mean if name == "soft" else {})}
         path = recipe(folder, f"{name}.yaml", adapt=steps, max_shard_size=SHARDS, **changes)
@@ -78,6 +79,13 @@ def check_alike(alone: Path, shared: Path) -> None:
     masks = [MaskFile.load(folder / MASKS) for folder in (alone, shared)]
     for name, lam in masks[0].lam.items():
         torch.testing.assert_close(masks[1].lam[name], lam, rtol=1e-4, atol=1e-5)
+    heads = [
+        {file.parent.name: load_file(file) for file in (out / "heads").glob("*/*.safetensors")}
+        for out in (alone, shared)
+    ]
+    assert heads[0].keys() == heads[1].keys() != set()
+    for task, head in heads[0].items():
+        torch.testing.assert_close(heads[1][task], head, rtol=1e-3, atol=1e-4)
     bodies = [Checkpoint(folder) for folder in (alone, shared)]
     for name in bodies[0].tensors:
         torch.testing.assert_close(bodies[1].read(name), bodies[0].read(name), rtol=1e-4, atol=1e-5)

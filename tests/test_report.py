@@ -337,6 +337,13 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     assert "masks file cannot be read" in Page(adarank.write_report([out])).text
 
 
+def test_what_rounds_to_zero_has_no_minus(zoo: Path, tmp_path: Path) -> None:
+    rows = {"experts": {"mood": 80.0, "colour": 90.0}, "adapted": {"mood": -0.04, "colour": -0.06}}
+    scores = {**SCORES, "rows": rows, "metrics": {"mood": "matthews", "colour": "matthews"}}
+    table = Page(adarank.write_report([zoo / "one"], tmp_path / "page.html", scores)).table("scores")
+    assert [table[task][2].split()[0] for task in TASKS] == ["0.0", "-0.1"]
+
+
 def test_only_shares_have_intervals_and_less_loss_is_better() -> None:
     rows = {"experts": {"mood": 0.5, "colour": 90.0}, "adapted": {"mood": 1.0, "colour": 45.0}}
     table = score_table({**SCORES, "rows": rows, "metrics": {"mood": "loss", "colour": "macro_f1"}})
