@@ -331,6 +331,13 @@ def test_steps_that_lead_away_are_taken_back(zoo: Path) -> None:
             assert torch.equal(one.read(name), other.read(name)), name
 
 
+def test_no_block_is_learned_by_the_models_own_certainty(zoo: Path) -> None:
+    """A preset's entropy is of whole networks: by block all go to the experts' states."""
+    for name, settings, last in (("preset", {"preset": "paper"}, "states"), ("plain", {}, "predictions")):
+        report = run(text_zoo, zoo, name, steps=2, **settings)
+        assert [block["goal"] for block in report["blocks"]] == ["states", last]
+
+
 def test_what_cannot_be_learned_by_block_is_refused() -> None:
     for settings, parameters, text in (
         ({"objective": "entropy"}, {}, "adapt.objective: by: block"),
@@ -338,6 +345,9 @@ def test_what_cannot_be_learned_by_block_is_refused() -> None:
     ):
         with pytest.raises(RecipeError, match=text):
             adapted("ab", parameters, {**FAST, **settings})
+    base, experts = models("ab")
+    with pytest.raises(RecipeError, match="objective: blocks have an objective of their own"):
+        adarank.adapt(base, experts, batches("ab"), settings=FAST, objective=lambda logits: logits.sum())
 
 
 def test_masks_are_of_the_positions_a_block_runs_over() -> None:
