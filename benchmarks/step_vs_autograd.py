@@ -346,7 +346,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             ["python benchmarks/step_vs_autograd.py FOLDER --steps", str(arguments.steps), "--threads",
              str(arguments.threads), "--masks", arguments.masks, "--precision", arguments.precision,
              *(["--batch-size", str(arguments.batch_size)] if arguments.batch_size else []),
-             *(["--by-task"] if arguments.by_task else [])]
+             "--starts", *arguments.starts, *(["--by-task"] if arguments.by_task else [])]
         ),
         "autograd_sums": "one product per task" if arguments.by_task else "one product of all tasks' components",
         "note": arguments.note,

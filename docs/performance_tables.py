@@ -37,7 +37,7 @@ def step_vs_autograd() -> list[str]:
     return [
         "Beside plain autograd of the same formula (`benchmarks/step_vs_autograd.py`, soft masks, minilm-8's models and texts, batches of 16):",
         "",
-        "| start, precision of products | step, s | autograd, s | autograd over step | step over networks | peak memory, MB | autograd's |",
+        "| start, precision of products | step, s | autograd, s | autograd over step | step over networks | peak memory (beyond what was loaded), MB | autograd's |",
         "|---|---|---|---|---|---|---|",
         *rows,
     ]
@@ -49,7 +49,8 @@ def _beside(label: str, measured: dict[str, Any]) -> str:
         f"{of['median']:.2f} ({of['min']:.2f}-{of['max']:.2f})"
         for of in (measured["autograd_over_engine"], measured["engine_over_networks"])
     ]
-    peaks = [f"{measured['memory_bytes'][side]['peak_in_steps'] / 1e6:.0f}" for side in ("engine", "autograd")]
+    memory = [measured["memory_bytes"][side] for side in ("engine", "autograd")]
+    peaks = [f"{of['peak_in_steps'] / 1e6:.0f} ({(of['peak_in_steps'] - of['loaded']) / 1e6:.0f})" for of in memory]
     return f"| {' | '.join([label, *seconds, *ratios, *peaks])} |"
 
 
@@ -65,7 +66,7 @@ def merge_speed() -> list[str]:
 def _speeds(record: dict[str, Any]) -> list[str]:
     size, turns = record["bytes_per_model"] / 1e9, len(next(iter(record["methods"].values()))["copy"]["seconds"])
     lines = [
-        f"Models of {size:.2f} GB in bfloat16, one thread, {turns} turns: seconds of the processor / of the clock, medians; ratios within a turn:",
+        f"Models of {size:.2f} GB in bfloat16, one thread, {'one turn' if turns == 1 else f'{turns} turns'}: seconds of the processor / of the clock, medians; ratios within a turn:",
         "",
         "| method | copy | adarank | mergekit | processor: adarank over mergekit | clock | adarank, MB | mergekit, MB | apart in float32 |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -93,7 +94,7 @@ def _apart(method: str, measured: dict[str, Any]) -> str:
 
 
 def _spread(of: list[float]) -> str:
-    return f"{median(of):.2f} ({min(of):.2f}-{max(of):.2f})"
+    return f"{median(of):.2f}" + (f" ({min(of):.2f}-{max(of):.2f})" if len(of) > 1 else "")
 
 
 def merge_memory() -> list[str]:
