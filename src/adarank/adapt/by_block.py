@@ -87,7 +87,7 @@ def adapt_by_block(
         folder = Path(parent) / blocks_folder(fingerprint)
         passage = passage or passage_of(problem, network, folder)
         method, agreement = with_origin(method, problem, network, passage, folder / "origin.pt" if state else None)
-        # what is of the origin chosen is told from what would be of the other
+        # the names tell files about one origin from those about the other
         mark = f"-{method.origin}" if agreement else ""
         walk = _Walk(problem, method, network, folder.with_name(folder.name + mark), passage)
         saved = _Saved(state, fingerprint + mark)

@@ -102,7 +102,7 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
     edge = {"start_at_edge": method.grid.at_edge(learned.history.starts)}
     of_loop = report(learned.history, job, settings, data) | edge | _of_masks(learned) | kept_mass(predictions)
     finite = {kind: round(share, 5) for kind, share in learned.origins.items() if math.isfinite(share)}
-    of_loop |= {"origins": finite} if len(finite) > 1 else {}  # predictions that are NaN are told of elsewhere
+    of_loop |= {"origins": finite} if len(finite) > 1 else {}  # NaN predictions agree with nothing
     of_loop |= {"strongest_change": effect} if effect else {}
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
 
