@@ -19,7 +19,7 @@ from adarank.adapt import origin_choice
 from adarank.adapt.agreement import Signals
 from adarank.adapt.history import History
 from adarank.adapt.loop import adapt
-from adarank.adapt.methods import AdaRank
+from adarank.adapt.methods import AdaRank, CARTpp
 from adarank.adapt.settings import AdaptSettings
 from adarank.adapt.start_search import RANKS, SCALES, Grid, climb, find_start, grid_of
 from adarank.cli.main import main
@@ -196,13 +196,17 @@ def test_a_run_that_goes_on_keeps_its_origin(tmp_path: Path, monkeypatch: Any, b
     report = merge_recipe(load_recipe(path), tmp_path / "out")["adaptation"]
     assert report["origins"] == {"average": 0.1, "pretrained": 0.9}
     assert len(chosen) == 1
+    assert MaskFile.load(tmp_path / "out" / "masks.safetensors").origin == "pretrained"
 
 
 def test_numbers_without_an_origin_are_about_the_average() -> None:
     assert AdaRank().origin == "auto"
     assert {parse(AdaRank, given, "parameters").origin for given in ({"rank": 0.1}, {"lambda": 1.0})} == {"average"}
     assert parse(AdaRank, {"rank": "auto", "lambda": "auto"}, "parameters").origin == "auto"
-    assert parse(AdaRank, {"rank": 0.1, "origin": "auto"}, "parameters").origin == "auto"
+    assert parse(AdaRank, {"basis": "tsv_m", "origin": "auto"}, "parameters").origin == "pretrained"
+    for method, numbers in ((AdaRank, {"rank": 0.1}), (AdaRank, {"lambda": 1.0}), (CARTpp, {})):
+        with pytest.raises(RecipeError, match="origin: a rank and λ are of one origin"):
+            parse(method, {**numbers, "origin": "auto"}, "parameters")
 
 
 def test_a_start_that_is_adapted_and_stopped_keeps_its_state(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

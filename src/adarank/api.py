@@ -180,6 +180,8 @@ def adapt(
     block, preset = _block(settings, objective)
     chosen: AdaptiveMethod = kind.resolve(Given(parameters or {}, adapt=block, preset=preset, text=_of_texts(experts)))
     loop = chosen.settings
+    if callable(objective) and loop.by == "block":
+        raise RecipeError("objective: blocks have an objective of their own. Leave the function out, or use by: model.")
     unknown = [task for task in loop.objectives if task not in experts]
     if unknown:
         raise RecipeError(f"adapt.objectives: unknown task '{unknown[0]}'.{nearest(unknown[0], experts)}")
@@ -197,7 +199,7 @@ def adapt(
         learned = adapt_weights(problem, chosen, network, device, progress=progress)
     fits = learn_task_heads(problem)
     state = {name: models.shared[name].detach().clone() for name in network.tensors if name in models.shared}
-    return Adapted(models.modules, state, learned.masks, learned.history, fits)
+    return Adapted(models.modules, state, learned.masks, learned.history, fits, learned.origins)
 
 
 def learn_heads(

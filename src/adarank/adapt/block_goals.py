@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from adarank.adapt.learner import Loss
 from adarank.adapt.passage import Passage
-from adarank.adapt.problem import Problem
+from adarank.adapt.problem import Problem, compares
 from adarank.models.chain import hidden, positions
 
 MERGED, EXPERT = "merged", "expert"  # the two streams
@@ -24,7 +24,13 @@ _SMALLEST = 1e-9  # a distance, relative to the length of what the expert gives,
 
 
 class Goal(Protocol):
-    """What a block, which is held and filled, is learned towards."""
+    """What a block, which is held and filled, is learned towards.
+
+    Attributes:
+        name: what records call it.
+    """
+
+    name: ClassVar[str]
 
     def distances(self) -> dict[str, float]:
         """task -> how far the merge is from its expert, on the judged inputs."""
@@ -44,6 +50,12 @@ def nearer(before: dict[str, float], after: dict[str, float]) -> bool:
     return sum(after[task] / max(before[task], _SMALLEST) for task in before) < len(before)
 
 
+def goes_to_predictions(problem: Problem) -> bool:
+    """Whether the last block is learned towards predictions: every task has its expert's as its target, and none a head to learn."""
+    tasks = problem.inputs
+    return not problem.function and all(compares(problem.settings, t) and not problem.learns_head(t) for t in tasks)
+
+
 def batches_of(problem: Problem, task: str) -> int:
     """How many batches steps of a block see: those of the first pass, again and again."""
     return min(problem.inputs[task].one_pass, max(1, problem.settings.steps))
@@ -59,6 +71,8 @@ def all_batches(problem: Problem, task: str) -> Iterator[Any]:
 @dataclass(frozen=True)
 class TowardsStates:
     """Towards what the experts' blocks gave on their streams."""
+
+    name: ClassVar[str] = "states"
 
     problem: Problem
     passage: Passage
@@ -94,6 +108,8 @@ class TowardsStates:
 @dataclass(frozen=True)
 class TowardsPredictions:
     """Towards the experts' predictions, by the objective with which whole networks are adapted."""
+
+    name: ClassVar[str] = "predictions"
 
     problem: Problem
     passage: Passage

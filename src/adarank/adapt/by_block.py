@@ -30,7 +30,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adarank.adapt.agreement import Judged, Signals
-from adarank.adapt.block_goals import EXPERT, MERGED, Goal, TowardsPredictions, TowardsStates, all_batches, nearer
+from adarank.adapt.block_goals import (
+    EXPERT,
+    MERGED,
+    Goal,
+    TowardsPredictions,
+    TowardsStates,
+    all_batches,
+    goes_to_predictions,
+    nearer,
+)
 from adarank.adapt.choice import SHARES, Choice, LinePoint, choose_best, fits
 from adarank.adapt.history import History, Learned, Progress
 from adarank.adapt.learner import LiveLearner, Loss
@@ -78,8 +87,10 @@ def adapt_by_block(
         folder = Path(parent) / blocks_folder(fingerprint)
         passage = passage or passage_of(problem, network, folder)
         method, agreement = with_origin(method, problem, network, passage, folder / "origin.pt" if state else None)
-        walk = _Walk(problem, method, network, folder, passage)
-        saved = _Saved(state, fingerprint)
+        # the names tell files about one origin from those about the other
+        mark = f"-{method.origin}" if agreement else ""
+        walk = _Walk(problem, method, network, folder.with_name(folder.name + mark), passage)
+        saved = _Saved(state, fingerprint + mark)
         if not saved.restore(walk):
             walk.begin()
         else:
@@ -121,7 +132,7 @@ class _Walk:
     ) -> None:
         self._problem, self._settings, self.passage = problem, problem.settings, passage
         self._grid, self._chains = method.grid, passage.chains
-        self._by_predictions = method.by_predictions and not any(map(problem.learns_head, problem.inputs))
+        self._by_predictions = method.by_predictions and goes_to_predictions(problem)
         self.paths, self.blocks = passage.paths, list[dict[str, Any]]()
         of_blocks = [[name for name in network.merged() if name in names] for names in map(set, passage.inside)]
         beside = [name for name in network.merged() if name in set(passage.outside)]
@@ -171,7 +182,13 @@ class _Walk:
             for task in self._chains:
                 self.passage.run(MERGED, task, place, all_batches(self._problem, task))
         self.blocks.append(
-            {"block": self.paths[place], "before": _rounded(before), "after": _rounded(after), "kept": kept}
+            {
+                "block": self.paths[place],
+                "goal": goal.name,
+                "before": _rounded(before),
+                "after": _rounded(after),
+                "kept": kept,
+            }
         )
         self.history.seconds += time.perf_counter() - started
 

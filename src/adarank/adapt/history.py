@@ -94,6 +94,7 @@ class Adapted:
             something else.
         history: losses and components kept, step by step; judgements; which step was kept and why (`history.choice`).
         heads: task -> what learning its head gave, for those that were to be learned.
+        origins: origin -> how often it agrees with the experts, where task vectors are counted from the better one.
 
     Example:
         base, a, b = (torch.nn.Linear(8, 4) for _ in range(3))
@@ -108,3 +109,4 @@ class Adapted:
     masks: MaskFile | None
     history: History
     heads: Mapping[str, HeadFit] = field(default_factory=dict)
+    origins: Mapping[Origin, float] = field(default_factory=dict)

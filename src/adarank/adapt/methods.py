@@ -77,6 +77,8 @@ class AdaptiveMethod(Adapting):
     def _range(self: A) -> A:
         if self.clamp is not None and self.clamp[0] > self.clamp[1]:
             raise ValueError(f"clamp: {self.clamp[0]} is above {self.clamp[1]}")
+        if self.origin == AUTO and (self.rank, self.scale) != (AUTO, AUTO):
+            raise ValueError("origin: a rank and λ are of one origin: name it, or leave rank and lambda auto, too")
         return self
 
     @classmethod
@@ -277,8 +279,7 @@ class AdaRank(AdaptiveMethod):
 
     @classmethod
     def paper(cls, given: Mapping[str, Any], text: bool = False) -> dict[str, Any]:
-        """The static method of that basis or origin at its own settings; about the average those of ViT-B/32 with 8 tasks,
-        on texts those of RoBERTa with 7."""
+        """The static method of that basis or origin at its own settings; about the average ViT-B/32's, on texts RoBERTa's."""
         learned = {
             **super().paper(given, text), "basis": "task_vectors", "returnable": True, "mask": "binary", "first": "top",
             "seed": 0, "precision": "float32",

@@ -45,7 +45,7 @@ def block_problems(lambda_per: LambdaPer, adapt: Collection[str]) -> list[str]:
         adapt: names of the loop's settings that are given by hand.
     """
     problems = [
-        f"adapt.{key}: by: block minimises the distance to what the experts' blocks give, of the last to their predictions. Remove {key}, or use by: model."
+        f"adapt.{key}: by: block minimises the distance to what the experts' blocks give, of the last, where no head is learned, to their predictions. Remove {key}, or use by: model."
         for key in ("objective", "objectives", "self_label")
         if key in adapt
     ]
@@ -61,6 +61,7 @@ def block_problems(lambda_per: LambdaPer, adapt: Collection[str]) -> list[str]:
 def with_its_origin(values: dict[str, Any]) -> dict[str, Any]:
     """Settings of `adarank` with the origin that goes without saying: of another basis the base, of numbers as in CART the average."""
     if values.get("basis", "task_vectors") != "task_vectors":
-        return {"origin": "pretrained", "rank": 1.0, **values}
+        origin = values.get("origin", AUTO)
+        return {"rank": 1.0, **values, "origin": "pretrained" if origin == AUTO else origin}
     numbers = [name for name in ("rank", "lambda", "scale") if values.get(name, AUTO) != AUTO]
     return {"origin": "average", **values} if numbers else values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -100,7 +101,8 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
         of_heads = {"joint_heads": list(heads)}
     edge = {"start_at_edge": method.grid.at_edge(learned.history.starts)}
     of_loop = report(learned.history, job, settings, data) | edge | _of_masks(learned) | kept_mass(predictions)
-    of_loop |= {"origins": rounded} if (rounded := {k: round(v, 5) for k, v in learned.origins.items()}) else {}
+    finite = {kind: round(share, 5) for kind, share in learned.origins.items() if math.isfinite(share)}
+    of_loop |= {"origins": finite} if len(finite) > 1 else {}  # NaN predictions agree with nothing
     of_loop |= {"strongest_change": effect} if effect else {}
     return Adaptation(job, learned.parameters, masks, of_loop | of_heads, heads)
 
