@@ -236,7 +236,11 @@ def test_processes_map_their_factors_from_files(several: Processes, tmp_path: Pa
 )
 def test_gpus_with_room_hold_all_factors(monkeypatch: pytest.MonkeyPatch, device: str, room: int, whole: bool) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda of: SimpleNamespace(total_memory=room))
-    assert has_room(parse(METHODS.named("adarank", ""), {}, "adarank"), network(*family(TASKS)), device) == whole
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    given = parse(METHODS.named("adarank", ""), {}, "adarank"), network(*family(TASKS)), device
+    assert has_room(*given) == whole
+    monkeypatch.setattr(processes, "gathered", lambda value: [value] * 10**7)  # so many on one GPU
+    assert not has_room(*given)
 
 
 def everywhere() -> dict[str, Any]:

@@ -7,6 +7,7 @@ bytes, W over the merged tensors; where a block is learned at a time, the larges
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -175,11 +176,13 @@ class Holding:
 
 
 def has_room(method: AdaptiveMethod, network: AlignedCheckpoints, device: torch.device | str) -> bool:
-    """Whether every process is to hold all factors: on GPUs, which compose sooner than weights are sent, if half of their
-    memory has room for them. All must call it."""
+    """Whether every process is to hold all factors: on GPUs, which compose sooner than weights are sent, if half of the memory
+    that a process has of its GPU has room for them. All must call it."""
     device = torch.device(device)
     if device.type != "cuda":
         return False
+    gpu = (platform.node(), torch.cuda.current_device() if device.index is None else device.index)
+    together = processes.gathered(gpu).count(gpu)  # processes may share a GPU
     merged = network.merged()
     numbers = sum(3 * network.tensors[name].numel + method.stored_numbers(network, name) for name in merged)
-    return all(processes.gathered(8 * numbers < torch.cuda.get_device_properties(device).total_memory))
+    return all(processes.gathered(8 * numbers * together < torch.cuda.get_device_properties(device).total_memory))
