@@ -272,16 +272,22 @@ def make_glue_suite(cache: Path, here: Path, name: str) -> None:
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"])}
     tokens = transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=30)
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 40,
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 40,
              "vocab_size": len(vocabulary), "pad_token_id": 0}  # fmt: skip
-    body = transformers.RobertaModel(transformers.RobertaConfig(**small))
+    if name == "glue-7-gpt2":
+        kinds = transformers.GPT2Config, transformers.GPT2Model, transformers.GPT2ForSequenceClassification
+    else:
+        small |= {"intermediate_size": 16}
+        kinds = transformers.RobertaConfig, transformers.RobertaModel, transformers.RobertaForSequenceClassification
+    settings, bodies, classifiers = kinds
+    body = bodies(settings(**small))
     for model, place in [(body, snapshot(cache, chosen.base))]:
         model.save_pretrained(place)
         tokens.save_pretrained(place)
     for number, (task, expert) in enumerate(chosen.experts.items()):
         classes = 3 if task == "mnli" else 2
-        model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**small, num_labels=classes))
-        model.roberta.load_state_dict(
+        model = classifiers(settings(**small, num_labels=classes))
+        model.base_model.load_state_dict(
             {k: v + 0.05 * torch.randn_like(v) if v.is_floating_point() else v for k, v in body.state_dict().items()},
             strict=False,
         )
@@ -363,10 +369,11 @@ def test_the_papers_checkpoints_go_through_a_suite(cache: Path, tmp_path: Path) 
     assert "model.visual.transformer.resblocks.0.attn.in_proj_weight" in load_file(tmp_path / "made" / "cart" / "model.safetensors")  # fmt: skip
 
 
-def test_text_experts_in_subfolders_go_through_a_suite(cache: Path, tmp_path: Path) -> None:
-    make_glue_suite(cache, tmp_path / "here", "glue-7-roberta")
+@pytest.mark.parametrize(("name", "of_cola", "mean"), [("glue-7-roberta", -3.59, 67.62), ("glue-7-gpt2", 5.87, 59.97)])
+def test_text_experts_go_through_a_suite(cache: Path, tmp_path: Path, name: str, of_cola: float, mean: float) -> None:
+    make_glue_suite(cache, tmp_path / "here", name)
     result = reproduce(
-        "glue-7-roberta",
+        name,
         tmp_path / "made",
         ["AdaMerging", "EMR-Merging"],
         steps=2,
@@ -381,7 +388,7 @@ def test_text_experts_in_subfolders_go_through_a_suite(cache: Path, tmp_path: Pa
     assert record["adaptation"]["steps"] == 2
     assert record["adaptation"]["protocol"] == "transductive"
     published = {table.name: table for table in result.comparable()}
-    assert published["glue-7-roberta"].scores["AdaMerging"]["cola"] == -3.59
-    assert result.plain()["rows"]["AdaMerging"]["differences"]["glue-7-roberta"]["mean"] == pytest.approx(
-        result.means["AdaMerging"] - 67.62
+    assert published[name].scores["AdaMerging"]["cola"] == of_cola
+    assert result.plain()["rows"]["AdaMerging"]["differences"][name]["mean"] == pytest.approx(
+        result.means["AdaMerging"] - mean
     )
