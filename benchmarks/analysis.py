@@ -41,8 +41,8 @@ FIGURES: dict[str, dict[str, tuple[dict[str, Any], int | None]]] = {
     "minilm-8": {
         "ranks": ({}, None),
         "interference": ({}, None),
-        "components": ({"lambda": 0.3, "top": 0.01, "of": ("sst2", "trec", "agnews", "cola")}, 16),
-        "rank-sweep": ({"ta": 0.3, "cart": 1.3, "shares": (0, 0.04, 0.08, 0.16, 0.5, 1), "ways": ("merged",)}, 16),
+        "components": ({"lambda": 0.3, "top": 0.01}, 16),
+        "rank-sweep": ({"ta": 0.3, "cart": 1.3, "shares": (0, 0.04, 0.08, 0.16, 0.5, 1)}, 16),
         "task-count": ({"counts": (2, 4, 8), "most": 4}, 16),
         "landscape": ({"points": 5, "shares": (0, 0.04, 0.16, 1), "cart": (1.3, 2.0), "ta": (0.3,)}, 8),
         "masks": ({}, None),
