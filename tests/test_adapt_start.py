@@ -172,10 +172,12 @@ def test_task_vectors_are_counted_from_what_is_nearer(
     assert MaskFile.load(out / "masks.safetensors").origin == about
 
 
-@pytest.mark.parametrize("by", ["model", "block"])
-def test_a_run_that_goes_on_keeps_its_origin(tmp_path: Path, monkeypatch: Any, by: str) -> None:
+@pytest.mark.parametrize(("by", "steps"), [("model", 8), ("block", 4)])
+def test_a_run_that_goes_on_keeps_its_origin(tmp_path: Path, monkeypatch: Any, by: str, steps: int) -> None:
+    """Killed behind a saved state; without what was chosen it is refused."""
     make_zoo(tmp_path)
-    path = recipe(tmp_path, merge_method="adarank", parameters={}, adapt={"steps": 3, "by": by})
+    adapt = {"steps": steps, "check_every": 2, "by": by, "keep": "last"}
+    path = recipe(tmp_path, merge_method="adarank", parameters={}, adapt=adapt)
     chosen = []
 
     def other(*args: Any, **more: Any) -> dict[str, float]:
@@ -183,19 +185,30 @@ def test_a_run_that_goes_on_keeps_its_origin(tmp_path: Path, monkeypatch: Any, b
         return {"average": 0.1, "pretrained": 0.9}
 
     monkeypatch.setattr(origin_choice, "compare_origins", other)
-    taken: list[int] = []
 
-    def stopping(history: History, steps: int) -> None:
-        taken.append(history.step)
-        if len(taken) == 2:
+    def killing(history: History, of: int) -> None:
+        if history.step == 5:
             raise Killed
 
     with pytest.raises(Killed):
-        merge_recipe(load_recipe(path), tmp_path / "out", progress=stopping)
+        merge_recipe(load_recipe(path), tmp_path / "out", progress=killing)
+    state = tmp_path / ".out.state"
+    assert (state / "state.pt").exists()
+    (file,) = [*state.rglob("origin*.pt")]
     monkeypatch.undo()
+    whole = file.read_bytes()
+    file.write_bytes(b"")
+    with pytest.raises(RecipeError, match=r"it says which origin .* is about\. Delete .* to start anew"):
+        merge_recipe(load_recipe(path), tmp_path / "out")
+    file.write_bytes(whole)
     report = merge_recipe(load_recipe(path), tmp_path / "out")["adaptation"]
+    assert report["resumed_from"] == [4]
     assert report["origins"] == {"average": 0.1, "pretrained": 0.9}
     assert len(chosen) == 1
+    path = recipe(tmp_path, "named.yaml", merge_method="adarank", parameters={"origin": "pretrained"}, adapt=adapt)
+    merge_recipe(load_recipe(path), tmp_path / "named")
+    one, same = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "named"))
+    assert all(torch.equal(tensor, same[name]) for name, tensor in one.items())
     assert MaskFile.load(tmp_path / "out" / "masks.safetensors").origin == "pretrained"
 
 

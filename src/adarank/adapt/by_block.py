@@ -86,11 +86,13 @@ def adapt_by_block(
     with tempfile.TemporaryDirectory() if state is None else nullcontext(state.parent) as parent:
         folder = Path(parent) / blocks_folder(fingerprint)
         passage = passage or passage_of(problem, network, folder)
-        method, agreement = with_origin(method, problem, network, passage, folder / "origin.pt" if state else None)
-        # the names tell files about one origin from those about the other
+        method, agreement = with_origin(
+            method, problem, network, passage, folder / "origin.pt" if state else None, state
+        )
+        # names tell files about one origin from those about the other
         mark = f"-{method.origin}" if agreement else ""
         walk = _Walk(problem, method, network, folder.with_name(folder.name + mark), passage)
-        saved = _Saved(state, fingerprint + mark)
+        saved = _Saved(state, fingerprint)
         if not saved.restore(walk):
             walk.begin()
         else:

@@ -21,6 +21,7 @@ from adarank.adapt.passage import Passage
 from adarank.adapt.problem import Chunk, Problem
 from adarank.adapt.start_search import QUICK_CHECK
 from adarank.alignment.task_vectors import AlignedCheckpoints
+from adarank.errors import RecipeError
 from adarank.io import processes
 from adarank.io.progress import advance, stage
 from adarank.io.state import read_kept, write_state
@@ -69,17 +70,26 @@ def with_origin(
     network: AlignedCheckpoints,
     passage: Passage | None = None,
     kept: Path | None = None,
+    state: Path | None = None,
 ) -> tuple[M, dict[Origin, float]]:
     """The method with its origin chosen, and how often either agrees with the experts; as it is where its settings name one.
 
     Arguments:
         kept: file in which the agreement is kept, so that a run that goes on never chooses otherwise; None to keep it nowhere.
+        state: the run's saved state, which is about the origin that was chosen.
+
+    Raises:
+        RecipeError: there is a state, and what was chosen is missing or damaged.
     """
     if method.origin != "auto":
         return method, {}
     if network.base is None:
         return method.model_copy(update={"origin": "average"}), {}
     agreement = processes.from_first(lambda: read_kept(kept) if kept else None)
+    if agreement is None and state and state.exists():
+        raise RecipeError(
+            f"{kept}: missing or damaged; it says which origin {state} is about. Delete {state.parent} to start anew."
+        )
     if agreement is None:
         agreement = compare_origins(problem, network, passage)
         if kept and processes.rank() == 0:

@@ -43,10 +43,9 @@ def adapt_weights(
         note("Adapting, block by block")
         return adapt_by_block(problem, method, network, state, fingerprint, progress, passage)
     kept = state.with_name(f"origin-{fingerprint[:16]}.pt") if state else None
-    method, agreement = with_origin(method, problem, network, kept=kept)
-    if agreement:  # the names tell files about one origin from those about the other
-        fingerprint += f"-{method.origin}"
-        factors = factors and factors.with_name(f"{factors.name}-{method.origin}")
+    method, agreement = with_origin(method, problem, network, kept=kept, state=state)
+    if agreement and factors:  # names tell files about one origin from those about the other
+        factors = factors.with_name(f"{factors.name}-{method.origin}")
     note("Decomposing the task vectors" if method.spectra else "Reading the task vectors")
     start = method.start(network, problem.models.shared, method.settings, device, factors)
     live = method.on(start, problem.models)
