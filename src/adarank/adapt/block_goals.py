@@ -6,17 +6,18 @@ predictions  Σ_t Σ_x ℓ(f_t(z_t))                           f_t: the block, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from adarank.adapt.agreement import Judged
 from adarank.adapt.learner import Loss
 from adarank.adapt.passage import Passage
-from adarank.adapt.problem import Problem, compares
+from adarank.adapt.problem import Chunk, Problem, compares
 from adarank.models.chain import hidden, positions
 
 MERGED, EXPERT = "merged", "expert"  # the two streams
@@ -68,15 +69,42 @@ def all_batches(problem: Problem, task: str) -> Iterator[Any]:
     yield from (batch for _, batch in inputs.judged_on())
 
 
-@dataclass(frozen=True)
-class TowardsStates:
-    """Towards what the experts' blocks gave on their streams."""
+def judged_by_block(
+    problem: Problem, passage: Passage, stream: str, fill: Callable[[int], None], step: int, most: int | None = None
+) -> Judged:
+    """What is seen of weights, on the judged inputs, after these went through one block after another; the stream is let go of.
 
-    name: ClassVar[str] = "states"
+    Arguments:
+        fill: fills the block at a place, which is held.
+        most: look at so many inputs per task.
+    """
+    chunks: dict[str, Callable[[], Iterable[Chunk]]] = {
+        task: partial(inputs.judged_on, most) for task, inputs in problem.inputs.items()
+    }
+    passage.bring(stream, chunks, fill)
+    judged = replace(problem, forward=passage.after(stream)).judge(most)(step)
+    passage.forget(stream)
+    return judged
+
+
+@dataclass(frozen=True)
+class _Towards:
+    """What is learned where."""
 
     problem: Problem
     passage: Passage
     place: int
+
+    def _again(self, task: str, loss: Loss) -> Loss:
+        """A task's loss over the batches that steps of a block see, again and again."""
+        batches = batches_of(self.problem, task)
+        return lambda step: loss(step % batches)
+
+
+class TowardsStates(_Towards):
+    """Towards what the experts' blocks gave on their streams."""
+
+    name: ClassVar[str] = "states"
 
     @torch.no_grad()
     def distances(self) -> dict[str, float]:
@@ -92,8 +120,8 @@ class TowardsStates:
         return {task: self._loss(task, max(before, _SMALLEST)) for task, before in start.items()}
 
     def _loss(self, task: str, unit: float) -> Loss:
-        inputs, batches = self.problem.inputs[task], batches_of(self.problem, task)
-        return lambda step: self._distance(task, inputs.step(step % batches)[1]) / unit
+        inputs = self.problem.inputs[task]
+        return self._again(task, lambda step: self._distance(task, inputs.step(step)[1]) / unit)
 
     def _distance(self, task: str, batch: Any) -> Tensor:
         """‖z - e‖² / ‖e‖² over the positions that count: what the block gives in the merge, and what the expert's gave."""
@@ -105,15 +133,10 @@ class TowardsStates:
         return (merged - expert).square().sum() / expert.square().sum().clamp_min(_SMALLEST)
 
 
-@dataclass(frozen=True)
-class TowardsPredictions:
+class TowardsPredictions(_Towards):
     """Towards the experts' predictions, by the objective with which whole networks are adapted."""
 
     name: ClassVar[str] = "predictions"
-
-    problem: Problem
-    passage: Passage
-    place: int
 
     @cached_property
     def _here(self) -> Problem:
@@ -125,8 +148,4 @@ class TowardsPredictions:
 
     def losses(self, start: dict[str, float]) -> dict[str, Loss]:
         """The objective, whose tasks weigh as it weighs them."""
-        return {task: self._loss(task, loss) for task, loss in self._here.losses().items()}
-
-    def _loss(self, task: str, loss: Loss) -> Loss:
-        batches = batches_of(self.problem, task)
-        return lambda step: loss(step % batches)
+        return {task: self._again(task, loss) for task, loss in self._here.losses().items()}

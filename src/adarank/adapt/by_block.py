@@ -20,16 +20,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adarank.adapt.agreement import Judged, Signals
+from adarank.adapt.agreement import Signals
 from adarank.adapt.block_goals import (
     EXPERT,
     MERGED,
@@ -38,6 +37,7 @@ from adarank.adapt.block_goals import (
     TowardsStates,
     all_batches,
     goes_to_predictions,
+    judged_by_block,
     nearer,
 )
 from adarank.adapt.choice import SHARES, Choice, LinePoint, choose_best, fits
@@ -47,7 +47,7 @@ from adarank.adapt.loop import adapt
 from adarank.adapt.origin_choice import with_origin
 from adarank.adapt.parts import PartFactors, PartTensors, PartWeights
 from adarank.adapt.passage import Passage
-from adarank.adapt.problem import Chunk, Problem
+from adarank.adapt.problem import Problem
 from adarank.adapt.start_search import QUICK_CHECK, Tried, best_of, find_start
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import Interrupted
@@ -218,7 +218,8 @@ class _Walk:
         """Judge the whole, and keep what leaves no task behind the start: all of it, a share of the way to it, or the start."""
         history, settings = self.history, self._settings
         step, started = history.step, time.perf_counter()
-        history.judged[step] = self._judged(MERGED, step)
+        merged = replace(self._problem, forward=self.passage.after(MERGED))
+        history.judged[step] = dict(merged.judge()(step))
         if settings.keep == "last":
             history.choice = Choice(step, "the last step, as keep: last asks")
         else:
@@ -243,22 +244,11 @@ class _Walk:
         Arguments:
             most: look at so many inputs per task.
         """
-        chunks: dict[str, Callable[[], Iterable[Chunk]]] = {
-            task: partial(inputs.judged_on, most) for task, inputs in self._problem.inputs.items()
-        }
-        self.passage.bring(_TRIED, chunks, self._compose)
-        judged = self._judged(_TRIED, step, most)
-        self.passage.forget(_TRIED)
-        return judged
+        return dict(judged_by_block(self._problem, self.passage, _TRIED, self._compose, step, most))
 
     def _compose(self, place: int) -> None:
         self.weights.compose(place)
         self.passage.fill_kept(place)
-
-    def _judged(self, stream: str, step: int, most: int | None = None) -> dict[str, Signals]:
-        """What is seen of a stream that has come behind the last block."""
-        judged: Judged = replace(self._problem, forward=self.passage.after(stream)).judge(most)(step)
-        return dict(judged)
 
     def _take_steps(self, live: LiveLearner, losses: Mapping[str, Loss], progress: Progress | None) -> None:
         done = self.history

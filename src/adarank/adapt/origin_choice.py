@@ -9,16 +9,16 @@ from there. Either is judged on the inputs that starts are compared on; nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from torch import Tensor
 
-from adarank.adapt.agreement import Judge, Judged, mean_agreement
+from adarank.adapt.agreement import Judged, mean_agreement
+from adarank.adapt.block_goals import judged_by_block
 from adarank.adapt.passage import Passage
-from adarank.adapt.problem import Chunk, Problem
+from adarank.adapt.problem import Problem
 from adarank.adapt.start_search import QUICK_CHECK
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError
@@ -54,12 +54,8 @@ def compare_origins(
         agreement = {}
         for kind in ORIGINS:
             of_kind = partial(tensors, kind)
-            if passage is None:
-                _fill(problem, of_kind, network.merged())
-                judge = problem.quick_check()
-            else:
-                judge = _brought(problem, passage, of_kind)
-            agreement[kind] = mean_agreement(judge(0))
+            _fill(problem, of_kind, network.merged() if passage is None else passage.outside)
+            agreement[kind] = mean_agreement(_judged(problem, passage, of_kind))
             advance()
     return agreement
 
@@ -102,19 +98,11 @@ def _fill(problem: Problem, tensors: Callable[[Iterable[str]], dict[str, Tensor]
         problem.models.fill(tensors([name]).items())
 
 
-def _brought(problem: Problem, passage: Passage, tensors: Callable[[Iterable[str]], dict[str, Tensor]]) -> Judge:
-    """The judge of an origin after it went through one block after another."""
-    chunks: dict[str, Callable[[], Iterable[Chunk]]] = {
-        task: partial(inputs.judged_on, QUICK_CHECK) for task, inputs in problem.inputs.items()
-    }
-    _fill(problem, tensors, passage.outside)
-    passage.bring(_STREAM, chunks, lambda place: passage.fill(place, tensors(passage.inside[place])))
-    judge = replace(problem, forward=passage.after(_STREAM)).judge(QUICK_CHECK)
+def _judged(problem: Problem, passage: Passage | None, tensors: Callable[[Iterable[str]], dict[str, Tensor]]) -> Judged:
+    if passage is None:
+        return problem.quick_check()(0)
 
-    def judged(step: int) -> Judged:
-        try:
-            return judge(step)
-        finally:
-            passage.forget(_STREAM)
+    def fill(place: int) -> None:
+        passage.fill(place, tensors(passage.inside[place]))
 
-    return judged
+    return judged_by_block(problem, passage, _STREAM, fill, 0, QUICK_CHECK)
