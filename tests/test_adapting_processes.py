@@ -40,6 +40,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "iso_cts": {"merge_method": "adarank", "parameters": {"basis": "iso_cts", "lambda": 1.0}},
     "scaled": {"merge_method": "adamerging++"},
     "uphill": {"merge_method": "samerging"},
+    "blocks": {"merge_method": "adarank", "adapt": {"by": "block", "keep": "best", "learn_heads": True}},
+    "blocks_to_predictions": {"merge_method": "adamerging++", "adapt": {"by": "block"}},
 }
 STEPS: dict[str, Any] = {"steps": 3, "batch_size": 4, "check_every": 3, "keep": "last", "learn_heads": False}
 
@@ -50,8 +52,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_zoo(tmp_path_factory.mktemp("zoo"))
     mean = {"steps": 6, "check_every": 3, "objective": {"self-label": 1, "infomax": 0.1}, "learn_heads": True}
     for name, changes in RECIPES.items():
-        steps = {**STEPS, **(mean if name == "soft" else {})}
-        path = recipe(folder, f"{name}.yaml", adapt=steps, max_shard_size=SHARDS, **changes)
+        steps = {**STEPS, **(mean if name == "soft" else {}), **changes.get("adapt", {})}
+        path = recipe(folder, f"{name}.yaml", **{**changes, "adapt": steps}, max_shard_size=SHARDS)
         adarank.merge_recipe(path, folder / "one" / name)
     return folder
 
@@ -70,6 +72,9 @@ def check_alike(alone: Path, shared: Path) -> None:
     assert others["step_kept"] == ones["step_kept"]
     for start, other in zip(ones["starts"], others["starts"], strict=True):
         assert other == pytest.approx(start, abs=1e-6)
+    for block, other in zip(ones.get("blocks", ()), others.get("blocks", ()), strict=True):
+        assert (other["block"], other["goal"], other["kept"]) == (block["block"], block["goal"], block["kept"])
+        assert other["after"] == pytest.approx(block["after"], rel=1e-3, abs=1e-6)
     tables = [each.get("spectra", {"matrices": {}, "cosines_kept": []}) for each in (ones, others)]
     torch.testing.assert_close(*(torch.tensor(each["cosines_kept"]) for each in tables), rtol=0, atol=2e-4)
     assert tables[0]["matrices"].keys() == tables[1]["matrices"].keys()
@@ -91,7 +96,7 @@ def check_alike(alone: Path, shared: Path) -> None:
         torch.testing.assert_close(bodies[1].read(name), bodies[0].read(name), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("count", "names"), [(2, tuple(RECIPES)), (3, ("soft", "scaled"))])
+@pytest.mark.parametrize(("count", "names"), [(2, tuple(RECIPES)), (3, ("soft", "scaled", "blocks"))])
 def test_processes_adapt_as_one_does_to_rounding(
     zoo: Path, several: Processes, count: int, names: tuple[str, ...]
 ) -> None:
@@ -127,6 +132,23 @@ def test_an_adaptation_killed_between_steps_goes_on(
     assert not out.exists()
     assert [process.code for process in several.run(then, command, tmp_path)] == [0] * then
     check_alike(zoo / "one" / "soft", out)
+    assert json.loads((out / "adarank.json").read_text())["adaptation"]["resumed_from"] == [3]
+
+
+@pytest.mark.parametrize(("victim", "then"), [(0, 3), (1, 1)])
+def test_an_adaptation_killed_in_a_block_goes_on_with_it(
+    zoo: Path, several: Processes, tmp_path: Path, victim: int, then: int
+) -> None:
+    """Other processes take over the streams and factors that were made."""
+    name, out = "blocks_to_predictions", tmp_path / "out"
+    command = ["merge", str(zoo / f"{name}.yaml"), str(out)]
+    # four tensors outside of the blocks, both blocks at the start, five times the first, then twice the second
+    ended = several.run(2, command, tmp_path, steps=(victim, 4 + 2 + 5 + 2, "dies"))
+    assert (ended[victim].code, ended[1 - victim].code) == (-9, 1)
+    assert f"process {victim} of 2" in ended[1 - victim].said
+    assert not out.exists()
+    assert [process.code for process in several.run(then, command, tmp_path)] == [0] * then
+    check_alike(zoo / "one" / name, out)
     assert json.loads((out / "adarank.json").read_text())["adaptation"]["resumed_from"] == [3]
 
 

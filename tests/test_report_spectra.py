@@ -173,10 +173,13 @@ def test_scores_have_a_radar_where_there_are_experts() -> None:
     assert radar("", ["a", "b"], {"out": [1.0, 2.0]}) is None
 
 
-def test_whom_a_change_of_masks_harmed_is_measured(zoo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["model", "block"])
+def test_whom_a_change_of_masks_harmed_is_measured(zoo: Path, tmp_path: Path, by: str) -> None:
     """Two merges by masks, one with the strongest direction put back, and their predictions beside the experts'."""
     models = [{"model": f"models/{task}", "task": {"name": task, "data": f"data/{task}.tsv"}} for task in TASKS]
-    moved = recipe(zoo, "moved.yaml", **{**ADAPT, "models": models, "adapt": {**ADAPT["adapt"], "keep": "last"}})
+    moved = recipe(
+        zoo, "moved.yaml", **{**ADAPT, "models": models, "adapt": {**ADAPT["adapt"], "keep": "last", "by": by}}
+    )
     adarank.merge_recipe(moved, tmp_path / "moved")
     effect = json.loads((tmp_path / "moved" / "adarank.json").read_text())["adaptation"]["strongest_change"]
     matrix, whose = effect["tensor"], effect["task"]

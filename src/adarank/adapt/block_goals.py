@@ -18,6 +18,7 @@ from adarank.adapt.agreement import Judged
 from adarank.adapt.learner import Loss
 from adarank.adapt.passage import Passage
 from adarank.adapt.problem import Chunk, Problem, compares
+from adarank.io import processes
 from adarank.models.chain import hidden, positions
 
 MERGED, EXPERT = "merged", "expert"  # the two streams
@@ -34,7 +35,7 @@ class Goal(Protocol):
     name: ClassVar[str]
 
     def distances(self) -> dict[str, float]:
-        """task -> how far the merge is from its expert, on the judged inputs."""
+        """task -> how far the merge is from its expert, on the judged inputs; each process looks at its tasks. All must call it."""
         ...
 
     def losses(self, start: dict[str, float]) -> dict[str, Loss]:
@@ -74,16 +75,18 @@ def judged_by_block(
 ) -> Judged:
     """What is seen of weights, on the judged inputs, after these went through one block after another; the stream is let go of.
 
+    Of several processes each brings its tasks' inputs. All must call it.
+
     Arguments:
-        fill: fills the block at a place, which is held.
+        fill: fills the block at a place, which is held. Processes may share that work.
         most: look at so many inputs per task.
     """
     chunks: dict[str, Callable[[], Iterable[Chunk]]] = {
-        task: partial(inputs.judged_on, most) for task, inputs in problem.inputs.items()
+        task: partial(problem.inputs[task].judged_on, most) for task in processes.share(list(problem.inputs))
     }
     passage.bring(stream, chunks, fill)
     judged = replace(problem, forward=passage.after(stream)).judge(most)(step)
-    passage.forget(stream)
+    passage.forget(stream, chunks)
     return judged
 
 
@@ -109,11 +112,12 @@ class TowardsStates(_Towards):
     @torch.no_grad()
     def distances(self) -> dict[str, float]:
         """The means over the judged batches."""
-        distances = {}
-        for task, inputs in self.problem.inputs.items():
-            values = [float(self._distance(task, batch)) for _, batch in inputs.judged_on()]
-            distances[task] = sum(values) / len(values)
-        return distances
+        tasks = list(self.problem.inputs)
+        return dict(zip(tasks, processes.mapped(self._mean_distance, tasks), strict=True))
+
+    def _mean_distance(self, task: str) -> float:
+        values = [float(self._distance(task, batch)) for _, batch in self.problem.inputs[task].judged_on()]
+        return sum(values) / len(values)
 
     def losses(self, start: dict[str, float]) -> dict[str, Loss]:
         """Distances relative to the start's, so that tasks weigh alike."""

@@ -51,6 +51,7 @@ from adarank.adapt.problem import Problem
 from adarank.adapt.start_search import QUICK_CHECK, Tried, best_of, find_start
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import Interrupted
+from adarank.io import processes
 from adarank.io.progress import advance, stage
 from adarank.io.state import read_state, write_state
 
@@ -69,7 +70,8 @@ def adapt_by_block(
     progress: Progress | None = None,
     passage: Passage | None = None,
 ) -> Learned:
-    """Learn block after block.
+    """Learn block after block. Of several processes each takes the steps of its tasks and brings their streams through the
+    blocks, and has its share of a block's factors; what they decide is of numbers that all have. All must call it.
 
     Arguments:
         state, fingerprint, progress: as for `loop.adapt`. What is done is saved after every block.
@@ -133,7 +135,7 @@ class _Walk:
         self, problem: Problem, method: AdaptiveMethod, network: AlignedCheckpoints, folder: Path, passage: Passage
     ) -> None:
         self._problem, self._settings, self.passage = problem, problem.settings, passage
-        self._grid, self._chains = method.grid, passage.chains
+        self._grid, self._tasks = method.grid, processes.share(list(problem.inputs))
         self._by_predictions = method.by_predictions and goes_to_predictions(problem)
         self.paths, self.blocks = passage.paths, list[dict[str, Any]]()
         of_blocks = [[name for name in network.merged() if name in names] for names in map(set, passage.inside)]
@@ -181,7 +183,7 @@ class _Walk:
                 live.write()
             self.weights.rest(live)
             self.weights.keep(place, live)
-            for task in self._chains:
+            for task in self._tasks:
                 self.passage.run(MERGED, task, place, all_batches(self._problem, task))
         self.blocks.append(
             {
@@ -202,8 +204,8 @@ class _Walk:
         return TowardsStates(self._problem, self.passage, place)
 
     def _run_experts(self, place: int) -> None:
-        with stage(f"Block {place + 1} of {len(self.paths)}: the experts'", len(self._chains)):
-            for task in self._chains:
+        with stage(f"Block {place + 1} of {len(self.paths)}: the experts'", len(self._tasks)):
+            for task in self._tasks:
                 with self.passage.outside_of(task):
                     self.passage.fill_expert(task, place)
                     self.passage.run(EXPERT, task, place, all_batches(self._problem, task))
@@ -212,7 +214,7 @@ class _Walk:
     def forget(self) -> None:
         """Let go of what no later block needs."""
         for stream in (MERGED, EXPERT):
-            self.passage.forget(stream, self.place)
+            self.passage.forget(stream, self._tasks, self.place)
 
     def finish(self) -> None:
         """Judge the whole, and keep what leaves no task behind the start: all of it, a share of the way to it, or the start."""
@@ -276,11 +278,15 @@ class _Saved:
     fingerprint: str
 
     def save(self, walk: _Walk) -> None:
-        """What is not in files already."""
-        if self.state is None:
-            return
+        """What is not in files already, once all processes have written theirs. All must call it."""
+        processes.meet()
+        if self.state is not None and processes.rank() == 0:
+            write_state(self.state, self._content(walk), "the state")
+        processes.meet()
+
+    def _content(self, walk: _Walk) -> dict[str, Any]:
         history = walk.history
-        content: dict[str, Any] = {
+        return {
             "fingerprint": self.fingerprint,
             "losses": history.losses,
             "seconds": history.seconds,
@@ -290,7 +296,6 @@ class _Saved:
             "starts": [asdict(tried) for tried in history.starts],
             "blocks": walk.blocks,
         }
-        write_state(self.state, content, "the state")
 
     def restore(self, walk: _Walk) -> bool:
         """Continue from the saved state; False if there is none."""

@@ -50,6 +50,10 @@ class ProDistill(AdaptiveMethod):
 
     learn_masks: Literal[False] = Field(False, description="learn the masks")
 
+    def shares_work(self) -> bool:
+        """No: coefficients are as large as all task vectors, and a state holds them all."""
+        return False
+
     @model_validator(mode="after")
     def _every_entry(self) -> ProDistill:
         if self.rank != 1 or self.lambda_per != "tensor" or self.clamp is not None or not self.learn_lambda:

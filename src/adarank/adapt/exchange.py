@@ -28,8 +28,11 @@ class Exchange:
 
     def __init__(self, tensors: Mapping[str, Tensor], held: Collection[str]) -> None:
         self._tensors = tensors
-        everywhere = all(processes.gathered(len(held) == len(tensors)))
-        self._holder = dict.fromkeys(tensors, processes.rank()) if everywhere else processes.first_with(held)
+        held_by = processes.gathered(list(held))
+        everywhere = all(len(names) == len(tensors) for names in held_by)
+        self._holder = {name: rank for rank, names in enumerate(held_by) for name in names}
+        if everywhere:
+            self._holder = dict.fromkeys(tensors, processes.rank())
         self._parcels = [] if everywhere else self._packed()
 
     def holds(self, name: str) -> bool:

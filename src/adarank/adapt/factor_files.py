@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,19 +133,22 @@ class Holding:
 
     def _by_block(self) -> int:
         """All that is held of the largest block, and the weights of what is in none."""
-        blocks, outside = Counter[str](), self._outline.head_numel()
+        blocks, outside = dict[str, list[str]](), self._outline.head_numel()
         names = list(self._network.tensors)
         for name, group in zip(names, layer_groups(names), strict=True):
             if layer_number(name) is None:
                 outside += self._numel(name)
             else:
-                blocks[group] += self._numel(name) + (self._learned(name) if name in self._merged else 0)
-        return outside + max(blocks.values(), default=0)
+                blocks.setdefault(group, []).append(name)
+        return outside + max(map(self._of_block, blocks.values()), default=0)
 
-    def _learned(self, name: str) -> int:
-        """Numbers beside a merged tensor's weights: origin, gradient, factors and components."""
-        stored = self._method.stored_numbers(self._network, name)
-        return 2 * self._numel(name) + stored + _BY_COMPONENT * self._components(name) + self._halves(name)
+    def _of_block(self, names: Sequence[str]) -> int:
+        """Numbers of a block: weights, of what is merged gradients and components, and the process's share of origins and factors."""
+        merged = [name for name in names if name in self._merged]
+        stored = {name: self._method.stored_numbers(self._network, name) + self._halves(name) for name in merged}
+        of_process = self._of_process({name: self._numel(name) + stored[name] for name in merged})
+        by_tensor = sum(self._numel(name) + _BY_COMPONENT * self._components(name) for name in merged)
+        return sum(map(self._numel, names)) + by_tensor + of_process
 
     def _kept(self) -> int:
         choices = self._network.choices.items()

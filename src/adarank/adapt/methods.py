@@ -156,8 +156,8 @@ class AdaptiveMethod(Adapting):
         return {**({"seed": given.seed} if drawn else {}), **given.parameters}
 
     def shares_work(self) -> bool:
-        """Whether several processes adapt together: each takes some tasks' batches and some matrices' factors. Not block by block."""
-        return self.settings.by != "block"
+        """Several processes adapt together: each takes some tasks' batches and some matrices' factors."""
+        return True
 
     @classmethod
     def memory(cls) -> str:

@@ -9,7 +9,6 @@ from pydantic import BeforeValidator
 
 from adarank.adapt.start_search import AUTO
 from adarank.adapt.tying import LambdaPer
-from adarank.io import processes
 from adarank.settings import nearest
 from adarank.spectral.bases import BASES
 
@@ -53,8 +52,6 @@ def block_problems(lambda_per: LambdaPer, adapt: Collection[str]) -> list[str]:
         problems.append(
             f"lambda_per: one λ for each {lambda_per} cannot be learned a block at a time. Use tensor, layer or shared-layer, or by: model."
         )
-    if processes.size() > 1:
-        problems.append("adapt.by: block runs in one process. Start it without torchrun, or use by: model.")
     return problems
 
 

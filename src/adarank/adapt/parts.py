@@ -1,6 +1,9 @@
 """Live weights of a whole network, a part of it at a time: those of a block, or of one tensor outside of the blocks.
 
 Factors lie in files. In memory are those of one part, and what was learned of none: that lies in files, too.
+
+Of several processes, which share the folder, each has a share of a part's factors in memory; what is learned is in all of them,
+and the first one keeps it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from adarank.adapt.learner import LiveLearner, between
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.errors import RecipeError
+from adarank.io import processes
 from adarank.io.state import read_kept, write_state
 from adarank.spectral.blocks import Blocks, build_blocks, reread_block
 from adarank.spectral.mask_file import MaskFile, joined
@@ -36,7 +40,7 @@ class PartWeights:
         shared: tensor name -> the parameter or buffer that all networks use.
         of_blocks: of each block the names of its merged tensors.
         beside: names of those outside of the blocks, each a part of its own.
-        folder: where factors and what is learned are kept. It is of this run alone.
+        folder: where factors and what is learned are kept. It is of this run alone, whose processes share it.
 
     Attributes:
         parts: names of merged tensors, those of a part together: the blocks' first.
@@ -72,18 +76,19 @@ class PartWeights:
         self._start = (scale, rank)
 
     def live(self, number: int) -> LiveLearner:
-        """One part, at its start, with its factors in memory."""
-        return self._live(number, {name: self.shared[name] for name in self.parts[number]})
+        """One part, at its start, with its factors in memory. All processes must call it."""
+        return self._live(number, {name: self.shared[name] for name in self.parts[number]}, self.blocks(number))
 
-    def _live(self, number: int, parameters: Mapping[str, Tensor]) -> LiveLearner:
-        live = self.method.live(parameters, self.blocks(number), self.settings, self._basis)
+    def _live(self, number: int, parameters: Mapping[str, Tensor], blocks: Mapping[str, Blocks]) -> LiveLearner:
+        live = self.method.live(parameters, blocks, self.settings, self._basis)
         live.reset(*self._start)
         return live
 
     def keep(self, number: int, live: LiveLearner) -> None:
         """Keep what was learned of a part."""
         learned = {name: tensor.detach().cpu() for name, tensor in live.learned().items()}
-        write_state(self._learned(number), learned, "what was learned")
+        if processes.rank() == 0:
+            write_state(self._learned(number), learned, "what was learned")
 
     def write(self) -> None:
         """Compose what is outside of the blocks into the networks."""
@@ -91,24 +96,30 @@ class PartWeights:
             self.compose(number)
 
     def compose(self, number: int) -> None:
-        """Compose a part into the networks, at `share` of the way to what was learned of it."""
-        live = self._there(number)
+        """Compose a part into the networks, at `share` of the way to what was learned of it. All processes must call it."""
+        live = self._moved(number, self.live(number))
         live.settle()
         live.write()
         self.rest(live)
 
     def composed(self, number: int) -> dict[str, Tensor]:
-        """The same apart from the networks: tensors by name."""
+        """The same apart from the networks, by each process for itself: tensors by name."""
         if number >= len(self.of_blocks):  # the networks hold it
             return {name: self.shared[name] for name in self.parts[number]}
         tensors = {
             name: torch.empty_like(self.shared[name], memory_format=torch.contiguous_format)
             for name in self.parts[number]
         }
-        live = self._there(number, tensors)
-        live.settle()
-        live.write()
+        with processes.alone():
+            live = self._moved(number, self._live(number, tensors, self.mapped(number)))
+            live.settle()
+            live.write()
         return tensors
+
+    def mapped(self, number: int) -> dict[str, Blocks]:
+        """The factors of a part, all of them, in every process: mapped from their files."""
+        with processes.alone():
+            return self.blocks(number, mapped=True)
 
     def rest(self, live: LiveLearner) -> None:
         """A part is no longer learned."""
@@ -117,13 +128,14 @@ class PartWeights:
             parameter.requires_grad_(False)
 
     def mask_file(self, tasks: tuple[str, ...], origin: str, about: Mapping[str, Any]) -> MaskFile | None:
-        """The masks and λ of all parts; None if what is learned is something else."""
-        files = [self._there(number).mask_file(tasks, origin, about) for number in range(len(self.parts))]
+        """The masks and λ of all parts; None if what is learned is something else. All processes must call it."""
+        files = [
+            self._moved(number, self.live(number)).mask_file(tasks, origin, about) for number in range(len(self.parts))
+        ]
         return joined([file for file in files if file is not None], self.network.merged())
 
-    def _there(self, number: int, parameters: Mapping[str, Tensor] | None = None) -> LiveLearner:
-        """A part at `share` of the way."""
-        live = self.live(number) if parameters is None else self._live(number, parameters)
+    def _moved(self, number: int, live: LiveLearner) -> LiveLearner:
+        """A part, from its start to `share` of the way."""
         if self.share and self._learned(number).exists():
             kept = self._kept(number)
             start = {name: tensor.detach().clone() for name, tensor in live.learned().items()}
@@ -148,18 +160,26 @@ class PartWeights:
     def _learned(self, number: int) -> Path:
         return self.folder / f"learned-{number}.pt"
 
-    def blocks(self, number: int) -> dict[str, Blocks]:
-        """Origins, task vectors and spectra of a part: from its file, if there is one. Of what is outside of the blocks and not
-        decomposed, task vectors are read when they are looked at: it may be large, and is composed now and then alone."""
+    def blocks(self, number: int, mapped: bool = False) -> dict[str, Blocks]:
+        """Origins, task vectors and spectra of a part: of each matrix that is decomposed from its file, if there is one. Where
+        none is, and the part is outside of the blocks, task vectors are read when they are looked at: it may be large, and is
+        composed now and then alone. Of several processes each has its share in memory; all must call it.
+
+        Arguments:
+            mapped: factors stay in their files until they are read, and so do task vectors of parts without any.
+        """
         names, kind, spectra = self.parts[number], self.method.planned_origin, self.method.spectra
-        whole = not spectra or all(self.network.choices[name].action != "decompose" for name in names)
-        if whole and number >= len(self.of_blocks):
+        decomposed = {name for name in names if spectra and self.network.choices[name].action == "decompose"}
+        if not decomposed and (mapped or number >= len(self.of_blocks)):
             return {name: reread_block(self.network, kind, name, self.device, self._basis) for name in names}
 
-        def made() -> dict[str, Blocks]:
-            return build_blocks(self.network, kind, self.device, spectra, self._basis, names)
+        def kept(place: int, make: Callable[[], Blocks]) -> Blocks:
+            path = self.folder / f"factors-{number}" / f"{place}.pt"
+            if names[place] not in decomposed:
+                return make()
+            return kept_blocks(path, lambda: {"": make()}, self.device, mapped)[""]
 
-        return kept_blocks(self.folder / f"factors-{number}.pt", made, self.device)
+        return build_blocks(self.network, kind, self.device, spectra, self._basis, names, kept)
 
 
 class _OfParts(Mapping[str, V]):
@@ -188,7 +208,7 @@ class PartFactors(_OfParts[Blocks]):
     """Merged tensor -> its origin, task vectors and spectra."""
 
     def __init__(self, weights: PartWeights) -> None:
-        super().__init__(weights, weights.blocks)
+        super().__init__(weights, weights.mapped)
 
 
 class PartTensors(_OfParts[Tensor]):

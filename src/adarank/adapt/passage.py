@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adarank.adapt.problem import Chunk
 from adarank.adapt.streams import Streams, name_of
 from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
+from adarank.io import processes
 from adarank.io.state import read_kept, write_state
 from adarank.models import TaskModels
 from adarank.models.chain import find_chain, numbered, tensors_of
@@ -36,7 +37,7 @@ class Passage:
     Arguments:
         models: the networks. Their shared tensors may be hollow; those in blocks are so from here on, but while they are held.
         batches: task -> one of its batches, to find the blocks by.
-        folder: where streams are kept. It is of this run alone.
+        folder: where streams are kept. It is of this run alone, whose processes share it.
 
     Attributes:
         models: as given.
@@ -105,10 +106,13 @@ class Passage:
             self.fill(place, merged)
 
     def keep_outside(self) -> None:
-        """From here on what is outside of the blocks is what the networks hold there now, whoever takes its place for a while."""
+        """From here on what is outside of the blocks is what the networks hold there now, whoever takes its place for a while.
+        All processes must call it."""
         path = self._folder / "outside.pt"
         names = sorted({name for names in self._apart.values() for name in names})
-        write_state(path, {name: self._shared[name].detach() for name in names}, "what is outside of the blocks")
+        if processes.rank() == 0:
+            write_state(path, {name: self._shared[name].detach() for name in names}, "what is outside of the blocks")
+        processes.meet()
         self._outside_now = read_kept(path, mapped=True)
 
     @contextmanager
@@ -140,13 +144,13 @@ class Passage:
         Arguments:
             fill: fills the block at a place, which is held.
         """
-        self.forget(stream)
+        self.forget(stream, chunks)
         for place in range(len(self.paths)):
             with self.held(place):
                 fill(place)
                 for task, of_task in chunks.items():
                     self.run(stream, task, place, (batch for _, batch in of_task()))
-            self.forget(stream, place + 1)
+            self.forget(stream, chunks, place + 1)
 
     def after(self, stream: str) -> Forward:
         """Networks' predictions for batches that were brought behind the last block."""
@@ -170,19 +174,23 @@ class Passage:
         with self.outside_of(task):
             self.bring(EXPERTS, {task: chunks}, partial(self.fill_expert, task))
             yield self.after(EXPERTS)
-        self.forget(EXPERTS)
+        self.forget(EXPERTS, [task])
 
-    def forget(self, stream: str, before: int | None = None) -> None:
-        """Let go of a stream, or of what of it the block at a place and later ones do not need."""
+    def forget(self, stream: str, tasks: Iterable[str], before: int | None = None) -> None:
+        """Let go of tasks' batches in a stream, or of what of them the block at a place and later ones do not need."""
+        numbers = [self._number(task) for task in tasks]
         if before is None:
-            self._streams.forget(stream)
+            self._streams.forget(stream, numbers)
             return
         needed = next(iter(self.chains.values())).needed(before)
         for place in set(range(before)) - set(needed):
-            self._streams.forget(stream, place)
+            self._streams.forget(stream, numbers, place)
+
+    def _number(self, task: str) -> int:
+        return list(self.chains).index(task)
 
     def _name(self, task: str, batch: Any) -> str:
-        return name_of(list(self.chains).index(task), batch)
+        return name_of(self._number(task), batch)
 
     @contextmanager
     def _as_base(self, part: nn.Module) -> Iterator[None]:

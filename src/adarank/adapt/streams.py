@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +44,13 @@ class Streams:
             given[place] = put(kept["given"], self.device)
         return given
 
-    def forget(self, stream: str, place: int | None = None) -> None:
-        """What the block at a place gave, or all of them, is not needed any more."""
-        folder = self.folder / stream
-        shutil.rmtree(folder if place is None else folder / str(place), ignore_errors=True)
+    def forget(self, stream: str, tasks: Iterable[int], place: int | None = None) -> None:
+        """What the block at a place gave on the batches of some tasks, or all blocks, is not needed any more. Other tasks'
+        files, which may be another process's, are left alone."""
+        places = "*" if place is None else place
+        for task in tasks:
+            for path in (self.folder / stream).glob(f"{places}/{task}-*"):
+                path.unlink(missing_ok=True)
 
     def _path(self, stream: str, place: int, batch: str) -> Path:
         return self.folder / stream / str(place) / f"{batch}.pt"

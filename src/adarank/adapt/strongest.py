@@ -8,23 +8,27 @@ forward passes of the judge, not to first order; no label is read, and the netwo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from adarank.adapt.block_goals import judged_by_block
 from adarank.adapt.exchange import Exchange
 from adarank.adapt.history import Learned
+from adarank.adapt.passage import Passage
 from adarank.adapt.problem import Problem
 
 
 @torch.no_grad()
-def strongest_change(problem: Problem, learned: Learned) -> dict[str, Any] | None:
+def strongest_change(problem: Problem, learned: Learned, passage: Passage | None = None) -> dict[str, Any] | None:
     """The component, its mask, and task -> divergence as it is kept and with the component whole.
 
     None where every strongest component is whole, or its factors are not at hand.
 
     Arguments:
         problem: its networks hold what is kept.
+        passage: over the networks, whose blocks are filled in turn, where a block was learned at a time.
     """
     masks = learned.masks
     least = masks.least_kept() if masks is not None else None
@@ -33,12 +37,20 @@ def strongest_change(problem: Problem, learned: Learned) -> dict[str, Any] | Non
     name, task, value = least
     parameter = learned.parameters[name]
     kept = parameter.detach().clone()
+
+    def fill(place: int) -> None:
+        assert passage is not None
+        passage.fill(place, learned.parameters)
+        problem.models.fill([(name, changed)] if name in passage.inside[place] else [])
+
+    judge = problem.judge() if passage is None else partial(judged_by_block, problem, passage, "changed", fill)
     try:
         block = learned.factors[name]
         if block.here:
             parameter.copy_(block.compose(masks.lam[name], masks.with_strongest(name, task, 1)))
         Exchange({name: parameter}, [name] if block.here else []).send()
-        after = problem.judge()(learned.history.step)
+        changed = parameter.detach().clone()
+        after = judge(learned.history.step)
     finally:
         parameter.copy_(kept)
     before = learned.history.judged_kept

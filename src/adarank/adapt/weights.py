@@ -41,7 +41,9 @@ def adapt_weights(
     """
     if method.settings.by == "block":
         note("Adapting, block by block")
-        return adapt_by_block(problem, method, network, state, fingerprint, progress, passage)
+        learned = adapt_by_block(problem, method, network, state, fingerprint, progress, passage)
+        _check_alike(learned)
+        return learned
     kept = state.with_name(f"origin-{fingerprint[:16]}.pt") if state else None
     method, agreement = with_origin(method, problem, network, kept=kept, state=state)
     if agreement and factors:  # names tell files about one origin from those about the other
@@ -53,8 +55,16 @@ def adapt_weights(
     note("Adapting")
     history = problem.adapt(live, method.grid, state, fingerprint, progress)
     live.settle()
-    bits = [tensor.detach().cpu().numpy().tobytes() for tensor in live.learned().values()]
-    processes.check_agreement("masks and λ", [hashlib.sha256(part).hexdigest() for part in bits])
     live.zero_grad()
     masks = live.mask_file(network.tasks, method.origin, {})
-    return Learned(history, live.parameters, masks, factors=live.factors, origins=agreement)
+    learned = Learned(history, live.parameters, masks, factors=live.factors, origins=agreement)
+    _check_alike(learned)
+    return learned
+
+
+def _check_alike(learned: Learned) -> None:
+    """Refuse to go on where processes have learned different masks or λ."""
+    masks = learned.masks
+    numbers = [*masks.masks.values(), *masks.lam.values()] if masks is not None else []
+    bits = [tensor.detach().cpu().numpy().tobytes() for tensor in numbers]
+    processes.check_agreement("masks and λ", [hashlib.sha256(part).hexdigest() for part in bits])

@@ -164,6 +164,16 @@ def stopping_together() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """While it is open this process works for itself, as if no others had joined."""
+    token = _group.set(None)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
 def rank() -> int:
     """Which of the processes this is; 0 where it is alone."""
     group = _group.get()
@@ -227,13 +237,14 @@ def from_owner(rank: int, value: T | None) -> T:
     return of_owner
 
 
-def first_with(names: Iterable[str]) -> dict[str, int]:
-    """Name -> rank of the first process that has it, of all processes' names. All must call it."""
-    ranks: dict[str, int] = {}
-    for rank, of_one in enumerate(gathered(list(names))):
+def shared_out(names: Iterable[str]) -> list[str]:
+    """Of the names that this process has those that are its to work on: each is one process's of those that have it, in turn.
+    All must call it."""
+    having: dict[str, list[int]] = {}
+    for number, of_one in enumerate(gathered(list(names))):
         for name in of_one:
-            ranks.setdefault(name, rank)
-    return ranks
+            having.setdefault(name, []).append(number)
+    return [name for place, (name, ranks) in enumerate(having.items()) if ranks[place % len(ranks)] == rank()]
 
 
 def balanced(sizes: Sequence[int]) -> list[int]:

@@ -257,11 +257,13 @@ def build_blocks(
     with stage("Task vectors", len(mine)):
         for name, number in mine.items():
             blocks[name] = made(name) if kept is None else kept(number, partial(made, name))
-    for name in names if processes.size() > 1 else ():
-        block = blocks.get(name)
-        sent = block and (block if whole else block.outline()).to("cpu")
-        received = processes.from_owner(holder[name], sent)
-        blocks[name] = block or received.to(device)
+    if whole and processes.size() > 1:
+        for name in names:  # one at a time, as they are large
+            received = processes.from_owner(holder[name], blocks[name].to("cpu") if name in mine else None)
+            blocks.setdefault(name, received.to(device))
+    outlines = {name: block.outline().to("cpu") for name, block in blocks.items()} if processes.size() > 1 else {}
+    for of_one in processes.gathered(outlines):
+        blocks = {name: outline.to(device) for name, outline in of_one.items()} | blocks
     return {name: blocks[name] for name in names}
 
 

@@ -79,7 +79,7 @@ def described(
     curves, curves_kept = (torch.zeros(count, POINTS, dtype=torch.float64) for _ in range(2))
     matrices: dict[str, dict[str, Any]] = {}
     here = list(blocks) if processes.size() == 1 else [name for name, block in blocks.items() if block.here]
-    for name in [name for name, rank in processes.first_with(here).items() if rank == processes.rank()]:
+    for name in processes.shared_out(here):
         advance()
         block = blocks[name]
         if not block.components:

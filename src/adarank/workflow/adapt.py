@@ -91,10 +91,11 @@ def adapt_job(run: RecipeContext, method: AdaptiveMethod) -> Adaptation:
             factors,
         )
     exact = method.learn().precision == "float32"  # else what was judged is not quite what is kept
-    effect = strongest_change(problem, learned) if exact else None
+    effect = strongest_change(problem, learned, passage) if exact else None
     about = {name: run.about[name] for name in ("settings", "inputs", "seed")}
     masks = learned.masks and replace(learned.masks, about=about)
-    over = problem if passage is None or run.keeps_heads else _over_merged(problem, passage, learned)
+    heads_here = not run.keeps_heads and processes.rank() == 0
+    over = _over_merged(problem, passage, learned) if passage is not None and heads_here else problem
     heads, of_heads = ({}, {}) if run.keeps_heads else learned_heads(job, over, run.note)
     if method.joint_heads and not run.keeps_heads:
         heads = moved_heads(job, problem)
