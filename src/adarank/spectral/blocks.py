@@ -261,9 +261,9 @@ def build_blocks(
         for name in names:  # one at a time, as they are large
             received = processes.from_owner(holder[name], blocks[name].to("cpu") if name in mine else None)
             blocks.setdefault(name, received.to(device))
-    outlines = {name: block.outline().to("cpu") for name, block in blocks.items()} if processes.size() > 1 else {}
-    for of_one in processes.gathered(outlines):
-        blocks = {name: outline.to(device) for name, outline in of_one.items()} | blocks
+    elif processes.size() > 1:
+        for of_one in processes.gathered({name: block.outline().to("cpu") for name, block in blocks.items()}):
+            blocks = {name: outline.to(device) for name, outline in of_one.items()} | blocks
     return {name: blocks[name] for name in names}
 
 
