@@ -132,7 +132,7 @@ def _for_heads(inputs: Inputs) -> Iterator[Chunk]:
 def _of_masks(learned: Learned) -> dict[str, Any]:
     """What a record says of masks, and of blocks where these were learned one at a time."""
     said: dict[str, Any] = {"blocks": list(learned.blocks)} if learned.blocks else {}
-    if learned.masks is not None:
+    if learned.masks is not None and learned.masks.masks:
         kept = [round(v, 5) for v in learned.history.kept]
         said |= {"components_kept": learned.masks.kept_share(), "kept": kept, "mask": learned.masks.kind}
         said |= spectra_of(learned.factors, learned.masks)
