@@ -23,8 +23,6 @@ from adarank.adapt.strongest import strongest_change
 from adarank.adapt.top_logits import TokenTable
 from adarank.adapt.weights import adapt_weights
 from adarank.data.task import TaskData
-from adarank.io import processes
-from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
 from adarank.models import TaskModels
@@ -149,7 +147,7 @@ def spectra_of(factors: Mapping[str, Blocks], masks: MaskFile) -> dict[str, Any]
     """What a record says of the task vectors' spectra and overlap, before and after; nothing where no matrix was decomposed."""
     if not masks.masks or not factors:
         return {}
-    with torch.no_grad(), stage("Comparing the spectra", len(processes.share(list(factors)))):
+    with torch.no_grad():
         return {"spectra": described(factors, masks.masks, masks.lam, masks.tasks)}
 
 
