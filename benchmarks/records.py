@@ -1,8 +1,9 @@
 """Records of what was measured: one file of JSON lines per test bed or subject, which the tables of the docs are made from.
 
 A line is one record. Its `kind`, `study`, `name` and `seed`, as far as it has them, are its key: to write a record replaces
-the one with its key, and no other. Numbers have six digits, more than anything here is measured to. Blocks that many records have alike (`SHARED`) stand once, in lines of the kind "shared"
-at the head of the file; a record names its own by the beginning of their SHA-256. Who reads records gets them whole.
+the one with its key, and no other. Numbers have six digits, more than anything here is measured to. Blocks (`SHARED`) that several
+records have alike stand once, in lines of the kind "shared" at the head of the file; a record names its own by the beginning of
+their SHA-256. Who reads records gets them whole.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent.parent / "records"
 KEY = ("kind", "study", "name", "seed")
-SHARED = ("inputs", "rows_per_split", "versions", "machine")
+SHARED = ("inputs", "rows_per_split", "versions", "machine", "settings")
 SIGNALS = {"agreement": 1, "divergence": -1, "histogram": -1, "entropy": -1}  # of judgements: which way is better
 Record = dict[str, Any]
 
@@ -74,7 +76,7 @@ class Records:
                 if record["kind"] == "shared":
                     blocks[record["name"]] = record["value"]
                     continue
-                record |= {field: blocks[record[field]] for field in SHARED if field in record}
+                record |= {field: blocks[record[field]] for field in SHARED if isinstance(record.get(field), str)}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{where}: is no record ({error!r}). Restore the file from the history.") from None
             if key_of(record) in records:
@@ -97,19 +99,23 @@ def rounded(value: Any, digits: int = 6) -> Any:
 
 
 def _lines(records: Mapping[tuple[Any, ...], Record]) -> Iterator[Record]:
-    """Shared blocks in the order of their first use, then the records, with names in the place of blocks."""
+    """Blocks that several records have alike, in the order of their first use, then the records, with names in the place of these."""
+    names = {
+        key: {field: _name(record[field]) for field in SHARED if field in record} for key, record in records.items()
+    }
+    uses = Counter(name for of_one in names.values() for name in of_one.values())
     blocks: dict[str, Any] = {}
     lines = []
-    for record in records.values():
-        names = {}
-        for field in SHARED:
-            if field in record:
-                content = json.dumps(record[field], ensure_ascii=False)
-                names[field] = hashlib.sha256(content.encode()).hexdigest()[:12]
-                blocks[names[field]] = record[field]
-        lines.append({**record, **names})
+    for key, record in records.items():
+        named = {field: name for field, name in names[key].items() if uses[name] > 1}
+        blocks |= {name: record[field] for field, name in named.items()}
+        lines.append({**record, **named})
     yield from ({"kind": "shared", "name": name, "value": value} for name, value in blocks.items())
     yield from lines
+
+
+def _name(block: Any) -> str:
+    return hashlib.sha256(json.dumps(block, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
 @contextmanager

@@ -329,7 +329,7 @@ def report(
         "rolled_back": choice.rolled_back,
         "worse_at_kept": worse(history.judged_kept, history.judged[0], 0.0),
         "collapse_seen": first_collapse(history.judged),
-        "components_kept": round(history.kept[-1], 5),
+        "components_kept": round(history.kept[-1], 5) if history.kept else 1.0,
         "seconds_in_steps": round(history.seconds, 1),
     }
 

@@ -170,6 +170,7 @@ def results_page() -> str:
         "main": lambda: table("minilm-8", ROWS, costs=True),
         "task_aware": lambda: task_aware("minilm-8"),
         "ablation": lambda: ablation("minilm-8"),
+        "heads_masks_lambda": lambda: heads_masks_lambda("minilm-8"),
         "settings": lambda: settings("minilm-8"),
         "collapse": lambda: collapse("minilm-8"),
         "shown": shown,

@@ -19,6 +19,7 @@ from torch import Tensor
 from adarank.alignment.task_vectors import Member
 from adarank.errors import AdaRankError, CheckpointError, OutputError
 from adarank.io.checkpoint import Checkpoint, MemorySource, check_finite
+from adarank.io.files import MappedFile, open_safetensors
 from adarank.io.writer import write_checkpoint
 from make import (
     State,
@@ -279,3 +280,39 @@ def test_hashes_change_with_the_bytes_alone(tmp_path: Path) -> None:
     other = Checkpoint(save(tmp_path / "c", state(1), {"x": 1})).sha256()
     assert first["config.json"] == other["config.json"]
     assert first["model.safetensors"] != other["model.safetensors"]
+
+
+def resident(file: Path) -> int:
+    """Bytes of a file that are resident in this process."""
+    total, of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        first = line.split(maxsplit=1)[0]
+        if not first.endswith(":"):
+            of_file = line.endswith(str(file))
+        elif of_file and first == "Rss:":
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is resident")
+def test_pages_of_a_file_that_were_read_are_let_go(tmp_path: Path) -> None:
+    tensors = {f"t{number}": randn(number, 512, 512) for number in range(12)}  # a megabyte each
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    mapped = MappedFile(file, open_safetensors(file), mapped_bytes=2**20)
+    kept = mapped.get_tensor("t0")
+    assert all(identical(mapped.get_tensor(name), tensor) for name, tensor in tensors.items())
+    assert resident(file) < 6 * 2**20  # all of it would be twelve
+    assert identical(kept, tensors["t0"])
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": randn(0, 8, 8)}, file)
+    mapped = MappedFile(file, open_safetensors(file), mapped_bytes=1)
+    before = mapped.get_tensor("a").clone()
+    save_file({"a": randn(1, 8, 8)}, tmp_path / "other")
+    os.replace(tmp_path / "other", file)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        mapped.get_tensor("a")
+    assert identical(before, randn(0, 8, 8))

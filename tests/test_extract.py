@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 import adarank
@@ -146,6 +147,17 @@ def test_the_dtype_is_the_outputs(text: Path, tmp_path: Path, method: str) -> No
     assert usual.dtype == torch.bfloat16
     assert Checkpoint(tmp_path / "mood").tensors["bert.pooler.dense.bias"].dtype == torch.bfloat16
     assert_same(exact, adarank.load_task(tmp_path / "out", "mood"))
+
+
+def test_a_head_of_the_base_gives_way_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tensors have the names of the task's head, which is there: nothing of the task is left out."""
+    zoo = image_zoo.make_zoo(tmp_path / "zoo", bare_base=False)
+    adarank.merge_recipe(image_zoo.recipe(zoo, merge_method="average"), tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["classifier.weight"].shape[0] == 5
+    assert main(["extract", str(tmp_path / "out"), "shapes", str(tmp_path / "shapes")]) == 0
+    assert "left out" not in capsys.readouterr().out
+    weight = load_file(tmp_path / "shapes" / "model.safetensors")["classifier.weight"]
+    assert torch.equal(weight, load_file(zoo / "models" / "shapes" / "model.safetensors")["classifier.weight"])
 
 
 def test_what_has_no_place_in_a_task_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import adarank
 from adarank.cli.main import main
+from image_zoo import make_zoo as make_images
+from image_zoo import recipe as of_images
 from make import save
 from text_zoo import ADAPT, make_zoo, recipe
 
@@ -37,6 +40,35 @@ def test_cart_of_two_experts_is_noted_to_be_their_average(zoo: Path, capsys: pyt
     experts = {task: {n: t + 0.1 * torch.randn_like(t) for n, t in state.items()} for task in "xy"}
     found = adarank.merge(state, experts, "cart", {"rank": 0.4, "lambda": 2.0})
     assert all(torch.allclose(own, (experts["x"][n] + experts["y"][n]) / 2, atol=1e-6) for n, own in found.items())
+
+
+@pytest.mark.parametrize("method", ["adarank", "cart", "iso_c"])
+def test_kernels_that_are_taken_whole_are_noted(tmp_path: Path, capsys: Any, method: str) -> None:
+    convolutional = make_images(tmp_path / "resnet", "resnet")
+    text = shown(capsys, "plan", of_images(convolutional, merge_method=method))
+    assert "of the merged numbers are kernels of convolutions" in text
+    remedy = yaml.safe_load(text[text.index("select:") :].split("}.")[0] + "}")
+    for change in ({"merge_method": method, **remedy}, {"merge_method": method, "select": {"scale": "*.convolution.weight"}}):  # fmt: skip
+        assert "kernels" not in shown(capsys, "plan", of_images(convolutional, "chosen.yaml", **change))
+    described = json.loads(shown(capsys, "plan", of_images(convolutional, merge_method=method, **remedy), "--json"))
+    assert {row["action"] for row in described["tensors"].values() if len(row["shape"]) == 4} == {"decompose"}
+
+
+def test_methods_and_networks_of_matrices_have_no_such_note(tmp_path: Path, capsys: Any) -> None:
+    assert "kernels" not in shown(capsys, "plan", of_images(make_images(tmp_path / "vit"), merge_method="tsv_m"))
+    plain = of_images(make_images(tmp_path / "resnet", "resnet"), merge_method="average")
+    assert "kernels" not in shown(capsys, "plan", plain)
+
+
+def test_no_components_are_spoken_of_where_there_are_none(tmp_path: Path, capsys: Any) -> None:
+    zoo = make_images(tmp_path, "resnet")
+    steps = {"merge_method": "adarank", "adapt": {"steps": 2, "batch_size": 4}}
+    assert main(["merge", str(of_images(zoo, **steps)), str(tmp_path / "out")]) == 0
+    out, progress = capsys.readouterr()
+    assert "start: λ" in out
+    assert "components kept" not in out
+    assert "kept 100" not in progress
+    assert "components_kept" not in json.loads((tmp_path / "out" / "adarank.json").read_text())["adaptation"]
 
 
 def test_embeddings_that_experts_changed_are_named_when_kept(tmp_path: Path, capsys: Any) -> None:

@@ -171,5 +171,7 @@ def test_a_written_file_reads_as_json_line_by_line(tmp_path: Path) -> None:
     assert records.Records(path).first()["note"] == "two\nlines\u2028and more"
     path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
     assert len(records.Records(path).find()) == 1
-    assert [json.loads(line)["kind"] for line in path.open(encoding="utf-8")] == ["shared", "row"]
+    assert [json.loads(line)["kind"] for line in path.open(encoding="utf-8")] == ["row"]
+    records.Records(path).write(row("μ", 0, machine=MACHINE))
+    assert [json.loads(line)["kind"] for line in path.open(encoding="utf-8")] == ["shared", "row", "row"]
     assert "λ" in path.read_text(encoding="utf-8")

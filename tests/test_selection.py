@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adarank.alignment.selection import Select, choose
+from adarank.alignment.selection import Select, choose, matching
 from adarank.errors import RecipeError
 from adarank.io.checkpoint import TensorInfo
 from make import assert_accounted, family, network
@@ -58,3 +58,9 @@ def test_every_pattern_that_matches_nothing_is_named() -> None:
         network(base, experts, select)
     assert all(part in str(caught.value) for part in ("'layr.*'", "'Norm.*'", "'clasifier.*'"))
     assert "'layer.0.*'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("action", list(Select.model_fields))
+def test_patterns_of_every_action_outlast_a_lost_model(action: str) -> None:
+    select = Select(**{action: ["here.*", "*.lost"]})
+    assert matching(select, ["here.weight"]) == Select(**{action: ["here.*"]})

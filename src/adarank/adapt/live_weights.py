@@ -221,9 +221,9 @@ class LiveWeights:
         basis = self.basis
         return MaskFile(origin, basis.groups(tasks), lam, masks, sizes, about, basis.name, basis.thresholds)
 
-    def kept_share(self) -> float:
-        """Share of all components that are kept now (of soft masks: that are at ½ or above); 1 if there are none."""
-        return float(hard(self._used_logits()).double().mean()) if self.logits.numel() else 1.0
+    def kept_share(self) -> float | None:
+        """Share of all components that are kept now (of soft masks: that are at ½ or above); None if nothing is decomposed."""
+        return float(hard(self._used_logits()).double().mean()) if self.logits.numel() else None
 
     def _composed(self) -> Iterator[tuple[str, Blocks]]:
         """The tensors that this process composes."""

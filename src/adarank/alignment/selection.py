@@ -13,7 +13,7 @@ The default is read off the tensor's name, shape and dtype; a recipe overrides i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -45,6 +45,7 @@ _COMPUTED = re.compile(
     r"|attn\.embed_positions|embed_positions\.(weights|_float_tensor)"  # of sines
     r"|(position|token_type|buffered_token_type)_ids|relative_position_index|relative_coords_table|attention_bias_idxs)$"
 )
+_BY_RECIPE = "recipe: "
 _COUNTER = "num_batches_tracked"  # of batch norms: state of training, without effect on what a network computes
 
 
@@ -90,6 +91,10 @@ class Choice:
     action: Action
     reason: str
 
+    def by_default(self, action: Action) -> bool:
+        """True if it is this action, and no pattern of the recipe says so."""
+        return self.action == action and not self.reason.startswith(_BY_RECIPE)
+
 
 def choose(info: TensorInfo, select: Select, keep_embeddings: bool) -> Choice:
     """The action for one tensor.
@@ -130,7 +135,7 @@ def _asked(info: TensorInfo, action: Action, pattern: str) -> Choice:
         raise RecipeError(
             f"select: decompose '{pattern}' matches '{info.name}' of shape {info.shape}. Only matrices have an SVD."
         )
-    return Choice(action, f"recipe: {pattern}")
+    return Choice(action, f"{_BY_RECIPE}{pattern}")
 
 
 def _default(info: TensorInfo, keep_embeddings: bool) -> Choice:
@@ -188,9 +193,21 @@ def matching(select: Select, names: Sequence[str]) -> Select:
             for other, pattern in select.patterns()
             if other == action and any(fnmatchcase(name, pattern) for name in names)
         )
-        for action in ("decompose", "scale", "keep", "head")
+        for action in Select.model_fields
     }
     return Select(**kept)
+
+
+def patterns_for(names: Sequence[str], others: Collection[str]) -> list[str]:
+    """Patterns that match all of these names and none of the others: ends of names, as short as they can be."""
+    patterns: list[str] = []
+    for name in names:
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+            parts = name.split(".")
+            ends = ["*." + ".".join(parts[-count:]) for count in range(2, len(parts))]
+            fitting = (end for end in ends if not any(fnmatchcase(other, end) for other in others))
+            patterns.append(next(fitting, name))
+    return patterns
 
 
 def unmatched(select: Select, names: Sequence[str]) -> list[str]:

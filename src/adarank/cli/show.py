@@ -245,8 +245,9 @@ def adapted(report: Mapping[str, Any]) -> None:
         )
     if report["starts"]:
         best = max(report["starts"], key=lambda start: start["value"])
+        rank = f"rank {best['rank']:g}, " if "components_kept" in report else ""
         write(
-            f"start: rank {best['rank']:g}, λ {best['lambda']:g}: nearest to the experts on unlabelled inputs, "
+            f"start: {rank}λ {best['lambda']:g}: nearest to the experts on unlabelled inputs, "
             f"of {len(report['starts'])} looked at"
         )
     if report.get("start_at_edge"):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adarank.errors import CheckpointError, OutputError, RecipeError, itemise, reading
 from adarank.io.distributed import METADATA, DistributedFile, is_distributed
-from adarank.io.files import file_sha256, open_safetensors, read_json
+from adarank.io.files import MappedFile, file_sha256, open_safetensors, read_json
 from adarank.io.finite import all_finite
 from adarank.io.hub import local_path
 from adarank.io.low_rank import Factors
@@ -243,7 +243,7 @@ class Checkpoint(_Whole):
             if view.get_dtype() not in _READ:
                 raise CheckpointError(_unread(file, name, view.get_dtype()))
             self._add(prefix, TensorInfo(name, tuple(view.get_shape()), _READ[view.get_dtype()], str(file)))
-        self._handles[str(file)] = handle
+        self._handles[str(file)] = MappedFile(file, handle)
 
     def _open_legacy(self, file: Path, prefix: str) -> None:
         state = load_pickled(file)

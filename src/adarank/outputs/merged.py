@@ -93,7 +93,7 @@ class Merged:
 
         Returns:
             (shape, dtype) of its tensors; the tensors in that order, one in memory at a time, the head last; and the
-            body's tensors that its architecture has no place for, such as the pooler or a head of a base.
+            body's tensors that its architecture has no place for, such as a pooler; not a base's head, where the task's takes its place.
 
         Raises:
             CheckpointError: no such task, or its tensors do not fit its architecture.
@@ -110,7 +110,7 @@ class Merged:
         in_file = {name: stored for name, stored in names.items() if stored in used and stored not in head}
         layout = {stored: specs[stored] for stored in (*in_file.values(), *head)}
         tensors = chain(((stored, body.read(name)) for name, stored in in_file.items()), head.items())
-        return layout, tensors, [name for name in names if name not in in_file]
+        return layout, tensors, [name for name in names if name not in in_file and names[name] not in head]
 
     def layout_in_base(self) -> Layout:
         """(shape, dtype) of all that `tensors` yields, in its order."""

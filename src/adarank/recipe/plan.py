@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from adarank.alignment.selection import computed
+from adarank.alignment.selection import computed, patterns_for
 from adarank.alignment.task_vectors import AlignedCheckpoints, Member
 from adarank.errors import RecipeError
+from adarank.io.checkpoint import TensorInfo
 from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod
 from adarank.recipe.job import Job
@@ -101,6 +102,31 @@ def _owners(network: AlignedCheckpoints, name: str) -> dict[str, Member]:
     return {t: m for t, m in network.experts.items() if name in m.names and name not in network.heads[t]}
 
 
+def _kernel_notes(job: Job) -> list[str]:
+    """A sentence where a method that decomposes matrices takes most of a network as it is: kernels of convolutions."""
+    if not job.method.decomposes:
+        return []
+    network = job.network
+    merged = {name: network.tensors[name] for name in network.merged()}
+    kernels = [name for name, info in merged.items() if _is_kernel(info) and network.choices[name].by_default("scale")]
+    decomposed = sum(info.numel for name, info in merged.items() if network.choices[name].action == "decompose")
+    of_kernels = sum(merged[name].numel for name in kernels)
+    if of_kernels <= decomposed:
+        return []
+    share = of_kernels / sum(info.numel for info in merged.values())
+    patterns = patterns_for(kernels, set(network.tensors) - set(kernels))
+    listed = ", ".join([f'"{pattern}"' for pattern in patterns[:4]] + ["…"] * (len(patterns) > 4))
+    return [
+        f"'{job.method.name}' decomposes matrices, but {100 * share:.0f}% of the merged numbers are kernels of convolutions, which it takes whole. "
+        f"To decompose them, too, as matrices (out, in·k·k): select: {{decompose: [{listed}]}}."
+    ]
+
+
+def _is_kernel(info: TensorInfo) -> bool:
+    """True for what a convolution over an image or a volume multiplies by; not for tables of positions, nor stacked matrices of three dimensions."""
+    return info.name.endswith("weight") and len(info.shape) > 3 and info.shape[0] > 1
+
+
 def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
     """The plan as plain data: what `adarank plan` shows and what a record keeps."""
     network = job.network
@@ -115,7 +141,13 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
         "reads": job.method.labels or None,
         "actions": dict(Counter(actions.values())),
         "decomposes": job.method.decomposes,
-        "notes": [*job.recipe.notes(), *job.notes, *job.method.notes(network), *license_notes(sources)],
+        "notes": [
+            *job.recipe.notes(),
+            *job.notes,
+            *job.method.notes(network),
+            *_kernel_notes(job),
+            *license_notes(sources),
+        ],
         "sources": sources,
         "tensors": {
             name: {

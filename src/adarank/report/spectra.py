@@ -15,14 +15,8 @@ NONE = (
 
 
 def described(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the record says of spectra and overlap; None of a method that learns no masks."""
-    block = record.get("adaptation")
-    if block is None or "components_kept" not in block:
-        return None
-    if block["components_kept"] == 1 and "spectra" not in block:  # no matrix was decomposed
-        return None
-    spectra: Mapping[str, Any] = block["spectra"]
-    return spectra
+    """What the record says of spectra and overlap; None of a method that learns no masks, or decomposed no matrix."""
+    return (record.get("adaptation") or {}).get("spectra")
 
 
 def ranks(spectra: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ task. It grows with the singular values, so that it is given as a share of their
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adarank.io import processes
-from adarank.io.progress import advance
+from adarank.io.progress import advance, stage
 from adarank.spectral.blocks import Blocks
 from adarank.spectral.svd import Spectrum, effective_rank
 
@@ -56,6 +56,13 @@ def _interference(across_u: Tensor, s: Tensor, across_v: Tensor) -> float:
     return float(((across_u * s) @ across_v).abs().sum())
 
 
+def _each(names: Sequence[str]) -> Iterator[str]:
+    with stage("Comparing the spectra", len(names)):
+        for name in names:
+            yield name
+            advance()
+
+
 def described(
     blocks: Mapping[str, Blocks], masks: Mapping[str, Tensor], lam: Mapping[str, Tensor], groups: Sequence[str]
 ) -> dict[str, Any]:
@@ -79,8 +86,7 @@ def described(
     curves, curves_kept = (torch.zeros(count, POINTS, dtype=torch.float64) for _ in range(2))
     matrices: dict[str, dict[str, Any]] = {}
     here = list(blocks) if processes.size() == 1 else [name for name, block in blocks.items() if block.here]
-    for name in processes.shared_out(here):
-        advance()
+    for name in _each(processes.shared_out(here)):
         block = blocks[name]
         if not block.components:
             continue

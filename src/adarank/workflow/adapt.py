@@ -24,7 +24,6 @@ from adarank.adapt.top_logits import TokenTable
 from adarank.adapt.weights import adapt_weights
 from adarank.data.task import TaskData
 from adarank.io import processes
-from adarank.io.progress import stage
 from adarank.io.record import Note
 from adarank.method import changed_tensors
 from adarank.models import TaskModels
@@ -133,7 +132,7 @@ def _for_heads(inputs: Inputs) -> Iterator[Chunk]:
 def _of_masks(learned: Learned) -> dict[str, Any]:
     """What a record says of masks, and of blocks where these were learned one at a time."""
     said: dict[str, Any] = {"blocks": list(learned.blocks)} if learned.blocks else {}
-    if learned.masks is not None:
+    if learned.masks is not None and learned.masks.masks:
         kept = [round(v, 5) for v in learned.history.kept]
         said |= {"components_kept": learned.masks.kept_share(), "kept": kept, "mask": learned.masks.kind}
         said |= spectra_of(learned.factors, learned.masks)
@@ -150,7 +149,7 @@ def spectra_of(factors: Mapping[str, Blocks], masks: MaskFile) -> dict[str, Any]
     """What a record says of the task vectors' spectra and overlap, before and after; nothing where no matrix was decomposed."""
     if not masks.masks or not factors:
         return {}
-    with torch.no_grad(), stage("Comparing the spectra", len(processes.share(list(factors)))):
+    with torch.no_grad():
         return {"spectra": described(factors, masks.masks, masks.lam, masks.tasks)}
 
 
