@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import adarank
 from adarank.cli.main import main
+from adarank.cli.show import adapted
 from image_zoo import make_zoo as make_images
 from image_zoo import recipe as of_images
 from make import save
@@ -69,6 +70,21 @@ def test_no_components_are_spoken_of_where_there_are_none(tmp_path: Path, capsys
     assert "components kept" not in out
     assert "kept 100" not in progress
     assert "components_kept" not in json.loads((tmp_path / "out" / "adarank.json").read_text())["adaptation"]
+
+
+@pytest.mark.parametrize(("of_base", "said"), [(0.64375, True), (0.64, False)])
+def test_a_start_set_by_hand_keeps_the_origin(capsys: Any, of_base: float, said: bool) -> None:
+    """What is set without an origin is about the average, so whoever follows the advice about the base must name it."""
+    report = {
+        "origins": {"average": 0.640625, "pretrained": of_base}, "start_at_edge": ["lambda"],
+        "starts": [{"rank": 1.0, "lambda": 0.05, "value": 0.65}], "components_kept": 0.5, "steps": 2, "rolled_back": False,
+        "share_kept": 1, "step_kept": 2, "why_kept": "", "collapsed": [], "largest_class_share": {}, "collapse_seen": {},
+    }  # fmt: skip
+    adapted(report)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "set it by hand" in text
+    assert ("origin: pretrained" in text) == said
+    assert "experts on 64.1% of unlabelled inputs" in text
 
 
 def test_embeddings_that_experts_changed_are_named_when_kept(tmp_path: Path, capsys: Any) -> None:

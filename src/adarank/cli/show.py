@@ -237,11 +237,12 @@ def points(ranked: Sequence[Point], metrics: Mapping[str, str], most: int = 10) 
 
 def adapted(report: Mapping[str, Any]) -> None:
     """What adaptation came to: steps, the one kept and why, and which tasks collapsed."""
+    about_base = False
     if origins := report.get("origins"):
-        about = "average" if origins["average"] >= origins["pretrained"] else "base"
+        about_base = origins["average"] < origins["pretrained"]
         write(
-            f"about the {about}: the experts' average agrees with the experts on {100 * origins['average']:.0f}% of unlabelled "
-            f"inputs, the base on {100 * origins['pretrained']:.0f}%"
+            f"about the {'base' if about_base else 'average'}: the experts' average agrees with the experts on "
+            f"{100 * origins['average']:.1f}% of unlabelled inputs, the base on {100 * origins['pretrained']:.1f}%"
         )
     if report["starts"]:
         best = max(report["starts"], key=lambda start: start["value"])
@@ -252,9 +253,10 @@ def adapted(report: Mapping[str, Any]) -> None:
         )
     if report.get("start_at_edge"):
         names = " and ".join(report["start_at_edge"])
+        beside = ", with origin: pretrained beside it (else it is about the average)" if about_base else ""
         head(
             "edge:",
-            f" the best start has the last {names} that is looked at. Beyond it a better one may lie: set it by hand.",
+            f" the best start has the last {names} that is looked at. Beyond it a better one may lie: set it by hand{beside}.",
         )
     taken = f"{report['steps']} steps"
     kept = f", {100 * report['components_kept']:.2f}% of the components kept" if "components_kept" in report else ""
