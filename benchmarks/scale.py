@@ -1,7 +1,7 @@
 """A merge and an adaptation by 1, 2 and 4 processes, and by a model of them that is carried on to 256.
 
     python benchmarks/scale.py --folder FOLDER [--processes 1 2 4] [--repeats 3] [--commands task_arithmetic ties_merging adarank]
-    python benchmarks/scale.py --folder FOLDER --memory 512 [--processes 1 2 4]
+    python benchmarks/scale.py --folder FOLDER --memory 512 [--by block] [--processes 1 2 4]
 
 FOLDER is one that merge_speed.py has filled. Measured is the time of the processor of the busiest process (one thread each), which does not
 depend on how many cores there are, nor on what else they do. The model has two constants of a command, fitted to one and to two processes:
@@ -93,13 +93,15 @@ def peak_of(count: int, arguments: list[str], folder: Path) -> int:
     return peak
 
 
-def peaks(folder: Path, width: int, counts: list[int]) -> dict[str, dict[str, int]]:
+def peaks(folder: Path, width: int, by: str, counts: list[int]) -> dict[str, dict[str, int]]:
     """Count of processes -> peak of the one that holds most, and what is predicted for it."""
     table = {}
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
         make_texts(place, width, LAYERS, seed=0)
-        (place / "recipe.yaml").write_text(yaml.safe_dump(recipe_of_texts("adarank")))
+        recipe_by = recipe_of_texts("adarank")
+        recipe_by["adapt"] = {**recipe_by["adapt"], "by": by}
+        (place / "recipe.yaml").write_text(yaml.safe_dump(recipe_by))
         for count in counts:
             peak = peak_of(count, ["merge", "recipe.yaml", f"out{count}", "--no-report"], place)
             predicted = json.loads((place / f"out{count}" / "adarank.json").read_text())["plan"]["peak_bytes"]
@@ -111,7 +113,7 @@ def peaks(folder: Path, width: int, counts: list[int]) -> dict[str, dict[str, in
 def adaptation(folder: Path) -> Path:
     """A recipe of a few steps on demo-8."""
     content = load_recipe(demo.ZOO / "recipe.yaml").model_dump(mode="json", by_alias=True, exclude_unset=True)
-    content["adapt"] = {"steps": STEPS, "keep": "last", "check_every": STEPS, "learn_heads": False, "repair": 0}
+    content["adapt"] = {"steps": STEPS, "keep": "last", "check_every": STEPS, "learn_heads": False}
     content["parameters"] = {"rank": 0.16, "lambda": 1.0}
     place = folder / "demo"
     place.mkdir(exist_ok=True)
@@ -191,16 +193,18 @@ def main() -> None:
     parser.add_argument("--commands", nargs="+", default=["task_arithmetic", "ties_merging", "adarank"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, metavar="WIDTH", help="measure memory, of models of this width")
+    parser.add_argument("--by", choices=["model", "block"], default="model", help="with --memory: how it adapts")
     parser.add_argument("--note", default="", help="kept in the record, such as what else the machine did")
     parser.add_argument("--records", type=Path, metavar="FILE", default=FOLDER / "costs.jsonl")
     options = parser.parse_args()
     folder, records = options.folder.resolve(), Records(options.records)
     if options.memory:
+        by = " by block" * (options.by == "block")
         records.write(
             {
-                "kind": "cost", "name": "processes, memory", "what": "peak anonymous memory of that of several adapting processes that holds most, PyTorch included, beside what is predicted",
-                "command": f"python benchmarks/scale.py --folder FOLDER --memory {options.memory}", "layers": LAYERS, "tasks": 3,
-                "processes": peaks(folder, options.memory, options.processes), "note": options.note, "seed": 0, "versions": versions(), "machine": machine(),
+                "kind": "cost", "name": f"processes, memory{by}", "what": "peak anonymous memory of that of several adapting processes that holds most, PyTorch included, beside what is predicted",
+                "command": f"python benchmarks/scale.py --folder FOLDER --memory {options.memory} --by {options.by}", "layers": LAYERS, "tasks": 3,
+                "processes": peaks(folder, options.memory, options.by, options.processes), "note": options.note, "seed": 0, "versions": versions(), "machine": machine(),
             }
         )  # fmt: skip
         return
