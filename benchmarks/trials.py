@@ -46,7 +46,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "parameters": {"rank": 2},
         "adapt": {"steps": 3, "check_every": 1, **LEARN},
     },
-    "multitask": {"merge_method": "multitask", "parameters": {"steps": 3, **LEARN}},
+    "multitask": {"merge_method": "multitask", "parameters": {"steps": 3, "batch_size": 4, "save_every": 1}},
 }
 _CHANGING = (
     "begun",
