@@ -30,9 +30,8 @@ class Exchange:
         self._tensors = tensors
         held_by = processes.gathered(list(held))
         everywhere = all(len(names) == len(tensors) for names in held_by)
-        self._holder = {name: rank for rank, names in enumerate(held_by) for name in names}
-        if everywhere:
-            self._holder = dict.fromkeys(tensors, processes.rank())
+        here = processes.rank()
+        self._holder = {name: here if everywhere else rank for rank, names in enumerate(held_by) for name in names}
         self._parcels = [] if everywhere else self._packed()
 
     def holds(self, name: str) -> bool:

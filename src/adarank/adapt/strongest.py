@@ -41,7 +41,7 @@ def strongest_change(problem: Problem, learned: Learned, passage: Passage | None
     def fill(place: int) -> None:
         assert passage is not None
         passage.fill(place, learned.parameters)
-        problem.models.fill([(name, changed)] if name in passage.inside[place] else [])
+        problem.models.fill([(name, parameter)] if name in passage.inside[place] else [])
 
     judge = problem.judge() if passage is None else partial(judged_by_block, problem, passage, "changed", fill)
     try:
@@ -49,7 +49,6 @@ def strongest_change(problem: Problem, learned: Learned, passage: Passage | None
         if block.here:
             parameter.copy_(block.compose(masks.lam[name], masks.with_strongest(name, task, 1)))
         Exchange({name: parameter}, [name] if block.here else []).send()
-        changed = parameter.detach().clone()
         after = judge(learned.history.step)
     finally:
         parameter.copy_(kept)
