@@ -28,7 +28,7 @@ ROWS = [
 ]  # fmt: skip
 TASK_AWARE = ["TALL-masks", "EMR", "TSV-C", "CART-indexing", "TA+Surgery", "WEMoE, entropy", "WEMoE", "Twin-Merging"]
 HEAD = ["base", "weight average", "TA", "TIES", "CART", "AdaMerging", "CART++", "TA+AdaRank", "CART+AdaRank",
-        "AdaRank, binary masks", "SyMerge", "SAMerging", "ProDistill", "AdaRank", "experts"]  # fmt: skip
+        "AdaRank, binary masks", "FeatCal", "SyMerge", "SAMerging", "ProDistill", "AdaRank", "experts"]  # fmt: skip
 
 
 def flat(values: dict[str, Any]) -> str:

@@ -74,6 +74,16 @@ def test_no_components_are_spoken_of_where_there_are_none(tmp_path: Path, capsys
     assert "components_kept" not in json.loads((tmp_path / "out" / "adarank.json").read_text())["adaptation"]
 
 
+def test_notes_are_said_before_anything_is_learned(tmp_path: Path) -> None:
+    zoo, lines = make_images(tmp_path, "resnet"), []
+    path = of_images(zoo, merge_method="adarank", adapt={"steps": 1, "batch_size": 4})
+    path.write_text(path.read_text() + "name: mine\n")
+    record = adarank.merge_recipe(path, tmp_path / "out", note=lines.append)
+    before = lines[: lines.index("Hashing the inputs")]
+    assert "note: name: 'mine', without effect." in before
+    assert {f"note: {text}" for text in record["plan"]["notes"]} == set(before)
+
+
 @pytest.mark.parametrize(("of_base", "said"), [(0.64375, True), (0.64, False)])
 def test_a_start_set_by_hand_keeps_the_origin(capsys: Any, of_base: float, said: bool) -> None:
     """What is set without an origin is about the average, so whoever follows the advice about the base must name it."""

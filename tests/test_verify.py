@@ -65,6 +65,10 @@ def test_merging_again_gives_the_same_bytes(zoo: Path, name: str) -> None:
     assert verified.inputs == 6  # weights and configuration of a base and two experts
     weights = {path.relative_to(zoo / name).as_posix() for path in (zoo / name).rglob("*.safetensors")}
     assert weights - set(verified.remade) == ({"masks.safetensors"} if name == "adapted" else set())
+    written = {path.relative_to(zoo / name).as_posix() for path in (zoo / name).rglob("*") if path.is_file()}
+    assert written == {*verified.remade, *verified.not_remade}
+    assert {"adarank.json", "README.md"} <= set(verified.not_remade)
+    assert verified.files == len(verified.remade) + len(verified.not_remade)
 
 
 def test_weights_that_merging_does_not_give_are_named(zoo: Path, tmp_path: Path) -> None:
@@ -102,6 +106,7 @@ def test_inputs_elsewhere_are_left_out_unless_named(zoo: Path, tmp_path: Path) -
     assert verified.ok
     assert verified.notes
     assert not verified.remade
+    assert not verified.not_remade
     assert adarank.verify(out, zoo).remade
     assert not adarank.verify(out, tmp_path).ok
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from adarank.adapt.problem import Chunk
 from adarank.adapt.streams import Streams, name_of
 from adarank.alignment.task_vectors import AlignedCheckpoints, member_tensors
+from adarank.errors import OutputError
 from adarank.io import processes
 from adarank.io.state import read_kept, write_state
 from adarank.models import TaskModels
@@ -107,13 +108,19 @@ class Passage:
 
     def keep_outside(self) -> None:
         """From here on what is outside of the blocks is what the networks hold there now, whoever takes its place for a while.
-        All processes must call it."""
+        All processes must call it.
+
+        Raises:
+            OutputError: what was written cannot be read back.
+        """
         path = self._folder / "outside.pt"
         names = sorted({name for names in self._apart.values() for name in names})
         if processes.rank() == 0:
             write_state(path, {name: self._shared[name].detach() for name in names}, "what is outside of the blocks")
         processes.meet()
         self._outside_now = read_kept(path, mapped=True)
+        if self._outside_now is None:
+            raise OutputError(f"{path}: written a moment ago, and now missing or damaged. Run the same command again, and see that nothing else writes there.")  # fmt: skip
 
     @contextmanager
     def outside_of(self, task: str) -> Iterator[None]:

@@ -114,7 +114,9 @@ def _verify(options: argparse.Namespace) -> int:
     if verified.problems:
         console.head(options.out, f" is not as it was recorded: {len(verified.problems)} problem(s)")
         return 1
-    remade = f", and merging again gave {len(verified.remade)} of them byte for byte" if verified.remade else ""
+    listed, more = ", ".join(verified.not_remade[:4]), len(verified.not_remade) - 4
+    others = f" (not compared: {listed}{f' and {more} more' if more > 0 else ''})" if listed else ""
+    remade = f", and merging again gave {len(verified.remade)} of them byte for byte{others}" if verified.remade else ""
     console.head(
         options.out, f" is as it was recorded: {verified.files} files{remade}; {verified.inputs} files of inputs"
     )

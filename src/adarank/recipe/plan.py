@@ -121,6 +121,11 @@ def _kernel_notes(job: Job) -> list[str]:
     ]
 
 
+def notes_of(job: Job) -> list[str]:
+    """What a user may not expect of a merge, in sentences, but for licences."""
+    return [*job.recipe.notes(), *job.notes, *job.method.notes(job.network), *_kernel_notes(job)]
+
+
 def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
     """The plan as plain data: what `adarank plan` shows and what a record keeps."""
     network = job.network
@@ -135,13 +140,7 @@ def describe(job: Job, out: Path | None = None) -> dict[str, Any]:
         "reads": job.method.labels or None,
         "actions": dict(Counter(actions.values())),
         "decomposes": job.method.decomposes,
-        "notes": [
-            *job.recipe.notes(),
-            *job.notes,
-            *job.method.notes(network),
-            *_kernel_notes(job),
-            *license_notes(sources),
-        ],
+        "notes": [*notes_of(job), *license_notes(sources)],
         "sources": sources,
         "tensors": {
             name: {

@@ -42,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "adapt": {
             "steps": 20,
             "check_every": 10,
+            "check_inputs": 128,
             "batch_size": 16,
             "lr_lambda": 0.02,
             "objective": "entropy",

@@ -32,7 +32,7 @@ from adarank.outputs.write import check_side_files
 from adarank.recipe.draft import Draft
 from adarank.recipe.job import Job, open_job
 from adarank.recipe.paths import read_paths
-from adarank.recipe.plan import check_memory, describe, unheeded
+from adarank.recipe.plan import check_memory, describe, notes_of, unheeded
 from adarank.recipe.reader import RecipeLike, read_draft
 from adarank.recipe.schema import Recipe
 from adarank.workflow.adapt import telling_of_collapse
@@ -175,6 +175,8 @@ def _run(
     with beside(job.hashed_share) as hashed:
         record = {**beginning(job, {}), "versions": versions(), "machine": machine(recipe.device), **(more or {})}
         if data:  # what is kept of the experts is found by their hashes
+            for text in notes_of(job):  # now, as all that follows may take long
+                note(f"note: {text}")
             note("Hashing the inputs")
             record["inputs"] = job.joined_hashes(hashed.result())
         result = _made(job, out, data, record, note, progress)

@@ -35,6 +35,8 @@ class Verified:
         notes: what could not be compared, and why, in sentences.
         files, inputs: how many files of the output and of its inputs were hashed.
         remade: files that merging again gave byte for byte.
+        not_remade: files that merging again does not give: the record and the card, which are of that very run, and what was learned.
+            Empty where nothing was merged again.
     """
 
     problems: tuple[str, ...]
@@ -42,6 +44,7 @@ class Verified:
     files: int = 0
     inputs: int = 0
     remade: tuple[str, ...] = ()
+    not_remade: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -99,9 +102,9 @@ def verify(out: str | Path, folder: str | Path | None = None, note: Note = lambd
         findings.notes.append("Inputs were not hashed: the record names no recipe.")
     else:
         _inputs_and_merge(findings, out, record, None if folder is None else Path(folder), note)
-    return Verified(
-        tuple(findings.problems), tuple(findings.notes), len(files) + 1, findings.inputs, tuple(findings.remade)
-    )
+    remade = tuple(findings.remade)
+    others = tuple(name for name in (*files, RECORD) if name not in remade) if remade else ()
+    return Verified(tuple(findings.problems), tuple(findings.notes), len(files) + 1, findings.inputs, remade, others)
 
 
 def _inputs_and_merge(
