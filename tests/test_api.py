@@ -52,6 +52,21 @@ def test_merge_takes_modules_and_state_dicts_alike(problem) -> None:
     assert all(torch.equal(from_modules[name], from_states[name]) for name in from_modules)
 
 
+def test_adapt_decomposes_the_kernels_of_a_convolutional_net() -> None:
+    def net() -> nn.Sequential:
+        deep = [nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Conv2d(6, 4, 3, groups=2), nn.Conv2d(4, 5, 1)]
+        return nn.Sequential(*deep, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 5))
+
+    base, experts = net(), {"a": net(), "b": net()}
+    batches = {task: [torch.randn(4, 3, 9, 9) for _ in range(2)] for task in experts}
+    parameters = {"origin": "pretrained", "rank": 1.0, "lambda": 0.3}
+    adapted = adarank.adapt(base, experts, batches, parameters=parameters, settings={"steps": 1})
+    sizes = {"0.weight": 6, "2.weight": 4, "3.weight": 4, "6.weight": 5}  # min(out, in·k·k); the depthwise one is whole
+    assert adapted.masks.sizes == {name: (size, size) for name, size in sizes.items()}
+    again = adarank.merge(base, experts, "masked", {"masks": adapted.masks})
+    assert all(torch.allclose(tensor, adapted.state[name], atol=1e-6) for name, tensor in again.items())
+
+
 def test_adapt_leaves_the_given_modules_alone(problem) -> None:
     base, experts, batches = problem
     before = {task: {n: t.clone() for n, t in e.state_dict().items()} for task, e in experts.items()}

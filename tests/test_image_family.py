@@ -145,6 +145,39 @@ def test_adarank_masks_the_components_of_kernels(resnet: Path, tmp_path: Path) -
     assert all(torch.equal(found[name], repeated[name]) for name in found)
 
 
+def test_adarank_decomposes_kernels_by_default(resnet: Path, tmp_path: Path) -> None:
+    steps = {**ADAPT, "adapt": {"steps": 3, "batch_size": 4, "lr_masks": 0.2}}
+    asked = {"select": {"decompose": ["*.convolution.weight"]}}
+    record = adarank.merge_recipe(load_recipe(recipe(resnet, **steps)), tmp_path / "out")
+    adarank.merge_recipe(load_recipe(recipe(resnet, **steps, **asked)), tmp_path / "asked")
+    masked = {"merge_method": "masked", "parameters": {"masks": str(tmp_path / "out" / FILE)}}
+    adarank.merge_recipe(load_recipe(recipe(resnet, **masked)), tmp_path / "again")
+    for same in ("asked", "again"):
+        other = weights(tmp_path / same)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in weights(tmp_path / "out").items())
+    kernels = [row for row in record["plan"]["tensors"].values() if len(row["shape"]) == 4]
+    assert {(row["action"], row["reason"].split(":")[0]) for row in kernels} == {("decompose", "kernel of a convolution")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [
+        ("resnet", {"select": {"scale": "*.weight"}}),
+        ("resnet", {"adapt": {"preset": "paper"}}),
+        ("resnet", {"parameters": {"learn_masks": False}}),
+        ("resnet", {"merge_method": "cart", "adapt": None}),
+        ("resnet", {"merge_method": "adamerging"}),
+        ("vit", {}),
+        ("convnext", {}),
+    ],
+)
+def test_kernels_stay_scaled_elsewhere(architecture: str, change: dict[str, Any], tmp_path: Path) -> None:
+    given = {"merge_method": "adarank", "adapt": {"steps": 2, "batch_size": 4}, **change}
+    given = {key: value for key, value in given.items() if value is not None}
+    network = adarank.open_job(load_recipe(recipe(make_zoo(tmp_path, architecture), **given))).network
+    assert {network.choices[n].action for n, info in network.tensors.items() if len(info.shape) == 4} == {"scale"}
+
+
 def test_running_statistics_merge_and_counters_are_kept(resnet: Path, tmp_path: Path) -> None:
     given = {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.5}}
     record = adarank.merge_recipe(load_recipe(recipe(resnet, **given)), tmp_path / "out")

@@ -43,7 +43,7 @@ def test_cart_of_two_experts_is_noted_to_be_their_average(zoo: Path, capsys: pyt
     assert all(torch.allclose(own, (experts["x"][n] + experts["y"][n]) / 2, atol=1e-6) for n, own in found.items())
 
 
-@pytest.mark.parametrize("method", ["adarank", "cart", "iso_c"])
+@pytest.mark.parametrize("method", ["cart++", "cart", "iso_c"])
 def test_kernels_that_are_taken_whole_are_noted(tmp_path: Path, capsys: Any, method: str) -> None:
     convolutional = make_images(tmp_path / "resnet", "resnet")
     text = shown(capsys, "plan", of_images(convolutional, merge_method=method))
@@ -57,14 +57,16 @@ def test_kernels_that_are_taken_whole_are_noted(tmp_path: Path, capsys: Any, met
 
 def test_methods_and_networks_of_matrices_have_no_such_note(tmp_path: Path, capsys: Any) -> None:
     assert "kernels" not in shown(capsys, "plan", of_images(make_images(tmp_path / "vit"), merge_method="tsv_m"))
-    plain = of_images(make_images(tmp_path / "resnet", "resnet"), merge_method="average")
-    assert "kernels" not in shown(capsys, "plan", plain)
+    convolutional = make_images(tmp_path / "resnet", "resnet")
+    for method in ("average", "adarank"):
+        assert "kernels" not in shown(capsys, "plan", of_images(convolutional, merge_method=method))
 
 
 def test_no_components_are_spoken_of_where_there_are_none(tmp_path: Path, capsys: Any) -> None:
     zoo = make_images(tmp_path, "resnet")
     steps = {"merge_method": "adarank", "adapt": {"steps": 2, "batch_size": 4}}
-    assert main(["merge", str(of_images(zoo, **steps)), str(tmp_path / "out")]) == 0
+    whole = {"select": {"scale": "*.convolution.weight"}}
+    assert main(["merge", str(of_images(zoo, **steps, **whole)), str(tmp_path / "out")]) == 0
     out, progress = capsys.readouterr()
     assert "start: λ" in out
     assert "components kept" not in out

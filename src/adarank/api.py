@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adarank.adapt.base import split_block
-from adarank.adapt.batches import BatchInputs
+from adarank.adapt.batches import BatchInputs, checked_batches
 from adarank.adapt.heads import HeadFit
 from adarank.adapt.heads import learn_heads as learn_task_heads
 from adarank.adapt.history import Adapted, Progress
@@ -24,7 +24,7 @@ from adarank.alignment.task_vectors import AlignedCheckpoints
 from adarank.calibration.batches import Batches
 from adarank.data.labels import known_labels, read_labels
 from adarank.data.metrics import chosen_metric, problem_by_labels, score
-from adarank.errors import DataError, Problems, RecipeError, itemise
+from adarank.errors import Problems, RecipeError
 from adarank.io.bundle import held_parts
 from adarank.io.checkpoint import MemorySource, cast, check_any
 from adarank.method import Given, MergeMethod
@@ -176,16 +176,17 @@ def adapt(
         logits = adapted.modules["a"](batches["a"][0])  # (16, 4)
     """
     kind: Any = _kind(method, "adapt")
-    batches, held_out = _batches(batches, held_out, experts)
+    batches, held_out = checked_batches(batches, held_out, experts)
     block, preset = _block(settings, objective)
-    chosen: AdaptiveMethod = kind.resolve(Given(parameters or {}, adapt=block, preset=preset, text=_of_texts(experts)))
+    given = Given(parameters or {}, adapt=block, preset=preset, text=_of_texts(experts))
+    chosen: AdaptiveMethod = kind.resolve(given)
     loop = chosen.settings
     if callable(objective) and loop.by == "block":
         raise RecipeError("objective: blocks have an objective of their own. Leave the function out, or use by: model.")
     unknown = [task for task in loop.objectives if task not in experts]
     if unknown:
         raise RecipeError(f"adapt.objectives: unknown task '{unknown[0]}'.{nearest(unknown[0], experts)}")
-    network = _network(base, experts, select)
+    network = _network(base, experts, select, kind.decomposes_kernels(given))
     if not network.merged():
         raise RecipeError("select: every tensor is kept or belongs to a head, so nothing is left to merge.")
     models = share(((task, copy.deepcopy(module).float().eval()) for task, module in experts.items()), network)
@@ -236,7 +237,7 @@ def learn_heads(
         experts, batches = {"a": a, "b": b}, {task: [torch.randn(16, 8) for _ in range(4)] for task in "ab"}
         modules, heads = adarank.learn_heads(base, experts, adarank.merge(base, experts, "average"), batches)
     """
-    batches, held_out = _batches(batches, held_out, experts)
+    batches, held_out = checked_batches(batches, held_out, experts)
     network, call = _network(base, experts, select), forward or call_module
     loop = AdaptSettings(learn_heads=True)
     models = share(((task, copy.deepcopy(module).float().eval()) for task, module in experts.items()), network)
@@ -245,32 +246,6 @@ def learn_heads(
     models.fill(merged.items())
     heads = learn_task_heads(Problem(models, inputs, loop, call, predictions))
     return dict(models.modules), heads
-
-
-def _batches(
-    batches: Mapping[str, Sequence[Any]], held_out: Mapping[str, Sequence[Any]] | None, experts: Mapping[str, Any]
-) -> tuple[dict[str, Sequence[Any]], dict[str, Sequence[Any]]]:
-    """Each task's batches and what is held out, as lists; a `DataError` if a task has no batches."""
-    listed = _listed("batches", batches, experts)
-    empty = [task for task in experts if not listed.get(task)]
-    if empty:
-        raise DataError(
-            f"batches: none for {', '.join(map(repr, empty))}. Every task needs at least one unlabelled batch."
-        )
-    return listed, _listed("held_out", held_out or {}, experts)
-
-
-def _listed(what: str, given: Mapping[str, Any], experts: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
-    """task -> list of batches, from lists, loaders or generators. All problems at once."""
-    problems = [f"'{task}' is no expert.{nearest(task, experts)}" for task in given if task not in experts]
-    problems += [
-        f"of '{task}' there is one {type(batches).__name__}. Give each task a list of batches."
-        for task, batches in given.items()
-        if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable)
-    ]
-    if problems:
-        raise DataError(f"{what}: {problems[0]}" if len(problems) == 1 else itemise(f"{what}:", problems))
-    return {task: batches if isinstance(batches, (list, tuple)) else list(batches) for task, batches in given.items()}
 
 
 def _of_texts(experts: Mapping[str, nn.Module]) -> bool:
@@ -342,7 +317,7 @@ def _checked(
     """Models and method, each checked by itself, then against each other: what is wrong with either comes at once."""
     problems, network = Problems(), None
     with problems.noted():
-        network = _network(base, experts, select)
+        network = _network(base, experts, select, _kernels(method, parameters))
     with problems.noted():
         chosen = _method(list(experts), network.merged() if network else (), method, parameters, function)
     problems.refuse()
@@ -382,8 +357,22 @@ def _kind(method: str | type[MergeMethod], function: str) -> type[MergeMethod]:
     return kind
 
 
+def _kernels(
+    method: str | type[MergeMethod] | MergeMethod, parameters: Mapping[str, Any] | None
+) -> bool | Collection[str]:
+    """Which kernels of convolutions the method decomposes by default; none of a method that is refused later."""
+    if isinstance(method, MergeMethod):
+        return method.decomposes_kernels(Given(dict(method)))
+    with Problems().noted():
+        return method_class(method).decomposes_kernels(Given(parameters or {}))
+    return False
+
+
 def _network(
-    base: nn.Module | State | None, experts: Mapping[str, nn.Module | State], select: Select | None
+    base: nn.Module | State | None,
+    experts: Mapping[str, nn.Module | State],
+    select: Select | None,
+    kernels: bool | Collection[str] = False,
 ) -> AlignedCheckpoints:
     sources = {task: MemorySource(_state(expert), f"expert '{task}'") for task, expert in experts.items()}
     problems = Problems()
@@ -391,7 +380,8 @@ def _network(
         with problems.noted():
             check_any(source)
     problems.refuse()
-    network = align(MemorySource(_state(base), "base") if base is not None else None, sources, select, task_heads=True)
+    start = MemorySource(_state(base), "base") if base is not None else None
+    network = align(start, sources, select, task_heads=True, kernels=kernels)
     check_modules(network, base, experts)
     return network
 

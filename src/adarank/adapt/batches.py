@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from adarank.adapt.outcomes import Classes, Outcomes
 from adarank.adapt.problem import Chunk, Predict, Predictions
 from adarank.adapt.settings import AdaptSettings
+from adarank.errors import DataError, itemise
+from adarank.settings import nearest
 
 T = TypeVar("T")
 
@@ -90,3 +92,29 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     """So many of the items, one at least, evenly spread over them."""
     count = min(len(items), max(1, count))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def checked_batches(
+    batches: Mapping[str, Sequence[Any]], held_out: Mapping[str, Sequence[Any]] | None, experts: Mapping[str, Any]
+) -> tuple[dict[str, Sequence[Any]], dict[str, Sequence[Any]]]:
+    """Each task's batches and what is held out, as lists; a `DataError` if a task has no batches."""
+    listed = _listed("batches", batches, experts)
+    empty = [task for task in experts if not listed.get(task)]
+    if empty:
+        raise DataError(
+            f"batches: none for {', '.join(map(repr, empty))}. Every task needs at least one unlabelled batch."
+        )
+    return listed, _listed("held_out", held_out or {}, experts)
+
+
+def _listed(what: str, given: Mapping[str, Any], experts: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
+    """task -> list of batches, from lists, loaders or generators. All problems at once."""
+    problems = [f"'{task}' is no expert.{nearest(task, experts)}" for task in given if task not in experts]
+    problems += [
+        f"of '{task}' there is one {type(batches).__name__}. Give each task a list of batches."
+        for task, batches in given.items()
+        if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable)
+    ]
+    if problems:
+        raise DataError(f"{what}: {problems[0]}" if len(problems) == 1 else itemise(f"{what}:", problems))
+    return {task: batches if isinstance(batches, (list, tuple)) else list(batches) for task, batches in given.items()}

@@ -297,6 +297,11 @@ class AdaRank(AdaptiveMethod):
         size, 1e-4 of RoBERTa about the average, they are the presets named after them."""
         return {"steps": 5_000, "batch_size": 8, "lr_masks": 5e-5, "lr_lambda": 5e-5} if text else {"steps": 10_000}
 
+    @classmethod
+    def decomposes_kernels(cls, given: Given) -> bool:
+        """Where masks are learned, but not with a preset: those of the papers decompose matrices alone."""
+        return given.preset is None and given.parameters.get("learn_masks") is not False
+
     @model_validator(mode="before")
     @classmethod
     def _start_of_basis(cls, values: Any) -> Any:
@@ -329,14 +334,8 @@ class AdaRank(AdaptiveMethod):
 
     def learn(self) -> Learn:
         """What is learned: also which kind of mask, and whether pruned components may come back."""
-        return replace(
-            super().learn(),
-            returnable=self.returnable,
-            mask=self.mask,
-            first=self.first,
-            seed=self.seed,
-            precision=self.precision,
-        )
+        learn = replace(super().learn(), returnable=self.returnable, mask=self.mask, first=self.first)
+        return replace(learn, seed=self.seed, precision=self.precision)
 
 
 class AdaMerging(AdaptiveMethod):

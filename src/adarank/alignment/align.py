@@ -7,7 +7,7 @@ that says of all that does not fit how many there are, and shows some.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -26,6 +26,7 @@ from adarank.alignment.selection import (
     is_head_name,
     is_mask,
     unmatched,
+    with_kernels,
 )
 from adarank.alignment.task_vectors import AlignedCheckpoints, Member
 from adarank.errors import MismatchError, RecipeError, itemise
@@ -41,6 +42,7 @@ def align(
     task_heads: bool = False,
     kept: Mapping[str, str] | None = None,
     called: Called | None = None,
+    kernels: bool | Collection[str] = False,
 ) -> AlignedCheckpoints:
     """Pair the tensors of base and experts by name. Reads headers, integer tensors, and tables that may be tied.
 
@@ -54,6 +56,7 @@ def align(
             differ in shape, or that carry a head's usual name.
         kept: pattern -> why the tensors of the base that it matches stay as they are, whatever else is asked.
         called: of slices, what stored tensors stand for; by default each for itself.
+        kernels: names of kernels of convolutions that are decomposed by default; True: where they outweigh the matrices.
 
     Raises:
         CheckpointError: inputs are quantised; all are named.
@@ -83,6 +86,7 @@ def align(
         n: aligner.forced.get(n) or choose(i, select, text_tasks and base is not None)
         for n, i in aligner.tensors.items()
     }
+    choices = with_kernels(aligner.tensors, choices, kernels)
     return AlignedCheckpoints(
         base_member, members, aligner.tensors, choices, {t: tuple(h) for t, h in aligner.heads.items()}
     )

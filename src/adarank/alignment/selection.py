@@ -1,7 +1,7 @@
 """The one rule that says what happens to each tensor of a network.
 
     decompose   a matrix whose task vectors go through the SVD (methods without spectra just see a matrix)
-    scale       merged by λ·delta: biases, norms, positional tables, kernels
+    scale       merged by λ·delta: biases, norms, positional tables; kernels, unless `with_kernels` says otherwise
     average     the experts' plain mean, whatever the method: nothing of it is scaled or learned
     keep        kept from the base: buffers that a model computes, embeddings of text models, what no expert has
     head        belongs to a task and is kept per task
@@ -13,7 +13,7 @@ The default is read off the tensor's name, shape and dtype; a recipe overrides i
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -46,6 +46,7 @@ _COMPUTED = re.compile(
     r"|(position|token_type|buffered_token_type)_ids|relative_position_index|relative_coords_table|attention_bias_idxs)$"
 )
 _BY_RECIPE = "recipe: "
+_MOST = "kernel of a convolution: most of this network's merged numbers"
 _COUNTER = "num_batches_tracked"  # of batch norms: state of training, without effect on what a network computes
 
 
@@ -136,6 +137,33 @@ def _asked(info: TensorInfo, action: Action, pattern: str) -> Choice:
             f"select: decompose '{pattern}' matches '{info.name}' of shape {info.shape}. Only matrices have an SVD."
         )
     return Choice(action, f"{_BY_RECIPE}{pattern}")
+
+
+def with_kernels(
+    tensors: Mapping[str, TensorInfo], choices: Mapping[str, Choice], wanted: bool | Collection[str]
+) -> dict[str, Choice]:
+    """The choices for a method that decomposes kernels of convolutions by default, where no pattern of the recipe says otherwise.
+
+    Kernels outweigh the matrices if those scaled by default hold more numbers than all that is decomposed. Whether a kernel's channels are in groups no header tells: its rows are output channels all the same.
+    Kernels of one input channel, as of depthwise convolutions, stay scaled: they have k·k components at most, and few numbers.
+
+    Arguments:
+        tensors: name -> tensor of the network.
+        choices: name -> what happens to it by `choose`.
+        wanted: names of the kernels that are decomposed; True: where kernels outweigh the matrices; False: none.
+    """
+    kernels = [n for n, info in tensors.items() if is_kernel(info) and choices[n].by_default("scale")]
+    decomposed = sum(info.numel for n, info in tensors.items() if choices[n].action == "decompose")
+    if not isinstance(wanted, bool):
+        return {**choices, **{n: Choice("decompose", "kernel of a convolution") for n in kernels if n in wanted}}
+    if not wanted or sum(tensors[n].numel for n in kernels) <= decomposed:
+        return dict(choices)
+    return {**choices, **{n: Choice("decompose", _MOST) for n in kernels if tensors[n].shape[1] > 1}}
+
+
+def is_kernel(info: TensorInfo) -> bool:
+    """True for what a convolution over an image or a volume multiplies by; not for tables of positions, nor stacked matrices of three dimensions."""
+    return info.name.endswith("weight") and len(info.shape) > 3 and info.shape[0] > 1
 
 
 def _default(info: TensorInfo, keep_embeddings: bool) -> Choice:

@@ -111,6 +111,14 @@ class MergeMethod(Settings):
         """Whether some layers can be merged apart from the others."""
         return False
 
+    @classmethod
+    def decomposes_kernels(cls, given: Given) -> bool | Collection[str]:
+        """Which kernels of convolutions are decomposed by default: True for all where they outweigh the matrices, or names.
+
+        Asked before models are aligned: of settings that do not fit nothing is said here.
+        """
+        return False
+
     def shares_work(self) -> bool:
         """Whether several processes that run it together share its work, and write what one alone would."""
         return False

@@ -351,6 +351,7 @@ class _Opening:
             keep_embeddings,
             family is not None and not (family.generates or family.headless),
             kept,
+            kernels=self.recipe.kind.decomposes_kernels(self.recipe.given()),
         )
         _note_unused(network, self.base, self.experts)
         return network

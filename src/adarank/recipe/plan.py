@@ -6,10 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from adarank.alignment.selection import computed, patterns_for
+from adarank.alignment.selection import computed, is_kernel, patterns_for
 from adarank.alignment.task_vectors import AlignedCheckpoints, Member
 from adarank.errors import RecipeError
-from adarank.io.checkpoint import TensorInfo
 from adarank.io.writer import layout_bytes
 from adarank.method import MergeMethod
 from adarank.recipe.job import Job
@@ -108,7 +107,7 @@ def _kernel_notes(job: Job) -> list[str]:
         return []
     network = job.network
     merged = {name: network.tensors[name] for name in network.merged()}
-    kernels = [name for name, info in merged.items() if _is_kernel(info) and network.choices[name].by_default("scale")]
+    kernels = [name for name, info in merged.items() if is_kernel(info) and network.choices[name].by_default("scale")]
     decomposed = sum(info.numel for name, info in merged.items() if network.choices[name].action == "decompose")
     of_kernels = sum(merged[name].numel for name in kernels)
     if of_kernels <= decomposed:
@@ -120,11 +119,6 @@ def _kernel_notes(job: Job) -> list[str]:
         f"'{job.method.name}' decomposes matrices, but {100 * share:.0f}% of the merged numbers are kernels of convolutions, which it takes whole. "
         f"To decompose them, too, as matrices (out, in·k·k): select: {{decompose: [{listed}]}}."
     ]
-
-
-def _is_kernel(info: TensorInfo) -> bool:
-    """True for what a convolution over an image or a volume multiplies by; not for tables of positions, nor stacked matrices of three dimensions."""
-    return info.name.endswith("weight") and len(info.shape) > 3 and info.shape[0] > 1
 
 
 def notes_of(job: Job) -> list[str]:

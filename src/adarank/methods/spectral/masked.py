@@ -10,13 +10,14 @@ AdaRank (arXiv:2503.22178), Equation 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
 
+from adarank.errors import AdaRankError
 from adarank.methods.base import (
     AlignedCheckpoints,
     Deltas,
@@ -57,6 +58,16 @@ class Masked(Method):
             return super().resolve(given)
         parameters = {**given.parameters, "masks": MaskFile.load(given.folder / path)}
         return super().resolve(replace(given, parameters=parameters))
+
+    @classmethod
+    def decomposes_kernels(cls, given: Given) -> bool | Collection[str]:
+        """Those that the masks file has components of."""
+        masks = given.parameters.get("masks")
+        try:
+            masks = MaskFile.load(given.folder / masks) if isinstance(masks, str) else masks
+        except AdaRankError:  # `resolve` says so
+            return False
+        return set(masks.sizes) if isinstance(masks, MaskFile) else False
 
     @classmethod
     def needs(cls) -> str:
