@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,30 @@ def test_kernels_stay_scaled_elsewhere(architecture: str, change: dict[str, Any]
     given = {key: value for key, value in given.items() if value is not None}
     network = adarank.open_job(load_recipe(recipe(make_zoo(tmp_path, architecture), **given))).network
     assert {network.choices[n].action for n, info in network.tensors.items() if len(info.shape) == 4} == {"scale"}
+
+
+def test_what_surgery_is_put_on_decomposes_kernels_as_alone(resnet: Path) -> None:
+    adapt = {"steps": 2, "batch_size": 4}
+    starts = {"decompose": {"merge_method": "adarank", "adapt": adapt}, "scale": {"merge_method": "task_arithmetic"}}
+    for action, start in starts.items():
+        given = {"merge_method": "surgery", "parameters": {"start": start}, "adapt": adapt}
+        network = adarank.open_job(load_recipe(recipe(resnet, **given))).network
+        actions = {network.choices[n].action for n, info in network.tensors.items() if len(info.shape) == 4}
+        assert actions == {action}
+
+
+@pytest.mark.parametrize("pattern", ["*embedder*", "*encoder*"])  # few of the kernels, and nearly all
+def test_a_pattern_for_some_kernels_leaves_the_others(resnet: Path, pattern: str) -> None:
+    def actions(**change: Any) -> dict[str, str]:
+        given = {"merge_method": "adarank", "adapt": {"steps": 2, "batch_size": 4}, **change}
+        network = adarank.open_job(load_recipe(recipe(resnet, **given))).network
+        return {n: network.choices[n].action for n, info in network.tensors.items() if len(info.shape) == 4}
+
+    default = actions()
+    assert set(default.values()) == {"decompose"}
+    assert actions(select={"decompose": f"{pattern}.convolution.weight"}) == default
+    scaled = actions(select={"scale": f"{pattern}.convolution.weight"})
+    assert {n for n, action in scaled.items() if action == "scale"} == {n for n in default if fnmatchcase(n, f"{pattern}.convolution.weight")}  # fmt: skip
 
 
 def test_running_statistics_merge_and_counters_are_kept(resnet: Path, tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ def with_kernels(
 ) -> dict[str, Choice]:
     """The choices for a method that decomposes kernels of convolutions by default, where no pattern of the recipe says otherwise.
 
-    Kernels outweigh the matrices if those scaled by default hold more numbers than all that is decomposed. Whether a kernel's channels are in groups no header tells: its rows are output channels all the same.
+    Kernels outweigh the matrices if the network's kernels hold more numbers than all else that is decomposed, whatever patterns say of
+    some of them. No header tells whether a kernel's channels are in groups: its rows are output channels all the same.
     Kernels of one input channel, as of depthwise convolutions, stay scaled: they have k·k components at most, and few numbers.
 
     Arguments:
@@ -152,13 +153,15 @@ def with_kernels(
         choices: name -> what happens to it by `choose`.
         wanted: names of the kernels that are decomposed; True: where kernels outweigh the matrices; False: none.
     """
-    kernels = [n for n, info in tensors.items() if is_kernel(info) and choices[n].by_default("scale")]
-    decomposed = sum(info.numel for n, info in tensors.items() if choices[n].action == "decompose")
+    merged = {n: info for n, info in tensors.items() if choices[n].action in ("decompose", "scale")}
+    kernels = {n: info for n, info in merged.items() if is_kernel(info)}
+    by_default = [n for n in kernels if choices[n].by_default("scale")]
     if not isinstance(wanted, bool):
-        return {**choices, **{n: Choice("decompose", "kernel of a convolution") for n in kernels if n in wanted}}
-    if not wanted or sum(tensors[n].numel for n in kernels) <= decomposed:
+        return {**choices, **{n: Choice("decompose", "kernel of a convolution") for n in by_default if n in wanted}}
+    matrices = sum(merged[n].numel for n in merged.keys() - kernels if choices[n].action == "decompose")
+    if not wanted or sum(info.numel for info in kernels.values()) <= matrices:
         return dict(choices)
-    return {**choices, **{n: Choice("decompose", _MOST) for n in kernels if tensors[n].shape[1] > 1}}
+    return {**choices, **{n: Choice("decompose", _MOST) for n in by_default if kernels[n].shape[1] > 1}}
 
 
 def is_kernel(info: TensorInfo) -> bool:

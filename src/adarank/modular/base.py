@@ -18,7 +18,7 @@ from adarank.adapt.base import AdaptBlock, Adapting
 from adarank.adapt.presets import PRESETS
 from adarank.adapt.settings import AdaptSettings
 from adarank.alignment.task_vectors import AlignedCheckpoints
-from adarank.errors import RecipeError
+from adarank.errors import AdaRankError, RecipeError
 from adarank.io.bundle import WHOLE, BundleFolder, PartFile, Parts, key
 from adarank.io.writer import Layout, layout_bytes
 from adarank.method import Another, Context, Given, MergeMethod, Outline, Result, Site, changed_tensors
@@ -36,6 +36,7 @@ __all__ = [
     "OF_COMPONENTS",
     "OF_LOGITS",
     "WHOLE",
+    "AdaRankError",
     "AdaptBlock",
     "AlignedCheckpoints",
     "Another",

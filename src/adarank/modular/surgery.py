@@ -12,7 +12,7 @@ Yang et al., "Representation Surgery for Multi-Task Model Merging", arXiv:2402.0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from adarank.modular.base import (
     OF_COMPONENTS,
     OF_LOGITS,
     AdaptBlock,
+    AdaRankError,
     AlignedCheckpoints,
     Another,
     Built,
@@ -104,13 +105,26 @@ class Surgery(Modular):
         return self._started(given, self._put_on().over)
 
     def _started(self, given: Given, resolve: Callable[[Given], MergeMethod]) -> Surgery:
-        adapt, preset = self._start_block.split() if self._start_block else ({}, None)
         changed = self.model_copy()
         try:
-            changed._start = resolve(replace(given, parameters=self.start.parameters, adapt=adapt, preset=preset))
+            changed._start = resolve(self._given_to_start(given))
         except RecipeError as error:
             raise RecipeError(f"parameters.start: {error}") from None
         return changed
+
+    def _given_to_start(self, given: Given) -> Given:
+        """What the start's method is given of a recipe."""
+        adapt, preset = self._start_block.split() if self._start_block else ({}, None)
+        return replace(given, parameters=self.start.parameters, adapt=adapt, preset=preset)
+
+    @classmethod
+    def decomposes_kernels(cls, given: Given) -> bool | Collection[str]:
+        """Those that the start's method decomposes."""
+        try:
+            method = cls.resolve(given)
+        except AdaRankError:  # said where the settings are read
+            return False
+        return method._put_on().decomposes_kernels(method._given_to_start(given))
 
     def put_on(self) -> Another | None:
         """The method that gives the start, as `parameters.start` names it."""
