@@ -25,6 +25,7 @@ from adarank.methods.per_tensor import Flag, PerTensor, TensorWeights, flag, res
 from adarank.settings import parse
 
 __all__ = [
+    "AdaRankError",
     "AlignedCheckpoints",
     "Deltas",
     "Flag",

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from adarank.errors import AdaRankError
 from adarank.methods.base import (
+    AdaRankError,
     AlignedCheckpoints,
     Deltas,
     Given,
