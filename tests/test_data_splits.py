@@ -188,10 +188,13 @@ def test_nothing_to_adapt_on_is_refused() -> None:
         task([]).adapt_batch(0, 4)
 
 
-@given(st.integers(1, 60), st.integers(1, 64), st.integers(1, 30))
-def test_scored_batches_cover_the_split_once_within_the_budget(count: int, budget: int, top: int) -> None:
+@given(st.integers(1, 60), st.integers(1, 64), st.integers(1, 30), st.none() | st.integers(1, 9))
+def test_scored_batches_cover_the_split_once_within_the_budget(
+    count: int, budget: int, top: int, most: int | None
+) -> None:
     data = task([], range(3, 3 + count), top=top)
-    batches = list(data.scored_batches("test", budget))
+    batches = list(data.scored_batches("test", budget, most))
+    assert max(len(rows) for rows, _ in batches) <= (most or count)
     assert sorted(row for rows, _ in batches for row in rows) == list(range(3, 3 + count))
     for rows, batch in batches:
         assert batch["row"].tolist() == rows

@@ -88,12 +88,12 @@ class TaskData:
     def _pass(self, number: int, size: int) -> tuple[tuple[int, ...], ...]:
         return _one_pass(self.splits.rows["adapt"], tuple(self.examples.lengths), size, number, self.seed, self.name)
 
-    def scored_batches(self, split: Split, budget: int) -> Iterator[tuple[list[int], Batch]]:
-        """(row numbers, inputs) over a split, longest first, each batch at most `budget` padded tokens (or pixels' worth)."""
+    def scored_batches(self, split: Split, budget: int, most: int | None = None) -> Iterator[tuple[list[int], Batch]]:
+        """(row numbers, inputs) over a split, longest first, each batch at most `budget` padded tokens (or pixels' worth) and `most` rows."""
         lengths = self.examples.lengths
         order = sorted(self.splits.rows[split], key=lambda row: (-lengths[row], row))
         while order:
-            count = max(1, budget // max(1, lengths[order[0]]))
+            count = max(1, min(budget // max(1, lengths[order[0]]), most or len(order)))
             yield order[:count], self.examples.batch(order[:count])
             order = order[count:]
 
