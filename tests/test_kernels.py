@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import adarank
+from adarank.errors import RecipeError
 from adarank.recipe.reader import load_recipe
 from adarank.spectral.mask_file import FILE
 from image_zoo import ADAPT, TASKS, expert, make_zoo, recipe
@@ -111,6 +112,9 @@ def test_what_surgery_is_put_on_decomposes_kernels_as_alone(resnet: Path) -> Non
         network = adarank.open_job(load_recipe(recipe(resnet, **given))).network
         actions = {network.choices[n].action for n, info in network.tensors.items() if len(info.shape) == 4}
         assert actions == {action}
+    for start in ("adarank", {"merge_method": ["adarank"]}, {"merge_method": "adarank", "parameters": 3}):
+        with pytest.raises(RecipeError, match="start"):
+            adarank.open_job(load_recipe(recipe(resnet, merge_method="surgery", parameters={"start": start})))
 
 
 @pytest.mark.parametrize("pattern", ["*embedder*", "*encoder*"])  # few of the kernels, and nearly all

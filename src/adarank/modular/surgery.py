@@ -62,6 +62,11 @@ class Start(Settings):
     adapt: dict[str, Any] | None = Field(None, description="its adapt block, if it adapts")
 
 
+def _mapping(given: Any) -> Mapping[str, Any]:
+    """What a recipe has where settings belong; nothing where it is none, which `resolve` says."""
+    return given if isinstance(given, Mapping) else {}
+
+
 class Surgery(Modular):
     """Brings the representations of a merged body back to each expert's, by a low-rank adapter per task.
 
@@ -105,26 +110,27 @@ class Surgery(Modular):
         return self._started(given, self._put_on().over)
 
     def _started(self, given: Given, resolve: Callable[[Given], MergeMethod]) -> Surgery:
+        adapt, preset = self._start_block.split() if self._start_block else ({}, None)
         changed = self.model_copy()
         try:
-            changed._start = resolve(self._given_to_start(given))
+            changed._start = resolve(replace(given, parameters=self.start.parameters, adapt=adapt, preset=preset))
         except RecipeError as error:
             raise RecipeError(f"parameters.start: {error}") from None
         return changed
 
-    def _given_to_start(self, given: Given) -> Given:
-        """What the start's method is given of a recipe."""
-        adapt, preset = self._start_block.split() if self._start_block else ({}, None)
-        return replace(given, parameters=self.start.parameters, adapt=adapt, preset=preset)
-
     @classmethod
     def decomposes_kernels(cls, given: Given) -> bool | Collection[str]:
         """Those that the start's method decomposes."""
-        try:
-            method = cls.resolve(given)
-        except AdaRankError:  # said where the settings are read
+        start = _mapping(given.parameters.get("start"))
+        name = start.get("merge_method")
+        if given.find is None or not isinstance(name, str):
             return False
-        return method._put_on().decomposes_kernels(method._given_to_start(given))
+        try:
+            kind = given.find(name, "parameters.start: unknown merge_method")
+        except AdaRankError:  # `resolve` says so
+            return False
+        preset = _mapping(start.get("adapt")).get("preset")
+        return kind.decomposes_kernels(replace(given, parameters=_mapping(start.get("parameters")), preset=preset))
 
     def put_on(self) -> Another | None:
         """The method that gives the start, as `parameters.start` names it."""
