@@ -334,8 +334,9 @@ class AdaRank(AdaptiveMethod):
 
     def learn(self) -> Learn:
         """What is learned: also which kind of mask, and whether pruned components may come back."""
-        learn = replace(super().learn(), returnable=self.returnable, mask=self.mask, first=self.first)
-        return replace(learn, seed=self.seed, precision=self.precision)
+        return replace(
+            super().learn(), returnable=self.returnable, mask=self.mask, first=self.first, seed=self.seed, precision=self.precision
+        )  # fmt: skip
 
 
 class AdaMerging(AdaptiveMethod):
